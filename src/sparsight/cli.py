@@ -1,0 +1,141 @@
+"""The command line. Heavy imports happen inside the commands, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    help="Train multimodal language models in a fraction of the time.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Look at data before training on it.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as stages.pretrain.batch_size=8")
+]
+Out = Annotated[Path | None, typer.Option(help="folder of the run; runs/NAME if not given")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint")]
+
+
+def _console() -> Console:
+    """A console, with the chatter of the libraries below off."""
+    from rich.console import Console
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return Console()
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for runs, report.html and comparison.json")] = Path("runs/demo"),
+    recipe: Annotated[Path | None, typer.Option(help="YAML of a comparison; the built-in one if not given")] = None,
+    resume: Resume = False,
+    overrides: Overrides = None,
+) -> None:
+    """Train a small VLM twice, the standard way and ours, on the same samples, and compare them."""
+    from sparsight.config import load_comparison
+    from sparsight.pipeline import builtin_recipe, run_comparison
+
+    comparison = load_comparison(recipe or builtin_recipe("demo.yaml"), overrides)
+    run_comparison(comparison, out, _console(), resume)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe")],
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+) -> None:
+    """Train a VLM by the stages of a recipe."""
+    from sparsight.config import load_recipe
+    from sparsight.pipeline import run
+    from sparsight.training.trainer import Interrupted
+
+    settings = load_recipe(recipe, overrides)
+    console = _console()
+    folder = out or Path("runs") / settings.name
+    try:
+        final = run(settings, folder, console, resume)
+    except Interrupted as stopped:
+        console.print(f"[yellow]{stopped}[/]. Go on with the same command and --resume")
+        raise typer.Exit(130) from None
+    console.print(f"model: [bold]{final}[/]")
+
+
+@app.command(name="eval")
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="folder of a model, such as runs/NAME/finetune/model")],
+    items: Annotated[int, typer.Option(help="questions of each task", min=1)] = 100,
+    split: Annotated[str, typer.Option(help="validation or test")] = "test",
+) -> None:
+    """Ask a model the embedded scenes' questions; print scores, chance, and the control with shuffled pictures."""
+    from sparsight.pipeline import evaluate_checkpoint
+
+    evaluate_checkpoint(checkpoint, items, split, _console())
+
+
+@data_app.command()
+def preview(
+    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe; the embedded scenes if not given")] = None,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="PNG to write")] = Path("preview.png"),
+    n: Annotated[int, typer.Option(help="pictures", min=1)] = 12,
+) -> None:
+    """Write a contact sheet of a recipe's data."""
+    from rich.console import Console
+
+    from sparsight.config import SceneData, load_recipe
+    from sparsight.data.preview import contact_sheet
+    from sparsight.data.sources import open_source
+
+    data, side = SceneData(), 256
+    if recipe is not None:
+        settings = load_recipe(recipe, overrides)
+        data, side = settings.data, settings.stages[0].image_size  # type: ignore[assignment]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(open_source(data, n, side), n).save(out)
+    Console().print(f"wrote [bold]{out}[/]")
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, devices and assets, what is missing, and the command that mends it."""
+    from rich.console import Console
+
+    from sparsight.doctor import diagnose, render
+
+    checks = diagnose()
+    render(checks, Console())
+    if any(check.status == "missing" for check in checks):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point. A user's mistake is one clear message and exit code 2, not a traceback."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        if os.environ.get("SPARSIGHT_TRACEBACK"):
+            raise
+        from rich.console import Console
+        from rich.markup import escape
+
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)

@@ -1,0 +1,377 @@
+"""Recipes and component settings: frozen pydantic models; a key nobody knows is an error. No torch."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from sparsight.layouts import Layout
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, unknown keys are errors, the nearest right key is named."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_nearest_key(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for key in values:
+                if key not in cls.model_fields:
+                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
+                    hint = f"; did you mean '{near[0]}'?" if near else ""
+                    known = ", ".join(cls.model_fields)
+                    raise ValueError(f"unknown key '{key}' in {cls.__name__}{hint} Known keys: {known}")
+        return values
+
+
+class _Bridge(Settings):
+    def visual_tokens(self, map_size: tuple[int, int]) -> int:
+        """Visual tokens for one image whose feature map has (H, W) patches. The one count that all parts use."""
+        raise NotImplementedError
+
+
+class Linear(_Bridge):
+    """One linear map per patch: H*W tokens (LLaVA)."""
+
+    kind: Literal["linear"] = "linear"
+
+    def visual_tokens(self, map_size: tuple[int, int]) -> int:
+        return map_size[0] * map_size[1]
+
+
+class Mlp(_Bridge):
+    """Two linear maps with GELU between, per patch: H*W tokens (LLaVA-1.5)."""
+
+    kind: Literal["mlp"] = "mlp"
+
+    def visual_tokens(self, map_size: tuple[int, int]) -> int:
+        return map_size[0] * map_size[1]
+
+
+class PixelShuffle(_Bridge):
+    """``factor`` x ``factor`` patches folded into one token, then an MLP (InternVL, Idefics3)."""
+
+    kind: Literal["pixel_shuffle"] = "pixel_shuffle"
+    factor: int = Field(2, ge=1)
+
+    def visual_tokens(self, map_size: tuple[int, int]) -> int:
+        # Ceiling: a map that does not divide is padded, never cropped.
+        return -(-map_size[0] // self.factor) * -(-map_size[1] // self.factor)
+
+
+class _Windowed(_Bridge):
+    width: int = Field(1024, ge=1, description="width of queries and attention; the paper's is 1024")
+    heads: int = Field(16, ge=1)
+    mlp_ratio: float = Field(4.0, gt=0)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> _Windowed:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} does not divide by heads {self.heads}")
+        return self
+
+    @property
+    def scales(self) -> Layout:
+        raise NotImplementedError
+
+    def visual_tokens(self, map_size: tuple[int, int]) -> int:
+        return self.scales.tokens
+
+
+class Resampler(_Windowed):
+    """The single-scale resampler: ``tokens`` queries that see the whole picture, i.e. the layout ``1:tokens``."""
+
+    kind: Literal["resampler"] = "resampler"
+    tokens: int = Field(336, ge=1)
+
+    @property
+    def scales(self) -> Layout:
+        return Layout.parse(f"1:{self.tokens}")
+
+
+class ChainOfSight(_Windowed):
+    """Multi-scale windowed resamplers (Chain-of-Sight, section 3).
+
+    Args:
+        layout: scales such as ``"1:16,4:4"`` or a preset such as ``"cos-80"``.
+    """
+
+    kind: Literal["chain_of_sight"] = "chain_of_sight"
+    layout: str = "1:16,4:4"
+
+    def __init__(self, layout: str | Layout | None = None, /, **values: Any) -> None:
+        if layout is not None:
+            values["layout"] = layout
+        super().__init__(**values)
+
+    @field_validator("layout", mode="before")
+    @classmethod
+    def _canonical(cls, value: Any) -> str:
+        return str(Layout.parse(value))
+
+    @property
+    def scales(self) -> Layout:
+        return Layout.parse(self.layout)
+
+
+Bridge = Annotated[Linear | Mlp | PixelShuffle | Resampler | ChainOfSight, Field(discriminator="kind")]
+_BRIDGE: TypeAdapter[Any] = TypeAdapter(Bridge)
+BRIDGE_KINDS = ("linear", "mlp", "pixel_shuffle", "resampler", "chain_of_sight")
+
+
+def bridge_settings(value: Any) -> Linear | Mlp | PixelShuffle | Resampler | ChainOfSight:
+    """Settings of a bridge from settings, a dict, a kind such as ``"mlp"``, or a layout such as ``"cos-80"``.
+
+    Raises:
+        ValueError: the kind or a key is unknown, or a value is out of range.
+    """
+    if isinstance(value, _Bridge):
+        return value  # type: ignore[return-value]
+    if isinstance(value, str):
+        value = {"kind": value} if value in BRIDGE_KINDS else {"kind": "chain_of_sight", "layout": value}
+    try:
+        return _BRIDGE.validate_python(value)
+    except ValidationError as error:
+        raise ValueError(readable(error)) from None
+
+
+class ScratchLanguage(Settings):
+    """A small Llama trained from nothing, with a tokenizer made from the data. Widths in units, not bytes."""
+
+    hidden: int = Field(192, ge=8)
+    layers: int = Field(6, ge=1)
+    heads: int = Field(3, ge=1)
+    intermediate: int = Field(512, ge=8)
+    vocabulary: int = Field(1024, ge=300, description="size of the tokenizer's table at most")
+    context: int = Field(2048, ge=64)
+
+
+class SceneData(Settings):
+    """The embedded data: an endless, seeded generator of pictures with exact truth."""
+
+    kind: Literal["scenes"] = "scenes"
+    scenes: int = Field(4000, ge=1, description="different training pictures")
+    kinds: int = Field(32, ge=2, le=64)
+    min_things: int = Field(1, ge=1, le=8)
+    max_things: int = Field(6, ge=1, le=8)
+    numbers: float = Field(0.5, ge=0, le=1)
+    digits: tuple[int, int] = (1, 2)
+    noise: float = Field(0.5, ge=0, le=1)
+    questions: int = Field(6, ge=1)
+    tasks: dict[str, float] | None = Field(None, description="weight of each task; all alike if not given")
+    cutouts: Literal["auto", "emoji", "shapes"] = "auto"
+    seed: int = 0
+
+
+class ConversationData(Settings):
+    """LLaVA JSON (``conversations``) or ``messages`` + ``images``, as .json or .jsonl."""
+
+    kind: Literal["json"] = "json"
+    path: str
+    images: str | None = Field(None, description="folder of the pictures; the file's own folder if not given")
+
+
+Data = Annotated[SceneData | ConversationData, Field(discriminator="kind")]
+
+
+class Lora(Settings):
+    """LoRA on all linear maps of the language model (peft). Merged when the stage ends."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class LearningRates(Settings):
+    """Peak learning rate of each part; a part that is not named is frozen."""
+
+    vision: float | None = Field(None, gt=0)
+    bridge: float | None = Field(None, gt=0)
+    language: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> LearningRates:
+        if not self.parts():
+            raise ValueError("nothing trains: give a learning rate to at least one of vision, bridge, language")
+        return self
+
+    def parts(self) -> dict[str, float]:
+        return {part: rate for part, rate in self if rate is not None}
+
+
+class Stage(Settings):
+    """One stage of training, with its own layout, image size, and what trains."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    bridge: Bridge
+    image_size: int = Field(256, ge=16, description="side of the square picture in pixels")
+    learning_rate: LearningRates
+    samples: int = Field(ge=1, description="conversations seen in this stage")
+    batch_size: int = Field(16, ge=1, description="conversations in one optimizer step, over all ranks")
+    micro_batch_size: int | None = Field(None, ge=1, description="conversations in one forward pass")
+    lora: Lora | None = None
+    warmup: float = Field(0.03, ge=0, le=1, description="share of the steps")
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    checkpoints: int = Field(4, ge=0, description="checkpoints written in the course of the stage")
+    cache_features: bool = Field(False, description="encode each picture once; the encoder must be frozen")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Stage:
+        micro = self.micro_batch_size
+        if micro is not None and self.batch_size % micro:
+            raise ValueError(f"stage '{self.name}': batch_size {self.batch_size} is not a multiple of {micro}")
+        if self.lora is not None and self.learning_rate.language is None:
+            raise ValueError(f"stage '{self.name}': lora needs learning_rate.language")
+        if self.cache_features and self.learning_rate.vision is not None:
+            raise ValueError(f"stage '{self.name}': features cannot be cached while the vision encoder trains")
+        return self
+
+    @property
+    def steps(self) -> int:
+        return -(-self.samples // self.batch_size)
+
+
+class Evaluation(Settings):
+    """Scores after training. ``scenes`` asks the embedded test split; ``none`` skips it."""
+
+    kind: Literal["scenes", "none"] = "scenes"
+    items: int = Field(100, ge=1, description="questions of each task")
+    batch_size: int = Field(50, ge=1)
+    split: Literal["validation", "test"] = "test"
+
+
+class Recipe(Settings):
+    """Everything that a run needs; a YAML file holds one."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9_.-]+$")
+    seed: int = 0
+    vision: str = "efficientnet-lite0"
+    vision_levels: tuple[int, ...] | None = Field(
+        None, description="feature levels, lower first; encoder's own if not given"
+    )
+    language: str | ScratchLanguage = "smollm2-135m"
+    language_layers: int | None = Field(None, ge=1, description="keep only the first layers of the language model")
+    precision: Literal["bf16", "fp32"] = "bf16"
+    data: Data = SceneData()
+    workers: int = Field(1, ge=0, description="processes that load data")
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _stage_names_differ(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"stages need different names, found {names}")
+        return self
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a YAML recipe and apply ``key=value`` overrides, dotted, list items by number or by stage name.
+
+    ``stages.pretrain.batch_size=8`` and ``data.scenes=200`` are overrides.
+
+    Raises:
+        ValueError: the file is not a YAML mapping, or a key or value is wrong; the message names each.
+        FileNotFoundError: there is no such file.
+    """
+    values = _read_yaml(Path(path), overrides)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {readable(error)}") from None
+
+
+def load_comparison(path: str | Path, overrides: list[str] | None = None) -> Comparison:
+    """Read the YAML of a comparison; overrides and errors as in `load_recipe`."""
+    values = _read_yaml(Path(path), overrides)
+    try:
+        return Comparison.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {readable(error)}") from None
+
+
+def _read_yaml(file: Path, overrides: list[str] | None) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"no recipe at {file.absolute()}")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected a mapping of keys to values, found {type(values).__name__}")
+    for override in overrides or []:
+        _apply(values, override)
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override '{override}': expected key=value, such as seed=1")
+    *path, last = key.split(".")
+    node: Any = values
+    for index, part in enumerate(path):
+        if isinstance(node, list):
+            node = _list_item(node, part, override)
+        elif isinstance(node, dict):
+            node = node.setdefault(part, {})
+        else:
+            raise ValueError(f"override '{override}': '{'.'.join(path[:index])}' is not a mapping, found {node!r}")
+    if not isinstance(node, dict):
+        raise ValueError(f"override '{override}': '{'.'.join(path)}' is not a mapping, found {type(node).__name__}")
+    node[last] = yaml.safe_load(text)
+
+
+def _list_item(items: list[Any], part: str, override: str) -> Any:
+    named = {item.get("name"): item for item in items if isinstance(item, dict)}
+    if part in named:
+        return named[part]
+    if part.isdigit() and int(part) < len(items):
+        return items[int(part)]
+    raise ValueError(f"override '{override}': no item '{part}'; there are {[name for name in named if name]}")
+
+
+def readable(error: ValidationError) -> str:
+    """A pydantic error as one line per fault: where, what is wrong, what was given."""
+    lines = []
+    for fault in error.errors():
+        where = ".".join(str(part) for part in fault["loc"]) or "recipe"
+        message = fault["msg"].removeprefix("Value error, ")
+        given = fault.get("input")
+        shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
+        lines.append(f"{where}: {message}{shown}")
+    return "\n".join(lines)
+
+
+class Comparison(Settings):
+    """Several recipes that share most keys; the first run is the one that others are compared with."""
+
+    name: str = "comparison"
+    shared: dict[str, Any] = Field(default_factory=dict, description="keys of every run's recipe")
+    runs: dict[str, dict[str, Any]] = Field(min_length=2, description="run's name -> keys of its own")
+
+    def recipes(self) -> list[Recipe]:
+        """One recipe for each run: the shared keys, with the run's own laid over them."""
+        recipes = []
+        for name, own in self.runs.items():
+            try:
+                recipes.append(Recipe.model_validate(_merged(self.shared, own) | {"name": name}))
+            except ValidationError as error:
+                raise ValueError(f"runs.{name}: {readable(error)}") from None
+        return recipes
+
+
+def _merged(below: Any, above: Any) -> Any:
+    if isinstance(below, dict) and isinstance(above, dict):
+        return {key: _merged(below.get(key), above.get(key, below.get(key))) for key in {**below, **above}}
+    if isinstance(below, list) and isinstance(above, list) and len(below) == len(above):
+        return [_merged(low, high) for low, high in zip(below, above, strict=True)]
+    return above

@@ -1,0 +1,1 @@
+"""Data: sources, pictures, chat, batches, and the embedded scenes."""

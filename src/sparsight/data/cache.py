@@ -1,0 +1,80 @@
+"""A cache of a frozen encoder's features: each picture is encoded once, then read from a memory map.
+
+Shapes: I images, H x W patches, C channels. Features are kept in bf16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+class FeatureCache:
+    """Feature levels by picture key, memory-mapped from ``folder``."""
+
+    def __init__(self, folder: Path, keys: Sequence[Hashable]) -> None:
+        self.rows = {key: row for row, key in enumerate(keys)}
+        self.folder = folder
+        meta = json.loads((folder / "cache.json").read_text())
+        self.levels = [
+            np.memmap(folder / f"level{number}.bin", dtype=np.uint16, mode="r", shape=tuple(shape))
+            for number, shape in enumerate(meta["shapes"])
+        ]
+
+    def read(self, keys: Sequence[Hashable]) -> tuple[torch.Tensor, ...]:
+        """Features of pictures, one (len(keys), H, W, C) in bf16 for each level."""
+        rows = [self.rows[key] for key in keys]
+        return tuple(torch.from_numpy(level[rows].copy()).view(torch.bfloat16) for level in self.levels)
+
+
+def cache_name(fingerprint: str) -> str:
+    """A folder name from everything that the features depend on."""
+    return hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
+
+
+@torch.no_grad()
+def build_cache(
+    folder: Path,
+    keys: Sequence[Hashable],
+    pixels: Callable[[Sequence[Hashable]], torch.Tensor],
+    encode: Callable[[torch.Tensor], Sequence[torch.Tensor]],
+    progress: Callable[[int], None] = lambda done: None,
+    batch_size: int = 8,
+) -> FeatureCache:
+    """Encode every picture once; a folder that is complete is used as it is, one that is not is made anew.
+
+    Args:
+        folder: where it lies; ``cache.json`` is written last, so that a cache that was cut short is seen.
+        keys: the pictures, in order.
+        pixels: keys -> (I, 3, h, w).
+        encode: pixels -> feature levels, each (I, H, W, C).
+        progress: told the number of pictures done.
+        batch_size: pictures encoded together; small, for a CPU's caches.
+    """
+    if (folder / "cache.json").is_file():
+        return FeatureCache(folder, keys)
+    folder.mkdir(parents=True, exist_ok=True)
+    maps: list[np.memmap] = []
+    for start in range(0, len(keys), batch_size):
+        part = list(keys[start : start + batch_size])
+        levels = [level.to(torch.bfloat16).cpu().contiguous() for level in encode(pixels(part))]
+        if not maps:
+            maps = [
+                np.memmap(folder / f"level{n}.bin", np.uint16, "w+", shape=(len(keys), *level.shape[1:]))
+                for n, level in enumerate(levels)
+            ]
+        for memory, level in zip(maps, levels, strict=True):
+            memory[start : start + len(part)] = level.view(torch.uint16).numpy()
+        progress(start + len(part))
+    for memory in maps:
+        memory.flush()
+    written = folder / f"cache.{os.getpid()}.tmp"
+    written.write_text(json.dumps({"shapes": [memory.shape for memory in maps]}))
+    written.replace(folder / "cache.json")
+    return FeatureCache(folder, keys)

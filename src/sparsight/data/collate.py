@@ -1,0 +1,76 @@
+"""From samples to batches: encoded one by one where the pictures are, then padded and stacked.
+
+Shapes: B samples, T positions, I images in the whole batch, H x W patches, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from sparsight.data.cache import FeatureCache
+from sparsight.data.chat import encode_conversation
+from sparsight.data.sources import Source
+
+
+class TrainingSet(Dataset):
+    """A source, encoded for a processor. Pictures come as pixels, or as cached features of a frozen encoder."""
+
+    def __init__(self, source: Source, processor: Any, length: int, cache: FeatureCache | None = None) -> None:
+        self.source = source
+        self.processor = processor
+        self.length = length
+        self.cache = cache
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self.source[index % len(self.source)]
+        try:
+            encoded = encode_conversation(
+                self.processor.tokenizer,
+                sample.messages,
+                self.processor.image_token,
+                self.processor.num_image_tokens,
+            )
+            item: dict[str, Any] = {"id": sample.id, "input_ids": encoded.input_ids, "labels": encoded.labels}
+            if sample.images and self.cache is not None:
+                item["features"] = self.cache.read(sample.images)
+            elif sample.images:
+                pictures = [self.source.picture(key) for key in sample.images]
+                item["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        except ValueError as error:
+            raise ValueError(f"sample '{sample.id}': {error}") from None
+        return item
+
+
+class Collator:
+    """Pads at the right and stacks. Samples may have 0 to k images."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        longest = max(len(item["input_ids"]) for item in items)
+
+        def padded(key: str, fill: int) -> torch.Tensor:
+            return torch.tensor([item[key] + [fill] * (longest - len(item[key])) for item in items])
+
+        lengths = torch.tensor([len(item["input_ids"]) for item in items])
+        batch: dict[str, Any] = {
+            "input_ids": padded("input_ids", self.pad_token_id),
+            "labels": padded("labels", -100),
+            "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
+        }
+        pixels = [item["pixel_values"] for item in items if "pixel_values" in item]
+        features = [item["features"] for item in items if "features" in item]
+        if pixels:
+            batch["pixel_values"] = torch.cat(pixels)
+        if features:
+            levels = tuple(torch.cat(level) for level in zip(*features, strict=True))
+            batch["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(hidden_states=levels)}
+        return batch

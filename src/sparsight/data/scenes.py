@@ -1,0 +1,734 @@
+"""Endless pictures with exact truth: named cut-outs on a grid, a printed number, and questions about them.
+
+Everything is a pure function of (config, split, seed, index); no global generator is touched. Source: ours.
+Boxes are (x1, y1, x2, y2) in pixels, right and bottom exclusive. Cells count row by row from the top left.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from sparsight import assets
+
+Box = tuple[int, int, int, int]
+Colour = tuple[int, int, int]
+
+TASKS = ("caption", "existence", "count", "naming", "position", "text", "grounding")
+SPLITS = ("train", "validation", "test")
+# a third of the first turns are captions
+WEIGHTS: Mapping[str, float] = {**dict.fromkeys(TASKS, 1.0), "caption": 3.0}
+
+# name, file, group; the first 16, 24 and 32 look as different as can be, and groups are of like size there,
+# so that the name in an adversarial question does not tell the answer
+_EMOJI = """
+apple 1f34e food|dog 1f436 animal|car 1f697 machine|key 1f511 machine|star 2b50 nature|tree 1f333 nature
+fish 1f41f animal|clock 23f0 home|ball 26bd toy|hat 1f3a9 wear|banana 1f34c food|phone 1f4f1 home
+bicycle 1f6b2 machine|crown 1f451 wear|snowflake 2744-fe0f nature|guitar 1f3b8 toy|frog 1f438 animal
+rainbow 1f308 nature|house 1f3e0 home|umbrella 2602-fe0f wear|robot 1f916 toy|grape 1f347 food
+magnet 1f9f2 machine|shirt 1f455 wear|piano 1f3b9 toy|cake 1f382 food|penguin 1f427 animal|balloon 1f388 toy
+heart 2764-fe0f toy|book 1f4d5 home|butterfly 1f98b animal|camera 1f4f7 home|gift 1f381 toy|pizza 1f355 food
+panda 1f43c animal|rocket 1f680 machine|anchor 2693 machine|carrot 1f955 food|elephant 1f418 animal
+train 1f682 machine|mushroom 1f344 nature|cactus 1f335 nature|crab 1f980 animal|dice 1f3b2 toy
+diamond 1f48e wear|moon 1f319 nature|boat 26f5 machine|hammer 1f528 machine|cow 1f42e animal
+glove 1f9e4 wear|burger 1f354 food|drum 1f941 toy|bus 1f68c machine|snail 1f40c animal|flower 1f33b nature
+trophy 1f3c6 toy|globe 1f30d nature|pumpkin 1f383 food|lion 1f981 animal|ladder 1fa9c machine
+plane 2708-fe0f machine|watermelon 1f349 food|tent 26fa home|fire 1f525 nature
+"""
+_FILES, _GROUPS = {}, {}
+for _name, _file, _group in (entry.split() for entry in _EMOJI.strip().replace("\n", "|").split("|")):
+    _FILES[_name], _GROUPS[_name] = _file, frozenset({_group})
+
+_COLOURS: dict[str, Colour] = {
+    "red": (222, 38, 44),
+    "blue": (38, 92, 226),
+    "yellow": (255, 214, 10),
+    "green": (34, 150, 60),
+    "purple": (126, 44, 178),
+    "orange": (255, 134, 12),
+    "pink": (255, 142, 196),
+    "brown": (124, 74, 34),
+}
+_SHAPES = ("circle", "star", "square", "heart", "triangle", "cross", "ring", "moon")
+# each block of eight shows every colour and every shape once
+_SHAPE_KINDS = tuple(f"{c} {_SHAPES[(i + 3 * b) % 8]}" for b in range(8) for i, c in enumerate(_COLOURS))
+
+_REPEAT = 0.35  # share of things that repeat a kind, so that counting is not always "1"
+_MAX_OF_A_KIND = 4
+_SIZES = 16  # distinct sizes of a cut-out: bounds the cache of resized ones
+_TOTAL = "how many things ?"
+_TEXT = "what number is printed ?"
+_CAPTION = "describe the picture ."
+
+
+@dataclass(frozen=True)
+class SceneConfig:
+    """What the pictures hold. Pixel lengths are for a picture of 256 px and scale with `image_size`.
+
+    Args:
+        kinds: how many kinds of things occur, the first ones of the list (2..64).
+        thing_size: smallest and largest longer side of a thing; it must fit into a cell (256 / grid).
+        numbers: probability of a printed number of `digits` (fewest, most) digits, font size `number_size`.
+        noise: probability of a noisy ground, otherwise plain or a gradient.
+        cutouts: "emoji", "shapes", or "auto" (emoji if they are installed).
+        held_out: share of the (kind, cell) pairs that no training scene shows and each other scene does.
+        questions: the most question turns of a conversation.
+
+    Raises: ValueError that shows the value and what was expected.
+    """
+
+    image_size: int = 256
+    kinds: int = 32
+    min_things: int = 1
+    max_things: int = 6
+    thing_size: tuple[int, int] = (48, 84)
+    numbers: float = 0.5
+    digits: tuple[int, int] = (1, 2)
+    number_size: int = 40
+    noise: float = 0.5
+    cutouts: str = "auto"
+    held_out: float = 0.1
+    questions: int = 6
+    grid: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("thing_size", "digits"):  # YAML and JSON give lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        cell, most = 256 // self.grid if self.grid in (2, 3) else 0, self.grid**2
+        low, high = self.thing_size if len(self.thing_size) == 2 else (0, 0)
+        few, many = self.digits if len(self.digits) == 2 else (0, 0)
+        rules: dict[str, tuple[bool, str]] = {
+            "grid": (self.grid in (2, 3), "2 or 3"),
+            "image_size": (self.image_size >= 32, "at least 32"),
+            "kinds": (2 <= self.kinds <= 64, "2 to 64"),
+            "min_things": (1 <= self.min_things <= self.max_things, f"1 to max_things ({self.max_things})"),
+            "max_things": (
+                self.max_things <= 8 and self.max_things + (self.numbers > 0) <= most,
+                f"at most 8, and with a printed number no more than the {most} cells",
+            ),
+            "thing_size": (8 <= low <= high <= cell, f"(least, most) with 8 <= least <= most <= {cell}"),
+            "numbers": (0 <= self.numbers <= 1, "a probability"),
+            "digits": (1 <= few <= many <= 4, "(fewest, most) with 1 <= fewest <= most <= 4"),
+            "number_size": (
+                self.number_size >= 8 and max(_card_size(self.number_size, many)) <= cell,
+                f"at least 8, and {many} digits no wider than a cell of {cell} px",
+            ),
+            "noise": (0 <= self.noise <= 1, "a probability"),
+            "cutouts": (self.cutouts in ("auto", "emoji", "shapes"), "auto, emoji or shapes"),
+            "held_out": (0 <= self.held_out <= 0.5, "0 to 0.5"),
+            "questions": (self.questions >= 1, "at least 1"),
+        }
+        for name, (holds, expected) in rules.items():
+            if not holds:
+                raise ValueError(f"SceneConfig.{name} is {getattr(self, name)!r}, expected {expected}")
+
+    def resolved(self) -> SceneConfig:
+        """The same with `cutouts` settled. Raises FileNotFoundError if emoji are asked for and absent."""
+        found = assets.emoji_folder()
+        if self.cutouts == "emoji" and found is None:
+            raise FileNotFoundError(
+                f"cutouts='emoji', but {assets.assets_dir()}/fluent-emoji-3d lacks them: run `make assets`"
+            )
+        return replace(self, cutouts="emoji" if found else "shapes") if self.cutouts == "auto" else self
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One cut-out: kind, cell (0 = top left), and its tight box in pixels."""
+
+    name: str
+    cell: int
+    box: Box
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What lies behind the things: "plain", "gradient" or "noise" between two colours."""
+
+    kind: str
+    colours: tuple[Colour, Colour]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The whole truth about one picture. `things` are in reading order; `config.cutouts` is settled."""
+
+    config: SceneConfig
+    split: str
+    seed: int
+    index: int
+    things: tuple[Thing, ...]
+    ground: Ground
+    number: str | None = None
+    number_cell: int | None = None
+    number_box: Box | None = None
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square picture in pixels."""
+        return self.config.image_size
+
+    def counts(self) -> Counter[str]:
+        """How many things there are of each kind that occurs."""
+        return Counter(thing.name for thing in self.things)
+
+    def draw(self) -> Image.Image:
+        """The picture, RGB, image_size x image_size."""
+        picture = draw_ground(self.ground, self.image_size)
+        for thing in self.things:
+            x1, y1, x2, y2 = thing.box
+            cutout = _cutout(_source(self.config.cutouts), thing.name, x2 - x1, y2 - y1)
+            picture.paste(cutout, (x1, y1), cutout)
+        if self.number is not None and self.number_box is not None:
+            x1, y1, x2, y2 = self.number_box
+            card = _card(self.number, x2 - x1, y2 - y1, self.ground.seed % len(_CARDS))
+            picture.paste(card, (x1, y1), card)
+        return picture
+
+
+# ------------------------------------------------------------------------------------------- names and pairs
+
+
+def kind_names(config: SceneConfig) -> tuple[str, ...]:
+    """The names of the kinds that occur, `config.kinds` of them."""
+    names = tuple(_FILES) if config.resolved().cutouts == "emoji" else _SHAPE_KINDS
+    return names[: config.kinds]
+
+
+def cell_names(grid: int) -> tuple[str, ...]:
+    """The words for the cells, row by row: "top left", "top", ... for grid 3; the four corners for grid 2."""
+    columns = ("left", "", "right") if grid == 3 else ("left", "right")
+    rows = ("top", "", "bottom") if grid == 3 else ("top", "bottom")
+    return tuple(f"{row} {column}".strip() or "middle" for row in rows for column in columns)
+
+
+@lru_cache(maxsize=64)
+def _held_out(kinds: int, cells: int, share: float) -> frozenset[tuple[int, int]]:
+    wanted = max(1, round(share * kinds * cells)) if share else 0
+    order = np.random.Generator(np.random.Philox(20240229)).permutation(kinds * cells)
+    chosen: list[tuple[int, int]] = []
+    by_kind, by_cell = Counter[int](), Counter[int]()
+    per_kind, per_cell = -(-wanted // kinds), -(-wanted // cells)
+    for kind, cell in (divmod(int(pair), cells) for pair in order):
+        # evenly spread, so that no kind and no cell is lost to training
+        if len(chosen) < wanted and by_kind[kind] < per_kind and by_cell[cell] < per_cell:
+            chosen.append((kind, cell))
+            by_kind[kind] += 1
+            by_cell[cell] += 1
+    return frozenset(chosen)
+
+
+def held_out_pairs(config: SceneConfig) -> frozenset[tuple[str, int]]:
+    """The (kind, cell) pairs that never occur in training; each other scene shows at least one."""
+    names, pairs = kind_names(config), _held_out(config.kinds, config.grid**2, config.held_out)
+    return frozenset((names[kind], cell) for kind, cell in pairs)
+
+
+def _rng(seed: int, split: str, index: int, *stream: int) -> np.random.Generator:
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+    key = np.random.SeedSequence([seed, SPLITS.index(split), index, *stream])
+    return np.random.Generator(np.random.Philox(key))
+
+
+# -------------------------------------------------------------------------------------------- making a scene
+
+
+def make_scene(config: SceneConfig, split: str, index: int, seed: int = 0) -> Scene:
+    """Scene `index` of the endless stream (split, seed), not drawn. ValueError for an unknown split."""
+    config, rng = config.resolved(), _rng(seed, split, index, 0)
+    placed = _place(config, rng, split == "train")
+    things = tuple(Thing(name, cell, _thing_box(config, rng, name, cell)) for name, cell in placed)
+    ground = _make_ground(config, rng)
+    if rng.random() >= config.numbers:
+        return Scene(config, split, seed, index, things, ground)
+    few, many = config.digits
+    number = str(rng.integers(10 ** (few - 1) if few > 1 else 0, 10**many))
+    taken = {cell for _, cell in placed}
+    free = [cell for cell in range(config.grid**2) if cell not in taken]
+    cell = free[rng.integers(len(free))]
+    scale = config.image_size / 256
+    size = _card_size(config.number_size, len(number))
+    box = _jitter(config, rng, cell, max(1, int(size[0] * scale)), max(1, int(size[1] * scale)))
+    return Scene(config, split, seed, index, things, ground, number, cell, box)
+
+
+def _place(config: SceneConfig, rng: np.random.Generator, train: bool) -> list[tuple[str, int]]:
+    """Kinds and cells. Train takes no held-out pair; other splits take one first, then any."""
+    names, cells = kind_names(config), config.grid**2
+    held = _held_out(config.kinds, cells, config.held_out)
+    count = int(rng.integers(config.min_things, config.max_things + 1))
+    order = [int(cell) for cell in rng.permutation(cells)[:count]]
+    placed: list[tuple[int, int]] = []
+    if held and not train:
+        first = sorted(held)[rng.integers(len(held))]
+        placed, order = [first], [cell for cell in order if cell != first[1]][: count - 1]
+    for cell in order:
+        used = Counter(kind for kind, _ in placed)
+        allowed = [k for k in range(config.kinds) if not (train and (k, cell) in held)]
+        again = [k for k in allowed if 0 < used[k] < _MAX_OF_A_KIND]
+        new = [k for k in allowed if not used[k]]
+        repeat = bool(again) and (not new or rng.random() < _REPEAT)
+        pool = (again if repeat else new) or allowed
+        placed.append((pool[rng.integers(len(pool))], cell))
+    return [(names[kind], cell) for kind, cell in sorted(placed, key=lambda pair: pair[1])]
+
+
+def _jitter(config: SceneConfig, rng: np.random.Generator, cell: int, width: int, height: int) -> Box:
+    row, column = divmod(cell, config.grid)
+    edges = [i * config.image_size // config.grid for i in range(config.grid + 1)]
+    x = edges[column] + int(rng.integers(edges[column + 1] - edges[column] - width + 1))
+    y = edges[row] + int(rng.integers(edges[row + 1] - edges[row] - height + 1))
+    return x, y, x + width, y + height
+
+
+def _thing_box(config: SceneConfig, rng: np.random.Generator, name: str, cell: int) -> Box:
+    low, high = config.thing_size
+    size = (low + (high - low) * int(rng.integers(_SIZES)) / (_SIZES - 1)) * config.image_size / 256
+    width, height = _master(_source(config.cutouts), name).size
+    scale = size / max(width, height)
+    return _jitter(config, rng, cell, max(1, int(width * scale)), max(1, int(height * scale)))
+
+
+def _make_ground(config: SceneConfig, rng: np.random.Generator) -> Ground:
+    light = rng.random() < 0.6
+    low, high = (186, 250) if light else (24, 92)
+    first, second = (tuple(int(v) for v in rng.integers(low, high, 3)) for _ in range(2))
+    kind = "noise" if rng.random() < config.noise else ("plain", "gradient")[rng.integers(2)]
+    return Ground(kind, (first, second), int(rng.integers(2**31)))  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------------------------------------- drawing
+
+
+def draw_ground(ground: Ground, size: int) -> Image.Image:
+    """The ground alone, RGB, size x size."""
+    first, second = ground.colours
+    if ground.kind == "plain":
+        return Image.new("RGB", (size, size), first)
+    if ground.kind == "gradient":
+        corners = np.array([[first, second], [first, second]], dtype=np.uint8)
+        corners = corners if ground.seed % 2 else corners.transpose(1, 0, 2)
+        return Image.fromarray(corners).resize((size, size), Image.Resampling.BILINEAR)
+    rng = np.random.Generator(np.random.Philox(ground.seed))
+    mix = rng.random((7, 7, 1))
+    blobs = mix * np.array(first) + (1 - mix) * np.array(second)
+    smooth = Image.fromarray(blobs.astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+    grain = rng.integers(-14, 15, (size, size, 1), dtype=np.int16)
+    return Image.fromarray(np.clip(np.asarray(smooth) + grain, 0, 255).astype(np.uint8))
+
+
+def _source(cutouts: str) -> Path | None:
+    """Folder of the emoji, or None for shapes. Part of the cache key: tests move it."""
+    return assets.emoji_folder() if cutouts == "emoji" else None
+
+
+@lru_cache(maxsize=256)
+def _master(folder: Path | None, name: str) -> Image.Image:
+    """The cut-out at full size, RGBA, trimmed to what is visible."""
+    if folder is None:
+        colour, shape = name.split(" ")
+        picture = _draw_shape(colour, shape)
+    else:
+        with Image.open(folder / f"{_FILES[name]}.webp") as file:
+            picture = file.convert("RGBA")
+    visible = picture.getchannel("A").point(lambda alpha: 255 * (alpha > 24))
+    return picture.crop(visible.getbbox())
+
+
+@lru_cache(maxsize=1024)
+def _cutout(folder: Path | None, name: str, width: int, height: int) -> Image.Image:
+    return _master(folder, name).resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
+
+
+def _draw_shape(colour: str, shape: str, size: int = 256) -> Image.Image:
+    """One shape, RGBA, drawn at 4x for smooth edges; a white rim keeps it apart from any ground."""
+    s = 4 * size
+    mask = Image.new("L", (s, s), 0)
+    draw = ImageDraw.Draw(mask)
+
+    def dots(*points: tuple[float, float]) -> None:
+        draw.polygon([(x * s, y * s) for x, y in points], fill=255)
+
+    if shape in ("circle", "ring", "moon"):
+        draw.ellipse((0, 0, s - 1, s - 1), fill=255)
+        if shape == "ring":
+            draw.ellipse((0.27 * s, 0.27 * s, 0.73 * s, 0.73 * s), fill=0)
+        if shape == "moon":
+            draw.ellipse((0.3 * s, -0.12 * s, 1.18 * s, 0.76 * s), fill=0)
+    elif shape == "square":
+        dots((0.04, 0.04), (0.96, 0.04), (0.96, 0.96), (0.04, 0.96))
+    elif shape == "triangle":
+        dots((0.5, 0.06), (1, 0.94), (0, 0.94))
+    elif shape == "cross":
+        dots((0.34, 0), (0.66, 0), (0.66, 1), (0.34, 1))
+        dots((0, 0.34), (1, 0.34), (1, 0.66), (0, 0.66))
+    elif shape == "star":
+        turns = [(np.pi * i / 5, 0.5 if i % 2 == 0 else 0.21) for i in range(10)]
+        dots(*((0.5 + r * float(np.sin(t)), 0.52 - r * float(np.cos(t))) for t, r in turns))
+    elif shape == "heart":
+        t = np.linspace(0, 2 * np.pi, 200)
+        xs, ys = 16 * np.sin(t) ** 3, 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+        dots(*((0.5 + float(x) / 33, 0.46 - float(y) / 33) for x, y in zip(xs, ys, strict=True)))
+    mask = mask.resize((size, size), Image.Resampling.LANCZOS)
+    framed = Image.new("L", (size + 12, size + 12), 0)  # so that the rim follows the border too
+    framed.paste(mask, (6, 6))
+    inner = framed.filter(ImageFilter.MinFilter(11)).crop((6, 6, size + 6, size + 6))
+    shade = np.linspace(1.06, 0.84, size)[:, None, None]
+    body = np.clip(np.array(_COLOURS[colour]) * shade, 0, 255).repeat(size, axis=1).astype(np.uint8)
+    picture = Image.composite(Image.fromarray(body), Image.new("RGB", (size, size), "white"), inner)
+    picture.putalpha(mask)
+    return picture
+
+
+# card and digits: legible on any ground
+_CARDS: tuple[tuple[Colour, Colour], ...] = (
+    ((255, 255, 255), (24, 26, 32)),
+    ((255, 255, 255), (178, 24, 32)),
+    ((255, 255, 255), (18, 66, 160)),
+    ((28, 30, 38), (255, 255, 255)),
+    ((28, 30, 38), (255, 214, 60)),
+)
+
+
+def _card_size(font: int, digits: int) -> tuple[int, int]:
+    return round(font * (0.6 * digits + 0.4)), round(font * 1.2)
+
+
+@lru_cache(maxsize=32)
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+@lru_cache(maxsize=512)
+def _card(number: str, width: int, height: int, style: int) -> Image.Image:
+    """A rounded card with the number on it, RGBA, width x height."""
+    paper, ink = _CARDS[style]
+    mask = Image.new("L", (4 * width, 4 * height), 0)
+    edge = (0, 0, 4 * width - 1, 4 * height - 1)
+    ImageDraw.Draw(mask).rounded_rectangle(edge, radius=0.7 * height, fill=255)
+    card = Image.new("RGBA", (width, height), (*paper, 255))
+    font = _font(max(4, round(height / 1.2)))
+    ImageDraw.Draw(card).text((width / 2, height / 2), number, fill=(*ink, 255), font=font, anchor="mm")
+    card.putalpha(mask.resize((width, height), Image.Resampling.LANCZOS))
+    return card
+
+
+# ------------------------------------------------------------------------------------------------- questions
+
+# (question, answer, what it gives away): two turns about the same fact would answer each other
+_Turn = tuple[str, str, str]
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def _pick(rng: np.random.Generator, options: list[Any]) -> Any:
+    return options[rng.integers(len(options))]
+
+
+def _caption(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | None:
+    parts = [(thing.cell, _with_article(thing.name)) for thing in scene.things]
+    if scene.number is not None and scene.number_cell is not None:
+        parts.append((scene.number_cell, f"the number {scene.number}"))
+    return _CAPTION, " , ".join(words for _, words in sorted(parts)), _CAPTION
+
+
+def _alike(scene: Scene, name: str) -> frozenset[str]:
+    """What a kind has in common with others: its group (emoji), or its colour and its shape."""
+    return _GROUPS[name] if scene.config.cutouts == "emoji" else frozenset(name.split(" "))
+
+
+def _existence(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | None:
+    """Yes or no by a fair coin, and only where both can be asked, so that neither is more likely.
+
+    Half of the absent kinds are adversarial: like one in the picture (same group, or colour, or shape).
+    """
+    here = scene.counts()
+    free = [name for name in kind_names(scene.config) if f"is {name}" not in asked]
+    present, absent = [n for n in free if n in here], [n for n in free if n not in here]
+    if not present or not absent:
+        return None
+    if rng.random() < 0.5:
+        name, answer = _pick(rng, present), "yes"
+    else:
+        traits = frozenset[str]().union(*(_alike(scene, n) for n in here))
+        near = [n for n in absent if _alike(scene, n) & traits]
+        name, answer = _pick(rng, near if near and rng.random() < 0.5 else absent), "no"
+    return f"is there {_with_article(name)} ?", answer, f"is {name}"
+
+
+def _count(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | None:
+    """All things (the number is none), an absent kind (0), or a present one, rather one that repeats."""
+    here = scene.counts()
+    # where nothing repeats, a present kind would always be "1"
+    total, zero = (0.15, 0.1) if max(here.values()) > 1 else (0.45, 0.25)
+    flavour = rng.random()
+    if flavour < total:
+        return _TOTAL, str(len(scene.things)), _TOTAL
+    absent = [name for name in kind_names(scene.config) if name not in here]
+    if flavour < total + zero and absent:
+        name = _pick(rng, absent)
+    else:
+        name = _pick(rng, [name for name, n in here.items() for _ in range((1, 5, 12, 20)[min(n, 4) - 1])])
+    return f"how many : {name} ?", str(here[name]), f"count {name}"
+
+
+def _naming(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | None:
+    thing = _pick(rng, list(scene.things))
+    return f"what is at the {cell_names(scene.config.grid)[thing.cell]} ?", thing.name, f"thing {thing.cell}"
+
+
+def _single(scene: Scene, rng: np.random.Generator, asked: set[str]) -> Thing | None:
+    here = scene.counts()
+    options = [t for t in scene.things if here[t.name] == 1 and f"thing {t.cell}" not in asked]
+    return _pick(rng, options) if options else None
+
+
+def _position(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | None:
+    if (thing := _single(scene, rng, asked)) is None:
+        return None
+    return f"where is the {thing.name} ?", cell_names(scene.config.grid)[thing.cell], f"thing {thing.cell}"
+
+
+def _text(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | None:
+    return None if scene.number is None else (_TEXT, scene.number, _TEXT)
+
+
+def _grounding(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | None:
+    if (thing := _single(scene, rng, asked)) is None:
+        return None
+    return f"box of the {thing.name} ?", format_box(thing.box, scene.image_size), f"thing {thing.cell}"
+
+
+_ASK: dict[str, Callable[[Scene, np.random.Generator, set[str]], _Turn | None]] = {
+    "caption": _caption,
+    "existence": _existence,
+    "count": _count,
+    "naming": _naming,
+    "position": _position,
+    "text": _text,
+    "grounding": _grounding,
+}
+
+
+def single_question(scene: Scene, task: str, seed: int = 0) -> tuple[str, str] | None:
+    """One (question, answer) for evaluation, or None where the scene does not allow this task.
+
+    Raises ValueError for an unknown task.
+    """
+    _check_tasks({task: 1.0})
+    turn = _ASK[task](scene, _rng(scene.seed, scene.split, scene.index, 1, seed, TASKS.index(task)), set())
+    return turn[:2] if turn else None
+
+
+def conversation(
+    scene: Scene, seed: int = 0, questions: int | None = None, tasks: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Messages in the HF format; the picture stands in the first user turn alone. No question comes twice.
+
+    A caption can only come first. It gives away what is there, so after it only position and
+    grounding are asked. A thing is asked for by one of naming, position and grounding: they tell each other.
+
+    Args:
+        questions: the most turns; fewer where the picture has no more to ask. None: as in the scene's config.
+        tasks: weight of each task; those left out are not asked. None: `WEIGHTS`.
+
+    Raises: ValueError for an unknown task, a bad weight, or if the scene allows none of the tasks.
+    """
+    weights = dict(WEIGHTS if tasks is None else tasks)
+    _check_tasks(weights)
+    limit = scene.config.questions if questions is None else questions
+    turns = list(_turns(scene, _rng(scene.seed, scene.split, scene.index, 2, seed), limit, weights))
+    if not turns:
+        raise ValueError(f"scene {scene.index} of {scene.split} allows none of the tasks {sorted(weights)}")
+    messages: list[dict[str, Any]] = []
+    for number, (question, answer) in enumerate(turns):
+        picture = [{"type": "image"}] if number == 0 else []
+        messages.append({"role": "user", "content": [*picture, {"type": "text", "text": question}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages
+
+
+def _check_tasks(weights: Mapping[str, float]) -> None:
+    for task, weight in weights.items():
+        if task not in TASKS:
+            raise ValueError(f"task is {task!r}, expected one of {', '.join(TASKS)}")
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"weight of {task} is {weight!r}, expected a number of at least 0")
+
+
+def _turns(
+    scene: Scene, rng: np.random.Generator, limit: int, weights: Mapping[str, float]
+) -> Iterator[tuple[str, str]]:
+    left = {task: weight for task, weight in weights.items() if weight > 0}
+    asked: set[str] = set()
+    misses = 0
+    while left and limit > 0 and misses < 12:
+        edges = np.cumsum(list(left.values()))
+        task = list(left)[int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))]
+        turn = _ASK[task](scene, rng, asked)
+        if turn is None:
+            del left[task]
+        elif turn[2] in asked:
+            misses += 1
+        else:
+            if not asked:
+                left.pop("caption", None)
+            if task == "caption":
+                left = {name: weight for name, weight in left.items() if name in ("position", "grounding")}
+            asked.add(turn[2])
+            limit -= 1
+            yield turn[:2]
+
+
+# ---------------------------------------------------------------------------------------------------- scores
+
+
+def format_box(box: Box, image_size: int) -> str:
+    """A box in pixels as the text of four whole percents, 0 to 99: "12 40 33 61"."""
+    return " ".join(str(min(99, round(100 * value / image_size))) for value in box)
+
+
+def parse_box(text: str) -> Box | None:
+    """The box that a text names, in percent, or None unless it is four integers of 0..99 with an area."""
+    if not re.fullmatch(r"\s*\d{1,2}(\s+\d{1,2}){3}\s*\.?\s*", text):
+        return None
+    x1, y1, x2, y2 = (int(value) for value in re.findall(r"\d+", text))
+    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
+
+
+def iou(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    """Intersection over union of two boxes in the same unit, 0..1."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    both = max(0.0, width) * max(0.0, height)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both
+    return both / union if union > 0 else 0.0
+
+
+def caption_recall(prediction: str, scene: Scene) -> float:
+    """Share of the things (as a multiset) and the number that the prediction names, 0..1.
+
+    Only the first grid^2 names count, as no picture holds more: reciting every name does not pay.
+    """
+    names = sorted(kind_names(scene.config), key=len, reverse=True)
+    pattern = rf"\b(?:number (\d+)|({'|'.join(names)}))\b"
+    found = [number or name for number, name in re.findall(pattern, prediction)][: scene.config.grid**2]
+    truth = scene.counts() + Counter([scene.number] if scene.number is not None else [])
+    return (truth & Counter(found)).total() / truth.total()
+
+
+def chance(config: SceneConfig, split: str = "test", scenes: int = 2000) -> dict[str, float]:
+    """The score of blind guessing by task, 0..1. Tasks that never occur are left out.
+
+    The guess is the most frequent answer ("how many things" and "how many : kind" have one each), the most
+    frequent names for captions, and the mean box for grounding (share with IoU >= 0.5). It is taken from
+    `scenes` training scenes and scored on as many of `split`. None is drawn; about 2 s.
+    """
+    fit = [make_scene(config, "train", index) for index in range(scenes)]
+    held = [make_scene(config, split, index) for index in range(scenes, 2 * scenes)]
+    score: dict[str, float] = {}
+    for task in TASKS:
+        known, asked = ([qa for s in half if (qa := single_question(s, task))] for half in (fit, held))
+        if not known or not asked:
+            continue
+        if task == "caption":
+            names = Counter(name for s in fit for name in s.counts()).most_common(config.grid**2)
+            guess = " , ".join(name for name, _ in names)
+            hits = [caption_recall(guess, s) for s in held]
+        elif task == "grounding":
+            mean = tuple(np.mean([[int(value) for value in answer.split()] for _, answer in known], axis=0))
+            hits = [float(iou(mean, parse_box(answer) or (0, 0, 0, 0)) >= 0.5) for _, answer in asked]
+        else:
+            best = {
+                flavour: Counter(answer for q, answer in known if (q == _TOTAL) == flavour).most_common(1)
+                for flavour in (False, True)
+            }
+            hits = [float(answer in dict(best[q == _TOTAL])) for q, answer in asked]
+        score[task] = float(np.mean(hits))
+    return score
+
+
+def vocabulary(config: SceneConfig) -> list[str]:
+    """All words, signs and digits of questions and answers, sorted. Numbers are digits: "37" is "3", "7"."""
+    words = [_TOTAL, _TEXT, _CAPTION, "is there a an ?", "how many : ?", "what is at the ?", "where is the ?"]
+    words += ["box of the ?", "the number ,", "yes no", *"0123456789"]
+    words += [*kind_names(config), *cell_names(config.grid)]
+    return sorted({word for text in words for word in text.split()})
+
+
+# -------------------------------------------------------------------------------------------------- data set
+
+
+class ScenesDataset:
+    """Map-style data set: item i is scene i % scenes, with a conversation seeded by i. Picklable; no torch.
+
+    Args:
+        scenes: number of pictures.
+        repeats: conversations for each picture, with other questions each time.
+        tasks: weight of each task, see `conversation`. None: `WEIGHTS`.
+        draw: whether items carry the picture; if not, "images" is empty (a feature cache calls `image`).
+
+    Raises: ValueError for bad numbers, or if no task is one that every picture allows; FileNotFoundError if
+        emoji are asked for and absent.
+    """
+
+    def __init__(
+        self,
+        config: SceneConfig,
+        split: str,
+        scenes: int = 4000,
+        repeats: int = 1,
+        seed: int = 0,
+        tasks: Mapping[str, float] | None = None,
+        draw: bool = True,
+    ) -> None:
+        if scenes < 1 or repeats < 1 or seed < 0:
+            raise ValueError(f"scenes={scenes}, repeats={repeats}, seed={seed}, expected at least 1, 1 and 0")
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+        weights = WEIGHTS if tasks is None else tasks
+        _check_tasks(weights)
+        always = {"caption", "count", "naming"} | ({"text"} if config.numbers == 1 else set())
+        if not any(weights.get(task, 0) > 0 for task in always):
+            raise ValueError(f"tasks is {dict(weights)}, expected one that any picture allows: {sorted(always)}")
+        self.config, self.split, self.scenes, self.repeats = config.resolved(), split, scenes, repeats
+        self.seed, self.tasks, self.draw = seed, dict(tasks) if tasks is not None else None, draw
+
+    def __len__(self) -> int:
+        return self.scenes * self.repeats
+
+    def scene(self, scene_index: int) -> Scene:
+        """The truth about picture `scene_index`."""
+        return make_scene(self.config, self.split, scene_index, self.seed)
+
+    def image(self, scene_index: int) -> Image.Image:
+        """Picture `scene_index`, RGB, image_size x image_size."""
+        return self.scene(scene_index).draw()
+
+    def messages(self, i: int) -> list[dict[str, Any]]:
+        """The conversation of item i, without drawing."""
+        return conversation(self.scene(i % self.scenes), i, tasks=self.tasks)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """{"id", "image_key" (the picture), "images", "messages"}. Raises IndexError past the end."""
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"item {i} of a data set of {len(self)}")
+        i, key = i % len(self), i % self.scenes
+        images = [self.image(key)] if self.draw else []
+        return {
+            "id": f"scenes/{self.split}/{i}",
+            "image_key": key,
+            "images": images,
+            "messages": self.messages(i),
+        }

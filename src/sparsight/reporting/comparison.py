@@ -1,0 +1,317 @@
+"""Compare runs by what their logs say, against one of them, the baseline. Imports no torch.
+
+Ratios are run / baseline: below 1 is cheaper. The ratio of executed FLOPs is the ratio of seconds that a perfect
+machine would reach, so the speed-up had is shown next to the one possible. Scores are fractions of 1; differences
+are in points (hundredths), with the half width of the 95% interval that the number of items leaves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sparsight.reporting.runlog import Run, number_in
+
+Comparison = dict[str, Any]
+_COSTS = ("seconds", "executed_flops")
+
+
+def compare(runs: list[Run], baseline: str | None = None) -> Comparison:
+    """Figures of all runs, the baseline first, as plain JSON values.
+
+    The baseline is the run of that name; without one, "standard" if there is such a run, else the first. Raises
+    `ValueError` for no runs, an unknown baseline, two runs of one name, a stage named "total" or "score", or a
+    task named "mean": those names are ours.
+    """
+    names = [run.name for run in runs]
+    if not runs or len(set(names)) < len(names):
+        raise ValueError(f"comparing takes runs of different names, got {names}")
+    if baseline is None:
+        baseline = "standard" if "standard" in names else names[0]
+    if baseline not in names:
+        raise ValueError(f"no run is named {baseline!r}; there are {names}")
+    if taken := {stage.name for run in runs for stage in run.stages} & {"total", "score"}:
+        raise ValueError(f"a stage cannot be named {taken.pop()!r}")
+    if any("mean" in run.scores for run in runs):
+        raise ValueError("a task cannot be named 'mean'")
+    base, *others = sorted(runs, key=lambda run: run.name != baseline)
+    entries = [_entry(run) for run in (base, *others)]
+    return {
+        "runs": entries,
+        "chance": {task: value for run in (*others, base) for task, value in run.chance.items()},
+        "items": {task: count for run in (*others, base) for task, count in run.items.items()},
+        "ratios": {entry["name"]: _ratios(entry, entries[0]) for entry in entries[1:]},
+        "warnings": [text for run in (base, *others) for text in _own_warnings(run)]
+        + [text for run in others for text in _pair_warnings(run, base)],
+        "env": _environment(base),
+    }
+
+
+def _entry(run: Run) -> dict[str, Any]:
+    keys = ("name", "seconds", "executed_flops", "visual_tokens", "samples", "bridge", "layout")
+    memory = [number_in(step, "memory_bytes") for stage in run.stages for step in stage.steps]
+    return {
+        "name": run.name,
+        "stages": [{key: getattr(stage, key) for key in keys} for stage in run.stages],
+        "scores": run.scores,
+        "shuffled": run.shuffled,
+        "seconds": sum(stage.seconds for stage in run.stages),
+        "executed_flops": sum(stage.executed_flops for stage in run.stages),
+        "peak_memory_bytes": max((each for each in memory if each is not None), default=None),
+    }
+
+
+def _ratios(entry: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    stages = {stage["name"]: stage for stage in base["stages"]}
+    pairs = [(stage["name"], stage, stages[stage["name"]]) for stage in entry["stages"] if stage["name"] in stages]
+    ratios: dict[str, Any] = {
+        name: {cost: _ratio(ours[cost], theirs[cost]) for cost in _COSTS}
+        for name, ours, theirs in (*pairs, ("total", entry, base))
+    }
+    common = entry["scores"].keys() & base["scores"].keys()
+    means = [fmean(each["scores"][task] for task in common) if common else None for each in (entry, base)]
+    return ratios | {"score": _ratio(*means)}
+
+
+def _ratio(value: float | None, base: float | None) -> float | None:
+    return value / base if base and value is not None else None
+
+
+def _environment(run: Run) -> dict[str, Any]:
+    environment = run.header.get("environment")
+    return environment if isinstance(environment, dict) else {}
+
+
+def _own_warnings(run: Run) -> Iterator[str]:
+    yield from (f"{run.name}: {problem}" for problem in run.problems)
+    yield from (f"{run.name}: stage {stage.name} is not finished" for stage in run.stages if not stage.finished)
+    if not run.stages:
+        yield f"{run.name}: has no stages"
+    if not run.scores:
+        yield f"{run.name}: has not been evaluated"
+    if _environment(run).get("dirty"):
+        yield f"{run.name}: its code had changes that are not committed"
+
+
+def _pair_warnings(run: Run, base: Run) -> Iterator[str]:
+    """What makes it unfair to compare `run` with `base`."""
+
+    def differences(what: str, ours: object, theirs: object) -> Iterator[str]:
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            for key in dict.fromkeys([*theirs, *ours]):
+                yield from differences(f"{what} {key}".strip(), ours.get(key), theirs.get(key))
+        elif ours != theirs:
+            yield f"{run.name}: {what} is {_said(ours)}, but {_said(theirs)} in {base.name}"
+
+    yield from differences("samples hash", run.header.get("samples_hash"), base.header.get("samples_hash"))
+    ours, theirs = (_environment(each) for each in (run, base))
+    for key in ("commit", "versions", "hardware", "platform"):
+        yield from differences("" if key in ("versions", "hardware") else key, ours.get(key, {}), theirs.get(key, {}))
+    seen = [{stage.name: stage.samples for stage in each.stages} for each in (run, base)]
+    yield from differences("samples in stage", *seen)
+    tasks = [{task: "scored" for task in each.scores} for each in (run, base)]
+    yield from differences("task", *tasks)
+    yield from differences("items of task", run.items, base.items)
+    yield from differences("chance of task", run.chance, base.chance)
+
+
+def _said(value: object) -> str:
+    return "missing" if value is None else str(value)
+
+
+def stage_rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """A row for each stage and run, then each run's total: figures and `ratios` (None for the baseline)."""
+    runs = comparison["runs"]
+    rows = []
+    for name in dict.fromkeys(stage["name"] for run in runs for stage in run["stages"]):
+        for run in runs:
+            ratios = comparison["ratios"].get(run["name"], {}).get(name)
+            rows += [stage | {"run": run["name"], "ratios": ratios} for stage in run["stages"] if stage["name"] == name]
+    for run in runs:
+        ratios = comparison["ratios"].get(run["name"], {}).get("total")
+        rows.append({"name": "total", "run": run["name"], "ratios": ratios} | {key: run[key] for key in _COSTS})
+    return rows
+
+
+def score_rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """A row for each task, then the mean over the tasks that all runs have.
+
+    `scores`, `shuffled`, `points` (difference from the baseline) and `interval` (its 95% half width in points, from
+    the number of items; seeds would add to it) hold one value a run, the baseline first, None where there is none.
+    """
+    runs, chance, items = comparison["runs"], comparison["chance"], comparison["items"]
+    rows: list[dict[str, Any]] = []
+    for task in dict.fromkeys(task for run in runs for task in run["scores"]):
+        scores = [run["scores"].get(task) for run in runs]
+        shuffled = [run["shuffled"].get(task) for run in runs]
+        count = items.get(task)
+        # p(1-p) is the largest variance that a score within [0, 1] of mean p can have
+        spread = [max(p * (1 - p), 0) / count if p is not None and count else None for p in scores]
+        rows.append({"task": task, "items": count, "chance": chance.get(task), "scores": scores, "shuffled": shuffled})
+        rows[-1]["variance"] = spread
+    common = [row for row in rows if None not in row["scores"]]
+    if common:
+        mean: dict[str, Any] = {"task": "mean", "items": sum(row["items"] or 0 for row in common) or None}
+        mean["chance"] = _mean([row["chance"] for row in common])
+        for key in ("scores", "shuffled", "variance"):
+            mean[key] = [_mean([row[key][index] for row in common]) for index in range(len(runs))]
+        mean["variance"] = [None if each is None else each / len(common) for each in mean["variance"]]
+        rows.append(mean)
+    for row in rows:
+        spread = row.pop("variance")
+        row["points"] = [_points(score, row["scores"][0]) for score in row["scores"]]
+        row["interval"] = [None if None in (v, spread[0]) else 196 * (v + spread[0]) ** 0.5 for v in spread]
+    return rows
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None
+
+
+def _points(score: float | None, base: float | None) -> float | None:
+    return None if score is None or base is None else 100 * (score - base)
+
+
+def verdict(comparison: Comparison) -> str:
+    """What the numbers say, good and bad: one sentence for each run that is not the baseline."""
+    runs, rows = comparison["runs"], score_rows(comparison)
+    said = []
+    for index, run in enumerate(runs[1:], start=1):
+        ratios = comparison["ratios"][run["name"]]
+        total = ratios["total"]
+        text = f"{run['name']} took {times(total['seconds'])} of the time of {runs[0]['name']}"
+        text += f" (executed FLOPs allow {times(total['executed_flops'])}); "
+        points = {row["task"]: row["points"][index] for row in rows if row["points"][index] is not None}
+        mean = points.pop("mean", None)
+        lower = ", ".join(f"{task} ({value:+z.1f})" for task, value in points.items() if round(value, 1) < 0)
+        scores = f"score {mean:+z.1f} points on average; " if mean is not None else "no scores to compare"
+        said.append(text + scores + (f"worse on: {lower or 'no task'}" if mean is not None else ""))
+    if count := len(comparison["warnings"]):
+        said.append(f"{count} warning{'s' if count > 1 else ''}: the comparison may not be fair")
+    return ". ".join(said or ["one run: nothing to compare it with"]) + "."
+
+
+def times(ratio: float | None) -> str:
+    return "?" if ratio is None else f"{ratio:.2f}x"
+
+
+def speed_up(ratios: Mapping[str, float | None] | None) -> str:
+    """Such as "3.6x of 4.1x possible", from ratios of seconds and of executed FLOPs."""
+    if not ratios:
+        return ""
+    had, possible = (f"{1 / ratios[cost]:.1f}x" if ratios.get(cost) else "?" for cost in _COSTS)  # type: ignore[operator]
+    return f"{had} of {possible} possible"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def human(value: float | None, unit: str = "") -> str:
+    """Three digits and an SI prefix: 1.2e14, "FLOP" -> "120 TFLOP"."""
+    if value is None:
+        return "-"
+    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if abs(value) >= 0.9995 * 10**power:
+            return f"{value / 10**power:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}".rstrip()
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def signed(points: float | None, interval: float | None) -> str:
+    shown = "-" if points is None else f"{points:+z.1f}"
+    return shown if points is None or interval is None else f"{shown} ±{interval:.1f}"
+
+
+def render_table(comparison: Comparison, console: Console) -> None:
+    """Print cost by stage, scores by task, the verdict, and the warnings."""
+    console.print(_cost_table(comparison))
+    if any(run["scores"] for run in comparison["runs"]):
+        console.print(_score_table(comparison))
+    console.print(Text(verdict(comparison), style="bold"))
+    for text in comparison["warnings"]:
+        console.print(Text(f"! {text}", style="yellow"))
+
+
+def _cost_table(comparison: Comparison) -> Table:
+    base = comparison["runs"][0]["name"]
+    table = Table(
+        "stage",
+        "run",
+        title="Training cost",
+        caption=f"x: of {base}; below 1 is cheaper",
+        title_justify="left",
+    )
+    for heading in ("tokens", "samples", "time", "FLOPs", "x time", "x FLOPs", "speed-up"):
+        table.add_column(heading, justify="right")
+    previous = None
+    for row in stage_rows(comparison):
+        if row["name"] != previous and previous is not None:
+            table.add_section()
+        ratios = row["ratios"]
+        cells = [row["name"] if row["name"] != previous else "", row["run"]]
+        cells += [_said(row[key]) if key in row else "" for key in ("visual_tokens", "samples")]
+        cells += [duration(row["seconds"]), human(row["executed_flops"], "FLOP")]
+        cells += [times(ratios[cost]) if ratios else "" for cost in _COSTS] + [speed_up(ratios)]
+        table.add_row(*map(Text, cells))
+        previous = row["name"]
+    return table
+
+
+def _score_table(comparison: Comparison) -> Table:
+    names = [run["name"] for run in comparison["runs"]]
+    table = Table(
+        "task",
+        title="Scores, in %",
+        caption="difference in points, with its 95% interval",
+        title_justify="left",
+    )
+    difference = [heading for name in names[1:] for heading in (name, "difference")]
+    for heading in ["items", "chance", names[0], *difference, *(f"{name}, shuffled" for name in names)]:
+        table.add_column(Text(heading), justify="right")
+    rows = score_rows(comparison)
+    for row in rows:
+        if row["task"] == "mean":
+            table.add_section()
+        cells = [Text(row["task"]), Text(_said(row["items"])), Text(percent(row["chance"]))]
+        for index, score in enumerate(row["scores"]):
+            cells.append(Text(percent(score)))
+            if index:
+                points = row["points"][index]
+                style = "bold red" if points is not None and round(points, 1) < 0 else "green"
+                cells.append(Text(signed(points, row["interval"][index]), style=style))
+        cells += [Text(percent(value), style="dim") for value in row["shuffled"]]
+        table.add_row(*cells)
+    return table
+
+
+def write_atomic(path: str | Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_comparison(comparison: Comparison, path: str | Path) -> None:
+    """Write the comparison as JSON, atomically."""
+    write_atomic(path, json.dumps(comparison, indent=2, allow_nan=False) + "\n")

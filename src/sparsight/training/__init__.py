@@ -1,0 +1,1 @@
+"""Training by stages, with Hugging Face's Trainer."""

@@ -1,0 +1,417 @@
+"""Generated scenes: the truth is true, the same everywhere, and kept apart between the splits."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import random
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageChops
+
+from sparsight import assets
+from sparsight.data import scenes
+from sparsight.data.scenes import (
+    SPLITS,
+    TASKS,
+    Scene,
+    SceneConfig,
+    ScenesDataset,
+    make_scene,
+    single_question,
+)
+
+CUTOUTS = ("emoji", "shapes") if assets.emoji_folder() else ("shapes",)
+SHAPES = SceneConfig(cutouts="shapes")
+
+
+@pytest.fixture(params=CUTOUTS)
+def config(request: pytest.FixtureRequest) -> SceneConfig:
+    return SceneConfig(cutouts=request.param)
+
+
+def true_answer(scene: Scene, question: str) -> str:
+    """The answer worked out anew, from `things` and the pixel boxes alone (not from `cell`)."""
+    side = scene.image_size
+
+    def place(box: tuple[int, int, int, int]) -> str:
+        column = ("left", "", "right")[int(3 * (box[0] + box[2]) / 2 / side)]
+        row = ("top", "", "bottom")[int(3 * (box[1] + box[3]) / 2 / side)]
+        return " ".join(filter(None, (row, column))) or "middle"
+
+    body = question.removesuffix(" ?")
+    if body == "describe the picture .":
+        spots = [(t.box, f"{'an' if t.name[0] in 'aeiou' else 'a'} {t.name}") for t in scene.things]
+        spots += [(scene.number_box, f"the number {scene.number}")] if scene.number_box else []
+        rows = sorted(spots, key=lambda p: (3 * (p[0][1] + p[0][3]) // (2 * side), p[0][0] + p[0][2]))
+        return " , ".join(words for _, words in rows)
+    if body == "how many things":
+        return str(len(scene.things))
+    if body == "what number is printed":
+        return str(scene.number)
+    for start in (
+        "is there an ",
+        "is there a ",
+        "how many : ",
+        "what is at the ",
+        "where is the ",
+        "box of the ",
+    ):
+        if body.startswith(start):
+            rest = body.removeprefix(start)
+            break
+    same = [t for t in scene.things if t.name == rest]
+    if start.startswith("is there"):
+        return "yes" if same else "no"
+    if start == "how many : ":
+        return str(len(same))
+    if start == "what is at the ":
+        (thing,) = (t for t in scene.things if place(t.box) == rest)
+        return thing.name
+    (thing,) = same
+    if start == "where is the ":
+        return place(thing.box)
+    return " ".join(str(min(99, round(100 * v / side))) for v in thing.box)
+
+
+def turns(messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    texts = [part["text"] for m in messages for part in m["content"] if part["type"] == "text"]
+    return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+# ---------------------------------------------------------------------------------------- the same everywhere
+
+
+def fingerprint(config: SceneConfig) -> str:
+    items = [ScenesDataset(config, "validation", 5, repeats=2, seed=3)[i] for i in (0, 4, 9)]
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(item["images"][0].tobytes() + repr((item["id"], item["messages"])).encode())
+    return digest.hexdigest()
+
+
+def test_same_bytes_in_another_process(config: SceneConfig) -> None:
+    folders = [str(Path(scenes.__file__).parents[2]), str(Path(__file__).parent)]
+    code = (
+        f"import sys; sys.path[:0] = {folders!r}; import test_scenes as t; "
+        f"print(t.fingerprint(t.SceneConfig(cutouts={config.cutouts!r})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == fingerprint(config)
+
+
+def test_other_index_seed_and_split_give_other_scenes(config: SceneConfig) -> None:
+    base = make_scene(config, "train", 5)
+    others = [("train", 6, 0), ("train", 5, 1), ("test", 5, 0), ("validation", 5, 0)]
+    assert make_scene(config, "train", 5) == base
+    assert len({make_scene(config, *other).ground for other in others} | {base.ground}) == 5
+
+
+def test_no_global_generator_is_touched(config: SceneConfig) -> None:
+    random.seed(1)
+    np.random.seed(1)
+    before = random.getstate(), np.random.get_state()[1].tobytes(), np.random.get_state()[2]
+    first = fingerprint(config)
+    after = random.getstate(), np.random.get_state()[1].tobytes(), np.random.get_state()[2]
+    assert before == after
+    random.seed(2)
+    np.random.seed(2)
+    assert fingerprint(config) == first
+
+
+# ---------------------------------------------------------------------------------------- splits
+
+
+def test_held_out_pairs_are_never_in_train_and_always_elsewhere(config: SceneConfig) -> None:
+    held = scenes.held_out_pairs(config)
+    assert len(held) == round(0.1 * 32 * 9)
+    assert len({kind for kind, _ in held}) > 25 and len({cell for _, cell in held}) == 9
+    for split in SPLITS:
+        for index in range(400):
+            pairs = {(t.name, t.cell) for t in make_scene(config, split, index).things}
+            assert bool(pairs & held) == (split != "train")
+
+
+def test_nothing_held_out_is_allowed() -> None:
+    assert scenes.held_out_pairs(replace(SHAPES, held_out=0)) == frozenset()
+    make_scene(replace(SHAPES, held_out=0), "test", 0)
+
+
+# ---------------------------------------------------------------------------------------- pictures
+
+
+def test_only_the_boxes_are_drawn_on(config: SceneConfig) -> None:
+    for index in range(40):
+        scene = make_scene(replace(config, noise=0), "train", index)
+        changed = ImageChops.difference(scene.draw(), scenes.draw_ground(scene.ground, 256)).convert("L")
+        boxes = [t.box for t in scene.things] + ([scene.number_box] if scene.number_box else [])
+        for box in boxes:
+            x1, y1, x2, y2 = changed.crop(box).point(lambda v: 255 * (v > 6)).getbbox()
+            slack = 5  # a soft edge can match the ground
+            assert x1 <= slack and y1 <= slack and x2 >= box[2] - box[0] - slack and y2 >= box[3] - box[1] - slack
+        for box in boxes:
+            changed.paste(0, box)
+        assert changed.getbbox() is None
+
+
+def test_boxes_keep_the_shape_of_the_cutout(config: SceneConfig) -> None:
+    for index in range(50):
+        for thing in make_scene(config, "train", index).things:
+            width, height = scenes._master(scenes._source(config.cutouts), thing.name).size
+            x1, y1, x2, y2 = thing.box
+            assert 47 <= max(x2 - x1, y2 - y1) <= 84
+            assert (x2 - x1) / (y2 - y1) == pytest.approx(width / height, rel=0.1)
+
+
+def test_every_kind_loads_and_differs(config: SceneConfig) -> None:
+    names = scenes.kind_names(replace(config, kinds=64))
+    pictures = {scenes._cutout(scenes._source(config.cutouts), name, 32, 32).tobytes() for name in names}
+    assert len(set(names)) == len(pictures) == 64
+
+
+def test_a_number_can_be_told_by_its_pixels() -> None:
+    scene = make_scene(replace(SHAPES, numbers=1, noise=0), "train", 0)
+    other = replace(scene, number="".join(str(9 - int(d)) for d in scene.number or ""))
+    assert ImageChops.difference(scene.draw(), other.draw()).getbbox() is not None
+
+
+# ---------------------------------------------------------------------------------------- questions
+
+
+def test_answers_are_true(config: SceneConfig) -> None:
+    asked = Counter[str]()
+    for index in range(150):
+        for split in ("train", "test"):
+            scene = make_scene(config, split, index)
+            for task in TASKS:
+                if (turn := single_question(scene, task, seed=index)) is not None:
+                    assert turn[1] == true_answer(scene, turn[0]), (scene, turn)
+                    asked[task] += 1
+            for question, answer in turns(scenes.conversation(scene, seed=index)):
+                assert answer == true_answer(scene, question), (scene, question)
+    assert all(asked[task] > 100 for task in TASKS)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kinds=st.integers(2, 64),
+    things=st.tuples(st.integers(1, 8), st.integers(1, 8)).map(sorted),
+    image_size=st.integers(64, 512),
+    held_out=st.floats(0, 0.5),
+    index=st.integers(0, 2**40),
+    split=st.sampled_from(SPLITS),
+)
+def test_any_config_gives_a_true_scene(
+    kinds: int, things: list[int], image_size: int, held_out: float, index: int, split: str
+) -> None:
+    config = SceneConfig(image_size, kinds, *things, held_out=held_out, cutouts="shapes")
+    scene = make_scene(config, split, index)
+    assert things[0] <= len(scene.things) <= things[1]
+    spots = [(t.cell, t.box) for t in scene.things]
+    if scene.number_cell is not None and scene.number_box is not None:
+        spots.append((scene.number_cell, scene.number_box))
+    assert len({cell for cell, _ in spots}) == len(spots)
+    for cell, (x1, y1, x2, y2) in spots:
+        row, column = divmod(cell, 3)
+        assert column * image_size // 3 <= x1 < x2 <= (column + 1) * image_size // 3
+        assert row * image_size // 3 <= y1 < y2 <= (row + 1) * image_size // 3
+    assert scene.draw().size == (image_size, image_size)
+    messages = scenes.conversation(scene, seed=index)
+    asked = turns(messages)
+    assert 1 <= len(asked) <= 6 and len({question for question, _ in asked}) == len(asked)
+    assert all(answer == true_answer(scene, question) for question, answer in asked)
+    words = {word for turn in asked for text in turn for word in text.split()}
+    known = set(scenes.vocabulary(config))
+    assert all(word in known or (word.isdigit() and set(word) <= known) for word in words)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_existence_is_balanced(config: SceneConfig, alone: bool) -> None:
+    answers = Counter[str]()
+    for index in range(2500):
+        scene = make_scene(config, "train", index)
+        asked = [single_question(scene, "existence")] if alone else turns(scenes.conversation(scene))
+        answers.update(a for q, a in filter(None, asked) if q.startswith("is there"))
+    assert 0.45 < answers["yes"] / answers.total() < 0.55, answers
+
+
+def test_the_name_alone_does_not_tell_existence(config: SceneConfig) -> None:
+    answers: dict[str, Counter[str]] = {}
+    for index in range(6000):
+        question, answer = single_question(make_scene(config, "train", index), "existence") or ("", "")
+        answers.setdefault(question, Counter())[answer] += 1
+    blind = sum(max(count.values()) for count in answers.values()) / 6000
+    assert blind < 0.56  # about 0.53 is the luck of 190 questions a name
+
+
+def test_counts_are_not_trivial(config: SceneConfig) -> None:
+    answers = Counter[str]()
+    for index in range(1500):
+        question, answer = single_question(make_scene(config, "train", index), "count") or ("", "")
+        answers[answer] += question != "how many things ?"
+    assert set("01234") <= set(answers)
+    assert max(answers.values()) < 0.4 * answers.total()
+
+
+def test_the_picture_comes_once_and_nothing_answers_itself(config: SceneConfig) -> None:
+    captions = 0
+    for index in range(300):
+        messages = scenes.conversation(make_scene(config, "train", index), questions=6)
+        assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
+        kinds = [part["type"] for m in messages for part in m["content"]]
+        assert kinds[0] == "image" and kinds.count("image") == 1
+        questions = [question for question, _ in turns(messages)]
+        if questions[0] == "describe the picture .":
+            captions += 1
+            assert all(q.startswith(("where is", "box of")) for q in questions[1:])
+        assert "describe the picture ." not in questions[1:]
+    assert 60 < captions < 140
+
+
+def test_tasks_that_a_scene_does_not_allow_are_none() -> None:
+    scene = make_scene(replace(SHAPES, numbers=0), "train", 0)
+    assert single_question(scene, "text") is None
+    twice = replace(scene, things=(scene.things[0], replace(scene.things[0], cell=8)))
+    assert single_question(twice, "position") is None and single_question(twice, "grounding") is None
+    with pytest.raises(ValueError, match=r"allows none of the tasks \['text'\]"):
+        scenes.conversation(scene, tasks={"text": 1})
+
+
+# ---------------------------------------------------------------------------------------- scores
+
+
+def test_caption_recall_counts_repeats_numbers_and_no_recital() -> None:
+    scene = make_scene(replace(SHAPES, numbers=1, min_things=3), "train", 0)
+    truth = single_question(scene, "caption")
+    assert truth is not None and scenes.caption_recall(truth[1], scene) == 1
+    assert scenes.caption_recall("", scene) == 0
+    total = len(scene.things) + 1
+    assert scenes.caption_recall(f"the number {scene.number}", scene) == pytest.approx(1 / total)
+    assert scenes.caption_recall(f"the number {scene.number}0", scene) == 0
+    one, three = scene.things[0], replace(scene, things=(scene.things[0],) * 3, number=None)
+    assert scenes.caption_recall(f"a {one.name} , a {one.name}", three) == pytest.approx(2 / 3)
+    wrong = [name for name in scenes.kind_names(SHAPES) if name not in scene.counts()]
+    assert scenes.caption_recall(" , ".join([*wrong[:9], truth[1]]), scene) == 0
+
+
+def test_boxes_parse_and_overlap() -> None:
+    assert scenes.parse_box(" 12 40 33 61 ") == (12, 40, 33, 61)
+    for text in (
+        "",
+        "12 40 33",
+        "12 40 33 61 5",
+        "33 40 12 61",
+        "12 40 33 100",
+        "a 12 40 33 61",
+        "12 40 33 40",
+    ):
+        assert scenes.parse_box(text) is None
+    assert scenes.iou((0, 0, 10, 10), (0, 0, 10, 10)) == 1
+    assert scenes.iou((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(1 / 3)
+    assert scenes.iou((0, 0, 10, 10), (10, 10, 20, 20)) == 0
+
+
+def test_chance_is_low_and_existence_is_a_coin() -> None:
+    score = scenes.chance(SHAPES, scenes=600)
+    assert set(score) == set(TASKS)
+    assert 0.44 < score["existence"] < 0.56
+    assert score["text"] < 0.06 and score["naming"] < 0.1 and score["position"] < 0.2
+    assert score["count"] < 0.4 and score["caption"] < 0.3 and score["grounding"] < 0.2
+    assert "text" not in scenes.chance(replace(SHAPES, numbers=0), scenes=20)
+
+
+# ---------------------------------------------------------------------------------------- data set
+
+
+def test_dataset_repeats_pictures_with_other_questions(config: SceneConfig) -> None:
+    data = pickle.loads(pickle.dumps(ScenesDataset(config, "train", scenes=10, repeats=3)))
+    assert len(data) == 30
+    first, again = data[2], data[12]
+    assert (first["id"], first["image_key"]) == ("scenes/train/2", 2)
+    assert (again["id"], again["image_key"]) == ("scenes/train/12", 2)
+    assert first["images"][0].tobytes() == again["images"][0].tobytes() == data.image(2).tobytes()
+    assert any(data.messages(i) != data.messages(i + 10) for i in range(10))
+    assert data[12]["messages"] == data.messages(12) and data[-1]["id"] == "scenes/train/29"
+    with pytest.raises(IndexError, match="30"):
+        data[30]
+
+
+def test_dataset_can_leave_pictures_undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = ScenesDataset(SHAPES, "test", scenes=4, draw=False, tasks={"caption": 1})
+    monkeypatch.setattr(Scene, "draw", lambda self: pytest.fail("drawn"))
+    assert data[1]["images"] == [] and len(data[1]["messages"]) == 2
+
+
+def test_shapes_stand_in_where_no_emoji_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SPARSIGHT_ASSETS", str(tmp_path))
+    scene = make_scene(SceneConfig(), "train", 0)
+    assert scene.config.cutouts == "shapes" and scene.draw().mode == "RGB"
+    with pytest.raises(FileNotFoundError, match="make assets"):
+        make_scene(SceneConfig(cutouts="emoji"), "train", 0)
+
+
+def test_contact_sheet_has_room_for_all_tiles(config: SceneConfig) -> None:
+    sheet = scenes.contact_sheet(ScenesDataset(config, "train", 5), n=5, columns=3)
+    assert isinstance(sheet, Image.Image) and sheet.width > 3 * 256 and sheet.height > 2 * 256
+    with pytest.raises(ValueError, match="columns=0"):
+        scenes.contact_sheet(ScenesDataset(config, "train", 5), columns=0)
+
+
+# ---------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("image_size", 8, "at least 32"),
+        ("kinds", 65, "2 to 64"),
+        ("min_things", 7, r"1 to max_things \(6\)"),
+        ("max_things", 9, "at most 8"),
+        ("thing_size", (48, 90), "<= 85"),
+        ("thing_size", (48,), "least, most"),
+        ("numbers", 1.5, "probability"),
+        ("digits", (2, 1), "fewest"),
+        ("number_size", 60, "no wider than a cell of 85 px"),
+        ("noise", -0.1, "probability"),
+        ("cutouts", "photos", "auto, emoji or shapes"),
+        ("held_out", 0.9, "0 to 0.5"),
+        ("questions", 0, "at least 1"),
+        ("grid", 4, "2 or 3"),
+    ],
+)
+def test_a_bad_config_shows_value_and_expectation(name: str, value: Any, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected) as caught:
+        SceneConfig(**{name: value})
+    assert f"SceneConfig.{name} is {value!r}" in str(caught.value)
+
+
+def test_grid_of_two_works() -> None:
+    config = replace(SHAPES, grid=2, max_things=3)
+    for index in range(30):
+        scene = make_scene(config, "test", index)
+        assert all(0 <= t.cell < 4 for t in scene.things) and scene.draw()
+    assert scenes.cell_names(2) == ("top left", "top right", "bottom left", "bottom right")
+
+
+def test_other_mistakes_are_named() -> None:
+    with pytest.raises(ValueError, match="'dev'"):
+        make_scene(SHAPES, "dev", 0)
+    with pytest.raises(ValueError, match="'dev'"):
+        ScenesDataset(SHAPES, "dev")
+    with pytest.raises(ValueError, match="'ocr'"):
+        single_question(make_scene(SHAPES, "train", 0), "ocr")
+    with pytest.raises(ValueError, match="weight of count is -1"):
+        ScenesDataset(SHAPES, "train", tasks={"count": -1})
+    with pytest.raises(ValueError, match="any picture allows"):
+        ScenesDataset(SHAPES, "train", tasks={"position": 1})
+    with pytest.raises(ValueError, match="scenes=0"):
+        ScenesDataset(SHAPES, "train", scenes=0)

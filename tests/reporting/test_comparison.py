@@ -1,0 +1,186 @@
+import io
+import json
+from dataclasses import replace
+from statistics import fmean
+
+import pytest
+from rich.console import Console
+from synthetic import ENVIRONMENT, OURS, STANDARD, TASKS, write_run
+
+from sparsight.reporting import compare, read_run, render_table, verdict, write_comparison
+from sparsight.reporting.comparison import duration, human, score_rows, speed_up
+
+
+def printed(comparison):
+    console = Console(file=io.StringIO(), width=160)
+    render_table(comparison, console)
+    return console.file.getvalue()
+
+
+def test_figures_equal_those_recomputed_from_the_lines(tmp_path, runs):
+    """By other code: straight from the JSON lines, knowing nothing of the reader."""
+    result = compare(runs)
+    raw = {}
+    for name in ("standard", "sparsight"):
+        lines = [json.loads(line) for line in (tmp_path / name / "run.jsonl").read_text().splitlines()]
+        raw[name] = {line["stage"]: line for line in lines if line["type"] == "stage_end"}
+        entry = next(entry for entry in result["runs"] if entry["name"] == name)
+        for key in ("seconds", "executed_flops"):
+            assert entry[key] == sum(end[key] for end in raw[name].values())
+        assert entry["peak_memory_bytes"] == max(line.get("memory_bytes", 0) for line in lines)
+    ratios = result["ratios"]["sparsight"]
+    for stage in ("pretrain", "finetune"):
+        for key in ("seconds", "executed_flops"):
+            assert ratios[stage][key] == raw["sparsight"][stage][key] / raw["standard"][stage][key]
+    both = [sum(end["seconds"] for end in raw[name].values()) for name in ("sparsight", "standard")]
+    assert ratios["total"]["seconds"] == both[0] / both[1]
+    assert ratios["score"] == pytest.approx(fmean(OURS.values()) / fmean(STANDARD.values()))
+    # (32 + 90) / (256 + 90) of the tokens, and 0.6 of the layers over (336 + 90) / (256 + 90)
+    assert ratios["pretrain"]["executed_flops"] == pytest.approx(122 / 346)
+    assert ratios["finetune"]["executed_flops"] == pytest.approx(0.6 * 426 / 346)
+
+
+def test_the_form_is_the_contract(runs):
+    result = compare(runs)
+    assert list(result) == ["runs", "chance", "items", "ratios", "warnings", "env"]
+    assert [entry["name"] for entry in result["runs"]] == ["standard", "sparsight"]
+    keys = {"name", "stages", "scores", "shuffled", "seconds", "executed_flops", "peak_memory_bytes"}
+    assert set(result["runs"][0]) == keys
+    keys = {"name", "seconds", "executed_flops", "visual_tokens", "samples", "bridge", "layout"}
+    assert set(result["runs"][0]["stages"][0]) == keys
+    assert set(result["ratios"]["sparsight"]) == {"pretrain", "finetune", "total", "score"}
+    assert (result["chance"], result["warnings"], result["env"]) == (TASKS, [], ENVIRONMENT)
+
+
+def test_the_baseline_can_be_chosen(runs):
+    ratios = compare(runs, baseline="sparsight")["ratios"]["standard"]
+    assert ratios["total"]["seconds"] == pytest.approx(1 / compare(runs)["ratios"]["sparsight"]["total"]["seconds"])
+
+
+def test_wrong_arguments_say_what_is_wrong(runs):
+    with pytest.raises(ValueError, match="no run is named 'x'"):
+        compare(runs, baseline="x")
+    with pytest.raises(ValueError, match="different names"):
+        compare([runs[0], runs[0]])
+    with pytest.raises(ValueError, match="different names"):
+        compare([])
+    with pytest.raises(ValueError, match="cannot be named 'total'"):
+        compare([replace(runs[0], stages=[replace(runs[0].stages[0], name="total")])])
+    with pytest.raises(ValueError, match="cannot be named 'mean'"):
+        compare([replace(runs[0], scores={"mean": 0.5})])
+
+
+def test_what_makes_it_unfair_is_said(tmp_path, runs):
+    other = ENVIRONMENT | {
+        "dirty": True,
+        "versions": ENVIRONMENT["versions"] | {"torch": "2.6.0"},
+        "hardware": ENVIRONMENT["hardware"] | {"threads": 2},
+    }
+    run = read_run(write_run(tmp_path / "other", "other", environment=other, samples_hash="beef"))
+    stages = [replace(run.stages[0], samples=8), replace(run.stages[1], name="extra", finished=False)]
+    scores = {task: score for task, score in run.scores.items() if task != "text"}
+    run = replace(run, stages=stages, scores=scores, items=run.items | {"count": 7}, problems=["line 3: cut"])
+    assert compare([runs[1], run])["warnings"] == [
+        "other: line 3: cut",
+        "other: stage extra is not finished",
+        "other: its code had changes that are not committed",
+        "other: samples hash is beef, but 5f1e in standard",
+        "other: torch is 2.6.0, but 2.13.0 in standard",
+        "other: threads is 2, but 8 in standard",
+        "other: samples in stage pretrain is 8, but 960 in standard",
+        "other: samples in stage finetune is missing, but 960 in standard",
+        "other: samples in stage extra is 960, but missing in standard",
+        "other: task text is missing, but scored in standard",
+        "other: items of task count is 7, but 400 in standard",
+    ]
+
+
+def test_means_are_over_the_tasks_that_all_runs_have(runs):
+    ours, standard = runs
+    ours = replace(ours, scores={"count": 0.5, "naming": 0.7, "other": 1.0})
+    result = compare([ours, standard])
+    base = fmean([STANDARD["count"], STANDARD["naming"]])
+    assert result["ratios"]["sparsight"]["score"] == pytest.approx(0.6 / base)
+    assert score_rows(result)[-1]["scores"] == pytest.approx([base, 0.6])
+
+
+def test_the_interval_is_that_of_two_proportions(runs):
+    rows = {row["task"]: row for row in score_rows(compare(runs))}
+    a, b = STANDARD["count"], OURS["count"]
+    expected = 1.96 * ((a * (1 - a) + b * (1 - b)) / 400) ** 0.5
+    assert rows["count"]["interval"][1] == pytest.approx(100 * expected)
+    assert rows["count"]["points"] == pytest.approx([0, -3.0])
+    parts = [rows[task]["interval"][1] for task in TASKS]
+    assert rows["mean"]["interval"][1] == pytest.approx(sum(part**2 for part in parts) ** 0.5 / len(TASKS))
+
+
+def test_the_verdict_hides_nothing(runs):
+    result = compare(runs)
+    total = result["ratios"]["sparsight"]["total"]
+    assert verdict(result) == (
+        f"sparsight took {total['seconds']:.2f}x of the time of standard (executed FLOPs allow "
+        f"{total['executed_flops']:.2f}x); score -0.6 points on average; "
+        "worse on: caption (-0.4), count (-3.0), text (-5.0)."
+    )
+    better = compare([replace(runs[0], scores=dict.fromkeys(STANDARD, 0.95), problems=["cut"]), runs[1]])
+    assert verdict(better).endswith("worse on: no task. 1 warning: the comparison may not be fair.")
+    assert "no scores to compare" in verdict(compare([replace(runs[0], scores={}), runs[1]]))
+    assert verdict(compare(runs[:1])) == "one run: nothing to compare it with."
+
+
+def test_the_tables_show_every_figure(runs):
+    result = compare(runs)
+    text = printed(result)
+    ratios = result["ratios"]["sparsight"]["pretrain"]
+    for expected in (
+        f"{ratios['seconds']:.2f}x",
+        f"{1 / ratios['seconds']:.1f}x of {1 / ratios['executed_flops']:.1f}x possible",
+        "-5.0 ±6.8",
+        "+1.5",
+        "70.5",
+        "standard, shuffled",
+        "336",
+    ):
+        assert expected in text
+
+
+def test_names_are_not_markup_in_the_terminal(runs):
+    assert "[red]x[/red]" in printed(compare([replace(runs[0], name="[red]x[/red]"), runs[1]]))
+
+
+def test_runs_with_nothing_in_them_are_shown(runs):
+    empty = replace(runs[0], stages=[], scores={}, shuffled={}, header={"environment": None})
+    result = compare([empty, runs[1]])
+    assert result["ratios"]["sparsight"] == {"total": {"seconds": 0.0, "executed_flops": 0.0}, "score": None}
+    assert "has not been evaluated" in printed(result)
+    assert "has no stages" in printed(compare([empty]))
+
+
+def test_the_file_is_written_whole(tmp_path, runs):
+    result = compare(runs)
+    write_comparison(result, tmp_path / "new" / "comparison.json")
+    assert json.loads((tmp_path / "new" / "comparison.json").read_text()) == result
+    with pytest.raises(ValueError):
+        write_comparison({"bad": float("nan")}, tmp_path / "new" / "comparison.json")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["comparison.json"]
+    assert json.loads((tmp_path / "new" / "comparison.json").read_text()) == result
+
+
+@pytest.mark.parametrize(
+    "value, shown",
+    [(0, "0 FLOP"), (999, "999 FLOP"), (999.9, "1 kFLOP"), (1.2e14, "120 TFLOP"), (2.5e18, "2.5 EFLOP")],
+)
+def test_human_units(value, shown):
+    assert human(value, "FLOP") == shown
+
+
+def test_durations_and_speed_ups():
+    assert [duration(each) for each in (0.25, 119.9, 120, 3599.6, 7384)] == [
+        "0.2 s",
+        "119.9 s",
+        "2 min 00 s",
+        "1 h 00 min",
+        "2 h 03 min",
+    ]
+    assert speed_up({"seconds": 0.25, "executed_flops": 0.2}) == "4.0x of 5.0x possible"
+    assert speed_up({"seconds": None, "executed_flops": 0.0}) == "? of ? possible"

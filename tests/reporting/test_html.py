@@ -1,0 +1,161 @@
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from sparsight.reporting import compare, write_report
+
+ATTACK = "</script><img src=x onerror=alert(1)>\"'&{{ 7*7 }}"
+CHROMIUM = shutil.which("chromium")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, and the text outside scripts."""
+
+    def __init__(self, markup):
+        super().__init__()
+        self.tags, self.text, self.scripts, self._inside = [], "", {}, None
+        self.feed(markup)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+        self._id = dict(attrs).get("id")
+
+    def handle_endtag(self, tag):
+        self._inside = None
+
+    def handle_data(self, data):
+        if self._inside == "script":
+            self.scripts[self._id] = data
+        elif self._inside != "style":
+            self.text += data
+
+
+def page_of(runs, path, **options):
+    write_report(compare(runs), runs, path / "report.html", **options)
+    return (path / "report.html").read_text(encoding="utf-8")
+
+
+def attacked(run):
+    header = run.header | {"recipe": {ATTACK: ATTACK}, "environment": {"platform": ATTACK}}
+    stages = [replace(stage, name=ATTACK + stage.name, layout=ATTACK) for stage in run.stages]
+    examples = [
+        {key: ATTACK for key in ("id", "task", "question", "truth", "answer")},
+        run.examples[0] | {"id": "2", "image_png_base64": 'x" onerror="alert(1)'},
+        run.examples[1],
+    ]
+    tables = {key: {ATTACK: 0.5} for key in ("scores", "shuffled", "chance")} | {"items": {ATTACK: 9}}
+    changes = {"name": ATTACK + run.name, "problems": [ATTACK]}
+    return replace(run, header=header, stages=stages, examples=examples, **tables, **changes)
+
+
+def dump(path, page, tmp_path, script=""):
+    """(DOM after the scripts, messages on the console)"""
+    nonce = re.search("nonce-([0-9a-f]+)", page).group(1)
+    file = tmp_path / path
+    file.write_text(page.replace("</body>", f'<script nonce="{nonce}">{script}</script></body>'))
+    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", *quiet]
+    flags += ["--enable-logging=stderr", "--virtual-time-budget=5000", "--window-size=1280,900", "--dump-dom"]
+    done = subprocess.run([CHROMIUM, *flags, file.as_uri()], capture_output=True, text=True, timeout=120)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def test_nothing_of_the_data_becomes_markup(tmp_path, runs):
+    plain = Page(page_of([replace(run, problems=["cut"]) for run in runs], tmp_path))
+    hostile = Page(page_of([attacked(run) for run in runs], tmp_path))
+    assert {tag for tag, _ in hostile.tags} == {tag for tag, _ in plain.tags}
+    assert not [attributes for _, attributes in hostile.tags if "onerror" in attributes]
+    sources = [attributes["src"] for tag, attributes in hostile.tags if "src" in attributes]
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert hostile.text.count(ATTACK) > 10
+    figures = json.loads(hostile.scripts["figures"])
+    assert figures[0]["data"][0]["y"][0].startswith("&lt;/script&gt;&lt;img")
+
+
+def test_the_page_asks_nothing_of_any_network(tmp_path, runs):
+    page = page_of(runs, tmp_path)
+    parsed = Page(page)
+    for tag, attributes in parsed.tags:
+        assert tag not in {"link", "iframe", "object", "embed", "base", "form"}
+        for name in ("src", "href", "srcset", "action", "data", "poster"):
+            assert attributes.get(name, "data:").startswith("data:")
+    policy = next(a["content"] for t, a in parsed.tags if t == "meta" and "http-equiv" in a)
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    own = page[: page.index('<script type="application/json"')] + page[page.rindex("<script ") :]
+    assert not re.search(r"https?://|@import|url\(|fetch\(|XMLHttpRequest", own)
+    assert sum(tag == "script" for tag, _ in parsed.tags) == 3
+
+
+def test_the_page_says_what_the_comparison_says(tmp_path, runs):
+    text = Page(page_of(runs, tmp_path)).text
+    ratios = compare(runs)["ratios"]["sparsight"]["total"]
+    for expected in (
+        f"{ratios['seconds']:.2f}x",
+        f"{ratios['executed_flops']:.2f}x",
+        "32 → 336",
+        "worse on: caption (-0.4), count (-3.0), text (-5.0).",
+        "✗ HARBUR",
+        "✓ HARBOR",
+    ):
+        assert expected in text
+    assert "✗ Three" not in text  # a description is not judged by equality
+    assert "Mind, before you trust" not in text
+
+
+def test_warnings_are_on_the_page(tmp_path, runs):
+    text = Page(page_of([replace(runs[0], problems=["line 3: cut"]), runs[1]], tmp_path)).text
+    assert "sparsight: line 3: cut" in text
+
+
+def test_curves_hold_the_logged_losses(tmp_path, runs):
+    figures = json.loads(Page(page_of(runs, tmp_path)).scripts["figures"])
+    curve = next(figure for figure in figures if figure["id"] == "loss-samples")["data"][0]
+    steps = [step for stage in runs[1].stages for step in stage.steps]
+    assert [loss for loss in curve["y"] if loss is not None] == [step["loss"] for step in steps]
+    assert curve["y"].count(None) == len(runs[1].stages)
+    assert max(x for x in curve["x"] if x is not None) == sum(step["samples"] for step in steps)
+
+
+def test_odd_logs_still_make_a_page(tmp_path, runs):
+    bad_steps = [{"step": 1, "stage": "pretrain", "loss": None}, {"step": 2, "stage": "pretrain", "loss": "x"}]
+    stage = replace(runs[0].stages[0], steps=bad_steps, visual_tokens=None, layout=None)
+    odd = replace(runs[0], stages=[stage], scores={"count": 0.5}, shuffled={}, examples=[{"id": "1"}])
+    empty = replace(odd, name="empty", stages=[], scores={}, examples=[], header={})
+    assert "odd" in page_of([replace(odd, name="odd"), runs[1], empty], tmp_path)
+    assert "empty" in page_of([empty], tmp_path)
+    with pytest.raises(ValueError, match="missing: \\['standard'\\]"):
+        write_report(compare(runs), runs[:1], tmp_path / "no.html")
+
+
+def test_examples_left_out_are_counted(tmp_path, runs):
+    assert "6 more are in the run logs" in Page(page_of(runs, tmp_path, max_examples=2)).text
+
+
+@needs_chromium
+def test_a_browser_draws_it_without_a_complaint(tmp_path, runs):
+    toggle = "document.getElementById('theme').click(); document.body.dataset.width = root.scrollWidth;"
+    dom, console = dump("plain.html", page_of(runs, tmp_path), tmp_path, toggle)
+    assert console == []
+    assert dom.count('class="main-svg"') >= 5
+    assert dom.count('class="bars"') + dom.count("trace bars") >= 3
+    assert 'data-theme="dark"' in dom or 'data-theme="light"' in dom
+    assert int(re.search(r'data-width="(\d+)"', dom).group(1)) <= 1280
+    _, console = dump("control.html", page_of(runs, tmp_path), tmp_path, "throw Error('seen')")
+    assert len(console) == 1, "an error on the page must show, or the test above proves nothing"
+
+
+@needs_chromium
+def test_a_browser_runs_nothing_of_the_data(tmp_path, runs):
+    page = page_of([attacked(run) for run in runs], tmp_path)
+    dom, console = dump("hostile.html", page, tmp_path)
+    assert console == []
+    assert dom.count('class="main-svg"') >= 5
+    # the plotly text is markup of SVG; an <img> would have been made by the page or by plotly
+    assert not re.search(r"<img[^>]*(onerror|src=\"x\")", dom)
