@@ -21,7 +21,7 @@ _PUBLIC = {
     "SparsightConfig": "sparsight.modeling",
     "SparsightForConditionalGeneration": "sparsight.modeling",
     "SparsightProcessor": "sparsight.modeling",
-    "build": "sparsight.modeling",
+    "build": "sparsight.modeling.build",
     "load_recipe": "sparsight.config",
 }
 __all__ = ["__version__", *_PUBLIC]

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-_AUTO = ("transformers.models.auto.modeling_auto", "transformers.models.auto.processing_auto")
-
-
-def _register() -> None:
-    importlib.import_module("sparsight.modeling")
+# Each of ours registers with the one of theirs that it is listed under, and imports no other that is listed below it:
+# theirs import each other, and a module that is half loaded cannot be imported from.
+_OURS = {
+    "transformers.models.auto.configuration_auto": "sparsight.modeling.configuration",
+    "transformers.models.auto.modeling_auto": "sparsight.modeling.modeling",
+    "transformers.models.auto.processing_auto": "sparsight.modeling.processing",
+}
 
 
 class _Loader(importlib.abc.Loader):
@@ -28,7 +30,7 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        _register()
+        importlib.import_module(_OURS[module.__name__])
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -37,10 +39,8 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name not in _AUTO:
+        if name not in _OURS:
             return None
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)  # once is enough, and our own import must not come back here
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader)
@@ -48,8 +48,9 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def with_transformers() -> None:
-    """Register now if transformers' Auto classes are loaded, else as soon as they are."""
-    if any(name in sys.modules for name in _AUTO):
-        _register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    """Register with those of transformers' Auto classes that are loaded, and with the others as soon as they are."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+    for theirs, ours in _OURS.items():
+        if theirs in sys.modules:
+            importlib.import_module(ours)

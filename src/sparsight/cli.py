@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,6 +43,17 @@ def _console() -> Console:
     return Console()
 
 
+@contextmanager
+def _ctrl_c_is_exit_code_130(console: Console) -> Iterator[None]:
+    from sparsight.training.trainer import Interrupted
+
+    try:
+        yield
+    except Interrupted as stopped:
+        console.print(f"[yellow]{stopped}[/]. Go on with the same command and --resume")
+        raise typer.Exit(130) from None
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="folder for runs, report.html and comparison.json")] = Path("runs/demo"),
@@ -53,7 +66,9 @@ def demo(
     from sparsight.pipeline import builtin_recipe, run_comparison
 
     comparison = load_comparison(recipe or builtin_recipe("demo.yaml"), overrides)
-    run_comparison(comparison, out, _console(), resume)
+    console = _console()
+    with _ctrl_c_is_exit_code_130(console):
+        run_comparison(comparison, out, console, resume)
 
 
 @app.command()
@@ -65,17 +80,14 @@ def train(
 ) -> None:
     """Train a VLM by the stages of a recipe."""
     from sparsight.config import load_recipe
-    from sparsight.pipeline import run
-    from sparsight.training.trainer import Interrupted
 
-    settings = load_recipe(recipe, overrides)
+    settings = load_recipe(recipe, overrides)  # before the heavy imports: a mistake in it is told at once
+    from sparsight.pipeline import run
+
     console = _console()
     folder = out or Path("runs") / settings.name
-    try:
+    with _ctrl_c_is_exit_code_130(console):
         final = run(settings, folder, console, resume)
-    except Interrupted as stopped:
-        console.print(f"[yellow]{stopped}[/]. Go on with the same command and --resume")
-        raise typer.Exit(130) from None
     console.print(f"model: [bold]{final}[/]")
 
 
@@ -131,11 +143,14 @@ def main() -> None:
     """Entry point. A user's mistake is one clear message and exit code 2, not a traceback."""
     try:
         app()
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("SPARSIGHT_TRACEBACK"):
             raise
         from rich.console import Console
         from rich.markup import escape
 
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        message = str(error)
+        if message.startswith("Caught "):  # from a process that loads data: its traceback, with the message at the end
+            message = message.rsplit("Error: ", 1)[-1].strip()
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
         sys.exit(2)

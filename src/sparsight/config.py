@@ -142,7 +142,7 @@ def bridge_settings(value: Any) -> Linear | Mlp | PixelShuffle | Resampler | Cha
 
 
 class ScratchLanguage(Settings):
-    """A small Llama trained from nothing, with a tokenizer made from the data. Widths in units, not bytes."""
+    """A small Qwen3 trained from nothing, with a tokenizer made from the data. Widths in units, not bytes."""
 
     hidden: int = Field(192, ge=8)
     layers: int = Field(6, ge=1)
@@ -221,6 +221,7 @@ class Stage(Settings):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     checkpoints: int = Field(4, ge=0, description="checkpoints written in the course of the stage")
+    tasks: dict[str, float] | None = Field(None, description="weight of each task of scenes, in place of data.tasks")
     cache_features: bool = Field(False, description="encode each picture once; the encoder must be frozen")
 
     @model_validator(mode="after")
@@ -303,7 +304,7 @@ def _read_yaml(file: Path, overrides: list[str] | None) -> dict[str, Any]:
         raise FileNotFoundError(f"no recipe at {file.absolute()}")
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file}: expected a mapping of keys to values, found {type(values).__name__}")
@@ -327,7 +328,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise ValueError(f"override '{override}': '{'.'.join(path[:index])}' is not a mapping, found {node!r}")
     if not isinstance(node, dict):
         raise ValueError(f"override '{override}': '{'.'.join(path)}' is not a mapping, found {type(node).__name__}")
-    node[last] = yaml.safe_load(text)
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override '{override}': not valid YAML: {error}") from None
 
 
 def _list_item(items: list[Any], part: str, override: str) -> Any:

@@ -32,7 +32,8 @@ class LanguageShape:
         """Read a transformers text config; names differ between families."""
         heads = config.num_attention_heads
         hidden = config.hidden_size
-        intermediate = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+        named = (getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
+        intermediate = next((size for size in named if size), 4 * hidden)
         return cls(
             layers=config.num_hidden_layers,
             hidden=hidden,
@@ -41,7 +42,7 @@ class LanguageShape:
             head_dim=getattr(config, "head_dim", None) or hidden // heads,
             intermediate=intermediate,
             vocabulary=config.vocab_size,
-            gated=hasattr(config, "rms_norm_eps"),
+            gated=hasattr(config, "rms_norm_eps") or getattr(config, "hidden_act", "") in ("silu", "swish"),
         )
 
     def linear_maps(self) -> list[tuple[int, int]]:
@@ -75,16 +76,19 @@ def language_flops(shape: LanguageShape, batch: int, positions: int, labels: int
         batch: rows; positions: tokens in a row, padding included; labels: positions put on the vocabulary.
     """
     tokens = batch * positions
-    # Backward costs one forward for the input's gradient and one more for the weights'. Below what trains,
-    # nothing flows back: with LoRA or a trained bridge it always flows to the first layer.
+    # Backward costs one forward for the input's gradient and one more for the weights'.
     flows_back = trains.language or trains.bridge or trains.vision
     full = trains.language and not trains.lora_rank
     linear = sum(2 * a * b for a, b in shape.linear_maps()) * tokens * shape.layers
     adapters = sum(2 * trains.lora_rank * (a + b) for a, b in shape.linear_maps()) * tokens * shape.layers
+    first = 0
+    if trains.language and trains.lora_rank and not (trains.bridge or trains.vision):
+        # Nothing trains below the first layer: its queries, keys and values pass no gradient on.
+        first = sum(2 * (a * b + trains.lora_rank * a) for a, b in shape.linear_maps()[:3]) * tokens
     attention = 4 * batch * positions**2 * shape.heads * shape.head_dim * shape.layers
     vocabulary = 2 * labels * shape.hidden * shape.vocabulary
     return {
-        "language_linear": linear * (1 + flows_back + full) + adapters * 3 * trains.language,
+        "language_linear": linear * (1 + flows_back + full) + adapters * 3 * trains.language - first,
         "language_attention": attention * (3 if flows_back else 1),
         "vocabulary": vocabulary * (1 + flows_back + full),
     }
@@ -95,30 +99,44 @@ def bridge_flops(
 ) -> float:
     """Executed FLOPs of a bridge for ``images`` pictures, forward and backward."""
     bridge = bridge_settings(settings)
-    times = 3 if trains.bridge else (2 if trains.vision else 1)
-    patches = map_size[0] * map_size[1]
     tokens = bridge.visual_tokens(map_size)
     if bridge.kind in ("resampler", "chain_of_sight"):
-        return times * _windowed(bridge.scales, bridge, level_widths, out_width, patches, images)
+        return _windowed(bridge.scales, bridge, level_widths, out_width, map_size, images, trains)
     width = sum(level_widths) * getattr(bridge, "factor", 1) ** 2
     maps = width * out_width + (0 if bridge.kind == "linear" else out_width * out_width)
-    return times * 2.0 * images * tokens * maps
+    return 2.0 * images * tokens * maps * (1 + (trains.bridge or trains.vision) + trains.bridge)
 
 
 def _windowed(
-    layout: Layout, bridge: Any, level_widths: Sequence[int], out_width: int, patches: int, images: int
+    layout: Layout,
+    bridge: Any,
+    level_widths: Sequence[int],
+    out_width: int,
+    map_size: tuple[int, int],
+    images: int,
+    trains: Trains,
 ) -> float:
     width, hidden = bridge.width, int(bridge.width * bridge.mlp_ratio)
-    total = 2.0 * images * layout.tokens * width * out_width
+    linear = 2.0 * images * layout.tokens * width * out_width
+    queries = attention = 0.0
     for scale in layout.scales:
+        # Windows of unequal size are padded to the largest.
+        seen = -(-map_size[0] // scale.grid) * -(-map_size[1] // scale.grid)
         for number, level in enumerate(level_widths):
-            # The first level's queries are the same for every picture and projected once.
-            query = 2 * scale.tokens * width * width * (images if number else 1)
-            key_value = 2 * images * patches * level * 2 * width
-            attention = 4 * images * scale.queries * patches * width
-            rest = 2 * images * scale.tokens * (width * width + 2 * width * hidden)
-            total += query + key_value + attention + rest
-    return total
+            query = 2 * scale.tokens * width * width
+            if number:
+                linear += images * query
+            else:  # the first level's queries are the same for every picture and projected once
+                queries += query
+            linear += 2 * images * map_size[0] * map_size[1] * level * 2 * width
+            linear += 2 * images * scale.tokens * (width * width + 2 * width * hidden)
+            attention += 4 * images * scale.tokens * seen * width
+    flows_back = trains.bridge or trains.vision
+    return (
+        linear * (1 + flows_back + trains.bridge)
+        + queries * (3 if trains.bridge else 1)
+        + attention * (3 if flows_back else 1)
+    )
 
 
 def step_flops(
@@ -136,10 +154,10 @@ def step_flops(
     """Executed FLOPs of one forward and backward pass, by part.
 
     Args:
-        encoder_flops: one picture's forward pass; 0 where features come from a cache.
+        encoder_flops: one picture's pass (``encoders.count_flops``); 0 where features come from a cache.
     """
     parts = {
-        "encoder": encoder_flops * images * (3 if trains.vision else 1),
+        "encoder": encoder_flops * images,
         "bridge": bridge_flops(bridge, level_widths, shape.hidden, map_size, images, trains),
     }
     return parts | language_flops(shape, batch, positions, labels, trains)

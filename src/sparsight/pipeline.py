@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,16 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from sparsight.config import Comparison, Evaluation, Recipe, SceneData, ScratchLanguage, Stage
+from sparsight.config import Comparison, ConversationData, Evaluation, Recipe, SceneData, ScratchLanguage, Stage
 from sparsight.cost import Trains
 from sparsight.data.cache import FeatureCache, build_cache, cache_name
 from sparsight.data.collate import TrainingSet
 from sparsight.data.scenes import ScenesDataset, chance
 from sparsight.data.sources import Source, open_source, scene_config
-from sparsight.evaluation.scenes import Scores, evaluate_scenes
-from sparsight.modeling import (
-    SparsightForConditionalGeneration,
-    SparsightProcessor,
-    build,
-    scratch_language,
-)
-from sparsight.modeling.encoders import count_forward_flops
+from sparsight.evaluation.scenes import Scores, evaluate_scenes, score_answer
+from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
+from sparsight.modeling.build import build, scratch_language
+from sparsight.modeling.encoders import count_flops
 from sparsight.modeling.scale import scale_tokens
 from sparsight.reporting import (
     Run,
@@ -44,6 +40,7 @@ from sparsight.reporting import (
     write_comparison,
     write_report,
 )
+from sparsight.reporting.runlog import step_seconds
 from sparsight.training.stages import PartPlan, add_lora, merge_lora, select_trainable
 from sparsight.training.trainer import train_stage
 
@@ -91,10 +88,13 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache
 def _open_log(recipe: Recipe, out: Path, resume: bool) -> RunLog:
     file = out / "run.jsonl"
     values = recipe.model_dump(mode="json")
-    if file.is_file():
+    lines = file.read_bytes().splitlines() if file.is_file() else []
+    if len(lines) < 2:  # no more than a header: it failed before its first stage, by a wrong name perhaps
+        file.unlink(missing_ok=True)
+    else:
         if not resume:
             raise FileExistsError(f"{out} holds a run already; go on with --resume, or choose another --out")
-        header = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
+        header = json.loads(lines[0])
         before = header.get("recipe", {})
         changed = sorted(key for key in values if before.get(key) != values[key])
         if changed:
@@ -122,7 +122,7 @@ def samples_hash(recipe: Recipe) -> str:
     seen = {
         "data": recipe.data.model_dump(mode="json"),
         "seed": recipe.seed,
-        "stages": [(stage.samples, stage.batch_size) for stage in recipe.stages],
+        "stages": [(stage.samples, stage.batch_size, stage.tasks) for stage in recipe.stages],
     }
     return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -136,7 +136,16 @@ def load(folder: Path) -> tuple[SparsightForConditionalGeneration, SparsightProc
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no model there; expected a folder with config.json")
     model = SparsightForConditionalGeneration.from_pretrained(folder)
+    recipe = _trained_by(folder)
+    if recipe is not None and isinstance(recipe.language, ScratchLanguage) and not torch.cuda.is_available():
+        # As `scratch_language` chose. A checkpoint does not say it, and a resumed run must compute the same bits.
+        model.model.language_model.set_attn_implementation("eager")
     return model, SparsightProcessor.from_pretrained(folder)
+
+
+def _trained_by(folder: Path) -> Recipe | None:
+    file = folder / RECIPE_FILE
+    return Recipe.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def enter_stage(
@@ -154,22 +163,39 @@ def enter_stage(
     tokenizer = None
     if isinstance(language, ScratchLanguage):
         language, tokenizer = scratch_language(language, _texts(recipe, stage))
-    return build(
-        recipe.vision,
-        language,
-        stage.bridge,
-        tokenizer=tokenizer,
-        image_size=stage.image_size,
-        vision_levels=recipe.vision_levels,
-        language_layers=recipe.language_layers,
-    )
+    try:
+        return build(
+            recipe.vision,
+            language,
+            stage.bridge,
+            tokenizer=tokenizer,
+            image_size=stage.image_size,
+            vision_levels=recipe.vision_levels,
+            language_layers=recipe.language_layers,
+        )
+    except OSError as error:  # transformers does not say which name it could not find
+        names = f"vision '{recipe.vision}'" + (f" or language '{language}'" if isinstance(language, str) else "")
+        raise ValueError(f"{names} cannot be loaded: {error}") from None
+
+
+def stage_data(recipe: Recipe, stage: Stage) -> SceneData | ConversationData:
+    """The recipe's data, with the tasks that this stage asks.
+
+    Raises:
+        ValueError: the stage names tasks, but the data are not scenes.
+    """
+    if stage.tasks is None:
+        return recipe.data
+    if not isinstance(recipe.data, SceneData):
+        raise ValueError(f"stage '{stage.name}' names tasks, which only scenes have; found data of kind 'json'")
+    return recipe.data.model_copy(update={"tasks": stage.tasks})
 
 
 def _texts(recipe: Recipe, stage: Stage) -> list[str]:
     """What a scratch language model's tokenizer is learnt from."""
-    source = open_source(recipe.data, stage.samples, stage.image_size)
+    source = open_source(recipe.data, 3000, stage.image_size)
     texts = []
-    for index in range(min(len(source), 3000)):
+    for index in range(len(source)):
         for message in source[index].messages:
             texts += [part["text"] for part in message["content"] if part["type"] == "text"]
     return texts
@@ -204,44 +230,39 @@ def _run_stage(
         total_parameters=sum(part.total for part in plan),
         trains={part.part: part.trainable for part in plan if part.trainable},
     )
-    source = open_source(recipe.data, stage.samples, stage.image_size, offset)
-    encoder_flops = count_forward_flops(model.model.vision_tower, stage.image_size)
-    cache = None
+    source = open_source(stage_data(recipe, stage), stage.samples, stage.image_size, offset)
+    encoder_flops = count_flops(model.model.vision_tower, stage.image_size, config.vision_levels)
+    cache, encoding = None, Encoding(0.0, 0.0)
     if stage.cache_features:
-        cache = _cached(
-            model, processor, recipe, source, cache_root or out / "cache", log, stage, encoder_flops, console
-        )
+        root = cache_root or out / "cache"
+        cache, encoding = _cached(model, processor, recipe, source, root, log, stage, encoder_flops, console)
     data = TrainingSet(source, processor, stage.samples, cache)
     rates = stage.learning_rate.parts()
     trains = Trains("vision" in rates, "bridge" in rates, "language" in rates, stage.lora.rank if stage.lora else 0)
     start = time.perf_counter()
     folder = out / stage.name / "checkpoints"
-    train_stage(model, processor, data, recipe, stage, folder, log, trains, encoder_flops, console, resume)
+    began = train_stage(model, processor, data, recipe, stage, folder, log, trains, encoder_flops, console, resume)
     seconds = time.perf_counter() - start
     merge_lora(lora)
-    before, flops = _logged(log.path, stage.name, seconds)
-    log.write("stage_end", stage=stage.name, seconds=before, executed_flops=flops, samples=stage.samples)
+    steps = next(logged.steps for logged in read_run(log.path).stages if logged.name == stage.name)
+    # A resumed stage also took what its steps before the checkpoint took.
+    seconds += sum(step_seconds(step) for step in steps if step["step"] <= began)
+    log.write(
+        "stage_end",
+        stage=stage.name,
+        seconds=seconds + encoding.seconds,
+        executed_flops=sum(step["flops"] for step in steps) + encoding.flops,
+        encoding_seconds=encoding.seconds,
+        samples=stage.samples,
+    )
 
 
-def _logged(path: Path, stage: str, seconds: float) -> tuple[float, float]:
-    """Seconds and FLOPs of a stage over all its sittings: a resumed stage adds what its earlier steps took."""
-    steps: dict[int, dict] = {}
-    mine: set[int] = set()
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # a line that a kill cut short
-            continue
-        if record.get("stage") != stage:
-            continue
-        if record["type"] == "resume":
-            steps = {number: step for number, step in steps.items() if number <= record["step"]}
-            mine = set()
-        elif record["type"] == "step":
-            steps[record["step"]] = record
-            mine.add(record["step"])
-    earlier = sum(sum(step["seconds"].values()) for number, step in steps.items() if number not in mine)
-    return seconds + earlier, sum(step["flops"] for step in steps.values())
+@dataclass(frozen=True)
+class Encoding:
+    """What encoding the pictures once cost this run: seconds and FLOPs."""
+
+    seconds: float
+    flops: float
 
 
 def _cached(
@@ -254,30 +275,29 @@ def _cached(
     stage: Stage,
     encoder_flops: float,
     console: Console,
-) -> FeatureCache:
+) -> tuple[FeatureCache, Encoding]:
     weights = hashlib.sha256()
     for tensor in model.model.vision_tower.state_dict().values():
         weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    made_of = [weights.hexdigest(), recipe.data.model_dump_json(), stage.image_size, model.config.vision_levels]
-    folder = root / cache_name(json.dumps([*made_of, processor.image_processor.to_json_string()]))
-    keys = list(source.keys())
-    reused = (folder / "cache.json").is_file()
+    pictures = recipe.data.model_dump_json(exclude={"tasks", "questions"})
+    made_of = [weights.hexdigest(), pictures, stage.image_size, model.config.vision_levels]
+    keys = list(source.keys())  # part of the name: a row belongs to a picture by its place among them
+    folder = root / cache_name(json.dumps([*made_of, keys, processor.image_processor.to_json_string()]))
 
     def pixels(part: Sequence[Hashable]) -> torch.Tensor:
         pictures = [source.picture(key) for key in part]
         return processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(model.device)
 
-    start = time.perf_counter()
     model.eval()
     with Progress(console=console) as bar, autocast(recipe.precision, model.device):
         task = bar.add_task("encoding pictures", total=len(keys))
         cache = build_cache(folder, keys, pixels, model.model.encode_images, lambda n: bar.update(task, completed=n))
         bar.update(task, completed=len(keys))
-    seconds = time.perf_counter() - start
-    log.write(
-        "cache", stage=stage.name, pictures=len(keys), reused=reused, seconds=seconds, flops=encoder_flops * len(keys)
-    )
-    return cache
+    # Every run is charged once for what its cache took, also when another run has built it: alone, it would have to.
+    paid = any(f'"folder": "{folder}"' in line for line in log.path.read_text(encoding="utf-8").splitlines())
+    cost = Encoding(0.0, 0.0) if paid else Encoding(cache.seconds, encoder_flops * len(keys))
+    log.write("cache", stage=stage.name, folder=str(folder), pictures=len(keys), seconds=cost.seconds, flops=cost.flops)
+    return cache, cost
 
 
 def _save(
@@ -332,6 +352,7 @@ def score(
             id=f"scenes/{settings.split}/{item.picture}",
             image_png_base64=_png(scenes.image(item.picture)),
             answer=answer,
+            correct=score_answer(item.task, answer, item.truth, scenes.scene(item.picture)) >= 0.5,
             **{key: value for key, value in asdict(item).items() if key != "picture"},
         )
     return result
@@ -370,13 +391,11 @@ def evaluate_checkpoint(folder: Path, items: int, split: str, console: Console) 
         ValueError: no model in ``folder``, or no such split.
     """
     model, processor = load(folder)
-    file = folder / RECIPE_FILE
-    data = SceneData()
-    if file.is_file():
-        trained_on = Recipe.model_validate_json(file.read_text(encoding="utf-8")).data
-        data = trained_on if isinstance(trained_on, SceneData) else data
+    recipe = _trained_by(folder)
+    data = recipe.data if recipe is not None and isinstance(recipe.data, SceneData) else SceneData()
+    precision = recipe.precision if recipe is not None else "bf16"
     settings = Evaluation.model_validate({"items": items, "split": split})
-    result, guess = ask_scenes(model, processor, data, settings, "bf16", console)
+    result, guess = ask_scenes(model, processor, data, settings, precision, console)
     table = Table(title=f"{folder}: {split} split, scores in %", title_justify="left")
     for column in ("task", "items", "score", "chance", "shuffled pictures"):
         table.add_column(column, justify="left" if column == "task" else "right")

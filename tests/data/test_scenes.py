@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageChops
+from PIL import ImageChops
 
 from sparsight import assets
 from sparsight.data import scenes
@@ -357,13 +357,6 @@ def test_shapes_stand_in_where_no_emoji_are(monkeypatch: pytest.MonkeyPatch, tmp
     assert scene.config.cutouts == "shapes" and scene.draw().mode == "RGB"
     with pytest.raises(FileNotFoundError, match="make assets"):
         make_scene(SceneConfig(cutouts="emoji"), "train", 0)
-
-
-def test_contact_sheet_has_room_for_all_tiles(config: SceneConfig) -> None:
-    sheet = scenes.contact_sheet(ScenesDataset(config, "train", 5), n=5, columns=3)
-    assert isinstance(sheet, Image.Image) and sheet.width > 3 * 256 and sheet.height > 2 * 256
-    with pytest.raises(ValueError, match="columns=0"):
-        scenes.contact_sheet(ScenesDataset(config, "train", 5), columns=0)
 
 
 # ---------------------------------------------------------------------------------------- mistakes

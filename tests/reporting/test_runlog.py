@@ -167,6 +167,14 @@ def test_the_last_checkpoint_evaluated_counts(tmp_path):
     assert read_run(path).scores == {"a": 0.2, "c": 0.3}
 
 
+def test_questions_on_one_picture_are_several_examples(tmp_path):
+    def asked(question, answer):
+        return {"type": "example", "id": "scenes/test/3", "task": "count", "question": question, "answer": answer}
+
+    examples = read_run(started(tmp_path, asked("a?", "1"), asked("b?", "2"), asked("a?", "3"))).examples
+    assert [(record["question"], record["answer"]) for record in examples] == [("a?", "3"), ("b?", "2")]
+
+
 def test_missing_or_headless_files_say_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="no run log at"):
         read_run(tmp_path)

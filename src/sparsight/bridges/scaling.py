@@ -45,6 +45,8 @@ def scale_bridge(
         ValueError: a new scale has no source, or the bridges differ in more than the layout.
     """
     born = bridge.layout.lineage(target.layout, sources)
+    if bridge.heads != target.heads:  # the weights would fit, but mean something else
+        raise ValueError(f"the new bridge has {target.heads} heads, the old one {bridge.heads}")
     old_state, new_state = bridge.state_dict(), target.state_dict()
     for name, new in new_state.items():
         source, old = name, None

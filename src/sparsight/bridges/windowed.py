@@ -118,6 +118,7 @@ class WindowedResampler(nn.Module):
     ) -> None:
         super().__init__()
         self.layout = layout
+        self.heads = heads
         self.level_widths = tuple(level_widths)
         # Named by grid, so that a checkpoint says by itself which scales it has.
         self.scales = nn.ModuleDict(
@@ -129,10 +130,14 @@ class WindowedResampler(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Truncated normal, std 0.02; biases zero (port)."""
+        """Truncated normal; biases zero (port). The port's std of 0.02 belongs to its width of 1024.
+
+        At other widths it goes with 1 / sqrt(width), so that signals keep the paper's size (ours).
+        """
+        std = 0.02 * (1024 / self.proj.in_features) ** 0.5
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, ScaleResampler):

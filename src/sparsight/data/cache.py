@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ class FeatureCache:
         self.rows = {key: row for row, key in enumerate(keys)}
         self.folder = folder
         meta = json.loads((folder / "cache.json").read_text())
+        self.seconds = float(meta["seconds"])  # what encoding took
         self.levels = [
             np.memmap(folder / f"level{number}.bin", dtype=np.uint16, mode="r", shape=tuple(shape))
             for number, shape in enumerate(meta["shapes"])
@@ -60,6 +62,7 @@ def build_cache(
     if (folder / "cache.json").is_file():
         return FeatureCache(folder, keys)
     folder.mkdir(parents=True, exist_ok=True)
+    begun = time.perf_counter()
     maps: list[np.memmap] = []
     for start in range(0, len(keys), batch_size):
         part = list(keys[start : start + batch_size])
@@ -75,6 +78,8 @@ def build_cache(
     for memory in maps:
         memory.flush()
     written = folder / f"cache.{os.getpid()}.tmp"
-    written.write_text(json.dumps({"shapes": [memory.shape for memory in maps]}))
+    written.write_text(
+        json.dumps({"shapes": [memory.shape for memory in maps], "seconds": time.perf_counter() - begun})
+    )
     written.replace(folder / "cache.json")
     return FeatureCache(folder, keys)

@@ -73,7 +73,8 @@ def encode_conversation(
     for index, (start, end) in enumerate(coded["offset_mapping"]):
         while span is not None and start >= span[1]:
             span = next(inside, None)
-        if span is not None and start >= span[0] and end <= span[1] and end > start:
+        # A token that begins before the answer (a space joined to its first word) is learnt too: it holds the answer.
+        if span is not None and start < span[1] and end > max(start, span[0]):
             labels[index] = coded["input_ids"][index]
     if all(label == -100 for label in labels):
         raise ValueError("nothing to learn: the conversation has no answer of the assistant")

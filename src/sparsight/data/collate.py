@@ -71,6 +71,7 @@ class Collator:
         if pixels:
             batch["pixel_values"] = torch.cat(pixels)
         if features:
-            levels = tuple(torch.cat(level) for level in zip(*features, strict=True))
+            # As an encoder gives them: without autocast, weights in fp32 take no bf16.
+            levels = tuple(torch.cat(level).float() for level in zip(*features, strict=True))
             batch["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(hidden_states=levels)}
         return batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,7 @@ class ConversationSource:
         if not rows:
             raise ValueError(f"{self.file}: no samples in it")
         self.samples = [self._sample(row, number) for number, row in enumerate(rows)]
+        self._find_pictures()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -106,26 +108,38 @@ class ConversationSource:
     def keys(self) -> Sequence[str]:
         return list(dict.fromkeys(key for sample in self.samples for key in sample.images))
 
+    def _find_pictures(self) -> None:
+        """Tell before training, not hours into it, that a picture is not there."""
+        first = {
+            key: (number, sample.id) for number, sample in reversed([*enumerate(self.samples)]) for key in sample.images
+        }
+        missing = sorted((place, key) for key, place in first.items() if not (self.folder / key).is_file())
+        if missing:
+            (number, name), key = missing[0]
+            raise ValueError(
+                f"{self.file}, row {number} (id {name}), field 'images': {self.folder / key}: there is no such file"
+                f" ({len(missing)} of {len(first)} pictures are missing)"
+            )
+
     def _sample(self, row: Any, number: int) -> Sample:
         where = f"{self.file}, row {number}"
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected a mapping, found {type(row).__name__}")
         name = str(row.get("id", number))
         where = f"{where} (id {name})"
-        images = row.get("images", row.get("image", []))
-        images = [images] if isinstance(images, str) else list(images or [])
-        wrong = [image for image in images if not isinstance(image, str)]
-        if wrong:
-            raise ValueError(f"{where}, field 'images': expected paths, found {type(wrong[0]).__name__}")
+        images = _image_paths(row.get("images", row.get("image")), f"{where}, field 'images'")
         if "conversations" in row:
-            turns = [(turn.get("from"), turn.get("value")) for turn in row["conversations"]]
-            field = "conversations"
+            field, speaker, text = "conversations", "from", "value"
         elif "messages" in row:
-            turns = [(turn.get("role"), turn.get("content")) for turn in row["messages"]]
-            field = "messages"
+            field, speaker, text = "messages", "role", "content"
         else:
             raise ValueError(f"{where}: expected 'conversations' (LLaVA) or 'messages', found the fields {sorted(row)}")
-        messages = [_message(role, content, f"{where}, field '{field}'") for role, content in turns]
+        where, turns = f"{where}, field '{field}'", row[field]
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise ValueError(
+                f"{where}: expected a list of turns, each with '{speaker}' and '{text}', found {turns!r:.80}"
+            )
+        messages = [_message(turn.get(speaker), turn.get(text), where) for turn in turns]
         _check(messages, images, where)
         return Sample(name, messages, tuple(images))
 
@@ -133,36 +147,76 @@ class ConversationSource:
 def _read_rows(file: Path) -> list[Any]:
     if not file.is_file():
         raise ValueError(f"{file}: there is no such file")
-    text = file.read_text(encoding="utf-8")
     try:
-        if file.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        rows = json.loads(text)
+        text = file.read_text(encoding="utf-8")
+        if file.suffix != ".jsonl":
+            rows = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected text in UTF-8: {error}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}: not valid JSON: {error}") from None
+    if file.suffix == ".jsonl":
+        # Not splitlines: it also cuts at characters such as U+2028, which JSON allows within a text.
+        rows = [_read_line(file, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not isinstance(rows, list):
         raise ValueError(f"{file}: expected a list of samples, found {type(rows).__name__}")
     return rows
 
 
+def _read_line(file: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}, line {number}: not valid JSON: {error}") from None
+
+
+def _image_paths(value: Any, where: str) -> list[str]:
+    """Paths of a row's pictures; none may lead out of the image folder."""
+    paths = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(paths, list):
+        raise ValueError(f"{where}: expected a path or a list of paths, found {type(value).__name__}")
+    for path in paths:
+        if not isinstance(path, str):
+            raise ValueError(f"{where}: expected paths, found {type(path).__name__}")
+        if os.path.isabs(path) or os.path.normpath(path).split(os.sep)[0] == os.pardir:
+            raise ValueError(f"{where}: expected a path inside the image folder, found '{path}'")
+    return paths
+
+
 def _message(role: Any, content: Any, where: str) -> dict[str, Any]:
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise ValueError(f"{where}: unknown speaker {role!r}; expected one of {sorted(_ROLES)}")
     role = _ROLES[role]
-    if isinstance(content, list):
-        parts = [dict(part) for part in content]
-    elif isinstance(content, str):
-        parts = []
-        for place, text in enumerate(content.split(IMAGE_TAG)):
-            if place:
-                parts.append({"type": "image"})
-            if text.strip("\n"):
-                parts.append({"type": "text", "text": text.strip("\n")})
-    else:
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content.strip("\n")}]
+    if not isinstance(content, list):
         raise ValueError(f"{where}: the {role}'s turn has no text, found {content!r}")
-    if role == "assistant" and not any(part.get("text", "").strip() for part in parts):
-        raise ValueError(f"{where}: an answer of the assistant is empty")
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
+        if kind == "image":
+            parts.append({"type": "image"})
+        elif kind == "text" and isinstance(text, str):
+            parts += _split_at_images(text)
+        else:
+            raise ValueError(
+                f"{where}: the {role}'s turn: expected parts of type 'image' or 'text', found {part!r:.80}"
+            )
+    if role == "assistant" and any(part["type"] == "image" for part in parts):
+        raise ValueError(f"{where}: an answer of the assistant holds {IMAGE_TAG}; expected text")
+    if role == "assistant" and not any(part["text"].strip() for part in parts):
+        raise ValueError(f"{where}: an answer of the assistant is empty; expected text")
     return {"role": role, "content": parts}
+
+
+def _split_at_images(text: str) -> list[dict[str, Any]]:
+    if IMAGE_TAG not in text:
+        return [{"type": "text", "text": text}] if text else []
+    parts: list[dict[str, Any]] = []
+    for place, piece in enumerate(text.split(IMAGE_TAG)):
+        parts += [{"type": "image"}] if place else []
+        parts += [{"type": "text", "text": piece.strip("\n")}] if piece.strip("\n") else []
+    return parts
 
 
 def _check(messages: list[dict[str, Any]], images: list[str], where: str) -> None:
@@ -170,9 +224,10 @@ def _check(messages: list[dict[str, Any]], images: list[str], where: str) -> Non
     if not asked or asked[-1] != "assistant":
         raise ValueError(f"{where}: the last turn must be an answer of the assistant, found {asked or 'no turns'}")
     places = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if places == 0 and images:  # as LLaVA does: a picture that no turn mentions stands before the first question
+    if places == 0 and images and "user" in asked:
+        # As LLaVA does: a picture that no turn mentions stands before the first question.
         first = next(message for message in messages if message["role"] == "user")
-        first["content"][:0] = [{"type": "image"}] * len(images)
+        first["content"][:0] = [{"type": "image"} for _ in images]
     elif places != len(images):
         raise ValueError(f"{where}: the text has {places} {IMAGE_TAG}, but there are {len(images)} images: {images}")
 

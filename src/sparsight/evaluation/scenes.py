@@ -49,7 +49,7 @@ def make_items(data: ScenesDataset, per_task: int) -> list[Item]:
     return items
 
 
-def score(task: str, answer: str, truth: str, scene: Scene) -> float:
+def score_answer(task: str, answer: str, truth: str, scene: Scene) -> float:
     """One answer's score: exact match; recall of named things for captions; IoU >= 0.5 for boxes."""
     if task == "caption":
         return caption_recall(answer, scene)
@@ -93,19 +93,20 @@ def answer_all(
         texts = [t.replace(processor.image_token, processor.image_token * processor.num_image_tokens) for t in texts]
         coded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
         coded = coded.to(model.device)
-        # Room for the longest truth and some more; an answer that does not stop is wrong anyway.
-        room = max(len(tokenizer(items[place].truth)["input_ids"]) for place in places) + 8
+        # Room for the truth and some more, for each item its own: an answer must not depend on who is in the batch.
+        room = [len(tokenizer(items[place].truth)["input_ids"]) + 8 for place in places]
         produced = model.generate(
             input_ids=coded["input_ids"],
             attention_mask=coded["attention_mask"],
             mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=visual_INE[places])},
-            max_new_tokens=room,
+            max_new_tokens=max(room),
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
         tail = produced[:, coded["input_ids"].shape[1] :]
-        for place, text in zip(places, tokenizer.batch_decode(tail, skip_special_tokens=True), strict=True):
+        cut = [ids[:length] for ids, length in zip(tail, room, strict=True)]
+        for place, text in zip(places, tokenizer.batch_decode(cut, skip_special_tokens=True), strict=True):
             answers[place] = text.strip()
         progress(start + len(places))
     return answers
@@ -147,7 +148,9 @@ def evaluate_scenes(
         )
         points: dict[str, list[float]] = {}
         for item, answer in zip(items, answers, strict=True):
-            points.setdefault(item.task, []).append(score(item.task, answer, item.truth, data.scene(item.picture)))
+            points.setdefault(item.task, []).append(
+                score_answer(item.task, answer, item.truth, data.scene(item.picture))
+            )
         target = result.shuffled if shuffled else result.scores
         target.update({task: sum(values) / len(values) for task, values in points.items()})
         if not shuffled:

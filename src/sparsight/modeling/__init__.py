@@ -1,11 +1,29 @@
-"""The composed VLM as an ordinary model of transformers."""
+"""The composed VLM as an ordinary model of transformers.
 
-from sparsight.modeling.build import build, scratch_language
-from sparsight.modeling.configuration import SparsightConfig
-from sparsight.modeling.encoders import EfficientNetLiteConfig, EfficientNetLiteModel, feature_levels
-from sparsight.modeling.modeling import SparsightForConditionalGeneration, SparsightModel
-from sparsight.modeling.processing import SparsightProcessor
+Names are loaded when asked for: a configuration alone must load no model (see ``sparsight._register``).
+"""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsight.modeling.configuration import EfficientNetLiteConfig, SparsightConfig
+    from sparsight.modeling.encoders import EfficientNetLiteModel, feature_levels
+    from sparsight.modeling.modeling import SparsightForConditionalGeneration, SparsightModel
+    from sparsight.modeling.processing import SparsightProcessor
+
+# `sparsight.modeling.build` is the module; its function is `sparsight.build`.
+_MODULES = {
+    "EfficientNetLiteConfig": "configuration",
+    "EfficientNetLiteModel": "encoders",
+    "SparsightConfig": "configuration",
+    "SparsightForConditionalGeneration": "modeling",
+    "SparsightModel": "modeling",
+    "SparsightProcessor": "processing",
+    "feature_levels": "encoders",
+}
 __all__ = [
     "EfficientNetLiteConfig",
     "EfficientNetLiteModel",
@@ -13,7 +31,11 @@ __all__ = [
     "SparsightForConditionalGeneration",
     "SparsightModel",
     "SparsightProcessor",
-    "build",
     "feature_levels",
-    "scratch_language",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'sparsight.modeling' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"sparsight.modeling.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""Configuration of a composed VLM: encoder + bridge + language model."""
+"""Configurations of our models. Imports no model (see ``sparsight._register``)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from sparsight.config import bridge_settings
+
+
+@strict
+class EfficientNetLiteConfig(PreTrainedConfig):
+    """EfficientNet-lite0. ``out_blocks``: the blocks whose outputs are feature levels."""
+
+    model_type = "sparsight_efficientnet_lite"
+
+    out_blocks: list[int] | tuple[int, ...] = (10, 15)
+    image_size: int = 256
 
 
 @strict
@@ -58,4 +68,5 @@ class SparsightConfig(PreTrainedConfig):
         return bridge_settings(self.bridge_config).visual_tokens((height, width))
 
 
+AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig, exist_ok=True)
 AutoConfig.register(SparsightConfig.model_type, SparsightConfig, exist_ok=True)

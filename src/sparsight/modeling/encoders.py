@@ -6,17 +6,19 @@ Shapes: B images, C channels, H x W patches, S sequence (prefix tokens + patches
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
+
+from sparsight.modeling.configuration import EfficientNetLiteConfig
 
 # Expansion, kernel, stride, repeats, channels out (EfficientNet-lite0).
 _LITE0 = (
@@ -28,16 +30,6 @@ _LITE0 = (
     (6, 5, 2, 4, 192),
     (6, 3, 1, 1, 320),
 )
-
-
-@strict
-class EfficientNetLiteConfig(PreTrainedConfig):
-    """EfficientNet-lite0. ``out_blocks``: the blocks whose outputs are feature levels."""
-
-    model_type = "sparsight_efficientnet_lite"
-
-    out_blocks: list[int] | tuple[int, ...] = (10, 15)
-    image_size: int = 256
 
 
 @dataclass
@@ -112,9 +104,17 @@ class EfficientNetLiteModel(PreTrainedModel):
         # Depthwise convolutions run about twice as fast with the channels last, on CPU and CUDA alike.
         x_BCHW = self.stem(pixel_values.contiguous(memory_format=torch.channels_last))
         maps = {}
+        mean_C = variance_C = torch.zeros(1)
         for index, block in enumerate(self.blocks):
             x_BCHW = block(x_BCHW)
-            maps[index] = x_BCHW
+            # Batch norm says what a channel's mean and variance were in training; a residual adds its own to them.
+            norm: Any = block.get_submodule("project.1")
+            mean_C = norm.bias + (mean_C if block.residual else 0)
+            variance_C = norm.weight**2 + (variance_C if block.residual else 0)
+            if index in self.config.out_blocks:
+                # Standardised: the channels' constant part would drown what differs between pictures.
+                scale_C = (variance_C + norm.eps).rsqrt()
+                maps[index] = (x_BCHW - mean_C[:, None, None]) * scale_C[:, None, None]
         return FeatureMaps(feature_maps=tuple(maps[index] for index in self.config.out_blocks))
 
     @classmethod
@@ -144,12 +144,10 @@ class EfficientNetLiteModel(PreTrainedModel):
         return model.eval()
 
 
-AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig, exist_ok=True)
-AutoModel.register(EfficientNetLiteConfig, EfficientNetLiteModel, exist_ok=True)
-
-
 def _patchify(pixel_values: torch.Tensor, patch: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, C, h, w) -> patches (B, H*W, P*P*C) and their grid (B, 2), as SigLIP2 takes them."""
+    if any(side % patch for side in pixel_values.shape[2:]):
+        raise ValueError(f"pictures of {tuple(pixel_values.shape[2:])} pixels do not divide into patches of {patch}")
     x_BHWPPC = pixel_values.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 3, 5, 1)
     grid = torch.tensor(x_BHWPPC.shape[1:3], device=pixel_values.device)
     return x_BHWPPC.flatten(3).flatten(1, 2), grid.expand(len(pixel_values), 2)
@@ -157,6 +155,8 @@ def _patchify(pixel_values: torch.Tensor, patch: int) -> tuple[torch.Tensor, tor
 
 def _run(encoder: Any, pixel_values: torch.Tensor) -> Any:
     accepted = inspect.signature(encoder.forward).parameters
+    if isinstance(encoder, PreTrainedModel) and "pixel_values" not in accepted:
+        raise ValueError(f"{type(encoder).__name__} gives no spatial features: it takes {list(accepted)}, no pixels")
     extra: dict[str, Any] = {}
     if "output_hidden_states" in accepted or "kwargs" in accepted:
         extra["output_hidden_states"] = True
@@ -192,7 +192,8 @@ def feature_levels(
     states = maps if maps is not None else getattr(output, "hidden_states", None)
     name = type(encoder).__name__
     if not states:
-        raise ValueError(f"{name} gives no spatial features: its output has {sorted(output)}, no hidden states")
+        found = list(output) if isinstance(output, dict) else type(output).__name__
+        raise ValueError(f"{name} gives no spatial features: its output has no hidden states, only {found}")
     if levels is None:
         depth = len(states) - 1
         levels = sorted({max(depth - 1, 0), depth} if maps is not None else {max(1, 2 * depth // 3), max(1, depth - 1)})
@@ -205,9 +206,14 @@ def feature_levels(
 
 
 def _spatial(x: torch.Tensor, encoder: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    if x.shape[0] != pixel_values.shape[0]:
+        raise ValueError(
+            f"{type(encoder).__name__} gives hidden states {tuple(x.shape)} for {pixel_values.shape[0]} pictures: "
+            "it does not keep the pictures of a batch apart"
+        )
     if x.ndim == 4:
         return x.permute(0, 2, 3, 1)
-    patch = getattr(encoder.config, "patch_size", None)
+    patch = getattr(getattr(encoder, "config", None), "patch_size", None)
     if patch is None or x.ndim != 3:
         raise ValueError(
             f"{type(encoder).__name__} gives no spatial features: hidden states {tuple(x.shape)}, patch size {patch}"
@@ -229,15 +235,16 @@ def _stretch(x_BHWC: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return F.interpolate(x_BHWC.permute(0, 3, 1, 2), size=(height, width), mode="nearest").permute(0, 2, 3, 1)
 
 
+_POSITIONS = re.compile(r"position|rotary|pos_emb|\brope")
+
+
 def has_own_positions(encoder: nn.Module) -> bool:
     """Whether a patch feature knows its place. Convolutional encoders do not; transformers do."""
-    return any("position_embedding" in name or "rotary" in name for name, _ in encoder.named_modules()) or any(
-        "position_embedding" in name for name, _ in encoder.named_parameters()
-    )
+    return any(_POSITIONS.search(name) for name in [n for n, _ in encoder.named_modules()] + list(encoder.state_dict()))
 
 
 def sincos_2d(height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Fixed 2-D sine-cosine positions in [0, 1] units of the side, (H, W, C): the same place at any resolution."""
+    """Fixed 2-D sine-cosine positions in units of the side, (H, W, C): the same place at any resolution."""
     quarter = -(-channels // 4)
     wave = torch.pi * 2.0 ** torch.linspace(0, 4, quarter, device=device)
     rows = ((torch.arange(height, device=device) + 0.5) / height)[:, None] * wave
@@ -247,9 +254,11 @@ def sincos_2d(height: int, width: int, channels: int, device: torch.device, dtyp
     return torch.cat([rows_HC, columns_WC], -1)[..., :channels].to(dtype)
 
 
-@torch.no_grad()
-def count_forward_flops(encoder: Any, image_size: int) -> float:
-    """FLOPs of one picture's forward pass, counted on the real modules (attention in full)."""
+def count_flops(encoder: Any, image_size: int, levels: Sequence[int] | None = None) -> float:
+    """FLOPs of one picture's pass, counted on the real modules (attention in full).
+
+    The backward pass is in it if parameters of the encoder train: it runs only below the last feature level.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     parameter = next(encoder.parameters())
@@ -261,9 +270,12 @@ def count_forward_flops(encoder: Any, image_size: int) -> float:
     encoder.eval()
     if fused:
         encoder.set_attn_implementation("eager")
+    trained = [p for p in encoder.parameters() if p.requires_grad]
     try:
-        with FlopCounterMode(display=False) as counter:
-            _run(encoder, pixels)
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(bool(trained)):
+            outputs = feature_levels(encoder, pixels, levels)
+            if trained:
+                torch.autograd.grad([level.sum() for level in outputs], trained, allow_unused=True)
     finally:
         if fused:
             encoder.set_attn_implementation(attention)

@@ -19,8 +19,8 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from sparsight.bridges import WindowedResampler, build_bridge
 from sparsight.bridges.windowed import ScaleResampler
-from sparsight.modeling.configuration import SparsightConfig
-from sparsight.modeling.encoders import feature_levels, sincos_2d
+from sparsight.modeling.configuration import EfficientNetLiteConfig, SparsightConfig
+from sparsight.modeling.encoders import EfficientNetLiteModel, feature_levels, sincos_2d
 
 
 @dataclass
@@ -110,14 +110,16 @@ class SparsightModel(SparsightPreTrainedModel):
         """Where the visual tokens go, (B, T, 1).
 
         Raises:
-            ValueError: placeholders and features differ in number; the message has the counts of each sample.
+            ValueError: placeholders and features differ in number (the message has the counts of each sample) or width.
         """
         if input_ids is None:
             token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             mask_BT = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
         else:
             mask_BT = input_ids == self.config.image_token_id
-        images, tokens = image_features.shape[:2]
+        images, tokens, width = image_features.shape
+        if width != inputs_embeds.shape[-1]:
+            raise ValueError(f"visual tokens are {width} wide, the language model {inputs_embeds.shape[-1]}")
         if int(mask_BT.sum()) != images * tokens:
             raise ValueError(
                 f"the batch has {images} images of {tokens} visual tokens = {images * tokens}, but its samples hold "
@@ -125,6 +127,14 @@ class SparsightModel(SparsightPreTrainedModel):
                 "with the model, or a text truncated?"
             )
         return mask_BT[..., None]
+
+    def _untouched(self) -> torch.Tensor | float:
+        """Zero, through every trainable parameter that a batch without images leaves out.
+
+        So such a batch has a backward pass when only the bridge trains, and all ranks reduce the same gradients.
+        """
+        left_out = (*self.multi_modal_projector.parameters(), *self.vision_tower.parameters())
+        return sum(0.0 * parameter.sum() for parameter in left_out if parameter.requires_grad)
 
     @can_return_tuple
     def forward(
@@ -155,6 +165,11 @@ class SparsightModel(SparsightPreTrainedModel):
                 visual_INE = self.bridge_features(encoded.hidden_states)
             mask_BT1 = self.get_placeholder_mask(input_ids, inputs_embeds, visual_INE)
             inputs_embeds = inputs_embeds.masked_scatter(mask_BT1, visual_INE.to(inputs_embeds.dtype))
+        elif input_ids is not None and input_ids.shape[1] > 1 and (input_ids == self.config.image_token_id).any():
+            count = (input_ids == self.config.image_token_id).sum(1).tolist()
+            raise ValueError(f"the samples hold {count} image placeholders, but there are no images")
+        elif self.training:
+            inputs_embeds = inputs_embeds + self._untouched()
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -268,4 +283,5 @@ class SparsightForConditionalGeneration(SparsightPreTrainedModel, GenerationMixi
 
 
 AutoModelForImageTextToText.register(SparsightConfig, SparsightForConditionalGeneration, exist_ok=True)
+AutoModel.register(EfficientNetLiteConfig, EfficientNetLiteModel, exist_ok=True)
 AutoModel.register(SparsightConfig, SparsightModel, exist_ok=True)

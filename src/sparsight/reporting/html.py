@@ -17,11 +17,11 @@ from typing import Any
 
 from sparsight.reporting import comparison as figures_of
 from sparsight.reporting.comparison import Comparison, duration, human, score_rows, signed, times
-from sparsight.reporting.runlog import Run, number_in, step_seconds
+from sparsight.reporting.runlog import Run, example_key, number_in, step_seconds
 
 _COLOURS = 5  # --run-0 (the baseline) ... --run-4 in the template
 _POINTS = 1500  # the most points in a curve
-_FREE_TEXT = 5  # a truth of that many words is a description, which equality cannot judge
+_FREE_TEXT = 4  # a truth of that many words or numbers is a description or a box: equality cannot judge it
 _PICTURE = re.compile(r"[A-Za-z0-9+/]+={0,2}")
 
 
@@ -211,12 +211,12 @@ class _Marks:
 
 
 def _examples(runs: list[Run]) -> list[dict[str, Any]]:
-    """The examples that any run has, by id, with each run's answer and whether it is right (None: not judged)."""
-    merged: dict[str, dict[str, Any]] = {}
+    """The examples that any run has, with each run's answer and whether it is right (None: not judged)."""
+    merged: dict[tuple[str, ...], dict[str, Any]] = {}
     for run in runs:
         for record in run.examples:
             texts = {key: str(record.get(key, "")) for key in ("id", "task", "question", "truth")}
-            example = merged.setdefault(record["id"], texts | {"picture": None, "answers": []})
+            example = merged.setdefault(example_key(record), texts | {"picture": None, "answers": []})
             picture = record.get("image_png_base64")
             if isinstance(picture, str) and _PICTURE.fullmatch(picture):
                 example["picture"] = picture

@@ -41,6 +41,7 @@ _REQUIRED: dict[str, dict[str, type]] = {
     "step": {"stage": str, "step": int},
     "stage_end": {"stage": str},
     "resume": {"stage": str, "step": int},
+    "cache": {"stage": str, "folder": str},
     "eval": {"scores": dict},
     "example": {"id": str},
 }
@@ -202,6 +203,11 @@ def number_in(record: Mapping[str, Any], key: str) -> float | None:
     return _numbers(record).get(key)
 
 
+def example_key(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """What tells examples apart: several questions may be asked of the picture that `id` names."""
+    return tuple(str(record.get(key, "")) for key in ("id", "task", "question"))
+
+
 def read_run(path: str | Path) -> Run:
     """Read a run log, given as the file or its folder. What can be read is kept; `problems` names the rest.
 
@@ -233,7 +239,7 @@ class _Reader:
     steps: dict[str, dict[int, dict[str, Any]]] = field(default_factory=lambda: defaultdict(dict))
     ends: dict[str, dict[str, Any]] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
-    examples: dict[str, dict[str, Any]] = field(default_factory=dict)
+    examples: dict[tuple[str, ...], dict[str, Any]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     seen: dict[str, int] = field(default_factory=dict)
     nonfinite: dict[tuple[str, str], list[int]] = field(default_factory=lambda: defaultdict(list))
@@ -284,6 +290,9 @@ class _Reader:
         self.steps[record["stage"]] = kept
         self.ends.pop(record["stage"], None)
 
+    def _cache(self, number: int, record: dict[str, Any]) -> None:
+        pass  # its seconds and FLOPs are in the stage's end
+
     def _eval(self, number: int, record: dict[str, Any]) -> None:
         if record.get("checkpoint") != self.evaluation.get("checkpoint"):
             self.evaluation = {"checkpoint": record.get("checkpoint")}
@@ -291,7 +300,7 @@ class _Reader:
             self.evaluation[key] = self.evaluation.get(key, {}) | _numbers(record.get(key))
 
     def _example(self, number: int, record: dict[str, Any]) -> None:
-        self.examples[record["id"]] = record
+        self.examples[example_key(record)] = record
 
     def run(self) -> Run:
         for (kind, name), lines in self.nonfinite.items():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import signal
 import time
 from collections import defaultdict
@@ -132,6 +135,8 @@ class SparsightTrainer(Trainer):
         return result
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if "vision" not in self.stage.learning_rate.parts():
+            self.model.model.vision_tower.eval()  # frozen is frozen: its batch norms keep their statistics too
         return super().compute_loss(model, {**inputs, "loss_only": True}, *args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -153,20 +158,22 @@ class _Recorder(TrainerCallback):
         self.log, self.stage, self.counter, self.bar, self.task = log, stage, counter, bar, task
         self.stop = False
         self.started = 0.0
+        self.rates: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.update(self.task, completed=state.global_step)
 
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+    def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
+        # Here, and not at the step's end: by then the schedule has moved to the next step's.
+        self.rates = {group["part"]: group["lr"] for group in kwargs["optimizer"].param_groups}
         self.started = time.perf_counter()
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         self.counter.seconds["optimizer"] += time.perf_counter() - self.started
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        rates = {group["part"]: group["lr"] for group in kwargs["optimizer"].param_groups}
         record = self.counter.record()
-        self.log.write("step", stage=self.stage.name, step=state.global_step, learning_rate=rates, **record)
+        self.log.write("step", stage=self.stage.name, step=state.global_step, learning_rate=self.rates, **record)
         speed = record["samples"] / max(sum(record["seconds"].values()), 1e-9)
         self.bar.update(
             self.task, completed=state.global_step, loss=f"{record['loss']:.3f}", speed=f"{speed:.1f} samples/s"
@@ -179,8 +186,11 @@ class _Recorder(TrainerCallback):
 @contextmanager
 def _ctrl_c(recorder: _Recorder, console: Console) -> Iterator[None]:
     """The first Ctrl-C ends the step and saves; the second one stops at once."""
+    mine = os.getpid()
 
     def stop(signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != mine:  # a process that loads data: the terminal signals it too, but its work is still needed
+            return
         if recorder.stop:
             raise KeyboardInterrupt
         recorder.stop = True
@@ -230,6 +240,18 @@ def training_arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingAr
     )
 
 
+def last_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that is whole. One that a kill cut short is removed: its state file is written last."""
+    while (found := get_last_checkpoint(str(folder))) is not None:
+        try:
+            json.loads((Path(found) / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(found)
+        else:
+            break
+    return found
+
+
 def train_stage(
     model: SparsightForConditionalGeneration,
     processor: SparsightProcessor,
@@ -242,19 +264,22 @@ def train_stage(
     encoder_flops: float,
     console: Console,
     resume: bool = False,
-) -> None:
+) -> int:
     """Train one stage in place.
 
     Args:
         folder: checkpoints go here.
-        encoder_flops: one picture's forward pass through the encoder.
+        encoder_flops: one picture's pass through the encoder (``encoders.count_flops``).
         resume: go on from the last checkpoint in ``folder``, if there is one.
+
+    Returns:
+        The step that training went on from; 0 from the start.
 
     Raises:
         Interrupted: Ctrl-C; the last step is in a checkpoint.
     """
     counter = StepCounter(model, trains, encoder_flops)
-    checkpoint = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
+    checkpoint = last_checkpoint(folder) if resume and folder.is_dir() else None
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -279,9 +304,11 @@ def train_stage(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        if checkpoint:
-            log.write("resume", stage=stage.name, step=int(checkpoint.rsplit("-", 1)[1]))
+        began = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+        if resume:  # without a checkpoint, too: steps that are in the log, but not in the weights, do not count
+            log.write("resume", stage=stage.name, step=began)
         with _ctrl_c(recorder, console):
             trainer.train(resume_from_checkpoint=checkpoint)
         if recorder.stop:
             raise Interrupted(f"stopped in stage '{stage.name}' at step {trainer.state.global_step} of {stage.steps}")
+    return began

@@ -1,0 +1,30 @@
+"""Fixtures for all tests: factories of tiny real models (`tiny.py`). Nothing here reaches the network."""
+
+import os
+
+# Before torch is loaded, and for the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from hypothesis import settings
+
+# Times vary on shared machines; a slow example is not a fault.
+settings.register_profile("sparsight", deadline=None)
+settings.load_profile("sparsight")
+
+
+@pytest.fixture(scope="session")
+def tiny_language():
+    """Factory: `tiny_language(**ScratchLanguage keys)` -> (causal language model, tokenizer), the same every time."""
+    from tiny import make_language
+
+    return make_language
+
+
+@pytest.fixture(scope="session")
+def tiny_vlm():
+    """Factory: `tiny_vlm(bridge, **build options)` -> (model in eval mode, processor), the same every time."""
+    from tiny import make_vlm
+
+    return make_vlm

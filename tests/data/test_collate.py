@@ -1,0 +1,141 @@
+"""Batches: padding, any number of pictures a sample (R14), and features from a cache in place of pixels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparsight.config import ConversationData
+from sparsight.data.cache import build_cache
+from sparsight.data.collate import Collator, TrainingSet
+from sparsight.data.sources import ConversationSource
+from tiny import picture
+
+PICTURES = ([], ["0.png"], ["1.png", "2.png"], ["0.png", "1.png", "2.png"])
+ANSWERS = ("12 apples.", "A small dog stands there.", "47", "A house, two trees and a boat.")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> ConversationSource:
+    for number in range(3):
+        picture(number).save(tmp_path / f"{number}.png")
+    rows = [
+        {
+            "id": f"s{number}",
+            "images": names,
+            "messages": [
+                {"role": "user", "content": "<image>" * len(names) + "How many apples?"},
+                {"role": "assistant", "content": answer},
+            ],
+        }
+        for number, (names, answer) in enumerate(zip(PICTURES, ANSWERS, strict=True))
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    return ConversationSource(ConversationData(path=str(tmp_path / "data.json")))
+
+
+def cached(tmp_path: Path, model: Any, processor: Any, source: ConversationSource) -> Any:
+    def pixels(part: Any) -> torch.Tensor:
+        return processor.image_processor([source.picture(key) for key in part], return_tensors="pt")["pixel_values"]
+
+    return build_cache(tmp_path / "cache", source.keys(), pixels, model.model.encode_images)
+
+
+def test_rows_are_padded_at_the_right_and_padding_is_not_learnt(tiny_vlm, source: ConversationSource) -> None:
+    model, processor = tiny_vlm()
+    data = TrainingSet(source, processor, 4)
+    items = [data[index] for index in range(4)]
+    pad = processor.tokenizer.pad_token_id
+    batch = Collator(pad)(items)
+    lengths = [len(item["input_ids"]) for item in items]
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (4, max(lengths))
+    assert len(set(lengths)) > 1
+    for row, (item, length) in enumerate(zip(items, lengths, strict=True)):
+        assert batch["input_ids"][row].tolist() == item["input_ids"] + [pad] * (max(lengths) - length)
+        assert batch["labels"][row].tolist() == item["labels"] + [-100] * (max(lengths) - length)
+        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (max(lengths) - length)
+
+
+def test_none_to_three_pictures_in_one_batch(tiny_vlm, source: ConversationSource) -> None:
+    """The batch's loss is the mean over all labels, as each sample has it alone: no picture goes astray."""
+    model, processor = tiny_vlm()
+    data, collate = TrainingSet(source, processor, 4), Collator(processor.tokenizer.pad_token_id)
+    items = [data[index] for index in range(4)]
+    batch = collate(items)
+    assert batch["pixel_values"].shape[0] == 6
+    image = processor.image_token_id
+    assert [(row == image).sum().item() for row in batch["input_ids"]] == [0, 8, 16, 24]
+    alone = [model(**collate([item]), loss_only=True).loss for item in items]
+    labels = torch.tensor([sum(label != -100 for label in item["labels"]) for item in items])
+    with torch.no_grad():
+        together = model(**batch, loss_only=True).loss
+    mean = (torch.stack(alone).detach() * labels).sum() / labels.sum()
+    assert abs(together - mean) < 1e-5  # measured: 0 to 5e-7
+    turned = collate(items[::-1])
+    with torch.no_grad():
+        assert abs(model(**turned, loss_only=True).loss - together) < 1e-5
+
+
+def test_text_alone_makes_a_batch_without_pictures(tiny_vlm, source: ConversationSource) -> None:
+    model, processor = tiny_vlm()
+    batch = Collator(0)([TrainingSet(source, processor, 4)[0]])
+    assert batch.keys() == {"input_ids", "labels", "attention_mask"}
+    assert torch.isfinite(model(**batch, loss_only=True).loss)
+
+
+def test_cached_features_give_the_loss_of_pixels(tmp_path: Path, tiny_vlm, source: ConversationSource) -> None:
+    model, processor = tiny_vlm()
+    collate = Collator(processor.tokenizer.pad_token_id)
+    cache = cached(tmp_path, model, processor, source)
+    drawn = collate([TrainingSet(source, processor, 4)[index] for index in range(4)])
+    read = collate([TrainingSet(source, processor, 4, cache)[index] for index in range(4)])
+    assert "pixel_values" not in read and torch.equal(read["input_ids"], drawn["input_ids"])
+    with torch.no_grad():
+        levels = model.model.encode_images(drawn["pixel_values"])
+        losses = [model(**batch, loss_only=True).loss.item() for batch in (drawn, read)]
+    for found, right in zip(read["mm_encoder_outputs"]["image"].hidden_states, levels, strict=True):
+        assert torch.equal(found, right.to(torch.bfloat16).float())
+    assert losses[0] != losses[1]  # features in bf16, all else in fp32
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)  # measured: 4e-6
+
+
+def test_items_come_round_again_and_nothing_is_decoded_for_a_cache(
+    tmp_path: Path, tiny_vlm, source: ConversationSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = tiny_vlm()
+    cache = cached(tmp_path, model, processor, source)
+    monkeypatch.setattr(ConversationSource, "picture", lambda *_: pytest.fail("decoded"))
+    data = TrainingSet(source, processor, 9, cache)
+    assert len(data) == 9
+    assert [data[index]["id"] for index in range(9)] == ["s0", "s1", "s2", "s3"] * 2 + ["s0"]
+
+
+def test_a_picture_that_goes_bad_is_reported_with_the_sample(
+    tmp_path: Path, tiny_vlm, source: ConversationSource
+) -> None:
+    data = TrainingSet(source, tiny_vlm()[1], 4)
+    (tmp_path / "2.png").unlink()
+    with pytest.raises(ValueError, match=r"sample 's2'.*2\.png.*no such file"):
+        data[2]
+    (tmp_path / "2.png").write_bytes((tmp_path / "1.png").read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"sample 's3'.*2\.png.*cannot be read"):
+        data[3]
+    assert data[1]["pixel_values"].shape == (1, 3, 64, 64)
+
+
+def test_a_conversation_without_an_answer_is_reported_with_the_sample(tiny_vlm) -> None:
+    class Silent:
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> Any:
+            from sparsight.data.sources import Sample
+
+            return Sample("quiet", [{"role": "user", "content": "How many?"}], ())
+
+    with pytest.raises(ValueError, match="sample 'quiet': nothing to learn"):
+        TrainingSet(Silent(), tiny_vlm()[1], 1)[0]  # type: ignore[arg-type]

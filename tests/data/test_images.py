@@ -1,0 +1,151 @@
+"""Pictures from files: the right pixels, or a ValueError that names the file. Never another exception (R15)."""
+
+from __future__ import annotations
+
+import io
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sparsight.data.images import load_image
+
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+
+
+def two_halves(left: tuple, right: tuple, mode: str = "RGB") -> Image.Image:
+    """40 x 20, each half of one colour."""
+    picture = Image.new(mode, (40, 20), left)
+    picture.paste(right, (20, 0, 40, 20))
+    return picture
+
+
+def colours(picture: Image.Image) -> list[tuple]:
+    assert picture.mode == "RGB"
+    return [picture.getpixel((5, 5)), picture.getpixel((picture.width - 5, picture.height - 5))]
+
+
+def near(found: list[tuple], expected: list[tuple], within: int = 3) -> bool:
+    return bool(np.abs(np.array(found) - np.array(expected)).max() <= within)
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "gif", "webp", "tiff", "jpg"])
+def test_formats(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"a.{suffix}"
+    two_halves(RED, BLUE).save(file, **({"lossless": True} if suffix == "webp" else {}))
+    assert near(colours(load_image(file)), [RED, BLUE], within=8 if suffix == "jpg" else 0)
+
+
+def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
+    two_halves((255, 0, 0, 255), (0, 0, 0, 0), "RGBA").save(tmp_path / "a.png")
+    two_halves((0, 0, 255, 128), (0, 0, 0, 0), "RGBA").save(tmp_path / "half.png")
+    two_halves((7, 255), (0, 0), "LA").save(tmp_path / "grey.png")
+    assert colours(load_image(tmp_path / "a.png")) == [RED, WHITE]
+    assert near(colours(load_image(tmp_path / "half.png")), [(127, 127, 255), WHITE])
+    assert colours(load_image(tmp_path / "grey.png")) == [(7, 7, 7), WHITE]
+
+
+def test_palette_with_a_transparent_colour_is_laid_on_white(tmp_path: Path) -> None:
+    picture = two_halves(RED, BLUE).quantize(4)
+    blue = picture.getpixel((30, 10))
+    picture.save(tmp_path / "a.png", transparency=blue)
+    picture.save(tmp_path / "a.gif", transparency=blue)
+    with Image.open(tmp_path / "a.png") as saved:
+        assert saved.mode == "P"
+    assert colours(load_image(tmp_path / "a.png")) == [RED, WHITE]
+    assert colours(load_image(tmp_path / "a.gif")) == [RED, WHITE]
+
+
+def test_cmyk(tmp_path: Path) -> None:
+    two_halves(RED, BLUE).convert("CMYK").save(tmp_path / "a.jpg", quality=95)
+    with Image.open(tmp_path / "a.jpg") as saved:
+        assert saved.mode == "CMYK"
+    assert near(colours(load_image(tmp_path / "a.jpg")), [RED, BLUE], within=8)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_sixteen_bits_keep_their_greys(tmp_path: Path, suffix: str) -> None:
+    ramp = np.tile(np.linspace(0, 65535, 256).astype(np.uint16), (8, 1))
+    Image.fromarray(ramp).save(tmp_path / f"a.{suffix}")
+    found = np.asarray(load_image(tmp_path / f"a.{suffix}"))
+    assert (found == np.arange(256)[None, :, None]).all()
+
+
+def test_pixels_of_32_bits_are_refused(tmp_path: Path) -> None:
+    """Whoever saved them knows what is white; guessing gives a black or a white picture."""
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "f.tif")
+    Image.fromarray(np.full((8, 8), 70000, np.int32)).save(tmp_path / "i.tif")
+    for name in ("f.tif", "i.tif"):
+        with pytest.raises(ValueError, match=f"{name}.*32-bit"):
+            load_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("orientation, size, first", [(1, (40, 20), RED), (3, (40, 20), BLUE), (6, (20, 40), RED)])
+def test_exif_rotation_is_applied(tmp_path: Path, orientation: int, size: tuple, first: tuple) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    two_halves(RED, BLUE).save(tmp_path / "a.png", exif=exif)
+    picture = load_image(tmp_path / "a.png")
+    assert picture.size == size
+    assert colours(picture)[0] == first
+
+
+def test_the_first_picture_of_an_animation_is_taken(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (40, 20), colour) for colour in (RED, BLUE)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert colours(load_image(tmp_path / "a.gif"))[0] == RED
+
+
+def test_the_content_counts_and_not_the_name(tmp_path: Path) -> None:
+    two_halves(RED, BLUE).save(tmp_path / "a.jpg", format="PNG")
+    two_halves(RED, BLUE).save(tmp_path / "noname", format="PNG")
+    for name in ("a.jpg", "noname"):
+        assert colours(load_image(tmp_path / name)) == [RED, BLUE]
+
+
+def test_one_pixel(tmp_path: Path) -> None:
+    Image.new("RGB", (1, 1), RED).save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png").getpixel((0, 0)) == RED
+
+
+def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "page.jpg").write_bytes(b"<html>404</html>")
+    (tmp_path / "folder.jpg").mkdir()
+    for name, why in (
+        ("empty.jpg", "cannot"),
+        ("page.jpg", "cannot"),
+        ("folder.jpg", "cannot"),
+        ("gone.jpg", "no such"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: .*{why}"):
+            load_image(tmp_path / name)
+
+
+def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two_halves(RED, BLUE).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 399)
+    with pytest.raises(ValueError, match="bomb.png"):
+        load_image(tmp_path / "bomb.png")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_a_broken_file_is_refused_wherever_it_is_broken(tmp_path: Path, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    stream = io.BytesIO()
+    Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(stream, kind)
+    whole, file = stream.getvalue(), tmp_path / "broken.jpg"
+    for length in range(1, len(whole) - 20, 29):
+        file.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="broken.jpg"):
+            load_image(file)
+    for _ in range(60):  # with wrong bytes in it, a file may still be a picture; it may not raise anything else
+        damaged = bytearray(whole)
+        for place in rng.integers(0, len(whole), 3):
+            damaged[place] = rng.integers(256)
+        file.write_bytes(damaged)
+        with suppress(ValueError):
+            assert load_image(file).mode == "RGB"

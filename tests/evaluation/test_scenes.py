@@ -1,0 +1,174 @@
+"""Scores on scenes: right answers score 1, the control sees wrong pictures, and batches do not matter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from sparsight.config import SceneData
+from sparsight.data.scenes import TASKS, SceneConfig, ScenesDataset, format_box, make_scene
+from sparsight.data.sources import scene_config
+from sparsight.evaluation import scenes as evaluation
+from sparsight.evaluation.scenes import Item, answer_all, evaluate_scenes, make_items, score_answer, visual_tokens
+
+CONFIG = SceneConfig(cutouts="shapes", numbers=1.0)
+
+
+@pytest.fixture
+def data() -> ScenesDataset:
+    settings = SceneData(cutouts="shapes", kinds=8, max_things=3)
+    return ScenesDataset(scene_config(settings, 64), "test", scenes=30)
+
+
+# ---------------------------------------------------------------------------------------- one answer
+
+
+@pytest.mark.parametrize("task", ["existence", "count", "naming", "position", "text"])
+def test_words_must_match_but_for_case_and_space(task: str) -> None:
+    scene = make_scene(CONFIG, "test", 0)
+    assert score_answer(task, " Red circle\n", "red circle", scene) == 1
+    for wrong in ("red circles", "red", "", "a red circle"):
+        assert score_answer(task, wrong, "red circle", scene) == 0
+
+
+def test_captions_are_scored_by_what_they_name() -> None:
+    scene = make_scene(CONFIG, "test", 3)
+    names = [thing.name for thing in scene.things]
+    whole = " , ".join([*(f"a {name}" for name in names), f"the number {scene.number}"])
+    assert score_answer("caption", whole, "not looked at", scene) == 1
+    assert score_answer("caption", f"a {names[0]}", "", scene) == pytest.approx(1 / (len(names) + 1))
+    assert score_answer("caption", "nothing", "", scene) == 0
+
+
+def test_boxes_are_scored_by_overlap() -> None:
+    scene = make_scene(CONFIG, "test", 0)
+    truth = "10 10 50 50"
+    answers = {truth: 1, "10 10 50 31": 1, "10 10 50 29": 0, "60 60 90 90": 0, "10 10 50": 0, "a box": 0, "": 0}
+    assert {text: score_answer("grounding", text, truth, scene) for text in answers} == answers
+    box = scene.things[0].box
+    assert score_answer("grounding", format_box(box, 256), format_box(box, 256), scene) == 1
+
+
+# ---------------------------------------------------------------------------------------- the questions
+
+
+def test_each_task_has_its_number_of_questions(data: ScenesDataset) -> None:
+    items = make_items(data, 5)
+    assert {task: sum(item.task == task for item in items) for task in TASKS} == dict.fromkeys(TASKS, 5)
+    assert all(0 <= item.picture < 30 for item in items)
+    for task in TASKS:
+        pictures = [item.picture for item in items if item.task == task]
+        assert len(set(pictures)) == 5  # not one picture five times
+    assert items == make_items(data, 5)
+
+
+def test_the_truth_scores_one(data: ScenesDataset) -> None:
+    for item in make_items(data, 5):
+        assert score_answer(item.task, item.truth, item.truth, data.scene(item.picture)) == 1
+
+
+def test_too_few_pictures_give_fewer_questions(data: ScenesDataset) -> None:
+    few = ScenesDataset(data.config, "test", scenes=3)
+    assert sum(item.task == "caption" for item in make_items(few, 5)) == 3
+
+
+# ---------------------------------------------------------------------------------------- asking a model
+
+
+class Spy:
+    """Records the rows of visual tokens that every question is asked with, and lets it be asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[list[Item], torch.Tensor]] = []
+        real = evaluation.answer_all
+
+        def spied(model: Any, processor: Any, items: list[Item], visual: torch.Tensor, *rest: Any) -> list[str]:
+            self.calls.append((items, visual))
+            return real(model, processor, items, visual, *rest)
+
+        monkeypatch.setattr(evaluation, "answer_all", spied)
+
+
+def test_the_control_asks_every_question_about_another_picture(
+    tiny_vlm, data: ScenesDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = tiny_vlm()
+    spy = Spy(monkeypatch)
+    result = evaluate_scenes(model, processor, data, 2)
+    (items, own), (again, other) = spy.calls
+    assert items == again == make_items(data, 2)
+    pictures = sorted({item.picture for item in items})
+    tokens = visual_tokens(model, processor, [data.image(picture) for picture in pictures], 7)
+    row = {picture: tokens[place] for place, picture in enumerate(pictures)}
+    for item, right, wrong in zip(items, own, other, strict=True):
+        assert torch.allclose(right, row[item.picture], atol=1e-5)
+        assert any(torch.allclose(wrong, row[picture], atol=1e-5) for picture in pictures if picture != item.picture)
+        assert not torch.allclose(wrong, right, atol=1e-3)
+    assert result.scores.keys() == result.shuffled.keys() == result.items.keys() == set(TASKS)
+    assert result.items == dict.fromkeys(TASKS, 2)
+    assert [item for item, _ in result.answers] == items
+    assert all(0 <= value <= 1 for value in [*result.scores.values(), *result.shuffled.values()])
+
+
+def test_without_the_control_nothing_is_shuffled(tiny_vlm, data: ScenesDataset) -> None:
+    model, processor = tiny_vlm()
+    seen: list[tuple[int, int]] = []
+    result = evaluate_scenes(model, processor, data, 1, 4, control=False, progress=lambda *pair: seen.append(pair))
+    assert result.shuffled == {} and result.scores.keys() == set(TASKS)
+    assert seen == [(4, 7), (7, 7)]
+
+
+def test_progress_counts_both_rounds(tiny_vlm, data: ScenesDataset) -> None:
+    model, processor = tiny_vlm()
+    seen: list[tuple[int, int]] = []
+    evaluate_scenes(model, processor, data, 1, 4, progress=lambda *pair: seen.append(pair))
+    assert seen == [(4, 14), (7, 14), (11, 14), (14, 14)]
+
+
+def test_answers_do_not_depend_on_the_batch(tiny_vlm, data: ScenesDataset) -> None:
+    """A model with random weights talks until it is cut off: also the cut must be each question's own."""
+    model, processor = tiny_vlm()
+    answers = [
+        [answer for _, answer in evaluate_scenes(model, processor, data, 3, size, control=False).answers]
+        for size in (1, 4, 50)
+    ]
+    assert answers[0] == answers[1] == answers[2]
+    assert len(set(answers[0])) > 5 and max(map(len, answers[0])) > 8
+
+
+def test_answers_are_those_of_plain_generation(tiny_vlm, data: ScenesDataset) -> None:
+    """Encoded once and asked in batches is the same as one picture and one question by the processor."""
+    model, processor = tiny_vlm()
+    items = make_items(data, 2)
+    pictures = [data.image(item.picture) for item in items]
+    visual = visual_tokens(model, processor, pictures, 4)
+    found = answer_all(model, processor, items, visual, 5)
+    for item, image, answer in zip(items, pictures, found, strict=True):
+        content = [{"type": "image", "image": image}, {"type": "text", "text": item.question}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+        )
+        room = len(processor.tokenizer(item.truth)["input_ids"]) + 8
+        ids = model.generate(**inputs, max_new_tokens=room, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert processor.tokenizer.decode(ids, skip_special_tokens=True).strip() == answer
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_asked_in_eval_mode_and_given_back_as_it_was(
+    tiny_vlm, data: ScenesDataset, training: bool
+) -> None:
+    model, processor = tiny_vlm()
+    modes: list[bool] = []
+    model.model.language_model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    model.train(training)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    evaluate_scenes(model, processor, data, 1)
+    assert modes and not any(modes)
+    assert all(module.training is training for module in model.modules())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())

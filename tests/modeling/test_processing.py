@@ -1,0 +1,126 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from sparsight.modeling import SparsightProcessor
+from tiny import conversation, make_vlm, picture
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return make_vlm()[1]
+
+
+def with_images(messages, pictures):
+    """Messages with the pictures themselves in their image parts."""
+    pictures = iter(pictures)
+    for message in messages:
+        if not isinstance(message["content"], str):
+            for part in message["content"]:
+                if part["type"] == "image":
+                    part["image"] = next(pictures)
+    return messages
+
+
+def test_placeholders_are_expanded(processor):
+    text = "<image> one <image><image> three"
+    batch = processor(text=text, images=[picture(i) for i in range(3)], return_tensors="pt")
+    ids = batch["input_ids"][0]
+    placeholders = ids == processor.image_token_id
+    assert placeholders.sum() == 3 * processor.num_image_tokens == 24
+    assert batch["pixel_values"].shape == (3, 3, 64, 64)
+    kept = processor.tokenizer.decode(ids[~placeholders])
+    assert kept == " one  three"
+    assert placeholders[:8].all() and placeholders[-8 - 3 :].any()
+
+
+def test_batches_are_padded(processor):
+    texts = ["<image> a", "no picture at all", "<image><image> two"]
+    images = [[picture(0)], [], [picture(1), picture(2)]]
+    batch = processor(text=texts, images=images, padding=True, return_tensors="pt")
+    counts = (batch["input_ids"] == processor.image_token_id).sum(1).tolist()
+    assert counts == [8, 0, 16]
+    assert batch["pixel_values"].shape[0] == 3
+    lengths = [len(processor(text=t, images=i or None)["input_ids"][0]) for t, i in zip(texts, images, strict=True)]
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+
+
+def test_text_alone(processor):
+    batch = processor(text="no picture", return_tensors="pt")
+    assert set(batch) == {"input_ids", "attention_mask"}
+    assert processor.tokenizer.decode(batch["input_ids"][0]) == "no picture"
+
+
+def test_counts_for_serving(processor):
+    """What vLLM and others ask for without a picture at hand."""
+    counts = processor._get_num_multimodal_tokens(image_sizes=[(80, 80), (10, 300)])
+    assert (counts["num_image_tokens"], counts["num_image_patches"]) == ([8, 8], [1, 1])
+    assert "num_image_tokens" not in processor._get_num_multimodal_tokens()
+
+
+def test_token_types(processor):
+    batch = processor(text="<image> one", images=picture(), return_mm_token_type_ids=True, return_tensors="pt")
+    assert torch.equal(batch["mm_token_type_ids"] == 1, batch["input_ids"] == processor.image_token_id)
+
+
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_the_mask_covers_the_answer_and_its_stop_token(processor, images):
+    talk = conversation("How many apples?", "There are 12.", images)
+    talk += [{"role": "user", "content": "And dogs?"}, {"role": "assistant", "content": "A small dog."}]
+    batch = processor.apply_chat_template(
+        with_images(talk, [picture(i) for i in range(images)]),
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+    )
+    ids, mask = batch["input_ids"][0], batch["assistant_masks"][0]
+    said = processor.tokenizer.decode(ids[mask == 1])
+    assert said == "There are 12.<|end|>A small dog.<|end|>"
+    unsaid = processor.tokenizer.decode(ids[mask == 0])
+    pictures = "".join("<image>" * 8 + "\n" for _ in range(images))
+    assert unsaid == f"<|user|>{pictures}How many apples?<|assistant|><|user|>And dogs?<|assistant|>"
+    assert ("pixel_values" in batch) == (images > 0)
+    assert mask.numel() == ids.numel()
+
+
+def test_the_prompt_is_the_start_of_the_conversation(processor):
+    """What is generated from is what was learnt from."""
+    whole, prompt = (
+        processor.apply_chat_template(
+            with_images(conversation("How many?", answer), [picture()]),
+            tokenize=True,
+            return_dict=True,
+            add_generation_prompt=answer is None,
+        )["input_ids"][0]
+        for answer in ("12.", None)
+    )
+    assert whole[: len(prompt)] == prompt
+    assert processor.tokenizer.decode(whole[len(prompt) :]) == "12.<|end|>"
+
+
+def test_the_number_of_tokens_is_saved(processor, tmp_path):
+    processor.num_image_tokens = 8
+    processor.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "processor_config.json").read_text())
+    assert (saved["num_image_tokens"], saved["processor_class"]) == (8, "SparsightProcessor")
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(loaded, SparsightProcessor)
+    assert (loaded.num_image_tokens, loaded.image_token_id) == (8, processor.image_token_id)
+    assert loaded.chat_template == processor.chat_template
+    one, other = (p(text="<image> a", images=picture(), return_tensors="pt") for p in (processor, loaded))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_pictures_and_placeholders_that_differ(processor):
+    with pytest.raises(ValueError, match="total 0 <image> tokens and 1 images"):
+        processor(text="no placeholder", images=[picture()])
+    with pytest.raises(ValueError, match="total 2 <image> tokens and 1 images"):
+        processor(text="<image><image>", images=[picture()])
+
+
+def test_a_picture_takes_one_token_at_least(processor):
+    with pytest.raises(ValueError, match="num_image_tokens: expected 1 or more, found 0"):
+        SparsightProcessor(processor.image_processor, processor.tokenizer, num_image_tokens=0)

@@ -1,0 +1,259 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from sparsight.config import (
+    BRIDGE_KINDS,
+    ChainOfSight,
+    Comparison,
+    LearningRates,
+    Linear,
+    Mlp,
+    PixelShuffle,
+    Recipe,
+    Resampler,
+    Stage,
+    bridge_settings,
+    load_comparison,
+    load_recipe,
+)
+from sparsight.layouts import PRESETS, Layout
+
+RECIPE = """
+name: small
+vision: efficientnet-lite0
+data: {kind: scenes, scenes: 50}
+stages:
+  - name: pretrain
+    bridge: {kind: chain_of_sight, layout: cos-32}
+    learning_rate: {bridge: 1.0e-3}
+    samples: 100
+    batch_size: 16
+  - name: finetune
+    bridge: {kind: chain_of_sight, layout: cos-80}
+    learning_rate: {bridge: 1.0e-4, language: 2.0e-5}
+    samples: 33
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE)
+    return file
+
+
+def stage(**keys):
+    return Stage(**({"name": "s", "bridge": Linear(), "learning_rate": {"bridge": 1e-3}, "samples": 10} | keys))
+
+
+def test_a_recipe_is_read(recipe_file):
+    recipe = load_recipe(recipe_file)
+    assert [s.name for s in recipe.stages] == ["pretrain", "finetune"]
+    assert recipe.stages[0].bridge == ChainOfSight("1:16,4:1")
+    assert [s.steps for s in recipe.stages] == [7, 3]  # rounded up: every sample is seen
+    assert recipe.stages[1].learning_rate.parts() == {"bridge": 1e-4, "language": 2e-5}
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("vison=x", r"unknown key 'vison' in Recipe; did you mean 'vision'\?"),
+        ("stages.finetune.batchsize=2", r"stages\.1: unknown key 'batchsize' in Stage; did you mean 'batch_size'\?"),
+        ("stages.0.bridge.layot=cos-32", r"unknown key 'layot' in ChainOfSight; did you mean 'layout'\?"),
+        ("data.senes=2", r"unknown key 'senes' in SceneData; did you mean 'scenes'\?"),
+        ("stages.0.learning_rate.llm=1", r"unknown key 'llm' in LearningRates Known keys: vision, bridge, language"),
+        ("stages.0.bridge.layout=cos-81", r"stages\.0\.bridge\.chain_of_sight\.layout: unknown layout 'cos-81'"),
+        ("stages.0.bridge.layout=1:16,4y4", r"'4y4' is not a scale"),
+        ("stages.0.batch_size=many", r"stages\.0\.batch_size: .*integer.* \(given: 'many'\)"),
+        ("stages.0.samples=0", r"stages\.0\.samples: .*greater than or equal to 1 \(given: 0\)"),
+        ("stages.1.name=pretrain", r"stages need different names, found \['pretrain', 'pretrain'\]"),
+        ("stages=[]", r"stages: .*at least 1 item"),
+        ("seed", r"override 'seed': expected key=value"),
+        ("=1", r"override '=1': expected key=value"),
+        ("stages.align.samples=1", r"no item 'align'; there are \['pretrain', 'finetune'\]"),
+        ("stages.2.samples=1", r"no item '2'"),
+        ("stages=1 2", r"stages: "),
+        ("name.first=x", r"'name' is not a mapping, found str"),
+        ("name.first.second=x", r"'name' is not a mapping, found 'small'"),
+        ("stages.0=x", r"'stages' is not a mapping, found list"),
+        ("name='bad: [yaml'x", r"override 'name='bad: \[yaml'x': not valid YAML"),
+    ],
+)
+def test_errors_name_the_place_and_what_was_meant(recipe_file, override, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(recipe_file, [override])
+
+
+def test_overrides_reach_everything(recipe_file):
+    recipe = load_recipe(
+        recipe_file,
+        [
+            "seed=3",
+            "name=other",
+            "stages.pretrain.batch_size=8",
+            "stages.1.learning_rate.vision=1e-5",
+            "stages.finetune.lora={rank: 4}",
+            "data.scenes=200",
+            "language.hidden=64",
+        ],
+    )
+    assert (recipe.seed, recipe.name, recipe.data.scenes) == (3, "other", 200)
+    assert (recipe.stages[0].batch_size, recipe.stages[1].batch_size) == (8, 16)
+    assert recipe.stages[1].learning_rate.parts() == {"vision": 1e-5, "bridge": 1e-4, "language": 2e-5}
+    assert recipe.language.hidden == 64 and recipe.stages[1].lora.rank == 4
+
+
+def test_later_overrides_win(recipe_file):
+    assert load_recipe(recipe_file, ["seed=1", "seed=2"]).seed == 2
+
+
+def test_files_that_are_no_recipe(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no recipe at .*nothing\.yaml"):
+        load_recipe(tmp_path / "nothing.yaml")
+    for text, message in [
+        ("stages: [", r"bad\.yaml: not valid YAML.*line 1"),
+        ("- a\n- b", "expected a mapping of keys to values, found list"),
+        ("", "found NoneType"),
+        ("!!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("\x00", "not valid YAML"),
+    ]:
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ValueError, match=f"(?s){message}"):
+            load_recipe(tmp_path / "bad.yaml")
+    (tmp_path / "bad.yaml").write_bytes(b"name: caf\xe9")
+    with pytest.raises(ValueError, match=r"bad\.yaml: not valid YAML: .*codec"):
+        load_recipe(tmp_path / "bad.yaml")
+
+
+def test_settings_are_frozen(recipe_file):
+    recipe = load_recipe(recipe_file)
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.seed = 1
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.stages[0].bridge.layout = "1:1"
+    with pytest.raises(ValidationError, match="frozen"):
+        del recipe.name
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"batch_size": 16, "micro_batch_size": 5}, "stage 's': batch_size 16 is not a multiple of 5"),
+        ({"lora": {}}, "stage 's': lora needs learning_rate.language"),
+        ({"learning_rate": {"vision": 1e-5}, "cache_features": True}, "cannot be cached while the vision encoder tr"),
+        ({"learning_rate": {}}, "nothing trains: give a learning rate to at least one of vision, bridge, language"),
+        ({"learning_rate": {"bridge": 0}}, "greater than 0"),
+        ({"name": "a/b"}, "pattern"),
+        ({"bridge": {"kind": "mpl"}}, "mpl"),
+    ],
+)
+def test_a_stage_that_cannot_be(keys, message):
+    with pytest.raises(ValidationError, match=message):
+        stage(**keys)
+
+
+def test_stages_that_can_be():
+    assert stage(batch_size=16, micro_batch_size=4).micro_batch_size == 4
+    assert stage(lora={}, learning_rate={"language": 1e-4}).lora.rank == 16
+    assert stage(cache_features=True).cache_features
+    assert LearningRates(language=2.0).parts() == {"language": 2.0}
+
+
+def test_a_comparison_merges(tmp_path):
+    one = {"name": "pretrain", "bridge": {"kind": "linear"}, "learning_rate": {"bridge": 1e-3}, "samples": 10}
+    two = one | {"name": "finetune"}
+    comparison = Comparison(
+        shared={"seed": 5, "data": {"kind": "scenes", "scenes": 7, "seed": 1}, "stages": [one, two]},
+        runs={
+            "a": {},
+            "b": {"data": {"scenes": 9}, "stages": [{"samples": 20}, {"bridge": {"kind": "mlp"}}]},
+            "c": {"seed": 6, "name": "ignored", "stages": [one]},
+        },
+    )
+    a, b, c = comparison.recipes()
+    assert [r.name for r in (a, b, c)] == ["a", "b", "c"]
+    assert (a.seed, b.seed, c.seed) == (5, 5, 6)
+    assert (b.data.scenes, b.data.seed) == (9, 1)
+    assert [(s.name, s.samples, s.bridge.kind) for s in b.stages] == [
+        ("pretrain", 20, "linear"),
+        ("finetune", 10, "mlp"),
+    ]
+    assert [len(r.stages) for r in (a, b, c)] == [2, 2, 1]
+    assert a == Comparison.model_validate(comparison.model_dump()).recipes()[0]  # nothing was changed in place
+
+
+def test_a_run_may_say_none(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "shared: {language_layers: 3, stages: [{name: s, bridge: {kind: mlp}, learning_rate: {bridge: 1}, samples: 1}]}"
+        "\nruns: {a: {}, b: {language_layers: null}}"
+    )
+    assert [r.language_layers for r in load_comparison(file).recipes()] == [3, None]
+
+
+def test_comparison_errors_name_the_run(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("runs: {a: {sed: 1}, b: {}}")
+    with pytest.raises(ValueError, match=r"runs\.a: recipe: unknown key 'sed' in Recipe; did you mean 'seed'\?"):
+        load_comparison(file).recipes()
+    with pytest.raises(ValueError, match=r"c\.yaml: recipe: unknown key 'rnus' in Comparison; did you mean 'runs'\?"):
+        load_comparison(file, ["rnus=1"])
+    file.write_text("runs: {a: {}}")
+    with pytest.raises(ValueError, match="at least 2 items"):
+        load_comparison(file)
+
+
+def test_bridge_settings_from_anything():
+    assert bridge_settings("mlp") == Mlp()
+    assert [bridge_settings(kind).kind for kind in BRIDGE_KINDS] == list(BRIDGE_KINDS)
+    assert bridge_settings("cos-80") == bridge_settings("1:16,4:4") == ChainOfSight("cos-80") == ChainOfSight()
+    assert bridge_settings({"kind": "resampler", "tokens": 9}) == Resampler(tokens=9)
+    settings = PixelShuffle(factor=3)
+    assert bridge_settings(settings) is settings
+    assert bridge_settings(settings.model_dump()) == settings
+    assert ChainOfSight(Layout.parse("1:2,3:4"), width=32, heads=4).layout == "1:2,3:4"
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ("cos-528", "ambiguous"),
+        ("pixel_shufle", "unknown layout 'pixel_shufle'"),
+        ({"kind": "mpl"}, "mpl"),
+        ({"tokens": 3}, "kind"),
+        ({"kind": "pixel_shuffle", "facto": 2}, r"unknown key 'facto' in PixelShuffle; did you mean 'factor'\?"),
+        ({"kind": "pixel_shuffle", "factor": 0}, r"factor: .*greater than or equal to 1 \(given: 0\)"),
+        ({"kind": "chain_of_sight", "width": 30, "heads": 4}, "width 30 does not divide by heads 4"),
+        (3, "3"),
+        (None, "None|dictionary"),
+    ],
+)
+def test_bridge_settings_that_cannot_be(value, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        bridge_settings(value)
+    assert not isinstance(caught.value, ValidationError)  # a readable line, not pydantic's page
+
+
+@pytest.mark.parametrize(
+    "settings, map_size, tokens",
+    [
+        (Linear(), (24, 24), 576),
+        (Mlp(), (15, 17), 255),
+        (PixelShuffle(factor=2), (16, 16), 64),
+        (PixelShuffle(factor=2), (15, 17), 8 * 9),
+        (PixelShuffle(factor=3), (4, 3), 2),
+        (PixelShuffle(factor=1), (4, 3), 12),
+        (Resampler(tokens=64), (24, 24), 64),
+        (ChainOfSight("cos-1296"), (32, 32), 1296),
+    ],
+)
+def test_visual_tokens(settings, map_size, tokens):
+    assert settings.visual_tokens(map_size) == tokens
+
+
+@given(st.sampled_from(sorted(PRESETS)), st.tuples(st.integers(16, 64), st.integers(16, 64)))
+def test_a_layouts_tokens_do_not_depend_on_the_map(name, map_size):
+    assert ChainOfSight(name).visual_tokens(map_size) == Layout.parse(name).tokens

@@ -1,0 +1,62 @@
+"""Small real models and data for tests: random weights, all parts real. `conftest.py` gives them as fixtures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import CLIPVisionConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from sparsight.config import ChainOfSight, ScratchLanguage
+from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
+from sparsight.modeling.build import build, scratch_language
+
+TEXTS = (
+    "How many apples are in the picture? There are 12 apples.",
+    "What stands left of the red car? A small dog stands there.",
+    "Read the number. It is 47.",
+    "Describe the picture. A house, two trees and a boat.",
+)
+BRIDGE = ChainOfSight("1:4,2:1", width=32, heads=2)  # 8 visual tokens
+
+
+def make_language(**settings: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A language model from scratch, of width 32 with 2 layers, and its byte-level tokenizer learnt from `TEXTS`."""
+    torch.manual_seed(0)
+    small = {"hidden": 32, "layers": 2, "heads": 2, "intermediate": 64, "vocabulary": 400}
+    return scratch_language(ScratchLanguage(**(small | settings)), TEXTS)
+
+
+def clip_config(**settings: Any) -> CLIPVisionConfig:
+    """CLIP with 8 x 8 patches of 8 pixels, width 32, 4 layers: two feature levels by default."""
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "patch_size": 8,
+        "image_size": 64,
+    }
+    return CLIPVisionConfig(**(small | settings))
+
+
+def make_vlm(bridge: Any = BRIDGE, **options: Any) -> tuple[SparsightForConditionalGeneration, SparsightProcessor]:
+    """A VLM of `clip_config` and `make_language`; options go to `sparsight.build`."""
+    language, tokenizer = make_language()
+    torch.manual_seed(1)
+    options = {"vision": clip_config(), "language": language, "tokenizer": tokenizer} | options
+    return build(options.pop("vision"), options.pop("language"), bridge, **options)
+
+
+def picture(seed: int = 0, side: int = 80) -> Image.Image:
+    """A picture of coloured noise."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def conversation(question: str = "How many apples?", answer: str | None = "12 apples.", images: int = 1) -> list[dict]:
+    """Messages of one turn, with `images` placeholders before the question."""
+    parts = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+    messages: list[dict] = [{"role": "user", "content": parts}]
+    return messages if answer is None else [*messages, {"role": "assistant", "content": answer}]

@@ -1,0 +1,288 @@
+"""The trainer: batches however they are cut, honest records, and going on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.trainer_utils import get_last_checkpoint
+
+from small_runs import Crash, Records, one_stage, train, training_set
+from sparsight.data.collate import Collator
+from sparsight.training.stages import add_lora, merge_lora, select_trainable
+from sparsight.training.trainer import Interrupted
+
+BRIDGE_AND_LANGUAGE = {"bridge": 2e-3, "language": 1e-3}
+ALL = BRIDGE_AND_LANGUAGE | {"vision": 1e-3}
+KINDS: dict[str, dict[str, Any]] = {
+    "pre-training": {"learning_rate": BRIDGE_AND_LANGUAGE},
+    "all parts": {"learning_rate": ALL},
+    "LoRA": {"learning_rate": BRIDGE_AND_LANGUAGE, "lora": {"rank": 4, "dropout": 0.1}},
+}
+
+
+def prepared(tiny_vlm: Callable, stage: Any) -> tuple[Any, Any, Any]:
+    """A model that is ready for the stage, its processor, and the adapters."""
+    model, processor = tiny_vlm()
+    lora = add_lora(model, stage, seed=0)
+    select_trainable(model, stage)
+    return model, processor, lora
+
+
+def weights(model: Any, lora: Any = None) -> dict[str, torch.Tensor]:
+    merge_lora(lora)
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+# ---------------------------------------------------------------------------------------- accumulation (R13)
+
+
+@pytest.mark.parametrize("kind", ["pre-training", "LoRA"])
+def test_batches_may_be_cut_into_micro_batches(tmp_path: Path, tiny_vlm, kind: str) -> None:
+    """(batch 4, accumulate 1) = (2, 2) = (1, 4): samples differ in length and in number of labels."""
+    losses, ends, counts = [], [], []
+    for micro in (4, 2, 1):
+        settings = KINDS[kind] | ({"lora": {"rank": 4}} if kind == "LoRA" else {})  # dropout would draw differently
+        recipe, stage = one_stage(micro_batch_size=micro, samples=12, warmup=0, **settings)
+        model, processor, lora = prepared(tiny_vlm, stage)
+        log = train(model, processor, recipe, stage, tmp_path / str(micro))
+        losses.append(torch.tensor(list(log.losses().values())))
+        counts.append([(step["samples"], step["text_tokens"], step["visual_tokens"]) for step in log.steps().values()])
+        ends.append(weights(model, lora))
+    assert counts[0] == counts[1] == counts[2] and len(counts[0]) == 3
+    for other in (1, 2):
+        assert (losses[other] - losses[0]).abs().max() < 3e-6  # measured: 5e-7
+        differences = torch.cat([(ends[other][name] - ends[0][name]).flatten() for name in ends[0]])
+        assert differences.abs().max() < 2e-5  # measured: 3e-6, where a step moves a weight by 2e-3
+        assert differences.mean().abs() < 1e-9  # measured: 3e-11
+
+
+def test_labels_per_micro_batch_differ(tiny_vlm) -> None:
+    """Without this, the test above would pass for a mean of means."""
+    recipe, stage = one_stage(samples=12)
+    _, processor = tiny_vlm()
+    data = training_set(processor, recipe, stage)
+    assert len({sum(label != -100 for label in data[index]["labels"]) for index in range(12)}) > 3
+
+
+# ---------------------------------------------------------------------------------------- loss that is no number
+
+
+def test_a_loss_that_is_not_finite_stops_training(tmp_path: Path, tiny_vlm) -> None:
+    recipe, stage = one_stage()
+    model, processor, _ = prepared(tiny_vlm, stage)
+
+    def poison() -> None:
+        with torch.no_grad():
+            model.lm_head.weight.fill_(float("nan"))
+
+    log = Records()
+    with pytest.raises(ValueError, match="step 3: the loss is nan"):
+        train(model, processor, recipe, stage, tmp_path, training_set(processor, recipe, stage, 3, poison), log=log)
+    assert sorted(log.steps()) == [1, 2]
+    assert get_last_checkpoint(str(tmp_path)).endswith("checkpoint-2")  # none of the poisoned step
+
+
+# ---------------------------------------------------------------------------------------- records
+
+
+@pytest.mark.parametrize("micro, samples, steps", [(4, 16, 4), (2, 10, 3)])
+def test_a_record_of_every_step_adds_up(tmp_path: Path, tiny_vlm, micro: int, samples: int, steps: int) -> None:
+    recipe, stage = one_stage(micro_batch_size=micro, samples=samples)
+    assert stage.steps == steps
+    model, processor, _ = prepared(tiny_vlm, stage)
+    data = training_set(processor, recipe, stage)
+    log = train(model, processor, recipe, stage, tmp_path)
+    records = log.steps()
+    assert sorted(records) == list(range(1, steps + 1))
+    items = [data[index] for index in range(samples)]
+    image = processor.image_token_id
+    visual = sum(item["input_ids"].count(image) for item in items)
+    keys = ("samples", "visual_tokens", "text_tokens")
+    total = {key: sum(record[key] for record in records.values()) for key in keys}
+    assert total == {
+        "samples": samples,
+        "visual_tokens": visual,
+        "text_tokens": sum(len(item["input_ids"]) for item in items) - visual,
+    }
+    for record in records.values():
+        assert record["stage"] == "pretrain" and record["layers_run"] == record["layers"] == 2
+        assert set(record["seconds"]) == {"data", "compute", "optimizer"}
+        assert all(value > 0 for value in record["seconds"].values())
+        assert record["flops"] == sum(record["flops_by_part"].values()) > 0
+        assert all(value > 0 for value in record["flops_by_part"].values())
+        assert record["memory_bytes"] > 1e6
+        assert record["loss"] > 0 and record["padding_tokens"] >= 0
+
+
+def test_text_visual_and_padding_are_the_batches_positions(tmp_path: Path, tiny_vlm) -> None:
+    """One step over all samples: the batch is known, whatever the order."""
+    recipe, stage = one_stage(samples=8, batch_size=8)
+    model, processor, _ = prepared(tiny_vlm, stage)
+    data = training_set(processor, recipe, stage)
+    batch = Collator(processor.tokenizer.pad_token_id)([data[index] for index in range(8)])
+    (record,) = train(model, processor, recipe, stage, tmp_path).steps().values()
+    assert record["text_tokens"] + record["visual_tokens"] + record["padding_tokens"] == batch["input_ids"].numel()
+    assert record["padding_tokens"] == (batch["attention_mask"] == 0).sum() > 0
+    assert record["visual_tokens"] == 8 * processor.num_image_tokens
+    with torch.no_grad():
+        assert record["loss"] == pytest.approx(tiny_vlm()[0](**batch, loss_only=True).loss.item(), abs=1e-5)
+
+
+def test_learning_rates_in_the_record_are_those_of_the_step(tmp_path: Path, tiny_vlm) -> None:
+    recipe, stage = one_stage(schedule="linear", warmup=0)
+    model, processor, _ = prepared(tiny_vlm, stage)
+    records = train(model, processor, recipe, stage, tmp_path).steps()
+    for number, left in zip((1, 2, 3, 4), (1, 0.75, 0.5, 0.25), strict=True):
+        assert records[number]["learning_rate"] == {"bridge": 2e-3 * left, "language": 1e-3 * left}
+
+
+def test_data_are_loaded_in_their_own_process(tmp_path: Path, tiny_vlm) -> None:
+    recipe, stage = one_stage(workers=1)
+    model, processor, _ = prepared(tiny_vlm, stage)
+    apart = train(model, processor, recipe, stage, tmp_path / "1").losses()
+    recipe, stage = one_stage(workers=0)
+    model, processor, _ = prepared(tiny_vlm, stage)
+    assert train(model, processor, recipe, stage, tmp_path / "0").losses() == apart
+
+
+# ---------------------------------------------------------------------------------------- resume (R21, R22)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", [3, 6])
+def test_an_interrupted_stage_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, tiny_vlm, kind: str, step: int
+) -> None:
+    """The lights go out while a step loads its data; the process that goes on has another random state."""
+    recipe, stage = one_stage(samples=32, checkpoints=4, **KINDS[kind])
+    model, processor, lora = prepared(tiny_vlm, stage)
+    straight = train(model, processor, recipe, stage, tmp_path / "straight").losses()
+    right = weights(model, lora)
+    assert sorted(straight) == list(range(1, 9))
+
+    model, processor, _ = prepared(tiny_vlm, stage)
+    log = Records()
+    data = training_set(processor, recipe, stage, before_step=step + 1)
+    with pytest.raises(Crash):
+        train(model, processor, recipe, stage, tmp_path / "broken", data, log=log)
+    assert {number: log.losses()[number] for number in range(1, step + 1)} == {
+        number: straight[number] for number in range(1, step + 1)
+    }
+
+    model, processor, lora = prepared(tiny_vlm, stage)
+    torch.manual_seed(99)
+    again = train(model, processor, recipe, stage, tmp_path / "broken", resume=True)
+    began = step // 2 * 2  # 4 checkpoints in 8 steps
+    assert again[0] == {"type": "resume", "stage": "pretrain", "step": began}
+    assert again.losses() == {number: loss for number, loss in straight.items() if number > began}
+    ends = weights(model, lora)
+    assert all(torch.equal(ends[name], right[name]) for name in right)
+
+
+@pytest.mark.parametrize("cut", ["no state", "half a state", "only the model"])
+def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path: Path, tiny_vlm, cut: str) -> None:
+    recipe, stage = one_stage(samples=32, checkpoints=4)
+    model, processor, _ = prepared(tiny_vlm, stage)
+    with pytest.raises(Crash):
+        train(model, processor, recipe, stage, tmp_path, training_set(processor, recipe, stage, before_step=5))
+    broken = tmp_path / "checkpoint-4"
+    if cut == "half a state":
+        (broken / "trainer_state.json").write_text('{"global_step": 4,')
+    else:
+        for file in broken.iterdir():
+            if file.name == "trainer_state.json" or (cut == "only the model" and file.suffix != ".safetensors"):
+                file.unlink()
+    model, processor, _ = prepared(tiny_vlm, stage)
+    again = train(model, processor, recipe, stage, tmp_path, resume=True)
+    assert again[0] == {"type": "resume", "stage": "pretrain", "step": 2}
+    assert sorted(again.losses()) == [3, 4, 5, 6, 7, 8]
+
+
+def test_skipping_to_the_checkpoint_decodes_nothing(tmp_path: Path, tiny_vlm) -> None:
+    recipe, stage = one_stage(samples=32, checkpoints=4)
+    model, processor, _ = prepared(tiny_vlm, stage)
+    with pytest.raises(Crash):
+        train(model, processor, recipe, stage, tmp_path, training_set(processor, recipe, stage, before_step=7))
+    data = training_set(processor, recipe, stage, before_step=1000)
+    begun = data.left
+    train(model, processor, recipe, stage, tmp_path, data, resume=True)
+    assert begun - data.left == 8  # of steps 7 and 8
+
+
+def test_a_stage_that_never_reached_a_checkpoint_starts_over_and_says_so(tmp_path: Path, tiny_vlm) -> None:
+    recipe, stage = one_stage(samples=16, checkpoints=1)
+    model, processor, _ = prepared(tiny_vlm, stage)
+    log = Records()
+    with pytest.raises(Crash):
+        train(model, processor, recipe, stage, tmp_path, training_set(processor, recipe, stage, 3), log=log)
+    assert sorted(log.steps()) == [1, 2]
+    model, processor, _ = prepared(tiny_vlm, stage)
+    again = train(model, processor, recipe, stage, tmp_path, resume=True)
+    assert sorted(again.steps()) == [1, 2, 3, 4]
+    assert again[0] == {"type": "resume", "stage": "pretrain", "step": 0}  # readers forget the first life's steps
+
+
+def test_without_resume_checkpoints_are_not_looked_at(tmp_path: Path, tiny_vlm) -> None:
+    recipe, stage = one_stage()
+    for _ in range(2):
+        model, processor, _ = prepared(tiny_vlm, stage)
+        log = train(model, processor, recipe, stage, tmp_path)
+        assert sorted(log.steps()) == [1, 2, 3, 4]
+
+
+# ---------------------------------------------------------------------------------------- Ctrl-C
+
+
+@pytest.mark.parametrize("checkpoints", [0, 1])
+def test_ctrl_c_ends_the_step_and_saves(tmp_path: Path, tiny_vlm, checkpoints: int) -> None:
+    recipe, stage = one_stage(samples=32, checkpoints=checkpoints)
+    model, processor, _ = prepared(tiny_vlm, stage)
+    straight = train(model, processor, recipe, stage, tmp_path / "straight").losses()
+    before = signal.getsignal(signal.SIGINT)
+
+    model, processor, _ = prepared(tiny_vlm, stage)
+    log = Records()
+    data = training_set(processor, recipe, stage, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted, match="stage 'pretrain' at step 3 of 8"):
+        train(model, processor, recipe, stage, tmp_path / "broken", data, log=log)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert sorted(log.steps()) == [1, 2, 3]
+    assert get_last_checkpoint(str(tmp_path / "broken")).endswith("checkpoint-3")
+
+    model, processor, _ = prepared(tiny_vlm, stage)
+    again = train(model, processor, recipe, stage, tmp_path / "broken", resume=True).losses()
+    assert again == {number: loss for number, loss in straight.items() if number > 3}
+
+
+def test_ctrl_c_twice_stops_at_once(tmp_path: Path, tiny_vlm) -> None:
+    recipe, stage = one_stage()
+    model, processor, _ = prepared(tiny_vlm, stage)
+
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    log = Records()
+    with pytest.raises(KeyboardInterrupt):
+        train(model, processor, recipe, stage, tmp_path, training_set(processor, recipe, stage, 2, twice), log=log)
+    assert sorted(log.steps()) == [1] and signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_terminals_ctrl_c_does_not_kill_the_process_that_loads_data(tmp_path: Path, tiny_vlm) -> None:
+    """A terminal signals the whole group: the worker, too, which has the next batches."""
+    recipe, stage = one_stage(samples=32, workers=1, checkpoints=1)
+    model, processor, _ = prepared(tiny_vlm, stage)
+
+    def group() -> None:  # in the worker
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    log = train(model, processor, recipe, stage, tmp_path, training_set(processor, recipe, stage, 3, group))
+    assert sorted(log.steps()) == list(range(1, 9))
