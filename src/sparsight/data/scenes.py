@@ -619,12 +619,12 @@ def iou(a: tuple[float, ...], b: tuple[float, ...]) -> float:
 def caption_recall(prediction: str, scene: Scene) -> float:
     """Share of the things (as a multiset) and the number that the prediction names, 0..1.
 
-    Only the first grid^2 names count, as no picture holds more: reciting every name does not pay.
+    Only as many names are read as there are: reciting every name does not pay.
     """
+    truth = scene.counts() + Counter([scene.number] if scene.number is not None else [])
     names = sorted(kind_names(scene.config), key=len, reverse=True)
     pattern = rf"\b(?:number (\d+)|({'|'.join(names)}))\b"
-    found = [number or name for number, name in re.findall(pattern, prediction)][: scene.config.grid**2]
-    truth = scene.counts() + Counter([scene.number] if scene.number is not None else [])
+    found = [number or name for number, name in re.findall(pattern, prediction)][: truth.total()]
     return (truth & Counter(found)).total() / truth.total()
 
 

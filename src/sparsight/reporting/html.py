@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -76,7 +77,8 @@ def _cards(comparison: Comparison) -> list[dict[str, str]]:
         mean = points.pop("mean", None)
         lower = sum(round(value, 1) < 0 for value in points.values())
         ours, theirs = (
-            " → ".join(str(stage["visual_tokens"] or "?") for stage in each["stages"]) for each in (run, base)
+            " → ".join(count for count, _ in groupby(str(stage["visual_tokens"] or "?") for stage in each["stages"]))
+            for each in (run, base)
         )
         saved = f"{duration(run['seconds'])} instead of {duration(base['seconds'])}"
         flops = f"{human(run['executed_flops'], 'FLOP')} instead of {human(base['executed_flops'], 'FLOP')}"
