@@ -134,11 +134,11 @@ def test_the_tables_show_every_figure(runs):
     ratios = result["ratios"]["sparsight"]["pretrain"]
     for expected in (
         f"{ratios['seconds']:.2f}x",
-        f"{1 / ratios['seconds']:.1f}x of {1 / ratios['executed_flops']:.1f}x possible",
+        f"{1 / ratios['seconds']:.1f}x of {1 / ratios['executed_flops']:.1f}x",
         "-5.0 ±6.8",
         "+1.5",
         "70.5",
-        "standard, shuffled",
+        "shuffled",
         "336",
     ):
         assert expected in text

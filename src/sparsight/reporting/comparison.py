@@ -240,25 +240,21 @@ def signed(points: float | None, interval: float | None) -> str:
 
 def render_table(comparison: Comparison, console: Console) -> None:
     """Print cost by stage, scores by task, the verdict, and the warnings."""
-    console.print(_cost_table(comparison))
+    wide = console.width >= 110
+    console.print(_cost_table(comparison, wide))
     if any(run["scores"] for run in comparison["runs"]):
-        console.print(_score_table(comparison))
+        console.print(_score_table(comparison, wide))
     console.print(Text(verdict(comparison), style="bold"))
     for text in comparison["warnings"]:
         console.print(Text(f"! {text}", style="yellow"))
 
 
-def _cost_table(comparison: Comparison) -> Table:
+def _cost_table(comparison: Comparison, wide: bool) -> Table:
     base = comparison["runs"][0]["name"]
-    table = Table(
-        "stage",
-        "run",
-        title="Training cost",
-        caption=f"x: of {base}; below 1 is cheaper",
-        title_justify="left",
-    )
-    for heading in ("tokens", "samples", "time", "FLOPs", "x time", "x FLOPs", "speed-up"):
-        table.add_column(heading, justify="right")
+    table = Table("stage", "run", title="Training cost", title_justify="left")
+    for heading in ("tokens", "samples", "time", "FLOPs", *(("x time", "x FLOPs") if wide else ()), "speed-up"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.caption = f"speed-up: over {base}, of what executed FLOPs allow"
     previous = None
     for row in stage_rows(comparison):
         if row["name"] != previous and previous is not None:
@@ -266,36 +262,33 @@ def _cost_table(comparison: Comparison) -> Table:
         ratios = row["ratios"]
         cells = [row["name"] if row["name"] != previous else "", row["run"]]
         cells += [_said(row[key]) if key in row else "" for key in ("visual_tokens", "samples")]
-        cells += [duration(row["seconds"]), human(row["executed_flops"], "FLOP")]
-        cells += [times(ratios[cost]) if ratios else "" for cost in _COSTS] + [speed_up(ratios)]
+        cells += [duration(row["seconds"]), human(row["executed_flops"], "FLOP" if wide else "")]
+        if wide:
+            cells += [times(ratios[cost]) if ratios else "" for cost in _COSTS]
+        cells.append(speed_up(ratios).removesuffix(" possible"))
         table.add_row(*map(Text, cells))
         previous = row["name"]
     return table
 
 
-def _score_table(comparison: Comparison) -> Table:
+def _score_table(comparison: Comparison, wide: bool) -> Table:
     names = [run["name"] for run in comparison["runs"]]
-    table = Table(
-        "task",
-        title="Scores, in %",
-        caption="difference in points, with its 95% interval",
-        title_justify="left",
-    )
+    table = Table("task", title="Scores, in %", title_justify="left")
+    table.caption = "difference in points, with its 95% interval; shuffled: with wrong pictures, in the same order"
     difference = [heading for name in names[1:] for heading in (name, "difference")]
-    for heading in ["items", "chance", names[0], *difference, *(f"{name}, shuffled" for name in names)]:
-        table.add_column(Text(heading), justify="right")
-    rows = score_rows(comparison)
-    for row in rows:
+    for heading in [*(["items"] if wide else []), "chance", names[0], *difference, "shuffled"]:
+        table.add_column(Text(heading), justify="right", no_wrap=True)
+    for row in score_rows(comparison):
         if row["task"] == "mean":
             table.add_section()
-        cells = [Text(row["task"]), Text(_said(row["items"])), Text(percent(row["chance"]))]
+        cells = [Text(row["task"]), *([Text(_said(row["items"]))] if wide else []), Text(percent(row["chance"]))]
         for index, score in enumerate(row["scores"]):
             cells.append(Text(percent(score)))
             if index:
                 points = row["points"][index]
                 style = "bold red" if points is not None and round(points, 1) < 0 else "green"
                 cells.append(Text(signed(points, row["interval"][index]), style=style))
-        cells += [Text(percent(value), style="dim") for value in row["shuffled"]]
+        cells.append(Text(" / ".join(percent(value) for value in row["shuffled"]), style="dim"))
         table.add_row(*cells)
     return table
 
