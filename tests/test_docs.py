@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,13 @@ def test_readme_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         exec(compile(snippet, "README.md", "exec"), names)
     assert names["answer"].shape[1] > names["inputs"]["input_ids"].shape[1]
     assert (tmp_path / "my-vlm" / "processor_config.json").is_file()
+
+
+def test_readme_shows_the_results_files() -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import readme_results
+
+    shown = (ROOT / "README.md").read_text(encoding="utf-8").split(readme_results.START)[1]
+    written = shown.split(readme_results.END)[0].strip()
+    wanted = readme_results.render(ROOT / "benchmarks/results").strip()
+    assert written == wanted, "run: python scripts/readme_results.py"

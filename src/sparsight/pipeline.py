@@ -63,11 +63,11 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache
         FileExistsError: ``out`` holds a run and ``resume`` is off.
         ValueError: ``resume`` with a recipe that differs from the run's.
     """
-    log = _open_log(recipe, out, resume)
+    session = Session(recipe, out, _open_log(recipe, out, resume), console, resume, cache_root or out / "cache")
     model: SparsightForConditionalGeneration | None = None
     processor: SparsightProcessor | None = None
     offset = 0
-    with log:
+    with session.log:
         for stage in recipe.stages:
             saved = out / stage.name / "model"
             if resume and saved.is_dir():
@@ -75,14 +75,26 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache
                 model, processor = load(saved)
             else:
                 model, processor = enter_stage(recipe, stage, model, processor)
-                _run_stage(model, processor, recipe, stage, offset, out, log, console, resume, cache_root)
+                _run_stage(session, stage, offset, model, processor)
                 _save(model, processor, recipe, saved)
             offset += stage.samples
         assert model is not None and processor is not None
         final = out / recipe.stages[-1].name / "model"
         if recipe.evaluation.kind == "scenes":
-            score(model, processor, recipe, log, console, str(final))
+            _score(session, model, processor, str(final))
     return final
+
+
+@dataclass(frozen=True)
+class Session:
+    """One sitting of a run: what every part of it needs to know."""
+
+    recipe: Recipe
+    out: Path
+    log: RunLog
+    console: Console
+    resume: bool
+    cache_root: Path
 
 
 def _open_log(recipe: Recipe, out: Path, resume: bool) -> RunLog:
@@ -202,17 +214,13 @@ def _texts(recipe: Recipe, stage: Stage) -> list[str]:
 
 
 def _run_stage(
-    model: SparsightForConditionalGeneration,
-    processor: SparsightProcessor,
-    recipe: Recipe,
+    session: Session,
     stage: Stage,
     offset: int,
-    out: Path,
-    log: RunLog,
-    console: Console,
-    resume: bool,
-    cache_root: Path | None,
+    model: SparsightForConditionalGeneration,
+    processor: SparsightProcessor,
 ) -> None:
+    recipe, log, console = session.recipe, session.log, session.console
     lora = add_lora(model, stage, recipe.seed)
     plan = select_trainable(model, stage)
     config = model.config
@@ -234,14 +242,15 @@ def _run_stage(
     encoder_flops = count_flops(model.model.vision_tower, stage.image_size, config.vision_levels)
     cache, encoding = None, Encoding(0.0, 0.0)
     if stage.cache_features:
-        root = cache_root or out / "cache"
-        cache, encoding = _cached(model, processor, recipe, source, root, log, stage, encoder_flops, console)
+        cache, encoding = _cached(session, stage, model, processor, source, encoder_flops)
     data = TrainingSet(source, processor, stage.samples, cache)
     rates = stage.learning_rate.parts()
     trains = Trains("vision" in rates, "bridge" in rates, "language" in rates, stage.lora.rank if stage.lora else 0)
     start = time.perf_counter()
-    folder = out / stage.name / "checkpoints"
-    began = train_stage(model, processor, data, recipe, stage, folder, log, trains, encoder_flops, console, resume)
+    folder = session.out / stage.name / "checkpoints"
+    began = train_stage(
+        model, processor, data, recipe, stage, folder, log, trains, encoder_flops, console, session.resume
+    )
     seconds = time.perf_counter() - start
     merge_lora(lora)
     steps = next(logged.steps for logged in read_run(log.path).stages if logged.name == stage.name)
@@ -266,35 +275,35 @@ class Encoding:
 
 
 def _cached(
+    session: Session,
+    stage: Stage,
     model: SparsightForConditionalGeneration,
     processor: SparsightProcessor,
-    recipe: Recipe,
     source: Source,
-    root: Path,
-    log: RunLog,
-    stage: Stage,
     encoder_flops: float,
-    console: Console,
 ) -> tuple[FeatureCache, Encoding]:
+    recipe, log = session.recipe, session.log
     weights = hashlib.sha256()
     for tensor in model.model.vision_tower.state_dict().values():
         weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     pictures = recipe.data.model_dump_json(exclude={"tasks", "questions"})
     made_of = [weights.hexdigest(), pictures, stage.image_size, model.config.vision_levels]
     keys = list(source.keys())  # part of the name: a row belongs to a picture by its place among them
-    folder = root / cache_name(json.dumps([*made_of, keys, processor.image_processor.to_json_string()]))
+    folder = session.cache_root / cache_name(json.dumps([*made_of, keys, processor.image_processor.to_json_string()]))
 
     def pixels(part: Sequence[Hashable]) -> torch.Tensor:
         pictures = [source.picture(key) for key in part]
         return processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(model.device)
 
     model.eval()
-    with Progress(console=console) as bar, autocast(recipe.precision, model.device):
+    with Progress(console=session.console) as bar, autocast(recipe.precision, model.device):
         task = bar.add_task("encoding pictures", total=len(keys))
         cache = build_cache(folder, keys, pixels, model.model.encode_images, lambda n: bar.update(task, completed=n))
         bar.update(task, completed=len(keys))
     # Every run is charged once for what its cache took, also when another run has built it: alone, it would have to.
-    paid = any(f'"folder": "{folder}"' in line for line in log.path.read_text(encoding="utf-8").splitlines())
+    lines = log.path.read_text(encoding="utf-8").splitlines()
+    logged = [json.loads(line) for line in lines if line.startswith('{"type": "cache"') and line.endswith("}")]
+    paid = any(record.get("folder") == str(folder) and record.get("stage") != stage.name for record in logged)
     cost = Encoding(0.0, 0.0) if paid else Encoding(cache.seconds, encoder_flops * len(keys))
     log.write("cache", stage=stage.name, folder=str(folder), pictures=len(keys), seconds=cost.seconds, flops=cost.flops)
     return cache, cost
@@ -323,15 +332,11 @@ def _print_stage(stage: Stage, plan: list[PartPlan], tokens: int, console: Conso
     console.print(table)
 
 
-def score(
-    model: SparsightForConditionalGeneration,
-    processor: SparsightProcessor,
-    recipe: Recipe,
-    log: RunLog,
-    console: Console,
-    checkpoint: str,
-) -> Scores:
+def _score(
+    session: Session, model: SparsightForConditionalGeneration, processor: SparsightProcessor, checkpoint: str
+) -> None:
     """Ask the embedded test split, log scores, the shuffled control and examples."""
+    recipe, log, console = session.recipe, session.log, session.console
     data = recipe.data if isinstance(recipe.data, SceneData) else SceneData()
     settings = recipe.evaluation
     start = time.perf_counter()
@@ -355,7 +360,6 @@ def score(
             correct=score_answer(item.task, answer, item.truth, scenes.scene(item.picture)) >= 0.5,
             **{key: value for key, value in asdict(item).items() if key != "picture"},
         )
-    return result
 
 
 def _test_scenes(data: SceneData, settings: Evaluation, side: int) -> ScenesDataset:
