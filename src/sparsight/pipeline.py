@@ -352,12 +352,13 @@ def _score(
     )
     scenes = _test_scenes(data, settings, model.config.image_size)
     for item, answer in _examples(result):
+        points = score_answer(item.task, answer, item.truth, scenes.scene(item.picture))
         log.write(
             "example",
             id=f"scenes/{settings.split}/{item.picture}",
             image_png_base64=_png(scenes.image(item.picture)),
             answer=answer,
-            correct=score_answer(item.task, answer, item.truth, scenes.scene(item.picture)) >= 0.5,
+            correct=answer == item.truth if item.task == "caption" else points >= 0.5,
             **{key: value for key, value in asdict(item).items() if key != "picture"},
         )
 
