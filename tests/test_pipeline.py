@@ -19,6 +19,7 @@ from sparsight.data.scenes import TASKS
 from sparsight.data.sources import open_source
 from sparsight.pipeline import evaluate_checkpoint, load, run, run_comparison
 from sparsight.reporting import read_run
+from tiny import ask
 
 NO_SCORES = {"kind": "none"}
 
@@ -291,14 +292,7 @@ def test_real_weights_train_are_saved_and_answer(tmp_path: Path) -> None:
         assert 0 < (new - old).abs().max() < 0.1  # adapted, and still itself
     source = open_source(whole.data, 20, 256)
     question = source[0].messages[0]["content"][-1]["text"]
-    content = [{"type": "image", "image": source.picture(0)}, {"type": "text", "text": question}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-    )
+    inputs = ask(processor, source.picture(0), question)
     assert (inputs["input_ids"] == processor.image_token_id).sum() == 32
     ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     answer = processor.decode(ids, skip_special_tokens=True)

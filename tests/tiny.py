@@ -60,3 +60,15 @@ def conversation(question: str = "How many apples?", answer: str | None = "12 ap
     parts = [{"type": "image"}] * images + [{"type": "text", "text": question}]
     messages: list[dict] = [{"role": "user", "content": parts}]
     return messages if answer is None else [*messages, {"role": "assistant", "content": answer}]
+
+
+def ask(processor, image, question):
+    """The model's inputs for one question about one picture, as a user would make them."""
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    )

@@ -12,6 +12,7 @@ from sparsight.data.scenes import TASKS, SceneConfig, ScenesDataset, format_box,
 from sparsight.data.sources import scene_config
 from sparsight.evaluation import scenes as evaluation
 from sparsight.evaluation.scenes import Item, answer_all, evaluate_scenes, make_items, score_answer, visual_tokens
+from tiny import ask
 
 CONFIG = SceneConfig(cutouts="shapes", numbers=1.0)
 
@@ -146,14 +147,7 @@ def test_answers_are_those_of_plain_generation(tiny_vlm, data: ScenesDataset) ->
     visual = visual_tokens(model, processor, pictures, 4)
     found = answer_all(model, processor, items, visual, 5)
     for item, image, answer in zip(items, pictures, found, strict=True):
-        content = [{"type": "image", "image": image}, {"type": "text", "text": item.question}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=True,
-        )
+        inputs = ask(processor, image, item.question)
         room = len(processor.tokenizer(item.truth)["input_ids"]) + 8
         ids = model.generate(**inputs, max_new_tokens=room, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         assert processor.tokenizer.decode(ids, skip_special_tokens=True).strip() == answer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,11 +42,6 @@ def part_of(name: str) -> str:
     raise AssertionError(f"parameter '{name}' belongs to no part")
 
 
-def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters under the names of the plain model (tied ones once)."""
-    yield from model.named_parameters()
-
-
 def select_trainable(model: SparsightForConditionalGeneration, stage: Stage) -> list[PartPlan]:
     """Switch gradients on for what trains in this stage, and off for all else.
 
@@ -56,7 +50,7 @@ def select_trainable(model: SparsightForConditionalGeneration, stage: Stage) -> 
     """
     prefixes = trainable_prefixes(stage)
     counts: dict[str, list[int]] = {part: [0, 0] for part in PARTS}
-    for name, parameter in named_parameters(model):
+    for name, parameter in model.named_parameters():
         part = part_of(name)
         adapter = ".lora_" in name
         trains = part in prefixes and (adapter or not (part == "language" and stage.lora is not None))
@@ -74,7 +68,7 @@ def parameter_groups(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
     """Optimizer groups: one for each part, with its learning rate; vectors (norms, biases) are not decayed."""
     rates = stage.learning_rate.parts()
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for name, parameter in named_parameters(model):
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups.setdefault((part_of(name), parameter.ndim >= 2), []).append(parameter)
     return [
