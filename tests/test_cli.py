@@ -21,16 +21,19 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from small_runs import BRIDGE, FINER, quiet, recipe_values, save_encoder, stage_values
 from sparsight import cli
-from sparsight.config import Recipe
+from sparsight.config import ChainOfSight, Recipe
 from sparsight.data.collate import TrainingSet
-from sparsight.pipeline import run
+from sparsight.pipeline import load, run
 from sparsight.reporting import read_run
+from tiny import make_vlm
 
 # A new command or option is a promise to keep: it is added here on purpose.
 SURFACE = {
     "demo": ["--out", "--recipe", "--resume", "overrides"],
     "train": ["recipe", "overrides", "--out", "--resume"],
     "eval": ["checkpoint", "--items", "--split"],
+    "scale": ["checkpoint", "--out", "--layout", "--image-size", "--levels", "--source"],
+    "inspect": ["checkpoint", "--image", "--out"],
     "doctor": [],
     "data preview": ["recipe", "overrides", "--out", "--n"],
 }
@@ -230,6 +233,60 @@ def test_preview_writes_a_picture(
         assert code == 0 and "wrote" in said
         with Image.open(tmp_path / name) as sheet:
             assert sheet.format == "PNG" and sheet.width > 3 * 256
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model, processor = make_vlm(ChainOfSight("1:4,2:1", width=32, heads=2))
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_scale_prints_what_came_from_where(
+    here: Callable[..., tuple[Any, str, str]], checkpoint: Path, tmp_path: Path
+) -> None:
+    options = "--layout", "1:4,2:4,4:1", "--image-size", 128, "--levels", "2,3", "--source", "2=1"
+    code, out, _ = here("scale", checkpoint, "--out", tmp_path / "scaled", *options)
+    assert code == 0 and "visual tokens 8 -> 36, pictures 64 -> 128 px, encoder positions 8x8 -> 16x16" in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["2:4", "1:4"] in [row[:2] for row in rows] and ["4:1", "2:1"] in [row[:2] for row in rows]
+    assert load(tmp_path / "scaled")[0].config.num_image_tokens == 36
+
+
+def test_inspect_writes_a_page(here: Callable[..., tuple[Any, str, str]], checkpoint: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (90, 40), "red").save(tmp_path / "a.png")
+    code, out, _ = here("inspect", checkpoint, "--image", tmp_path / "a.png", "--out", tmp_path / "seen")
+    assert code == 0 and "2 pictures beside it" in out
+    assert {path.name for path in (tmp_path / "seen").iterdir()} == {"index.html", "scale-1x4.png", "scale-2x1.png"}
+    assert "a.png" in (tmp_path / "seen" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("scale", "CHECKPOINT", "--out", "new", "--source", "4"), "--source 4: expected integers such as 4=1"),
+        (("scale", "CHECKPOINT", "--out", "new", "--levels", "2,x"), "--levels 2,x: expected integers such as 4,1"),
+        (("scale", "CHECKPOINT", "--out", "new", "--layout", "1:4,3:3"), "scale 3:3 of '1:4,3:3' has no source"),
+        (("scale", "CHECKPOINT", "--out", "new", "--image-size", 2), "image_size 2: CLIPVisionModel cuts pictures"),
+        (("scale", ".", "--out", "new"), "expected a model of Sparsight, found no config.json"),
+        (("inspect", "CHECKPOINT", "--image", "none.png"), "none.png: there is no such file"),
+        (("inspect", "."), "no model there"),
+    ],
+)
+def test_what_cannot_be_scaled_or_looked_at(
+    here: Callable[..., tuple[Any, str, str]],
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[Any, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = here(*(checkpoint if argument == "CHECKPOINT" else argument for argument in arguments))
+    assert code == 2 and message in err, err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_doctor_finds_nothing_missing(here: Callable[..., tuple[Any, str, str]]) -> None:

@@ -103,6 +103,47 @@ def evaluate(
     evaluate_checkpoint(checkpoint, items, split, _console())
 
 
+@app.command()
+def scale(
+    checkpoint: Annotated[Path, typer.Argument(help="folder of a model, such as runs/NAME/pretrain/model")],
+    out: Annotated[Path, typer.Option(help="folder of the scaled model; must not exist")],
+    layout: Annotated[str | None, typer.Option(help="such as 1:16,2:16,8:4 or cos-336; unchanged if not given")] = None,
+    image_size: Annotated[int | None, typer.Option(help="side of the picture in pixels", min=1)] = None,
+    levels: Annotated[str | None, typer.Option(help="the encoder's feature levels, such as 16,23")] = None,
+    source: Annotated[list[str] | None, typer.Option(help="NEW=OLD: the scale with NEW windows from OLD's")] = None,
+) -> None:
+    """Give a checkpoint more or fewer visual tokens, or another image size, weights carried over."""
+    sources = {new: old for new, old in (_integers(pair, "=", "--source", 2) for pair in source or [])}
+    numbers = None if levels is None else _integers(levels, ",", "--levels")
+    from sparsight.modeling.scale import scale_checkpoint
+
+    console = _console()
+    console.print(str(scale_checkpoint(checkpoint, out, layout, image_size, sources, numbers)), highlight=False)
+    console.print(
+        f"wrote [bold]{out}[/]. Train it on with a new optimizer: the old one's state belongs to the old bridge"
+    )
+
+
+def _integers(text: str, separator: str, option: str, count: int | None = None) -> list[int]:
+    parts = text.split(separator)
+    if not all(part.strip().lstrip("-").isdigit() for part in parts) or count not in (None, len(parts)):
+        wanted = separator.join(["4", "1", "8"][: count or 2])
+        raise ValueError(f"{option} {text}: expected integers such as {wanted}")
+    return [int(part) for part in parts]
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="folder of a model")],
+    image: Annotated[Path | None, typer.Option(help="a picture; one of the embedded scenes if not given")] = None,
+    out: Annotated[Path, typer.Option(help="folder for the page and its pictures")] = Path("inspect"),
+) -> None:
+    """Draw the windows of each scale over a picture, and where each query looks."""
+    from sparsight.pipeline import inspect_checkpoint
+
+    inspect_checkpoint(checkpoint, image, out, _console())
+
+
 @data_app.command()
 def preview(
     recipe: Annotated[Path | None, typer.Argument(help="YAML recipe; the embedded scenes if not given")] = None,

@@ -69,6 +69,12 @@ class _Windowed(_Bridge):
     width: int = Field(1024, ge=1, description="width of queries and attention; the paper's is 1024")
     heads: int = Field(16, ge=1)
     mlp_ratio: float = Field(4.0, gt=0)
+    depth: int = Field(1, ge=1, description="rounds over the feature levels")
+    query_std: float = Field(
+        0.02,
+        gt=0,
+        description="start values of the queries; the paper's 0.02 needs long training, short runs learn with 1",
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> _Windowed:
@@ -96,14 +102,18 @@ class Resampler(_Windowed):
 
 
 class ChainOfSight(_Windowed):
-    """Multi-scale windowed resamplers (Chain-of-Sight, section 3).
+    """Multi-scale windowed resamplers (Chain-of-Sight, section 3). The values not given are the paper's.
 
     Args:
         layout: scales such as ``"1:16,4:4"`` or a preset such as ``"cos-80"``.
+        order: of the tokens; the paper's is coarse to fine, the other is its ablation.
+        shared_queries: one set of queries for all windows of a scale (ablation), not a row for each token.
     """
 
     kind: Literal["chain_of_sight"] = "chain_of_sight"
     layout: str = "1:16,4:4"
+    order: Literal["coarse_to_fine", "fine_to_coarse"] = "coarse_to_fine"
+    shared_queries: bool = False
 
     def __init__(self, layout: str | Layout | None = None, /, **values: Any) -> None:
         if layout is not None:
@@ -128,11 +138,15 @@ BRIDGE_KINDS = ("linear", "mlp", "pixel_shuffle", "resampler", "chain_of_sight")
 def bridge_settings(value: Any) -> Linear | Mlp | PixelShuffle | Resampler | ChainOfSight:
     """Settings of a bridge from settings, a dict, a kind such as ``"mlp"``, or a layout such as ``"cos-80"``.
 
+    ``"paper"`` is Chain-of-Sight with the paper's values: 80 tokens, width 1024, 16 heads, one round.
+
     Raises:
         ValueError: the kind or a key is unknown, or a value is out of range.
     """
     if isinstance(value, _Bridge):
         return value  # type: ignore[return-value]
+    if value == "paper":
+        return ChainOfSight()
     if isinstance(value, str):
         value = {"kind": value} if value in BRIDGE_KINDS else {"kind": "chain_of_sight", "layout": value}
     try:

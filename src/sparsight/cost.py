@@ -122,7 +122,7 @@ def _windowed(
     for scale in layout.scales:
         # Windows of unequal size are padded to the largest.
         seen = -(-map_size[0] // scale.grid) * -(-map_size[1] // scale.grid)
-        for number, level in enumerate(level_widths):
+        for number, level in enumerate(list(level_widths) * bridge.depth):
             query = 2 * scale.tokens * width * width
             if number:
                 linear += images * query

@@ -23,6 +23,7 @@ from sparsight.config import Comparison, ConversationData, Evaluation, Recipe, S
 from sparsight.cost import Trains
 from sparsight.data.cache import FeatureCache, build_cache, cache_name
 from sparsight.data.collate import TrainingSet
+from sparsight.data.images import load_image
 from sparsight.data.scenes import ScenesDataset, chance
 from sparsight.data.sources import Source, open_source, scene_config
 from sparsight.evaluation.scenes import Scores, evaluate_scenes, score_answer
@@ -38,6 +39,7 @@ from sparsight.reporting import (
     read_run,
     render_table,
     write_comparison,
+    write_inspection,
     write_report,
 )
 from sparsight.reporting.runlog import step_seconds
@@ -74,7 +76,7 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache
                 console.print(f"stage [bold]{stage.name}[/]: done already")
                 model, processor = load(saved)
             else:
-                model, processor = enter_stage(recipe, stage, model, processor)
+                model, processor = enter_stage(recipe, stage, model, processor, console)
                 _run_stage(session, stage, offset, model, processor)
                 _save(model, processor, recipe, saved)
             offset += stage.samples
@@ -165,10 +167,13 @@ def enter_stage(
     stage: Stage,
     model: SparsightForConditionalGeneration | None,
     processor: SparsightProcessor | None,
+    console: Console,
 ) -> tuple[SparsightForConditionalGeneration, SparsightProcessor]:
     """Build the model for the first stage, or take it to the next one's layout and image size."""
     if model is not None and processor is not None:
-        scale_tokens(model, processor, stage.bridge, stage.image_size)
+        report = scale_tokens(model, processor, stage.bridge, stage.image_size)
+        if report.born or report.image_size[0] != report.image_size[1]:
+            console.print(Text(str(report)))
         return model, processor
     torch.manual_seed(recipe.seed)
     language: Any = recipe.language
@@ -291,14 +296,14 @@ def _cached(
     keys = list(source.keys())  # part of the name: a row belongs to a picture by its place among them
     folder = session.cache_root / cache_name(json.dumps([*made_of, keys, processor.image_processor.to_json_string()]))
 
-    def pixels(part: Sequence[Hashable]) -> torch.Tensor:
+    def encode(part: Sequence[Hashable]) -> tuple[torch.Tensor, ...]:
         pictures = [source.picture(key) for key in part]
-        return processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(model.device)
+        return model.model.encode_images(**processor.image_processor(pictures, return_tensors="pt").to(model.device))
 
     model.eval()
     with Progress(console=session.console) as bar, autocast(recipe.precision, model.device):
         task = bar.add_task("encoding pictures", total=len(keys))
-        cache = build_cache(folder, keys, pixels, model.model.encode_images, lambda n: bar.update(task, completed=n))
+        cache = build_cache(folder, keys, encode, lambda n: bar.update(task, completed=n))
         bar.update(task, completed=len(keys))
     # Every run is charged once for what its cache took, also when another run has built it: alone, it would have to.
     lines = log.path.read_text(encoding="utf-8").splitlines()
@@ -409,6 +414,31 @@ def evaluate_checkpoint(folder: Path, items: int, split: str, console: Console) 
         table.add_row(task, str(result.items[task]), *shares)
     console.print(table)
     return result
+
+
+def inspect_checkpoint(folder: Path, image: Path | None, out: Path, console: Console) -> Path:
+    """Draw a model's windows over a picture, and where each query looks: a PNG for each scale, and one page.
+
+    Args:
+        image: a picture of the embedded scenes if not given.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: no model in ``folder``, one without queries, or no picture in ``image``.
+    """
+    model, processor = load(folder)
+    name = image.name if image else "scene 0 of the test split"
+    picture = load_image(image) if image else ScenesDataset(scene_config(SceneData()), "test", 1).image(0)
+    pixels = processor.image_processor([picture], return_tensors="pt")
+    looks = {scale: maps[0].numpy() for scale, maps in model.model.attention_maps(**pixels).items()}
+    if "image_grid_thw" in pixels:  # else maps are as large as the picture
+        _, rows, columns = pixels["image_grid_thw"][0].tolist()
+        looks = {scale: maps[:, :rows, :columns] for scale, maps in looks.items()}
+    page = write_inspection(picture, looks, f"{folder}: {name}", out)
+    console.print(f"wrote [bold]{page}[/] and {len(looks)} pictures beside it")
+    return page
 
 
 def builtin_recipe(name: str) -> Path:

@@ -19,19 +19,15 @@ class Encoder:
     def __init__(self) -> None:
         self.pictures: list[Hashable] = []
 
-    def pixels(self, part: Sequence[Hashable]) -> torch.Tensor:
+    def encode(self, part: Sequence[Hashable]) -> list[torch.Tensor]:
         self.pictures += part
-        numbers = torch.tensor([float(str(key).removesuffix(".png")) for key in part])
-        return numbers[:, None, None, None].expand(-1, 3, 4, 4)
-
-    def encode(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        number = pixels[:, :1, :1, :1]
+        number = torch.tensor([float(str(key).removesuffix(".png")) for key in part])[:, None, None, None]
         return [number + torch.linspace(0, 1, 2 * 2 * width).view(2, 2, width) for width in (3, 5)]
 
 
 def expected(keys: Sequence[str]) -> list[torch.Tensor]:
     encoder = Encoder()
-    return [level.to(torch.bfloat16) for level in encoder.encode(encoder.pixels(keys))]
+    return [level.to(torch.bfloat16) for level in encoder.encode(keys)]
 
 
 @pytest.fixture
@@ -41,7 +37,7 @@ def encoder() -> Encoder:
 
 def test_readback_is_the_encoders_output_in_bf16(tmp_path: Path, encoder: Encoder) -> None:
     done: list[int] = []
-    cache = build_cache(tmp_path / "c", KEYS, encoder.pixels, encoder.encode, done.append, batch_size=3)
+    cache = build_cache(tmp_path / "c", KEYS, encoder.encode, done.append, batch_size=3)
     assert encoder.pictures == KEYS and done == [3, 6, 7]
     wanted = ["5.png", "0.png", "5.png"]
     levels = cache.read(wanted)
@@ -52,46 +48,55 @@ def test_readback_is_the_encoders_output_in_bf16(tmp_path: Path, encoder: Encode
 
 
 def test_a_complete_cache_is_used_as_it_is(tmp_path: Path, encoder: Encoder) -> None:
-    build_cache(tmp_path / "c", KEYS, encoder.pixels, encoder.encode)
+    build_cache(tmp_path / "c", KEYS, encoder.encode)
     again = Encoder()
-    cache = build_cache(tmp_path / "c", KEYS, again.pixels, again.encode)
+    cache = build_cache(tmp_path / "c", KEYS, again.encode)
     assert again.pictures == []
     assert torch.equal(cache.read(["3.png"])[1], expected(["3.png"])[1])
 
 
 def test_a_cache_that_was_cut_short_is_made_anew(tmp_path: Path, encoder: Encoder) -> None:
-    def dies(pixels: torch.Tensor) -> list[torch.Tensor]:
-        if pixels[0, 0, 0, 0] >= 4:
+    def dies(part: Sequence[Hashable]) -> list[torch.Tensor]:
+        if "4.png" in part:
             raise KeyboardInterrupt
-        return [level * 0 - 1 for level in encoder.encode(pixels)]
+        return [level * 0 - 1 for level in encoder.encode(part)]
 
     with pytest.raises(KeyboardInterrupt):
-        build_cache(tmp_path / "c", KEYS, encoder.pixels, dies, batch_size=2)
+        build_cache(tmp_path / "c", KEYS, dies, batch_size=2)
     assert (tmp_path / "c" / "level0.bin").is_file() and not (tmp_path / "c" / "cache.json").exists()
     again = Encoder()
-    cache = build_cache(tmp_path / "c", KEYS, again.pixels, again.encode, batch_size=2)
+    cache = build_cache(tmp_path / "c", KEYS, again.encode, batch_size=2)
     assert again.pictures == KEYS
     assert all(torch.equal(a, b) for a, b in zip(cache.read(KEYS), expected(KEYS), strict=True))
 
 
 def test_a_missing_cache_json_means_incomplete(tmp_path: Path, encoder: Encoder) -> None:
-    build_cache(tmp_path / "c", KEYS, encoder.pixels, encoder.encode)
+    build_cache(tmp_path / "c", KEYS, encoder.encode)
     (tmp_path / "c" / "cache.json").unlink()
     (tmp_path / "c" / "level1.bin").write_bytes(b"short")
-    cache = build_cache(tmp_path / "c", KEYS, encoder.pixels, encoder.encode)
+    cache = build_cache(tmp_path / "c", KEYS, encoder.encode)
     assert encoder.pictures == KEYS * 2
     assert torch.equal(cache.read(KEYS)[1], expected(KEYS)[1])
+
+
+def test_maps_of_several_sizes_are_refused(tmp_path: Path) -> None:
+    def encode(part: Sequence[Hashable]) -> list[torch.Tensor]:
+        return [torch.zeros(1, 2 + ("1.png" in part), 2, 3)]
+
+    with pytest.raises(ValueError, match=r"picture '1.png' has a feature map \(3, 2, 3\), others \(2, 2, 3\)"):
+        build_cache(tmp_path / "c", KEYS[:2], encode, batch_size=1)
+    assert not (tmp_path / "c" / "cache.json").exists()
 
 
 def test_no_gradient_is_kept(tmp_path: Path) -> None:
     weight = torch.ones(1, requires_grad=True)
     seen: list[bool] = []
 
-    def encode(pixels: torch.Tensor) -> list[torch.Tensor]:
-        seen.append((pixels * weight).requires_grad)
-        return [torch.zeros(len(pixels), 1, 1, 1)]
+    def encode(part: Sequence[Hashable]) -> list[torch.Tensor]:
+        seen.append((torch.ones(len(part), 1, 1, 1) * weight).requires_grad)
+        return [torch.zeros(len(part), 1, 1, 1)]
 
-    build_cache(tmp_path / "c", KEYS[:1], lambda part: torch.ones(len(part), 3, 2, 2), encode)
+    build_cache(tmp_path / "c", KEYS[:1], encode)
     assert seen == [False]
 
 

@@ -39,10 +39,11 @@ def source(tmp_path: Path) -> ConversationSource:
 
 
 def cached(tmp_path: Path, model: Any, processor: Any, source: ConversationSource) -> Any:
-    def pixels(part: Any) -> torch.Tensor:
-        return processor.image_processor([source.picture(key) for key in part], return_tensors="pt")["pixel_values"]
+    def encode(part: Any) -> Any:
+        pictures = [source.picture(key) for key in part]
+        return model.model.encode_images(**processor.image_processor(pictures, return_tensors="pt"))
 
-    return build_cache(tmp_path / "cache", source.keys(), pixels, model.model.encode_images)
+    return build_cache(tmp_path / "cache", source.keys(), encode)
 
 
 def test_rows_are_padded_at_the_right_and_padding_is_not_learnt(tiny_vlm, source: ConversationSource) -> None:
@@ -124,7 +125,7 @@ def test_a_picture_that_goes_bad_is_reported_with_the_sample(
     (tmp_path / "2.png").write_bytes((tmp_path / "1.png").read_bytes()[:100])
     with pytest.raises(ValueError, match=r"sample 's3'.*2\.png.*cannot be read"):
         data[3]
-    assert data[1]["pixel_values"].shape == (1, 3, 64, 64)
+    assert data[1]["pixels"]["pixel_values"].shape == (1, 3, 64, 64)
 
 
 def test_a_conversation_without_an_answer_is_reported_with_the_sample(tiny_vlm) -> None:

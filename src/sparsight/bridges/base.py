@@ -12,9 +12,12 @@ from sparsight.config import bridge_settings
 
 
 class Bridge(Protocol):
-    """From feature levels, lower level first, each (B, H, W, C_level), to visual tokens (B, N, E)."""
+    """From feature levels, lower level first, each (B, H, W, C_level), to visual tokens (B, N, E).
 
-    def __call__(self, levels_BHWC: Sequence[torch.Tensor]) -> torch.Tensor: ...
+    ``sizes_B2``: rows and columns of each picture's own map, where maps of several sizes are padded to one.
+    """
+
+    def __call__(self, levels_BHWC: Sequence[torch.Tensor], sizes_B2: torch.Tensor | None = None) -> torch.Tensor: ...
 
 
 def build_bridge(settings: Any, level_widths: Sequence[int], out_width: int) -> nn.Module:
@@ -35,7 +38,7 @@ def build_bridge(settings: Any, level_widths: Sequence[int], out_width: int) -> 
     if not level_widths:
         raise ValueError("a bridge needs at least one feature level, found none")
     if bridge.kind in ("resampler", "chain_of_sight"):
-        return WindowedResampler(bridge.scales, bridge.width, bridge.heads, bridge.mlp_ratio, level_widths, out_width)
+        return WindowedResampler(bridge, level_widths, out_width)
     return PatchwiseBridge(bridge.kind, level_widths, out_width, factor=getattr(bridge, "factor", 1))
 
 

@@ -7,45 +7,65 @@ D bridge width, A heads of K = D / A, N visual tokens, E language width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sparsight.bridges.base import check_levels
-from sparsight.layouts import Layout, Scale, window_bounds
+from sparsight.layouts import Scale, window_bounds
 
 
-@lru_cache(maxsize=64)
-def window_index(height: int, width: int, grid: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which patches each window sees, for maps that do not divide by the grid.
+def _spans(sides_B: torch.Tensor, longest: int, grid: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The places of each of ``grid`` windows along one side, (B, G, I), and which of them are real."""
+    cuts_BG = sides_B[:, None] * torch.arange(grid + 1, device=sides_B.device) // grid
+    place_BGI = cuts_BG[:, :-1, None] + torch.arange(-(-longest // grid), device=sides_B.device)
+    return place_BGI, place_BGI < cuts_BG[:, 1:, None]
+
+
+def window_index(sizes_B2: torch.Tensor, height: int, width: int, grid: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which patches each window sees: as equal as can be, none dropped, none counted twice (`window_bounds`).
+
+    Args:
+        sizes_B2: rows and columns of each picture's own map, at the top left of a map of ``height`` x ``width``.
 
     Returns:
-        index_WP: patch numbers (row-major), padded with 0.
-        valid_WP: bool, False on the padding.
+        index_BWP: patch numbers in the whole map (row-major), 0 on the padding.
+        valid_BWP: bool, False on the padding.
     """
-    windows = [
-        [row * width + column for row in range(*rows) for column in range(*columns)]
-        for rows in window_bounds(height, grid)
-        for columns in window_bounds(width, grid)
-    ]
-    longest = max(map(len, windows))
-    index_WP = torch.tensor([window + [0] * (longest - len(window)) for window in windows])
-    valid_WP = torch.tensor([[place < len(window) for place in range(longest)] for window in windows])
-    return index_WP, valid_WP
+    rows_BGI, real_BGI = _spans(sizes_B2[:, 0], height, grid)
+    columns_BGJ, real_BGJ = _spans(sizes_B2[:, 1], width, grid)
+    valid_BWP = (real_BGI[:, :, None, :, None] & real_BGJ[:, None, :, None, :]).flatten(3).flatten(1, 2)
+    index_BWP = (rows_BGI[:, :, None, :, None] * width + columns_BGJ[:, None, :, None, :]).flatten(3).flatten(1, 2)
+    return index_BWP * valid_BWP, valid_BWP
 
 
-def cut_windows(x_BLMD: torch.Tensor, grid: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Cut a map into grid x grid windows: (B, L, M, D) -> (B, W, P, D) and a mask of real patches, or None."""
-    height, width = x_BLMD.shape[1:3]
-    if grid == 1:
-        return x_BLMD.flatten(1, 2)[:, None], None
-    if height % grid == 0 and width % grid == 0:
-        x_BGIGJD = x_BLMD.unflatten(2, (grid, -1)).unflatten(1, (grid, -1))
-        return x_BGIGJD.transpose(2, 3).flatten(3, 4).flatten(1, 2), None
-    index_WP, valid_WP = (t.to(x_BLMD.device) for t in window_index(height, width, grid))
-    return x_BLMD.flatten(1, 2)[:, index_WP], valid_WP
+def cut_windows(
+    x_BLMD: torch.Tensor, grid: int, sizes_B2: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Cut a map into grid x grid windows: (B, L, M, D) -> (B, W, P, D), and a mask (B, W, P) of real patches, or None.
+
+    Raises:
+        ValueError: some window would see nothing.
+    """
+    batch, height, width = x_BLMD.shape[:3]
+    if sizes_B2 is None:
+        window_bounds(height, grid), window_bounds(width, grid)
+        if grid == 1:
+            return x_BLMD.flatten(1, 2)[:, None], None
+        if height % grid == 0 and width % grid == 0:
+            x_BGIGJD = x_BLMD.unflatten(2, (grid, -1)).unflatten(1, (grid, -1))
+            return x_BGIGJD.transpose(2, 3).flatten(3, 4).flatten(1, 2), None
+        sizes_B2 = torch.tensor([[height, width]], device=x_BLMD.device)
+    elif not torch.compiler.is_compiling() and int(sizes_B2.min()) < grid:
+        window_bounds(int(sizes_B2.min()), grid)
+    index_BWP, valid_BWP = (t.expand(batch, -1, -1) for t in window_index(sizes_B2, height, width, grid))
+    first_B = torch.arange(batch, device=x_BLMD.device) * (height * width)
+    flat = (index_BWP + first_B[:, None, None]).flatten()
+    return x_BLMD.flatten(0, 2).index_select(0, flat).unflatten(0, index_BWP.shape), valid_BWP
 
 
 class ResamplerBlock(nn.Module):
@@ -66,37 +86,86 @@ class ResamplerBlock(nn.Module):
         hidden = int(width * mlp_ratio)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
-    def forward(self, q_BWQD: torch.Tensor, x_BLMC: torch.Tensor, grid: int) -> torch.Tensor:
-        batch = x_BLMC.shape[0]
+    def project(
+        self, q_BWQD: torch.Tensor, x_BLMC: torch.Tensor, grid: int, sizes_B2: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Queries (X, A, Q, K), keys and values (X, A, P, K), mask (X, 1, 1, P) or None; X = B * W windows."""
         # Keys and values are made before the windows are cut: one product for the whole map.
         kv_BLMD = self.key_value(self.norm_context(x_BLMC))
-        kv_BWPD, valid_WP = cut_windows(kv_BLMD, grid)
+        kv_BWPD, valid_BWP = cut_windows(kv_BLMD, grid, sizes_B2)
         # The first level's queries are the same for every image (batch 1): projected once, expanded as a view.
-        h_BWQD = self.query(self.norm_query(q_BWQD)).expand(batch, -1, -1, -1)
-        q_XAQK = h_BWQD.flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k_XAPK, v_XAPK = (
-            t.flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in kv_BWPD.chunk(2, dim=-1)
+        h_BWQD = self.query(self.norm_query(q_BWQD)).expand(x_BLMC.shape[0], grid * grid, -1, -1)
+        q_XAQK, k_XAPK, v_XAPK = (
+            t.flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (h_BWQD, *kv_BWPD.chunk(2, dim=-1))
         )
-        mask = None if valid_WP is None else valid_WP.repeat(batch, 1)[:, None, None, :]
-        o_XAQK = F.scaled_dot_product_attention(q_XAQK, k_XAPK, v_XAPK, attn_mask=mask)
-        o_BWQD = o_XAQK.transpose(1, 2).flatten(2).unflatten(0, (batch, -1))
+        mask_X11P = None if valid_BWP is None else valid_BWP.flatten(0, 1)[:, None, None]
+        return q_XAQK, k_XAPK, v_XAPK, mask_X11P
+
+    def forward(
+        self, q_BWQD: torch.Tensor, x_BLMC: torch.Tensor, grid: int, sizes_B2: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        q_XAQK, k_XAPK, v_XAPK, mask_X11P = self.project(q_BWQD, x_BLMC, grid, sizes_B2)
+        o_XAQK = F.scaled_dot_product_attention(q_XAQK, k_XAPK, v_XAPK, attn_mask=mask_X11P)
+        o_BWQD = o_XAQK.transpose(1, 2).flatten(2).unflatten(0, (x_BLMC.shape[0], -1))
         q_BWQD = q_BWQD + self.out(o_BWQD)
         return q_BWQD + self.mlp(self.norm_mlp(q_BWQD))
 
+    def look(
+        self, q_BWQD: torch.Tensor, x_BLMC: torch.Tensor, grid: int, sizes_B2: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Where each query looks: attention weights, mean over the heads, on the whole map, (B, W, Q, L*M)."""
+        q_XAQK, k_XAPK, _, mask_X11P = self.project(q_BWQD, x_BLMC, grid, sizes_B2)
+        scores_XAQP = q_XAQK @ k_XAPK.transpose(2, 3) * q_XAQK.shape[-1] ** -0.5
+        if mask_X11P is not None:
+            scores_XAQP = scores_XAQP.masked_fill(~mask_X11P, float("-inf"))
+        weights_BWQP = scores_XAQP.softmax(-1).mean(1).unflatten(0, (x_BLMC.shape[0], -1))
+        batch, height, width = x_BLMC.shape[:3]
+        if sizes_B2 is None:
+            sizes_B2 = torch.tensor([[height, width]], device=x_BLMC.device)
+        index_BWP, _ = window_index(sizes_B2, height, width, grid)
+        empty = weights_BWQP.new_zeros(*weights_BWQP.shape[:3], height * width)
+        return empty.scatter_add_(3, index_BWP[:, :, None].expand(batch, *weights_BWQP.shape[1:]), weights_BWQP)
+
 
 class ScaleResampler(nn.Module):
-    """One scale: a query row for each output token, one block per feature level, lower level first."""
+    """One scale: a query row for each output token; blocks go over the feature levels, lower level first."""
 
-    def __init__(self, scale: Scale, width: int, heads: int, mlp_ratio: float, level_widths: Sequence[int]) -> None:
+    gradient_checkpointing = False  # transformers' `gradient_checkpointing_enable` sets both
+    _gradient_checkpointing_func: Any = staticmethod(partial(checkpoint, use_reentrant=False))
+
+    def __init__(self, scale: Scale, settings: Any, level_widths: Sequence[int]) -> None:
         super().__init__()
         self.grid = scale.grid
-        self.queries = nn.Parameter(torch.empty(scale.grid**2, scale.queries, width))
-        self.blocks = nn.ModuleList(ResamplerBlock(width, heads, mlp_ratio, level) for level in level_widths)
+        self.query_std = settings.query_std
+        windows = 1 if getattr(settings, "shared_queries", False) else scale.grid**2
+        self.queries = nn.Parameter(torch.empty(windows, scale.queries, settings.width))
+        self.blocks = nn.ModuleList(
+            ResamplerBlock(settings.width, settings.heads, settings.mlp_ratio, level)
+            for _ in range(settings.depth)
+            for level in level_widths
+        )
 
-    def forward(self, levels_BLMC: Sequence[torch.Tensor]) -> torch.Tensor:
-        q_BWQD = self.queries[None]
-        for block, x_BLMC in zip(self.blocks, levels_BLMC, strict=True):
-            q_BWQD = block(q_BWQD, x_BLMC, self.grid)
+    @torch.no_grad()
+    def reset_queries(self) -> None:
+        """Truncated normal of ``query_std``, cut at two of it or at the port's 2, whichever is wider."""
+        nn.init.trunc_normal_(
+            self.queries, std=self.query_std, a=-2 * max(1, self.query_std), b=2 * max(1, self.query_std)
+        )
+
+    def forward(
+        self, levels_BLMC: Sequence[torch.Tensor], sizes_B2: torch.Tensor | None = None, look: bool = False
+    ) -> torch.Tensor:
+        """Tokens (B, W*Q, D); with ``look``, where the last block's queries look instead, (B, W*Q, L, M)."""
+        q_BWQD = self.queries[None].expand(-1, self.grid**2, -1, -1)
+        block: Any
+        for number, block in enumerate(self.blocks):
+            x_BLMC = levels_BLMC[number % len(levels_BLMC)]
+            if look and number + 1 == len(self.blocks):
+                return block.look(q_BWQD, x_BLMC, self.grid, sizes_B2).flatten(1, 2).unflatten(2, x_BLMC.shape[1:3])
+            if self.gradient_checkpointing and self.training:
+                q_BWQD = self._gradient_checkpointing_func(block, q_BWQD, x_BLMC, self.grid, sizes_B2)
+            else:
+                q_BWQD = block(q_BWQD, x_BLMC, self.grid, sizes_B2)
         return q_BWQD.flatten(1, 2)
 
 
@@ -105,34 +174,32 @@ class WindowedResampler(nn.Module):
 
     Weights are shared by the windows of a scale and differ between scales. Tokens run from coarse to fine, then
     one LayerNorm and one linear map, shared by all scales, lead to the language model's width.
+
+    Args:
+        settings: ``config.ChainOfSight`` or ``config.Resampler``.
+        level_widths: channels of each feature level, lower first.
+        out_width: width of the language model, E.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        width: int,
-        heads: int,
-        mlp_ratio: float,
-        level_widths: Sequence[int],
-        out_width: int,
-    ) -> None:
+    def __init__(self, settings: Any, level_widths: Sequence[int], out_width: int) -> None:
         super().__init__()
-        self.layout = layout
-        self.heads = heads
+        self.settings = settings
+        self.layout = settings.scales
         self.level_widths = tuple(level_widths)
         # Named by grid, so that a checkpoint says by itself which scales it has.
         self.scales = nn.ModuleDict(
-            {str(s.grid): ScaleResampler(s, width, heads, mlp_ratio, level_widths) for s in layout.scales}
+            {str(s.grid): ScaleResampler(s, settings, level_widths) for s in self.layout.scales}
         )
-        self.norm = nn.LayerNorm(width)
-        self.proj = nn.Linear(width, out_width)
+        self.norm = nn.LayerNorm(settings.width)
+        self.proj = nn.Linear(settings.width, out_width)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Truncated normal; biases zero (port). The port's std of 0.02 belongs to its width of 1024.
 
-        At other widths it goes with 1 / sqrt(width), so that signals keep the paper's size (ours).
+        At other widths it goes with 1 / sqrt(width), so that signals keep the paper's size (ours). That of the queries
+        is ``query_std``.
         """
         std = 0.02 * (1024 / self.proj.in_features) ** 0.5
         for module in self.modules():
@@ -141,10 +208,22 @@ class WindowedResampler(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, ScaleResampler):
-                nn.init.trunc_normal_(module.queries, std=0.02)
+                module.reset_queries()
 
-    def forward(self, levels_BLMC: Sequence[torch.Tensor]) -> torch.Tensor:
+    def forward(self, levels_BLMC: Sequence[torch.Tensor], sizes_B2: torch.Tensor | None = None) -> torch.Tensor:
         check_levels(levels_BLMC, self.level_widths)
-        x_BND = torch.cat([scale(levels_BLMC) for scale in self.scales.values()], dim=1)
+        scales = list(self.scales.values())
+        if getattr(self.settings, "order", "coarse_to_fine") == "fine_to_coarse":
+            scales.reverse()
+        x_BND = torch.cat([scale(levels_BLMC, sizes_B2) for scale in scales], dim=1)
         assert x_BND.shape[1] == self.layout.tokens
         return self.proj(self.norm(x_BND))
+
+    @torch.no_grad()
+    def attention_maps(
+        self, levels_BLMC: Sequence[torch.Tensor], sizes_B2: torch.Tensor | None = None
+    ) -> dict[Scale, torch.Tensor]:
+        """Where each query of each scale looks in the last level, (B, W*Q, L, M), summing to 1 over its window."""
+        check_levels(levels_BLMC, self.level_widths)
+        modules = zip(self.layout.scales, self.scales.values(), strict=True)
+        return {scale: module(levels_BLMC, sizes_B2, look=True) for scale, module in modules}

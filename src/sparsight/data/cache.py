@@ -44,8 +44,7 @@ def cache_name(fingerprint: str) -> str:
 def build_cache(
     folder: Path,
     keys: Sequence[Hashable],
-    pixels: Callable[[Sequence[Hashable]], torch.Tensor],
-    encode: Callable[[torch.Tensor], Sequence[torch.Tensor]],
+    encode: Callable[[Sequence[Hashable]], Sequence[torch.Tensor]],
     progress: Callable[[int], None] = lambda done: None,
     batch_size: int = 8,
 ) -> FeatureCache:
@@ -54,10 +53,12 @@ def build_cache(
     Args:
         folder: where it lies; ``cache.json`` is written last, so that a cache that was cut short is seen.
         keys: the pictures, in order.
-        pixels: keys -> (I, 3, h, w).
-        encode: pixels -> feature levels, each (I, H, W, C).
+        encode: keys -> feature levels, each (I, H, W, C); the same map size for all pictures.
         progress: told the number of pictures done.
         batch_size: pictures encoded together; small, for a CPU's caches.
+
+    Raises:
+        ValueError: maps of several sizes, as native-resolution encoders give them.
     """
     if (folder / "cache.json").is_file():
         return FeatureCache(folder, keys)
@@ -66,13 +67,18 @@ def build_cache(
     maps: list[np.memmap] = []
     for start in range(0, len(keys), batch_size):
         part = list(keys[start : start + batch_size])
-        levels = [level.to(torch.bfloat16).cpu().contiguous() for level in encode(pixels(part))]
+        levels = [level.to(torch.bfloat16).cpu().contiguous() for level in encode(part)]
         if not maps:
             maps = [
                 np.memmap(folder / f"level{n}.bin", np.uint16, "w+", shape=(len(keys), *level.shape[1:]))
                 for n, level in enumerate(levels)
             ]
         for memory, level in zip(maps, levels, strict=True):
+            if level.shape[1:] != memory.shape[1:]:
+                raise ValueError(
+                    f"picture '{part[0]}' has a feature map {tuple(level.shape[1:])}, others {memory.shape[1:]}: only "
+                    "maps of one size can be cached. Set cache_features: false"
+                )
             memory[start : start + len(part)] = level.view(torch.uint16).numpy()
         progress(start + len(part))
     for memory in maps:

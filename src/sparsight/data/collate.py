@@ -42,7 +42,7 @@ class TrainingSet(Dataset):
                 item["features"] = self.cache.read(sample.images)
             elif sample.images:
                 pictures = [self.source.picture(key) for key in sample.images]
-                item["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+                item["pixels"] = dict(self.processor.image_processor(pictures, return_tensors="pt"))
         except ValueError as error:
             raise ValueError(f"sample '{sample.id}': {error}") from None
         return item
@@ -66,10 +66,10 @@ class Collator:
             "labels": padded("labels", -100),
             "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
         }
-        pixels = [item["pixel_values"] for item in items if "pixel_values" in item]
+        pixels = [item["pixels"] for item in items if "pixels" in item]
         features = [item["features"] for item in items if "features" in item]
-        if pixels:
-            batch["pixel_values"] = torch.cat(pixels)
+        if pixels:  # and the grids of a native-resolution encoder
+            batch |= {key: torch.cat([item[key] for item in pixels]) for key in pixels[0]}
         if features:
             # As an encoder gives them: without autocast, weights in fp32 take no bf16.
             levels = tuple(torch.cat(level).float() for level in zip(*features, strict=True))

@@ -65,8 +65,8 @@ def visual_tokens(model: Any, processor: Any, pictures: list[Image.Image], batch
     """Every picture's visual tokens (I, N, E): encoded once, however many questions are asked about it."""
     parts = []
     for start in range(0, len(pictures), batch_size):
-        pixels = processor.image_processor(pictures[start : start + batch_size], return_tensors="pt")["pixel_values"]
-        parts.append(model.get_image_features(pixels.to(model.device), return_dict=True).pooler_output)
+        pixels = processor.image_processor(pictures[start : start + batch_size], return_tensors="pt").to(model.device)
+        parts.append(model.get_image_features(**pixels, return_dict=True).pooler_output)
     return torch.cat(parts)
 
 

@@ -154,7 +154,13 @@ def probe(encoder: nn.Module, image_size: int, levels: Sequence[int] | None) -> 
 
 
 def set_image_size(image_processor: Any, side: int) -> None:
-    """Let an image processor give square pictures of ``side`` pixels, whole (resized, never cropped)."""
+    """Let an image processor give square pictures of ``side`` pixels, whole (resized, never cropped).
+
+    One for a native-resolution encoder keeps the shape of a picture; it gets the same area at most.
+    """
+    if hasattr(image_processor, "merge_size"):
+        image_processor.size = {"shortest_edge": min(side, 56) ** 2, "longest_edge": side**2}
+        return
     image_processor.size = {"height": side, "width": side}
     for key in ("do_center_crop", "do_pad", "do_image_splitting"):
         if hasattr(image_processor, key):

@@ -153,6 +153,51 @@ def _patchify(pixel_values: torch.Tensor, patch: int) -> tuple[torch.Tensor, tor
     return x_BHWPPC.flatten(3).flatten(1, 2), grid.expand(len(pixel_values), 2)
 
 
+def takes_grids(encoder: nn.Module) -> bool:
+    """Whether an encoder takes pictures at their native resolution: patches and a grid (Qwen2.5-VL and its like)."""
+    return "grid_thw" in inspect.signature(encoder.forward).parameters
+
+
+def _native_maps(encoder: Any, pixel_values: torch.Tensor, grids_I3: torch.Tensor | None) -> list[torch.Tensor]:
+    """Hidden states of a native-resolution encoder as maps (I, C, H, W), padded with zeros at the bottom and right."""
+    config = encoder.config
+    patch, merge = config.patch_size, config.spatial_merge_size
+    if grids_I3 is None:  # square pictures: cut into patches as the encoder's own processor does
+        images, _, height, width = pixel_values.shape
+        rows, columns = height // patch, width // patch
+        if height % (patch * merge) or width % (patch * merge):
+            raise ValueError(
+                f"pictures of {height}x{width} pixels do not divide into {merge}x{merge} patches of {patch}: "
+                f"use a multiple of {patch * merge}"
+            )
+        x = pixel_values.unflatten(3, (-1, merge, patch)).unflatten(2, (-1, merge, patch))
+        x = x.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(6).expand(*[-1] * 6, config.temporal_patch_size, -1, -1)
+        pixel_values = x.flatten(5).flatten(0, 4)
+        grids_I3 = torch.tensor([[1, rows, columns]] * images, device=pixel_values.device)
+    if (grids_I3[:, 0] != 1).any():
+        raise ValueError(f"expected pictures, found videos: grids (frames, rows, columns) {grids_I3.tolist()}")
+    states = encoder(pixel_values, grid_thw=grids_I3, output_hidden_states=True).hidden_states
+    order = None
+    if hasattr(encoder, "permute_input_for_window_attn"):
+        from transformers.vision_utils import get_vision_window_index
+
+        window_index, _ = get_vision_window_index(grids_I3, merge, config.window_size, patch)
+        order = torch.argsort(window_index).to(pixel_values.device)
+    sizes = [(rows, columns) for _, rows, columns in grids_I3.tolist()]
+    high, wide = (max(sides) for sides in zip(*sizes, strict=True))
+    maps = []
+    for state_SC in states:
+        if order is not None:
+            state_SC = state_SC.unflatten(0, (-1, merge * merge))[order].flatten(0, 1)
+        parts = state_SC.split([rows * columns for rows, columns in sizes])
+        x_ICHW = state_SC.new_zeros(len(sizes), state_SC.shape[-1], high, wide)
+        for image, (part_PC, (rows, columns)) in enumerate(zip(parts, sizes, strict=True)):
+            square = part_PC.view(rows // merge, columns // merge, merge, merge, -1).permute(4, 0, 2, 1, 3)
+            x_ICHW[image, :, :rows, :columns] = square.reshape(-1, rows, columns)
+        maps.append(x_ICHW)
+    return maps
+
+
 def _run(encoder: Any, pixel_values: torch.Tensor) -> Any:
     accepted = inspect.signature(encoder.forward).parameters
     if isinstance(encoder, PreTrainedModel) and "pixel_values" not in accepted:
@@ -170,8 +215,22 @@ def _run(encoder: Any, pixel_values: torch.Tensor) -> Any:
     return encoder(pixel_values, **extra)
 
 
+def _pick_levels(count: int, maps: bool, levels: Sequence[int] | None, name: str) -> list[int]:
+    """The feature levels that are meant, as indices from 0: see `feature_levels`."""
+    depth = count - 1
+    if levels is None:
+        return sorted({max(depth - 1, 0), depth} if maps else {max(1, 2 * depth // 3), max(1, depth - 1)})
+    wrong = [level for level in levels if not -count <= level < count]
+    if wrong:
+        raise ValueError(f"{name} has no feature level {wrong}: it has 0 to {depth}")
+    return [level % count for level in levels]
+
+
 def feature_levels(
-    encoder: nn.Module, pixel_values: torch.Tensor, levels: Sequence[int] | None = None
+    encoder: nn.Module,
+    pixel_values: torch.Tensor,
+    levels: Sequence[int] | None = None,
+    image_grid_thw: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Feature levels of any vision encoder, lower level first, all on the grid of the finest.
 
@@ -180,6 +239,8 @@ def feature_levels(
         pixel_values: (B, 3, h, w), normalised as the encoder expects.
         levels: indices into ``hidden_states`` (i: the output of block i) or into ``feature_maps``. ``None`` takes
             two: two thirds up and next to last (Chain-of-Sight: 16 and 23 of 24), or the last two maps.
+        image_grid_thw: (I, 3), when ``pixel_values`` are the patches that a native-resolution encoder's own
+            processor makes. Maps of several sizes are padded with zeros at the bottom and right.
 
     Returns:
         One (B, H, W, C_level) for each level. Prefix tokens (CLS, registers) are dropped.
@@ -187,25 +248,43 @@ def feature_levels(
     Raises:
         ValueError: the encoder gives no spatial features, or has no such level.
     """
-    output = _run(encoder, pixel_values)
-    maps = getattr(output, "feature_maps", None)
-    states = maps if maps is not None else getattr(output, "hidden_states", None)
-    name = type(encoder).__name__
-    if not states:
-        found = list(output) if isinstance(output, dict) else type(output).__name__
-        raise ValueError(f"{name} gives no spatial features: its output has no hidden states, only {found}")
-    if levels is None:
-        depth = len(states) - 1
-        levels = sorted({max(depth - 1, 0), depth} if maps is not None else {max(1, 2 * depth // 3), max(1, depth - 1)})
-    wrong = [level for level in levels if not -len(states) <= level < len(states)]
-    if wrong:
-        raise ValueError(f"{name} has no feature level {wrong}: it has 0 to {len(states) - 1}")
-    picked = [_spatial(states[level], encoder, pixel_values) for level in levels]
+    states, maps = _states(encoder, pixel_values, image_grid_thw)
+    picked = [states[level] for level in _pick_levels(len(states), maps, levels, type(encoder).__name__)]
+    picked = [_spatial(state, encoder, pixel_values) for state in picked]
     height, width = (max(x.shape[axis] for x in picked) for axis in (1, 2))
     return [_stretch(x_BHWC, height, width) for x_BHWC in picked]
 
 
+def _states(
+    encoder: nn.Module, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None
+) -> tuple[Sequence[torch.Tensor], bool]:
+    """Everything that could be a level, and whether the encoder gives maps."""
+    name = type(encoder).__name__
+    if takes_grids(encoder):
+        return _native_maps(encoder, pixel_values, image_grid_thw), False
+    if image_grid_thw is not None:
+        raise ValueError(f"{name} takes pictures of one size, but was given grids of patches (image_grid_thw)")
+    output = _run(encoder, pixel_values)
+    maps = getattr(output, "feature_maps", None)
+    states = maps if maps is not None else getattr(output, "hidden_states", None)
+    if not states:
+        found = list(output) if isinstance(output, dict) else type(output).__name__
+        raise ValueError(f"{name} gives no spatial features: its output has no hidden states, only {found}")
+    return states, maps is not None
+
+
+@torch.no_grad()
+def level_numbers(encoder: nn.Module, image_size: int, *choices: Sequence[int] | None) -> list[list[int]]:
+    """Choices of feature levels as indices from 0, so that they can be compared."""
+    parameter = next(encoder.parameters())
+    pixels = torch.zeros(1, 3, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
+    states, maps = _states(encoder, pixels, None)
+    return [_pick_levels(len(states), maps, levels, type(encoder).__name__) for levels in choices]
+
+
 def _spatial(x: torch.Tensor, encoder: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    if takes_grids(encoder):
+        return x.permute(0, 2, 3, 1)
     if x.shape[0] != pixel_values.shape[0]:
         raise ValueError(
             f"{type(encoder).__name__} gives hidden states {tuple(x.shape)} for {pixel_values.shape[0]} pictures: "

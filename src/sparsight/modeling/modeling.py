@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from sparsight.bridges import WindowedResampler, build_bridge
 from sparsight.bridges.windowed import ScaleResampler
+from sparsight.layouts import Scale
 from sparsight.modeling.configuration import EfficientNetLiteConfig, SparsightConfig
 from sparsight.modeling.encoders import EfficientNetLiteModel, feature_levels, sincos_2d
 
@@ -60,7 +61,7 @@ class SparsightPreTrainedModel(PreTrainedModel):
         if isinstance(module, WindowedResampler):
             module.reset_parameters()
         elif isinstance(module, ScaleResampler):
-            nn.init.trunc_normal_(module.queries, std=0.02)
+            module.reset_queries()
         else:
             super()._init_weights(module)
 
@@ -83,26 +84,57 @@ class SparsightModel(SparsightPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Feature levels of images (I, 3, h, w), each (I, H, W, C). What a feature cache holds."""
+    def encode_images(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """Feature levels of images (I, 3, h, w), each (I, H, W, C). What a feature cache holds.
+
+        A native-resolution encoder also takes its own patches with ``image_grid_thw`` (I, 3); maps are then padded.
+        """
         frozen = not any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            return tuple(feature_levels(self.vision_tower, pixel_values, self.config.vision_levels))
+            levels = feature_levels(self.vision_tower, pixel_values, self.config.vision_levels, image_grid_thw)
+        return tuple(levels)
 
-    def bridge_features(self, levels_IHWC: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def bridge_features(
+        self, levels_IHWC: tuple[torch.Tensor, ...], image_grid_thw: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Visual tokens (I, N, E) from feature levels."""
-        if self.config.feature_positions:
-            levels_IHWC = tuple(
-                F.layer_norm(x, x.shape[-1:]) + sincos_2d(*x.shape[1:], x.device, x.dtype)  # type: ignore[call-arg]
-                for x in levels_IHWC
-            )
-        return self.multi_modal_projector(levels_IHWC)
+        sizes_I2 = None if image_grid_thw is None else image_grid_thw[:, 1:]
+        return self.multi_modal_projector(self._with_positions(levels_IHWC), sizes_I2)
+
+    def _with_positions(self, levels_IHWC: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        if not self.config.feature_positions:
+            return levels_IHWC
+        return tuple(
+            F.layer_norm(x, x.shape[-1:]) + sincos_2d(*x.shape[1:], x.device, x.dtype)  # type: ignore[call-arg]
+            for x in levels_IHWC
+        )
+
+    @torch.no_grad()
+    def attention_maps(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None
+    ) -> dict[Scale, torch.Tensor]:
+        """Where the queries of each scale look, (I, tokens of the scale, H, W): see `WindowedResampler`.
+
+        Raises:
+            ValueError: the bridge has no queries.
+        """
+        bridge = self.multi_modal_projector
+        if not isinstance(bridge, WindowedResampler):
+            kind = (self.config.bridge_config or {}).get("kind")
+            raise ValueError(f"a bridge of kind {kind} has no queries; expected resampler or chain_of_sight")
+        sizes_I2 = None if image_grid_thw is None else image_grid_thw[:, 1:]
+        return bridge.attention_maps(self._with_positions(self.encode_images(pixel_values, image_grid_thw)), sizes_I2)
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor, **_: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None, **_: Any
+    ) -> BaseModelOutputWithPooling:
         """Feature levels in ``hidden_states``, visual tokens (I, N, E) in ``pooler_output``."""
-        levels_IHWC = self.encode_images(pixel_values)
-        return BaseModelOutputWithPooling(pooler_output=self.bridge_features(levels_IHWC), hidden_states=levels_IHWC)
+        levels_IHWC = self.encode_images(pixel_values, image_grid_thw)
+        visual_INE = self.bridge_features(levels_IHWC, image_grid_thw)
+        return BaseModelOutputWithPooling(pooler_output=visual_INE, hidden_states=levels_IHWC)
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
@@ -146,6 +178,7 @@ class SparsightModel(SparsightPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_grid_thw: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> SparsightModelOutput:
         """See [`SparsightForConditionalGeneration.forward`]."""
@@ -157,12 +190,12 @@ class SparsightModel(SparsightPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         encoded = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
-            encoded = self.get_image_features(pixel_values, return_dict=True)
+            encoded = self.get_image_features(pixel_values, image_grid_thw, return_dict=True)
         visual_INE = None
         if encoded is not None:
             visual_INE = encoded.pooler_output
             if visual_INE is None:  # cached features of a frozen encoder
-                visual_INE = self.bridge_features(encoded.hidden_states)
+                visual_INE = self.bridge_features(encoded.hidden_states, image_grid_thw)
             mask_BT1 = self.get_placeholder_mask(input_ids, inputs_embeds, visual_INE)
             inputs_embeds = inputs_embeds.masked_scatter(mask_BT1, visual_INE.to(inputs_embeds.dtype))
         elif input_ids is not None and input_ids.shape[1] > 1 and (input_ids == self.config.image_token_id).any():
@@ -226,6 +259,7 @@ class SparsightForConditionalGeneration(SparsightPreTrainedModel, GenerationMixi
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_grid_thw: torch.Tensor | None = None,
         loss_only: bool = False,
         **kwargs: Any,
     ) -> SparsightCausalLMOutput:
@@ -233,6 +267,7 @@ class SparsightForConditionalGeneration(SparsightPreTrainedModel, GenerationMixi
 
         Args:
             pixel_values: images of the whole batch in reading order, (I, 3, h, w); samples may have 0 to k.
+            image_grid_thw: (I, 3), when the pixels are the patches of a native-resolution encoder's own processor.
             mm_encoder_outputs: ``{"image": output}`` instead of pixels: visual tokens in ``pooler_output``, or
                 feature levels (I, H, W, C) in ``hidden_states``.
             labels: (B, T); -100 is not learnt.
@@ -249,6 +284,7 @@ class SparsightForConditionalGeneration(SparsightPreTrainedModel, GenerationMixi
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
+            image_grid_thw=image_grid_thw,
             **kwargs,
         )
         hidden_BTE = outputs.last_hidden_state

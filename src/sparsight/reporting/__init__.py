@@ -2,6 +2,7 @@
 
 from sparsight.reporting.comparison import compare, render_table, verdict, write_comparison
 from sparsight.reporting.html import write_report
+from sparsight.reporting.inspection import write_inspection
 from sparsight.reporting.runlog import Run, RunLog, StageRun, environment, read_run
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "render_table",
     "verdict",
     "write_comparison",
+    "write_inspection",
     "write_report",
 ]

@@ -1,0 +1,106 @@
+"""Where the queries of a bridge look: a picture for each scale, and one self-contained page."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from sparsight.layouts import Scale, window_bounds
+
+_SIDE, _GAP, _LINE = 208, 10, 22
+_COLUMNS = 6
+_MOST = 36  # queries drawn of a scale: a single-scale resampler has hundreds
+# Dark to light, so that it also reads in grey.
+_RAMP = np.array([(12, 8, 38), (88, 22, 110), (186, 54, 85), (249, 142, 9), (252, 255, 164)], dtype=np.float32)
+
+
+def write_inspection(picture: Image.Image, looks: Mapping[Scale, np.ndarray], title: str, out: Path) -> Path:
+    """Write ``scale-GRIDxQUERIES.png`` for each scale and ``index.html`` into ``out``.
+
+    Args:
+        looks: attention of each scale's queries, (grid^2 * queries, H, W), each summing to 1 over its window.
+
+    Returns:
+        The page.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    out.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for scale, maps_NHW in looks.items():
+        sheet, peak = draw_scale(picture, scale, maps_NHW)
+        file = out / f"scale-{scale.grid}x{scale.queries}.png"
+        sheet.save(file, optimize=True)
+        entries.append(
+            {
+                "name": str(scale),
+                "tokens": scale.tokens,
+                "windows": f"{scale.grid} x {scale.grid}",
+                "queries": scale.queries,
+                "drawn": min(scale.queries, _MOST),
+                "map": " x ".join(map(str, maps_NHW.shape[1:])),
+                "peak": f"{peak:.1f}",
+                "width": sheet.width // 2,
+                "image": base64.b64encode(file.read_bytes()).decode(),
+            }
+        )
+    template = resources.files("sparsight.reporting").joinpath("inspection.html.j2").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    tokens = sum(scale.tokens for scale in looks)
+    page = out / "index.html"
+    page.write_text(environment.from_string(template).render(title=title, scales=entries, tokens=tokens), "utf-8")
+    return page
+
+
+def draw_scale(picture: Image.Image, scale: Scale, maps_NHW: np.ndarray) -> tuple[Image.Image, float]:
+    """The windows over the picture, then a tile for each query: as windows do not overlap, one tile shows all of them.
+
+    Returns:
+        The sheet, and how much more than evenly the brightest place is looked at.
+    """
+    height, width = maps_NHW.shape[1:]
+    assert len(maps_NHW) == scale.tokens
+    # Times the patches of its window: 1 is looking evenly, whatever the window's size.
+    patches_N11 = (maps_NHW > 0).sum((1, 2), keepdims=True)
+    looks_QHW = (maps_NHW * patches_N11).reshape(scale.grid**2, scale.queries, height, width).sum(0)
+    peak = float(looks_QHW.max())
+    shape = round(_SIDE * width / max(height, width)), round(_SIDE * height / max(height, width))
+    base = picture.convert("RGB").resize((2 * shape[0], 2 * shape[1]), Image.Resampling.LANCZOS)
+    grey = np.asarray(base.convert("L").convert("RGB"), dtype=np.float32)
+    tiles = [("windows", _lines(base.copy(), scale.grid, (height, width)))]
+    for query, look_HW in enumerate(looks_QHW[:_MOST]):
+        heat = Image.fromarray((look_HW / peak).astype(np.float32)).resize(base.size, Image.Resampling.NEAREST)
+        share = np.clip(np.asarray(heat), 0, 1)
+        colour = np.stack([np.interp(share, np.linspace(0, 1, len(_RAMP)), _RAMP[:, c]) for c in range(3)], -1)
+        mixed = Image.fromarray((0.35 * grey + 0.65 * colour).astype(np.uint8))
+        tiles.append((f"query {query + 1}", _lines(mixed, scale.grid, (height, width))))
+    return _sheet(tiles, base.size), peak
+
+
+def _lines(tile: Image.Image, grid: int, size: tuple[int, int]) -> Image.Image:
+    draw = ImageDraw.Draw(tile)
+    for axis, patches in enumerate(size):
+        for start, _ in window_bounds(patches, grid)[1:]:
+            place = round(start / patches * (tile.height, tile.width)[axis])
+            line = (0, place, tile.width, place) if axis == 0 else (place, 0, place, tile.height)
+            draw.line(line, fill="white", width=2 if grid <= 8 else 1)
+    return tile
+
+
+def _sheet(tiles: list[tuple[str, Image.Image]], size: tuple[int, int]) -> Image.Image:
+    columns = min(_COLUMNS, len(tiles))
+    rows = -(-len(tiles) // columns)
+    step = size[0] + 2 * _GAP, size[1] + 2 * _GAP + 2 * _LINE
+    sheet = Image.new("RGB", (columns * step[0], rows * step[1]), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(28)
+    for number, (label, tile) in enumerate(tiles):
+        row, column = divmod(number, columns)
+        x, y = column * step[0] + _GAP, row * step[1] + _GAP
+        draw.text((x, y), label, fill="#4b5563", font=font)
+        sheet.paste(tile, (x, y + 2 * _LINE))
+    return sheet
