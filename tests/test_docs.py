@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from sparsight import assets
+from sparsight.cli import main
 from sparsight.config import Recipe, load_comparison, load_recipe
+from sparsight.layouts import PRESETS, Layout
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -49,11 +51,40 @@ def test_readme_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (tmp_path / "my-vlm" / "processor_config.json").is_file()
 
 
-def test_readme_shows_the_results_files() -> None:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import readme_results
+@pytest.mark.skipif(assets.efficientnet_lite0_weights() is None, reason="needs `make assets`")
+def test_snippets_of_the_docs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_vlm) -> None:
+    """They go on with the model of the README's snippet: a small one stands for it here."""
+    monkeypatch.chdir(tmp_path)
+    model, processor = tiny_vlm("cos-32", image_size=256)
+    for part in (model, processor):
+        part.save_pretrained("my-vlm")
+    names: dict = {"model": model, "processor": processor}
+    text = (ROOT / "docs/chain-of-sight.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(snippets) == 3
+    for snippet in snippets:
+        exec(compile(snippet, "chain-of-sight.md", "exec"), names)
+    assert processor.num_image_tokens == model.config.num_image_tokens == 528
+    commands = re.findall(r"^sparsight (scale|inspect) (.*)$", text, re.MULTILINE)
+    assert len(commands) == 2
+    for command, arguments in commands:
+        monkeypatch.setattr(sys, "argv", ["sparsight", command, *arguments.split()])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 0
+    assert (tmp_path / "my-vlm-336" / "config.json").is_file() and (tmp_path / "seen" / "index.html").is_file()
 
-    shown = (ROOT / "README.md").read_text(encoding="utf-8").split(readme_results.START)[1]
-    written = shown.split(readme_results.END)[0].strip()
-    wanted = readme_results.render(ROOT / "benchmarks/results").strip()
-    assert written == wanted, "run: python scripts/readme_results.py"
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_in_the_docs_with_its_tokens(name: str) -> None:
+    text = (ROOT / "docs/chain-of-sight.md").read_text(encoding="utf-8")
+    assert f"| `{name}` | `{PRESETS[name]}` | {Layout.parse(name).tokens} |" in text
+
+
+def test_pages_show_the_results_files() -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import results
+
+    for page in results.PAGES:
+        shown = (ROOT / page).read_text(encoding="utf-8").split(results.START)[1]
+        assert shown.split(results.END)[0].strip() == results.render(page).strip(), "run: python scripts/results.py"

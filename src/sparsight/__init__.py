@@ -23,6 +23,8 @@ _PUBLIC = {
     "SparsightProcessor": "sparsight.modeling",
     "build": "sparsight.modeling.build",
     "load_recipe": "sparsight.config",
+    "scale_checkpoint": "sparsight.modeling.scale",
+    "scale_tokens": "sparsight.modeling.scale",
 }
 __all__ = ["__version__", *_PUBLIC]
 
