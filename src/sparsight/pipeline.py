@@ -162,6 +162,11 @@ def _trained_by(folder: Path) -> Recipe | None:
     return Recipe.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
+def _own_scenes(folder: Path) -> SceneData:
+    recipe = _trained_by(folder)
+    return recipe.data if recipe is not None and isinstance(recipe.data, SceneData) else SceneData()
+
+
 def enter_stage(
     recipe: Recipe,
     stage: Stage,
@@ -402,10 +407,9 @@ def evaluate_checkpoint(folder: Path, items: int, split: str, console: Console) 
     """
     model, processor = load(folder)
     recipe = _trained_by(folder)
-    data = recipe.data if recipe is not None and isinstance(recipe.data, SceneData) else SceneData()
     precision = recipe.precision if recipe is not None else "bf16"
     settings = Evaluation.model_validate({"items": items, "split": split})
-    result, guess = ask_scenes(model, processor, data, settings, precision, console)
+    result, guess = ask_scenes(model, processor, _own_scenes(folder), settings, precision, console)
     table = Table(title=f"{folder}: {split} split, scores in %", title_justify="left")
     for column in ("task", "items", "score", "chance", "shuffled pictures"):
         table.add_column(column, justify="left" if column == "task" else "right")
@@ -420,7 +424,7 @@ def inspect_checkpoint(folder: Path, image: Path | None, out: Path, console: Con
     """Draw a model's windows over a picture, and where each query looks: a PNG for each scale, and one page.
 
     Args:
-        image: a picture of the embedded scenes if not given.
+        image: a scene of the model's own recipe if not given (of the embedded ones if it was trained on other data).
 
     Returns:
         The page.
@@ -430,7 +434,7 @@ def inspect_checkpoint(folder: Path, image: Path | None, out: Path, console: Con
     """
     model, processor = load(folder)
     name = image.name if image else "scene 0 of the test split"
-    picture = load_image(image) if image else ScenesDataset(scene_config(SceneData()), "test", 1).image(0)
+    picture = load_image(image) if image else ScenesDataset(scene_config(_own_scenes(folder)), "test", 1).image(0)
     pixels = processor.image_processor([picture], return_tensors="pt")
     looks = {scale: maps[0].numpy() for scale, maps in model.model.attention_maps(**pixels).items()}
     if "image_grid_thw" in pixels:  # else maps are as large as the picture
