@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "ChainOfSight": "sparsight.config",
+    "LayerSkipper": "sparsight.config",
     "Layout": "sparsight.layouts",
     "Linear": "sparsight.config",
     "Mlp": "sparsight.config",
@@ -21,6 +22,8 @@ _PUBLIC = {
     "SparsightConfig": "sparsight.modeling",
     "SparsightForConditionalGeneration": "sparsight.modeling",
     "SparsightProcessor": "sparsight.modeling",
+    "VisualTokenCompressor": "sparsight.config",
+    "attach": "sparsight.sparse.attach",
     "build": "sparsight.modeling.build",
     "load_recipe": "sparsight.config",
     "scale_checkpoint": "sparsight.modeling.scale",

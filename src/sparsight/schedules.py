@@ -1,0 +1,83 @@
+"""Progress of a stage, 0 to 1, -> keep ratios and skipped layers. Pure functions of numbers; no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+Anneal = Literal["constant", "linear", "cosine", "steps"]
+SkipCourse = Literal["falling", "constant", "rising"]
+_STEPS = 4  # equal parts of a stage, for "steps"
+
+
+def anneal(kind: Anneal, start: float, end: float, progress: float) -> float:
+    """From ``start`` to ``end``; "constant" stays at the start, "steps" goes there in four equal parts.
+
+    Raises:
+        ValueError: ``progress`` lies outside [0, 1].
+    """
+    _check_progress(progress)
+    share = {
+        "constant": 0.0,
+        "linear": progress,
+        "cosine": (1 - math.cos(math.pi * progress)) / 2,
+        "steps": min(math.floor(progress * _STEPS), _STEPS - 1) / (_STEPS - 1),
+    }[kind]
+    return start + (end - start) * share
+
+
+def skip_probabilities(
+    layers: int,
+    progress: float,
+    alpha: float,
+    epsilon: float = 0.0,
+    course: SkipCourse = "falling",
+    protected: tuple[int, int] = (0, 0),
+    importance: Sequence[float] | None = None,
+) -> list[float]:
+    """The probability that each layer is off (Sparse Training Scheme, Layer Dynamic Skipper).
+
+    p_l = alpha * (1 - progress)^2 * (1 + epsilon * (2 l - (L - 1)) / (L - 1)), l = 0 .. L - 1. The first factor falls
+    to zero over the stage; the second tilts over depth and keeps the mean: epsilon > 0 skips deep layers more.
+
+    Args:
+        progress: share of the stage that is done, fractional, so that one epoch anneals too.
+        course: "falling" as above; "constant": a factor of 1; "rising": 1 - exp(-100 progress), as in Progressive
+            Layer Dropping.
+        protected: first and last layers that are never off; the others keep their probabilities.
+        importance: of each layer; then the tilt goes from the most to the least important one in place of depth (ours).
+
+    Raises:
+        ValueError: a value is out of its range; the message shows it.
+    """
+    _check_progress(progress)
+    if alpha < 0 or alpha * (1 + abs(epsilon)) > 1:
+        raise ValueError(f"alpha {alpha}, epsilon {epsilon}: expected alpha >= 0 and alpha * (1 + |epsilon|) <= 1")
+    first, last = protected
+    if first < 0 or last < 0 or first + last > layers:
+        raise ValueError(f"protected layers {first} + {last}: the model has {layers}")
+    if importance is not None and len(importance) != layers:
+        raise ValueError(f"importance has {len(importance)} values, but the model has {layers} layers")
+    factor = {"falling": (1 - progress) ** 2, "constant": 1.0, "rising": 1 - math.exp(-100 * progress)}[course]
+    order = list(range(layers))
+    if importance is not None:
+        for rank, layer in enumerate(sorted(order, key=lambda layer: (-importance[layer], layer))):
+            order[layer] = rank
+    span = max(layers - 1, 1)
+    tilted = [alpha * factor * (1 + epsilon * (2 * place - (layers - 1)) / span) for place in order]
+    return [p if first <= layer < layers - last else 0.0 for layer, p in enumerate(tilted)]
+
+
+def skipped_layers(probabilities: Sequence[float], seed: int, step: int) -> tuple[bool, ...]:
+    """Which layers are off in an optimizer step: a pure function, the same on every rank, after resume, and when
+    activations are recomputed. A layer's draw does not depend on how many others there are."""
+    draws = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step]))).random(len(probabilities))
+    return tuple(bool(draw < p) for draw, p in zip(draws, probabilities, strict=True))
+
+
+def _check_progress(progress: float) -> None:
+    if not 0 <= progress <= 1:
+        raise ValueError(f"progress {progress}: expected 0 to 1")

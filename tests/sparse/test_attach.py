@@ -1,0 +1,332 @@
+import copy
+import warnings
+
+import pytest
+import torch
+from families import FAMILIES, IMAGE, TEXT, batch_of, made, tokens_of_an_image
+from torch import nn
+from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
+
+from sparsight.config import LayerSkipper, VisualTokenCompressor
+from sparsight.sparse.attach import NoEffectWarning, attach
+
+QUARTER = VisualTokenCompressor(keep=0.25)
+HALF_OFF = LayerSkipper(alpha=0.5, epsilon=0.0, course="constant")
+METHODS = ["uniform", "random", "text", "pool", "similarity", "merge"]
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same(one, other):
+    return (
+        torch.equal(one[0], other[0])
+        and one[1].keys() == other[1].keys()
+        and all(torch.equal(gradient, other[1][name]) for name, gradient in one[1].items())
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_keep_all_and_skip_none_is_the_plain_model_bit_by_bit(name):
+    model = made(name)
+    batch = batch_of(name, model, (1, 0, 2) if name != "paligemma" else (1, 1))
+    plain = gradients(model, batch)
+    handle = attach(model, VisualTokenCompressor(keep=1.0), LayerSkipper(alpha=0.0, epsilon=0.0))
+    assert same(gradients(model, batch), plain)
+    handle.detach()
+    assert same(gradients(model, batch), plain)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_attached_and_detached_without_a_trace(name):
+    model = made(name)
+    batch = batch_of(name, model)
+
+    def state():
+        modules = {
+            path: (type(m), set(m.__dict__) - {"training"}, len(m._forward_hooks)) for path, m in model.named_modules()
+        }
+        return list(model.state_dict()), modules
+
+    plain = gradients(model, batch)
+    before = state()
+    handle = attach(model, QUARTER, HALF_OFF)
+    assert [*model.state_dict()] == before[0] and [p for p, _ in model.named_modules()] == [*before[1]]
+    gradients(model, batch)
+    handle.detach()
+    after = state()
+    assert before[0] == after[0]
+    assert {path: found for path, found in after[1].items() if found != before[1][path]} == {}
+    assert same(gradients(model, batch), plain)
+    with pytest.raises(ValueError, match="detached already"):
+        handle.detach()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_trains_and_what_is_saved_loads_in_plain_transformers(name, tmp_path):
+    model = made(name)
+    batch = batch_of(name, model)
+    handle = attach(model, QUARTER, LayerSkipper(alpha=0.6, epsilon=0.3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    course = []
+    for step in range(20):
+        handle.step(step, step / 20)
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        course.append(float(loss))
+    assert sum(course[-5:]) < 0.7 * sum(course[:5]), course
+    counts = handle.take_counts()
+    visual = int((batch["input_ids"] == model.config.image_token_id).sum())
+    assert counts.visual_in == 20 * visual and counts.visual_out == 20 * 2 * max(1, round(visual / 2 / 4))
+    assert 0 < counts.layers_run < counts.layers == 20 * handle.parts.layers
+    model.save_pretrained(tmp_path)
+    loaded, told = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    ours = model.state_dict()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("method", ["uniform", "text", "similarity"])
+def test_a_dropped_token_is_as_if_it_were_masked(name, method, monkeypatch):
+    """The short pass gives what the full model gives when the dropped positions are hidden from every other one."""
+    model = made(name).eval()
+    batch = batch_of(name, model, (1, 2) if name != "paligemma" else (1, 1))
+    labels = batch.pop("labels")
+    handle = attach(model, VisualTokenCompressor(keep=0.5, method=method), train_only=False)
+    seen = {}
+    plain_gather = type(handle)._gather_inputs
+
+    def spy(self, kwargs, dropped, keep_BT, visual_BT):
+        seen.update(keep=keep_BT, places=kwargs.get("position_ids"), mask=kwargs.get("attention_mask"))
+        plain_gather(self, kwargs, dropped, keep_BT, visual_BT)
+
+    monkeypatch.setattr(type(handle), "_gather_inputs", spy)
+    with torch.no_grad():
+        short = model(**batch).logits
+    handle.detach()
+    keep = seen["keep"]
+    assert keep.sum() < batch["attention_mask"].sum()
+
+    def hide(plain, *args, **kwargs):
+        mask = kwargs["attention_mask"]
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+            kwargs["attention_mask"] = mask * keep
+        else:
+            hidden = ~keep[:, None, None] & ~torch.eye(keep.shape[1], dtype=torch.bool)
+            masks = mask if isinstance(mask, dict) else {"": mask}
+            masks = {
+                key: m.masked_fill(hidden, False if m.dtype == torch.bool else torch.finfo(m.dtype).min)
+                for key, m in masks.items()
+            }
+            kwargs["attention_mask"] = masks if isinstance(mask, dict) else masks[""]
+        if kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = torch.arange(keep.shape[1])[None]
+        return plain(*args, **kwargs)
+
+    decoder = model.get_decoder()
+    plain = decoder.forward
+    decoder.forward = lambda *args, **kwargs: hide(plain, *args, **kwargs)
+    with torch.no_grad():
+        full = model(**batch).logits
+    learnt = labels != -100
+    before = torch.cat([learnt[:, 1:], torch.zeros_like(learnt[:, :1])], 1)  # the positions that predict a label
+    assert (keep | ~before).all()  # none of them was dropped
+    error = (short - full)[keep].abs().max() / full[keep].abs().max()
+    assert error <= 1e-5, error  # measured 1e-6
+    assert short[~keep].abs().sum() == 0  # not computed
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_layer_that_is_off_is_not_there(name):
+    model = made(name)
+    batch = batch_of(name, model)
+    handle = attach(model, skipper=HALF_OFF)
+    handle.off = (False, True, True, False)[: handle.parts.layers]
+    path = handle.parts.decoder
+    loss, grads = gradients(model, batch)
+    assert not any(f"{path}.layers.1." in key for key in grads)
+    assert any(f"{path}.layers.0." in key for key in grads)
+    handle.detach()
+    layers = model.get_submodule(f"{path}.layers")
+    if name == "qwen3_vl":  # features of deeper levels are added behind the first layers, whether they run or not
+        for number in (1, 2):
+            layers[number].forward = lambda hidden, *_, **__: hidden
+    else:
+        kept = [layer for layer, off in zip(layers, handle.off, strict=True) if not off]
+        model.get_submodule(path).layers = nn.ModuleList(kept)
+        model.get_submodule(path).config.num_hidden_layers = len(kept)
+    assert torch.equal(model(**batch, use_cache=False).loss, loss)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["llava, clip + llama", "qwen2_5_vl", "smolvlm"])
+def test_every_method_on_uneven_samples(name, method):
+    """0 to 3 images a sample, padding between: the loss is finite, and gradients reach encoder and language model."""
+    model = made(name)
+    batch = batch_of(name, model, (3, 0, 1))
+    handle = attach(model, VisualTokenCompressor(keep=0.5, method=method))
+    loss, grads = gradients(model, batch)
+    assert loss.isfinite() and all(grad.isfinite().all() for grad in grads.values())
+    assert any(handle.parts.vision in key for key in grads)
+    each = tokens_of_an_image(name)
+    assert (handle.counts.visual_in, handle.counts.visual_out) == (4 * each, 4 * each // 2)
+    assert handle.counts.positions < batch["input_ids"].numel()
+
+
+def test_samples_do_not_meet():
+    """A sample's loss is the same alone and in a batch with others, whatever is dropped there."""
+    name = "llava, clip + llama"
+    model = made(name)
+    attach(model, VisualTokenCompressor(keep=0.3, method="similarity"))
+    batch = batch_of(name, model, (2, 1))
+    logits = model(**batch).logits
+    for row, pixels in enumerate((slice(0, 2), slice(2, 3))):
+        alone = {key: value[row : row + 1] for key, value in batch.items() if key != "pixel_values"}
+        found = model(**alone, pixel_values=batch["pixel_values"][pixels]).logits
+        learnt = batch["labels"][row] != -100
+        assert (logits[row, learnt] - found[0, learnt]).abs().max() <= 1e-4
+
+
+def test_renumbered_places_have_no_gaps(monkeypatch):
+    name = "llava, clip + llama"
+    model = made(name)
+    seen = []
+    plain = model.get_decoder().forward
+    model.get_decoder().forward = lambda *a, **k: (seen.append(k["position_ids"]), plain(*a, **k))[1]
+    batch = batch_of(name, model)
+    handle = attach(model, VisualTokenCompressor(keep=0.25, positions="renumbered"))
+    model(**batch)
+    assert torch.equal(seen[0], torch.arange(12).expand(2, -1))
+    handle.detach()
+    attach(model, VisualTokenCompressor(keep=0.25, positions="original"))
+    model(**batch)
+    assert seen[1][0].tolist() == [0, 1, 4, 8, 12, 17, *range(18, 24)]  # the last visual token stays
+
+
+def test_eval_and_generate_are_the_plain_model():
+    name = "llava, clip + llama"
+    model = made(name).eval()
+    batch = batch_of(name, model)
+    with torch.no_grad():
+        plain = model(**batch).logits
+    prompt = {key: value for key, value in batch.items() if key != "labels"}
+    answer = model.generate(**prompt, max_new_tokens=5, do_sample=False)
+    handle = attach(model, QUARTER, LayerSkipper(alpha=1.0, epsilon=0.0))
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, plain)
+    assert torch.equal(model.generate(**prompt, max_new_tokens=5, do_sample=False), answer)
+    model.train()
+    assert not torch.equal(model(**batch).logits, plain)
+    with handle.disabled():
+        assert torch.equal(model(**batch).logits, plain)
+
+
+def test_the_step_settles_what_is_kept_and_what_is_off():
+    model = made("llava, clip + llama")
+    handle = attach(
+        model, VisualTokenCompressor(keep=0.2, final=1.0, dense_every=5), LayerSkipper(alpha=0.5, epsilon=0)
+    )
+    drawn = []
+    for step in range(20):
+        handle.step(step, step / 19)
+        drawn.append((handle.keep, handle.off))
+    assert [keep == 1.0 for keep, _ in drawn] == [step % 5 == 0 or step == 19 for step in range(20)]
+    assert drawn[19][1] == (False,) * 4 and any(any(off) for _, off in drawn)
+    state = handle.state_dict()
+    handle.step(3, 0.9)
+    handle.load_state_dict(state)
+    assert (handle.keep, handle.off) == drawn[19] and handle.report()["step"] == 19
+    other = attach(made("llava, clip + llama"), skipper=HALF_OFF, seed=7)
+    with pytest.raises(ValueError, match="made with seed 0, this handle has 7"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["llava, clip + llama", "qwen3_vl", "sparsight"])
+def test_activation_checkpointing_recomputes_the_same(name):
+    found = []
+    for recompute in (False, True):
+        model = made(name)
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        attach(model, VisualTokenCompressor(keep=0.5, method="random"), HALF_OFF).step(4, 0.1)
+        found.append(gradients(model, batch_of(name, model)))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1].keys() == found[1][1].keys()
+    assert all(torch.allclose(grad, found[1][1][key], atol=1e-6) for key, grad in found[0][1].items())
+
+
+def test_accumulation_is_the_large_batch():
+    """R13 with both methods: (4), (2, 2) and (1, 1, 1, 1) give the same gradients; the draw of a step is shared."""
+    name = "llava, clip + llama"
+    found = []
+    for parts in (1, 2, 4):
+        model = made(name)
+        handle = attach(model, VisualTokenCompressor(keep=0.5, method="similarity"), HALF_OFF)
+        handle.step(3, 0.2)
+        batch = batch_of(name, model, (1, 1, 1, 1))
+        total = (batch["labels"] != -100).sum()
+        for part in range(parts):
+            rows = slice(part * 4 // parts, (part + 1) * 4 // parts)
+            model(**{key: value[rows] for key, value in batch.items()}, num_items_in_batch=total).loss.backward()
+        found.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    for other in found[1:]:
+        assert found[0].keys() == other.keys()
+        assert all(torch.allclose(grad, other[key], atol=1e-5) for key, grad in found[0].items())
+
+
+def test_no_effect_is_told():
+    model = made("llava, clip + llama")
+    attach(model, QUARTER, LayerSkipper(alpha=0.0, epsilon=0.0))
+    text = {"input_ids": torch.full((1, 4), 9), "labels": torch.full((1, 4), 9)}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", NoEffectWarning)
+        for _ in range(60):
+            model(**text)
+    messages = sorted(str(w.message) for w in told if w.category is NoEffectWarning)
+    assert [m.split(":")[0] for m in messages] == [
+        "the compressor had no effect in 50 passes",
+        "the skipper had no effect in 50 passes",
+    ]
+
+
+def test_plan_touches_nothing():
+    model = made("llava, clip + llama")
+    before = copy.copy(model.__dict__)
+    parts = attach(model, QUARTER, plan=True)
+    assert (parts.decoder, parts.layers, parts.head) == ("model.language_model", 4, "lm_head")
+    assert parts.visual_token_ids == (IMAGE,) and model.__dict__ == before
+
+
+def test_what_cannot_be_attached():
+    model = made("llava, clip + llama")
+    with pytest.raises(ValueError, match=r"protected layers 3 \+ 2: the model has 4"):
+        attach(model, skipper=LayerSkipper(protected=(3, 2)))
+    with pytest.raises(ValueError, match="importance has 2 values, but the model has 4 layers"):
+        attach(model, skipper=LayerSkipper(importance=(1.0, 2.0)))
+    attach(model, QUARTER)
+    with pytest.raises(ValueError, match="has something attached already"):
+        attach(model, QUARTER)
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no vision tower"):
+        attach(LlamaForCausalLM(LlamaConfig(**TEXT)), QUARTER)
+    with pytest.raises(ValueError, match="Linear: expected a model of transformers"):
+        attach(nn.Linear(2, 2), QUARTER)
+    with pytest.raises(ValueError, match="keep"):
+        VisualTokenCompressor(keep=0.0)
+    with pytest.raises(ValueError, match="alpha 0.9, epsilon 0.3"):
+        LayerSkipper(alpha=0.9, epsilon=0.3)
+
+
+def test_detach_after_the_model_was_wrapped_is_refused():
+    model = made("llava, clip + llama")
+    handle = attach(model, QUARTER)
+    layer = model.get_decoder().layers[0]
+    ours = layer.forward
+    layer.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    with pytest.raises(ValueError, match="was wrapped since"):
+        handle.detach()

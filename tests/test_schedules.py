@@ -1,0 +1,92 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsight.schedules import anneal, skip_probabilities, skipped_layers
+
+SHARES = st.floats(0, 1)
+KINDS = ["constant", "linear", "cosine", "steps"]
+
+
+@given(st.sampled_from(KINDS), SHARES, SHARES, SHARES, SHARES)
+def test_annealing_goes_one_way_between_its_ends(kind, start, end, one, other):
+    early, late = (anneal(kind, start, end, progress) for progress in sorted((one, other)))
+    assert min(start, end) - 1e-9 <= early <= max(start, end) + 1e-9
+    assert (late - early) * (end - start) >= -1e-9
+    assert anneal(kind, start, end, 0) == pytest.approx(start)
+    assert anneal(kind, start, end, 1) == pytest.approx(start if kind == "constant" else end)
+
+
+def test_annealing_in_steps_and_by_cosine():
+    assert [anneal("steps", 0, 3, p) for p in (0, 0.24, 0.26, 0.5, 0.76, 1)] == pytest.approx([0, 0, 1, 2, 3, 3])
+    assert anneal("cosine", 0, 1, 0.5) == pytest.approx(0.5) and anneal("cosine", 0, 1, 0.25) < 0.2
+
+
+def test_the_papers_formula():
+    """alpha 0.6, epsilon 0.3, 5 layers, a quarter done: 0.6 * 0.75^2 * (1 + 0.3 * (2 l - 4) / 4)."""
+    wanted = [0.3375 * tilt for tilt in (0.7, 0.85, 1.0, 1.15, 1.3)]
+    assert skip_probabilities(5, 0.25, 0.6, 0.3) == pytest.approx(wanted)
+
+
+@given(st.integers(1, 40), SHARES, SHARES, st.floats(-1, 1), st.sampled_from(["falling", "constant", "rising"]))
+def test_probabilities_are_probabilities_and_keep_their_mean(layers, progress, share, epsilon, course):
+    alpha = share / (1 + abs(epsilon))
+    found = skip_probabilities(layers, progress, alpha, epsilon, course)
+    assert all(0 <= p <= 1 + 1e-12 for p in found)
+    level = skip_probabilities(layers, progress, alpha, 0, course)
+    assert math.fsum(found) == pytest.approx(math.fsum(level), abs=1e-9)
+    assert found == sorted(found, reverse=epsilon < 0)
+
+
+def test_courses_over_a_stage():
+    def means(course):
+        return [skip_probabilities(3, p, 0.5, 0, course)[0] for p in (0, 0.5, 1)]
+
+    assert means("falling") == pytest.approx([0.5, 0.125, 0])  # at the end every layer runs
+    assert means("constant") == [0.5, 0.5, 0.5]
+    assert means("rising")[0] == 0 and means("rising")[2] == pytest.approx(0.5)
+    # One epoch of the falling course skips alpha / 3 in the mean.
+    mean = sum(skip_probabilities(1, i / 999, 0.6)[0] for i in range(1000)) / 1000
+    assert mean == pytest.approx(0.2, abs=1e-3)
+
+
+def test_protected_and_important_layers():
+    found = skip_probabilities(6, 0, 0.5, 0.4, protected=(2, 1))
+    assert [p > 0 for p in found] == [False, False, True, True, True, False]
+    found = skip_probabilities(4, 0, 0.5, 0.4, importance=[0.1, 0.9, 0.5, 0.3])
+    assert sorted(range(4), key=lambda layer: found[layer]) == [1, 2, 3, 0]  # the least important goes most
+
+
+@given(st.integers(0, 2**31), st.integers(0, 10**6), st.integers(2, 40))
+def test_draws_are_a_function_of_seed_step_and_layer(seed, step, layers):
+    halves = [0.5] * layers
+    assert skipped_layers(halves, seed, step) == skipped_layers(halves, seed, step)
+    assert skipped_layers(halves, seed, step)[:-1] == skipped_layers(halves[:-1], seed, step)
+    assert skipped_layers([0.0] * layers, seed, step) == (False,) * layers
+    assert skipped_layers([1.0] * layers, seed, step) == (True,) * layers
+
+
+def test_draws_hit_their_probabilities():
+    wanted = [0.1, 0.5, 0.8]
+    counts = [sum(column) for column in zip(*(skipped_layers(wanted, 7, step) for step in range(4000)), strict=True)]
+    for count, p in zip(counts, wanted, strict=True):
+        assert abs(count / 4000 - p) < 5 * math.sqrt(p * (1 - p) / 4000)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"progress": 1.2}, "progress 1.2: expected 0 to 1"),
+        ({"alpha": 0.8, "epsilon": 0.5}, r"alpha 0.8, epsilon 0.5: expected .* alpha \* \(1 \+ \|epsilon\|\) <= 1"),
+        ({"alpha": -0.1}, "alpha -0.1"),
+        ({"protected": (3, 2)}, r"protected layers 3 \+ 2: the model has 4"),
+        ({"importance": [1.0]}, "importance has 1 values, but the model has 4 layers"),
+    ],
+)
+def test_what_is_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        skip_probabilities(**({"layers": 4, "progress": 0.5, "alpha": 0.5} | arguments))
+    with pytest.raises(ValueError, match="progress -0.1"):
+        anneal("linear", 0, 1, -0.1)
