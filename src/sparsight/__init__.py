@@ -19,6 +19,7 @@ _PUBLIC = {
     "Recipe": "sparsight.config",
     "Resampler": "sparsight.config",
     "Scale": "sparsight.layouts",
+    "SparsightCallback": "sparsight.sparse.callback",
     "SparsightConfig": "sparsight.modeling",
     "SparsightForConditionalGeneration": "sparsight.modeling",
     "SparsightProcessor": "sparsight.modeling",

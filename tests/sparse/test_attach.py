@@ -81,10 +81,13 @@ def test_trains_and_what_is_saved_loads_in_plain_transformers(name, tmp_path):
         optimizer.step()
         course.append(float(loss))
     assert sum(course[-5:]) < 0.7 * sum(course[:5]), course
-    counts = handle.take_counts()
+    passes = handle.take_passes()
     visual = int((batch["input_ids"] == model.config.image_token_id).sum())
-    assert counts.visual_in == 20 * visual and counts.visual_out == 20 * 2 * max(1, round(visual / 2 / 4))
-    assert 0 < counts.layers_run < counts.layers == 20 * handle.parts.layers
+    assert len(passes) == 20 and handle.passes == []
+    assert {(p.visual_in, p.visual_out) for p in passes} == {(visual, 2 * max(1, round(visual / 2 / 4)))}
+    assert {(p.rows, p.length_in) for p in passes} == {tuple(batch["input_ids"].shape)}
+    assert all(p.length == p.length_in - (p.visual_in - p.visual_out) // 2 for p in passes)
+    assert 0 < sum(p.layers_run for p in passes) < 20 * handle.parts.layers
     model.save_pretrained(tmp_path)
     loaded, told = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert not told["missing_keys"] and not told["unexpected_keys"]
@@ -176,8 +179,8 @@ def test_every_method_on_uneven_samples(name, method):
     assert loss.isfinite() and all(grad.isfinite().all() for grad in grads.values())
     assert any(handle.parts.vision in key for key in grads)
     each = tokens_of_an_image(name)
-    assert (handle.counts.visual_in, handle.counts.visual_out) == (4 * each, 4 * each // 2)
-    assert handle.counts.positions < batch["input_ids"].numel()
+    (done,) = handle.passes
+    assert (done.visual_in, done.visual_out) == (4 * each, 4 * each // 2) and done.length < done.length_in
 
 
 def test_samples_do_not_meet():
@@ -278,6 +281,42 @@ def test_accumulation_is_the_large_batch():
     for other in found[1:]:
         assert found[0].keys() == other.keys()
         assert all(torch.allclose(grad, other[key], atol=1e-5) for key, grad in found[0].items())
+
+
+def test_the_dense_probe_is_the_plain_loss_and_leaves_no_trace():
+    model = made("llava, clip + llama")
+    batch = batch_of("llava, clip + llama", model)
+    with torch.no_grad():
+        plain = float(model.eval()(**batch).loss)
+    handle = attach(model.train(), QUARTER, HALF_OFF)
+    assert handle.dense_probe() == {}
+    loss = model(**batch).loss
+    before = list(handle.passes)
+    probe = handle.dense_probe()
+    assert probe == {"loss_dense": plain, "loss_sparse": float(loss)} and plain != float(loss)
+    assert handle.passes == before and model.training and handle.train_only and all(m.training for m in model.modules())
+
+
+def test_a_layer_that_is_off_is_not_updated():
+    """No gradient, no weight decay, no decay of moments: with AdamW, state and weights stay bit by bit."""
+    model = made("llava, clip + llama")
+    batch = batch_of("llava, clip + llama", model)
+    handle = attach(model, skipper=HALF_OFF)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    layer = handle.layers[1]
+
+    def step(off):
+        handle.off = (False, off, False, False)
+        model(**batch).loss.backward()
+        handle.clear_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+        state = [optimizer.state[p] for p in layer.parameters()]
+        return [t.clone() for p, s in zip(layer.parameters(), state, strict=True) for t in (p, *s.values())]
+
+    first, second, third = step(False), step(True), step(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(second, third, strict=True))
 
 
 def test_no_effect_is_told():

@@ -40,16 +40,16 @@ class Parts:
     visual_token_ids: tuple[int, ...]
 
 
-@dataclass
-class Step:
-    """What the steps since the last `SparseHandle.take_counts` have executed."""
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass in which the methods were on: rows, their length before and after, layers run, visual tokens."""
 
-    visual_in: int = 0
-    visual_out: int = 0
-    positions: int = 0
-    layers_run: int = 0
-    layers: int = 0
-    passes: int = 0
+    rows: int
+    length_in: int
+    length: int
+    layers_run: int
+    visual_in: int
+    visual_out: int
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,9 @@ class SparseHandle:
         self.model, self.parts, self.decoder, self.layers, self.head = model, parts, decoder, layers, head
         self.compressor, self.skipper, self.seed, self.train_only = compressor, skipper, seed, train_only
         self.attached, self.enabled = True, True
-        self.counts = Step()
+        self.passes: list[Pass] = []
+        self._drawn = 0  # passes of the present step: each draws its own random tokens
+        self._batch: tuple[Any, dict[str, Any]] | None = None
         self._visual_BT: torch.Tensor | None = None
         self._dropped: _Dropped | None = None
         self._images: list[int] = []
@@ -193,7 +195,7 @@ class SparseHandle:
             step: number of the optimizer step, from 0.
             progress: share of the stage that is done, 0 to 1.
         """
-        self.global_step, self.progress = step, progress
+        self.global_step, self.progress, self._drawn = step, progress, 0
         self.keep = 1.0
         if (c := self.compressor) is not None:
             dense = c.dense_every is not None and step % c.dense_every == 0
@@ -216,10 +218,34 @@ class SparseHandle:
         """Whether the methods act in a forward pass now."""
         return self.attached and self.enabled and (self.model.training or not self.train_only)
 
-    def take_counts(self) -> Step:
+    def take_passes(self) -> list[Pass]:
         """What was executed since the last call."""
-        counts, self.counts = self.counts, Step()
-        return counts
+        passes, self.passes = self.passes, []
+        return passes
+
+    def clear_gradients(self) -> None:
+        """Before the optimizer's step: a layer that is off loses its gradients, so that nothing of it is updated,
+        neither by weight decay nor by moments."""
+        for layer, off in zip(self.layers, self.off, strict=True):
+            for parameter in layer.parameters() if off and self.attached else ():
+                parameter.grad = None
+
+    @torch.no_grad()
+    def dense_probe(self) -> dict[str, float]:
+        """The loss of the last batch without the methods and with them, both in eval mode; empty before any batch."""
+        if self._batch is None:
+            return {}
+        args, kwargs = self._batch
+        kwargs = {key: value for key, value in kwargs.items() if key != "num_items_in_batch"}
+        before = list(self.passes), self._drawn, self.train_only, self.model.training
+        self.model.eval()
+        with self.disabled():
+            dense = float(self.model(*args, **kwargs).loss)
+        self.train_only = False
+        sparse = float(self.model(*args, **kwargs).loss)
+        self.passes, self._drawn, self.train_only, training = before
+        self.model.train(training)
+        return {"loss_dense": dense, "loss_sparse": sparse}
 
     def report(self) -> dict[str, Any]:
         """What is attached where, and what it does at present."""
@@ -288,6 +314,8 @@ class SparseHandle:
     def _before(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._dropped, self._images = None, []
         ids = kwargs.get("input_ids", args[0] if args else None)
+        if self.model.training:
+            self._batch = args, kwargs
         self._visual_BT = None
         if isinstance(ids, torch.Tensor):
             self._visual_BT = torch.isin(ids, torch.tensor(self.parts.visual_token_ids, device=ids.device))
@@ -298,10 +326,17 @@ class SparseHandle:
     def _layer_forward(self, number: int) -> Any:
         def forward(plain: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if self.off[number] and self.active():
-                return hidden
+                return self._touched(hidden, self.layers[number])
             return plain(hidden, *args, **kwargs)
 
         return forward
+
+    def _touched(self, hidden: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+        """DDP waits for a gradient of every parameter: a zero, which `clear_gradients` takes away again."""
+        if not (torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return hidden
+        zero = sum(0.0 * p.sum() for p in layer.parameters() if p.requires_grad)
+        return hidden + (zero.to(hidden.dtype) if isinstance(zero, torch.Tensor) else 0.0)
 
     def _head_forward(self, plain: Any, hidden: torch.Tensor) -> torch.Tensor:
         """The vocabulary's projection, paid for kept positions alone."""
@@ -316,13 +351,10 @@ class SparseHandle:
         visual = int(visual_BT.sum())
         self._watch("compressor", self.compressor is not None and visual == 0)
         self._watch("skipper", self.skipper is not None and not any(self.off))
-        self.counts.passes += 1
-        self.counts.layers += self.parts.layers
-        self.counts.layers_run += self.parts.layers - sum(self.off)
-        self.counts.visual_in += visual
+        rows, length, run = *embeds.shape[:2], self.parts.layers - sum(self.off)
+        self._drawn += 1
         if self.keep == 1.0 or visual == 0:
-            self.counts.visual_out += visual
-            self.counts.positions += embeds.shape[0] * embeds.shape[1]
+            self.passes.append(Pass(rows, length, length, run, visual, visual))
             return plain(*args, **kwargs)
         kwargs = dict(kwargs)
         embeds, keep_BT = self._compressed(embeds, visual_BT, kwargs.get("attention_mask"))
@@ -331,8 +363,7 @@ class SparseHandle:
         index_BK = (~keep_BT).to(torch.uint8).argsort(dim=1, stable=True)[:, :kept]
         valid_BK = torch.arange(kept, device=embeds.device) < lengths_B[:, None]
         dropped = self._dropped = _Dropped(index_BK, valid_BK, embeds.shape[1])
-        self.counts.visual_out += int((keep_BT & visual_BT).sum())
-        self.counts.positions += valid_BK.numel()
+        self.passes.append(Pass(rows, length, kept, run, visual, int((keep_BT & visual_BT).sum())))
         self._gather_inputs(kwargs, dropped, keep_BT, visual_BT)
         output = plain(*args, **(kwargs | {"inputs_embeds": dropped.gather(embeds, 1)}))
         for key in ("last_hidden_state", "hidden_states"):
@@ -363,7 +394,7 @@ class SparseHandle:
         runs = self._runs(places_M2)
         options: dict[str, Any] = {}
         if self.compressor.method == "random":
-            draw = self.global_step * 2**20 + self.counts.passes
+            draw = self.global_step * 2**20 + self._drawn
             options["generator"] = torch.Generator().manual_seed((self.seed * 2**40 + draw) % 2**63)
         starts = [sum(runs[:number]) for number in range(len(runs))]
         for length, members in groupby(sorted(range(len(runs)), key=lambda number: runs[number]), runs.__getitem__):

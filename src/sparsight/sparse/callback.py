@@ -1,0 +1,140 @@
+"""The Sparse Training Scheme in Hugging Face's Trainer, and in those built on it (TRL's SFTTrainer)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sparsight.cost import LanguageShape, Trains, language_flops
+from sparsight.sparse.attach import Pass, SparseHandle
+
+STATE_FILE = "sparsight_sparse.json"
+
+
+class SparsightCallback(TrainerCallback):
+    """Tells an attached model where training stands, and logs what was executed.
+
+    Logged beside the loss, over the steps since the last log: ``visual_tokens_in`` and ``visual_tokens_out``,
+    ``layers_run`` (share of all), ``language_flops`` (executed by the language model, forward and backward),
+    ``language_flops_ratio`` (to what the plain model would have executed) and ``keep``. With ``dense_probe`` also
+    ``loss_dense`` and ``loss_sparse`` of the same batch in eval mode: where they meet, training and inference do.
+
+    Args:
+        handle: what `attach` returned.
+        dense_probe: every so many steps; never if not given.
+    """
+
+    def __init__(self, handle: SparseHandle, dense_probe: int | None = None) -> None:
+        if dense_probe is not None and dense_probe < 1:
+            raise ValueError(f"dense_probe {dense_probe}: expected a number of steps of at least 1")
+        self.handle, self.dense_probe = handle, dense_probe
+        self.probe: dict[str, float] = {}
+
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one before."""
+        parts = {"compressor": self.handle.compressor, "skipper": self.handle.skipper}
+        return {name: part and part.model_dump(mode="json") for name, part in parts.items()} | {
+            "seed": self.handle.seed
+        }
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """On resume the methods must be those of the run before. Raises ValueError with what differs."""
+        self.handle.step(state.global_step, _progress(state))
+        folders = (args.resume_from_checkpoint, f"{args.output_dir}/checkpoint-{state.global_step}")
+        files = [Path(folder) / STATE_FILE for folder in folders if isinstance(folder, str)]
+        file = next((file for file in files if file.is_file()), None)
+        if not state.global_step or file is None:
+            return
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = {key: (before.get(key), value) for key, value in self.settings().items() if before.get(key) != value}
+        if changed:
+            raise ValueError(f"{file} was written with other settings; these differ (then, now): {changed}")
+        _reload_if_renamed(self.handle.model, file.parent)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.handle.step(state.global_step, _progress(state))
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.handle.clear_gradients()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.dense_probe and state.global_step % self.dense_probe == 0:
+            self.probe = self.handle.dense_probe()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:  # an evaluation, or the end
+            return
+        found = figures(self.handle, self.handle.take_passes()) | self.probe
+        logs |= found  # for the trackers and bars that come after
+        if state.log_history:
+            state.log_history[-1] |= found
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            (folder / STATE_FILE).write_text(json.dumps(self.settings(), indent=2), encoding="utf-8")
+
+
+def _reload_if_renamed(model: Any, folder: Path) -> None:
+    """Load a checkpoint whose tensors were saved under other names than the model's.
+
+    Some families of transformers (LLaVA) save under their old names, and the Trainer then resumes with weights of which
+    it has loaded none (seen in 5.23); ``from_pretrained`` knows the names.
+    """
+    names: set[str] = set()
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names |= set(file.keys())
+    if names and not names <= model.state_dict().keys() and hasattr(type(model), "from_pretrained"):
+        model.load_state_dict(type(model).from_pretrained(folder).state_dict())
+
+
+def figures(handle: SparseHandle, passes: Sequence[Pass]) -> dict[str, float]:
+    """What passes executed, as it stands in the log."""
+    shape = LanguageShape.from_config(handle.model.config.get_text_config())
+    trains = _trains(handle)
+
+    def flops(layers: int, rows: int, length: int) -> float:
+        return sum(language_flops(replace(shape, layers=layers), rows, length, rows * length, trains).values())
+
+    executed = sum(flops(done.layers_run, done.rows, done.length) for done in passes)
+    plain = sum(flops(handle.parts.layers, done.rows, done.length_in) for done in passes)
+    return {
+        "keep": handle.keep,
+        "visual_tokens_in": sum(done.visual_in for done in passes),
+        "visual_tokens_out": sum(done.visual_out for done in passes),
+        "layers_run": sum(done.layers_run for done in passes) / max(1, len(passes) * handle.parts.layers),
+        "language_flops": executed,
+        "language_flops_ratio": executed / plain if plain else 1.0,
+    }
+
+
+def _trains(handle: SparseHandle) -> Trains:
+    """Which parts have parameters that train, by where they stand."""
+    found, rank = set(), 0
+    for name, parameter in handle.model.named_parameters():
+        if parameter.requires_grad:
+            in_vision, in_language = (name.startswith(p + ".") for p in (handle.parts.vision, handle.parts.decoder))
+            found.add(
+                "vision" if in_vision else "language" if in_language or name.startswith(handle.parts.head) else "bridge"
+            )
+            if "lora_A" in name and in_language:
+                rank = parameter.shape[0]
+    return Trains("vision" in found, "bridge" in found, "language" in found, rank)
+
+
+def _progress(state: TrainerState) -> float:
+    return min(1.0, state.global_step / state.max_steps) if state.max_steps else 0.0

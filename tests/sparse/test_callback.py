@@ -1,0 +1,133 @@
+import json
+
+import pytest
+import torch
+from families import batch_of, made
+from transformers import Trainer, TrainingArguments
+
+from sparsight.config import LayerSkipper, VisualTokenCompressor
+from sparsight.cost import LanguageShape, Trains, language_flops
+from sparsight.sparse.attach import attach
+from sparsight.sparse.callback import STATE_FILE, SparsightCallback, figures
+
+NAME = "llava, clip + llama"
+COMPRESSOR = VisualTokenCompressor(keep=0.25, final=1.0, method="random")
+SKIPPER = LayerSkipper(alpha=0.6, epsilon=0.3)
+
+
+class Pictures(torch.utils.data.Dataset):
+    """24 samples, each with a picture of its own."""
+
+    def __init__(self, model):
+        self.rows = [{k: v[0] for k, v in batch_of(NAME, model, (1,), seed).items()} for seed in range(24)]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+def trained(folder, steps=6, resume=None, accumulate=2, skipper=SKIPPER, **options):
+    model = made(NAME)
+    callback = SparsightCallback(attach(model, COMPRESSOR, skipper, seed=3), **options)
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=6,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=accumulate,
+        learning_rate=1e-3,
+        weight_decay=0.1,
+        save_steps=3,
+        logging_steps=1,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        seed=1,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(model, arguments, train_dataset=Pictures(model), callbacks=[callback])
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, callback
+
+
+def steps(trainer):
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_resumed_is_the_run_that_was_never_interrupted(tmp_path):
+    whole, callback = trained(tmp_path / "a", dense_probe=2)
+    resumed, _ = trained(tmp_path / "a", resume=str(tmp_path / "a" / "checkpoint-3"), dense_probe=2)
+    keys = ("loss", "keep", "visual_tokens_out", "layers_run", "language_flops", "loss_dense", "loss_sparse")
+    assert [[entry.get(key) for key in keys] for entry in steps(whole)][3:] == [
+        [entry.get(key) for key in keys] for entry in steps(resumed)
+    ][-3:]
+    ours, theirs = (t.model.state_dict() for t in (whole, resumed))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert json.loads((tmp_path / "a" / "checkpoint-3" / STATE_FILE).read_text()) == callback.settings()
+    logged = steps(whole)
+    assert [entry["keep"] for entry in logged] == sorted(entry["keep"] for entry in logged) and logged[0][
+        "keep"
+    ] == 0.25
+    assert all(entry["visual_tokens_in"] == 64 and entry["visual_tokens_out"] < 64 for entry in logged)
+    assert any(entry["layers_run"] < 1 for entry in logged)
+    assert all(entry["language_flops_ratio"] < 1 for entry in logged)
+    assert "loss_dense" not in logged[0] and logged[2]["loss_dense"] != logged[2]["loss_sparse"]
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path):
+    trained(tmp_path)
+    with pytest.raises(ValueError, match="was written with other settings; these differ .*skipper"):
+        trained(tmp_path, resume=str(tmp_path / "checkpoint-3"), skipper=LayerSkipper(alpha=0.1))
+
+
+def test_what_is_saved_is_a_plain_model(tmp_path):
+    trainer, callback = trained(tmp_path)
+    callback.handle.detach()
+    plain = type(trainer.model).from_pretrained(tmp_path / "checkpoint-6")
+    ours = trainer.model.state_dict()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in plain.state_dict().items())
+
+
+def test_figures_are_what_was_executed():
+    """Against the cost model by hand: 2 rows of 24 positions cut to 12, two of four layers off."""
+    model = made(NAME)
+    handle = attach(model, VisualTokenCompressor(keep=0.25), SKIPPER)
+    handle.off = (False, True, True, False)
+    model(**batch_of(NAME, model))
+    found = figures(handle, handle.take_passes())
+    shape = LanguageShape.from_config(model.config.get_text_config())
+    assert (found["visual_tokens_in"], found["visual_tokens_out"], found["layers_run"]) == (32, 8, 0.5)
+    everything = Trains(vision=True, bridge=True, language=True)
+    dense = sum(language_flops(shape, 2, 24, 48, everything).values())
+    assert 0.2 * dense < found["language_flops"] < 0.5 * dense
+    assert found["language_flops_ratio"] == pytest.approx(found["language_flops"] / dense)
+
+
+def test_executed_flops_match_the_counter():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = made(NAME)
+    for parameter in [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]:
+        parameter.requires_grad_(False)
+    batch = batch_of(NAME, model)
+    handle = attach(model, VisualTokenCompressor(keep=0.25), SKIPPER)
+    for off in ((False,) * 4, (False, True, True, False)):
+        handle.off = off
+        with FlopCounterMode(display=False) as counter:
+            model(**batch).loss.backward()
+        by_module = counter.get_flop_counts()
+        vision = sum(
+            sum(by_module.get(f"{type(model).__name__}.{path}", {}).values())
+            for path in ("model.vision_tower", "model.multi_modal_projector")
+        )
+        counted = counter.get_total_flops() - vision
+        ours = figures(handle, handle.take_passes())["language_flops"]
+        # The first layer's input needs no gradient here; at this size that is a few percent.
+        assert abs(ours / counted - 1) < 0.06, (off, ours, counted)
+        model.zero_grad()
+
+
+def test_a_probe_needs_a_number_of_steps():
+    with pytest.raises(ValueError, match="dense_probe 0"):
+        SparsightCallback(attach(made(NAME), COMPRESSOR), dense_probe=0)
