@@ -351,7 +351,8 @@ class SparseHandle:
         visual = int(visual_BT.sum())
         self._watch("compressor", self.compressor is not None and visual == 0)
         self._watch("skipper", self.skipper is not None and not any(self.off))
-        rows, length, run = *embeds.shape[:2], self.parts.layers - sum(self.off)
+        rows, length = embeds.shape[:2]
+        run = self.parts.layers - sum(self.off)
         self._drawn += 1
         if self.keep == 1.0 or visual == 0:
             self.passes.append(Pass(rows, length, length, run, visual, visual))

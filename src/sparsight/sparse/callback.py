@@ -104,7 +104,8 @@ def _reload_if_renamed(model: Any, folder: Path) -> None:
 
 def figures(handle: SparseHandle, passes: Sequence[Pass]) -> dict[str, float]:
     """What passes executed, as it stands in the log."""
-    shape = LanguageShape.from_config(handle.model.config.get_text_config())
+    config: Any = handle.model.config
+    shape = LanguageShape.from_config(config.get_text_config())
     trains = _trains(handle)
 
     def flops(layers: int, rows: int, length: int) -> float:
