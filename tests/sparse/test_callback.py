@@ -9,6 +9,7 @@ from sparsight.config import LayerSkipper, VisualTokenCompressor
 from sparsight.cost import LanguageShape, Trains, language_flops
 from sparsight.sparse.attach import attach
 from sparsight.sparse.callback import STATE_FILE, SparsightCallback, figures
+from tiny import conversation, make_vlm, picture
 
 NAME = "llava, clip + llama"
 COMPRESSOR = VisualTokenCompressor(keep=0.25, final=1.0, method="random")
@@ -131,3 +132,39 @@ def test_executed_flops_match_the_counter():
 def test_a_probe_needs_a_number_of_steps():
     with pytest.raises(ValueError, match="dense_probe 0"):
         SparsightCallback(attach(made(NAME), COMPRESSOR), dense_probe=0)
+
+
+def test_with_trl(tmp_path):
+    """TRL's SFTTrainer on messages and pictures, its own collator, loss and accuracy; our VLM as any other."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    model, processor = make_vlm("1:16")
+    rows = [{"messages": conversation(f"Read {n}.", f"It is {n}."), "images": [picture(n)]} for n in range(8)]
+    for row in rows:  # one type for all contents, as Arrow wants it
+        row["messages"][1]["content"] = [{"type": "text", "text": row["messages"][1]["content"]}]
+    callback = SparsightCallback(attach(model, VisualTokenCompressor(keep=0.25), SKIPPER))
+    arguments = SFTConfig(
+        str(tmp_path),
+        max_steps=12,
+        per_device_train_batch_size=4,
+        learning_rate=3e-3,
+        logging_steps=1,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        disable_tqdm=True,
+        activation_checkpointing=True,
+        max_length=None,
+        save_strategy="no",
+        dataloader_pin_memory=False,
+    )
+    data = Dataset.from_list(rows)
+    trainer = SFTTrainer(model, arguments, train_dataset=data, processing_class=processor, callbacks=[callback])
+    trainer.train()
+    logged = steps(trainer)
+    assert len(logged) == 12
+    assert all((entry["visual_tokens_in"], entry["visual_tokens_out"]) == (64, 16) for entry in logged)
+    assert sum(entry["loss"] for entry in logged[-3:]) < sum(entry["loss"] for entry in logged[:3])
+    assert logged[-1]["layers_run"] == 1 > min(entry["layers_run"] for entry in logged)
+    assert "mean_token_accuracy" in logged[0]  # taken from the logits: they have their full length
