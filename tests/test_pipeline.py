@@ -140,14 +140,22 @@ def test_a_mistake_in_a_name_does_not_block_the_folder(tmp_path: Path, recipe: C
 # ---------------------------------------------------------------------------------------- interrupted and resumed
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("stage, step", [("pretrain", 3), ("finetune", 1), ("finetune", 4)])
 def test_a_resumed_run_is_the_run_that_was_never_interrupted(
-    tmp_path: Path, recipe: Callable[..., Recipe], lights_out: Callable[[int], None], stage: str, step: int
+    tmp_path: Path,
+    recipe: Callable[..., Recipe],
+    lights_out: Callable[[int], None],
+    stage: str,
+    step: int,
+    sparse: bool,
 ) -> None:
-    """Interrupted in the first stage, in the second before its first checkpoint, and in its last step."""
+    """Interrupted in the first stage, in the second before its first checkpoint, and in its last step; also with the
+    compressor in the first stage and the skipper in the second."""
+    lora = {"rank": 4, "dropout": 0.1}
     steps = [
-        stage_values(checkpoints=2),
-        stage_values("finetune", bridge=FINER, lora={"rank": 4, "dropout": 0.1}, checkpoints=2),
+        stage_values(checkpoints=2, compressor={"keep": 0.5, "method": "random"} if sparse else None),
+        stage_values("finetune", bridge=FINER, lora=lora, checkpoints=2, skipper={"alpha": 0.7} if sparse else None),
     ]
     whole = recipe(stages=steps)
     right = weights(run(whole, tmp_path / "straight", quiet()))
@@ -167,6 +175,9 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(
     assert log.problems == [] and [entry.finished for entry in log.stages] == [True, True]
     straight = read_run(tmp_path / "straight")
     assert [entry.executed_flops for entry in log.stages] == [entry.executed_flops for entry in straight.stages]
+    first, second = (entry.steps for entry in straight.stages)
+    assert all((step["visual_tokens_kept"] < step["visual_tokens"]) == sparse for step in first)
+    assert any(step["layers_run"] < step["layers"] for step in second) == sparse
 
 
 def test_a_finished_run_is_not_trained_again(

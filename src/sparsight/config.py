@@ -275,6 +275,8 @@ class Stage(Settings):
     batch_size: int = Field(16, ge=1, description="conversations in one optimizer step, over all ranks")
     micro_batch_size: int | None = Field(None, ge=1, description="conversations in one forward pass")
     lora: Lora | None = None
+    compressor: VisualTokenCompressor | None = Field(None, description="fewer visual tokens, in training alone")
+    skipper: LayerSkipper | None = Field(None, description="layers that are off, in training alone")
     warmup: float = Field(0.03, ge=0, le=1, description="share of the steps")
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     weight_decay: float = Field(0.0, ge=0)

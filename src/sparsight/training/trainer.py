@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -34,6 +34,8 @@ from sparsight.config import Recipe, Stage
 from sparsight.cost import LanguageShape, Trains, step_flops
 from sparsight.data.collate import Collator, TrainingSet
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
+from sparsight.sparse.attach import Pass, SparseHandle, attach
+from sparsight.sparse.callback import SparsightCallback
 from sparsight.training.stages import parameter_groups
 
 
@@ -57,6 +59,7 @@ class StepCounter:
 
     def __post_init__(self) -> None:
         self.shape = LanguageShape.from_config(self.model.config.text_config)
+        self.layers_run = self.shape.layers
         self.clear()
 
     def clear(self) -> None:
@@ -65,22 +68,25 @@ class StepCounter:
         self.seconds: dict[str, float] = defaultdict(float)
         self.loss = 0.0
 
-    def add(self, inputs: dict[str, Any]) -> None:
-        """Count one forward and backward pass over a batch."""
+    def add(self, inputs: dict[str, Any], done: Pass | None = None) -> None:
+        """Count one forward and backward pass over a batch, which the methods may have made shorter (``done``)."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         config = self.model.config
         visual = int((ids == config.image_token_id).sum())
         labels = int((inputs["labels"][:, 1:] != -100).sum())
         batch, positions = ids.shape
+        kept, self.layers_run, length = visual, self.shape.layers, positions
+        if done is not None:
+            kept, self.layers_run, length = done.visual_out, done.layers_run, done.length
         cached = inputs.get("mm_encoder_outputs") is not None
         parts = step_flops(
-            self.shape,
+            replace(self.shape, layers=self.layers_run),
             config.bridge_config,
             config.level_widths,
             tuple(config.map_size),  # type: ignore[arg-type]
             0.0 if cached else self.encoder_flops,
             batch,
-            positions,
+            length,
             labels,
             visual // config.num_image_tokens,
             self.trains,
@@ -90,17 +96,17 @@ class StepCounter:
         filled = int(mask.sum())
         self.counts["samples"] += batch
         self.counts["visual_tokens"] += visual
+        self.counts["visual_tokens_kept"] += kept
         self.counts["text_tokens"] += filled - visual
         self.counts["padding_tokens"] += ids.numel() - filled
 
     def record(self) -> dict[str, Any]:
         """The step's record for the run log: counts, FLOPs in all and by part, seconds, memory in bytes."""
-        layers = self.shape.layers
         return {
             **self.counts,
             "loss": self.loss,
-            "layers_run": layers,
-            "layers": layers,
+            "layers_run": self.layers_run,
+            "layers": self.shape.layers,
             "flops": sum(self.flops.values()),
             "flops_by_part": dict(self.flops),
             "seconds": dict(self.seconds),
@@ -117,9 +123,10 @@ def _memory() -> int:
 class SparsightTrainer(Trainer):
     """HF's Trainer with the stage's parameter groups, and a count of what every step executed."""
 
-    def __init__(self, *args: Any, stage: Stage, counter: StepCounter, **kwargs: Any) -> None:
-        self.stage = stage
-        self.counter = counter
+    def __init__(
+        self, *args: Any, stage: Stage, counter: StepCounter, handle: SparseHandle | None = None, **kwargs: Any
+    ) -> None:
+        self.stage, self.counter, self.handle = stage, counter, handle
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -141,8 +148,9 @@ class SparsightTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         start = time.perf_counter()
-        self.counter.add(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
+        passes = self.handle.take_passes() if self.handle is not None else []
+        self.counter.add(inputs, passes[0] if passes else None)
         value = loss.item()
         if value != value or abs(value) == float("inf"):
             raise ValueError(f"step {self.state.global_step + 1}: the loss is {value}; training stops here")
@@ -292,23 +300,31 @@ def train_stage(
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(stage.name, total=stage.steps, loss="-", speed="")
         recorder = _Recorder(log, stage, counter, bar, task)
+        handle = None
+        if stage.compressor is not None or stage.skipper is not None:
+            handle = attach(model, stage.compressor, stage.skipper, seed=recipe.seed)
         trainer = SparsightTrainer(
             model,
             training_arguments(recipe, stage, folder),
             stage=stage,
             counter=counter,
+            handle=handle,
             train_dataset=data,
             data_collator=Collator(processor.tokenizer.pad_token_id),
             processing_class=processor,
-            callbacks=[recorder],
+            callbacks=[recorder] if handle is None else [SparsightCallback(handle), recorder],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         began = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
         if resume:  # without a checkpoint, too: steps that are in the log, but not in the weights, do not count
             log.write("resume", stage=stage.name, step=began)
-        with _ctrl_c(recorder, console):
-            trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            with _ctrl_c(recorder, console):
+                trainer.train(resume_from_checkpoint=checkpoint)
+        finally:
+            if handle is not None:
+                handle.detach()
         if recorder.stop:
             raise Interrupted(f"stopped in stage '{stage.name}' at step {trainer.state.global_step} of {stage.steps}")
     return began
