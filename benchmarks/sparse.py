@@ -1,0 +1,142 @@
+"""Time of a training step with the compressor and the skipper, as ratios to the plain step, beside the executed FLOPs.
+
+SmolLM2-135M behind a Chain-of-Sight bridge of 336 tokens on cached features, batch 8, bf16: forward, backward, and the
+optimizer's step. The variants take turns in one process.
+
+    python benchmarks/sparse.py [--device cuda] [--rounds 5] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+import sparsight
+from sparsight.config import LayerSkipper, VisualTokenCompressor
+from sparsight.cost import LanguageShape, Trains, step_flops
+from sparsight.reporting import environment
+from sparsight.sparse.attach import Pass, attach
+
+BATCH, TEXT, BRIDGE = 8, 32, sparsight.ChainOfSight("cos-336", width=192, heads=3)
+KEEP, HALF = VisualTokenCompressor(keep=0.25), LayerSkipper(alpha=0.5, epsilon=0.0, course="constant")
+VARIANTS = ("dense", "attached, idle", "half of the layers", "keep 0.25", "both")
+
+
+def batch_of(model: Any, levels: tuple[torch.Tensor, ...]) -> dict[str, Any]:
+    tokens = model.config.num_image_tokens
+    words = torch.randint(10, 1000, (BATCH, TEXT), device=levels[0].device)
+    image = torch.full((BATCH, tokens), model.config.image_token_id, device=levels[0].device)
+    ids = torch.cat([words[:, : TEXT // 2], image, words[:, TEXT // 2 :]], 1)
+    labels = ids.clone()
+    labels[:, : tokens + TEXT // 2] = -100
+    features = BaseModelOutputWithPooling(hidden_states=levels)
+    mask = torch.ones_like(ids)
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask, "mm_encoder_outputs": {"image": features}}
+
+
+def flops_of(model: Any, done: Pass, labels: int, map_size: tuple[int, int]) -> float:
+    shape = replace(LanguageShape.from_config(model.config.text_config), layers=done.layers_run)
+    trains = Trains(vision=False, bridge=True, language=True)
+    parts = step_flops(
+        shape, BRIDGE, model.config.level_widths, map_size, 0.0, done.rows, done.length, labels, done.rows, trains
+    )
+    return sum(parts.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    device, console = torch.device(options.device), Console()
+    torch.manual_seed(0)
+    model, _ = sparsight.build("efficientnet-lite0", "smollm2-135m", BRIDGE)
+    model = model.to(device).train()
+    for parameter in model.model.vision_tower.parameters():
+        parameter.requires_grad_(False)
+    with torch.no_grad():
+        levels = model.eval().model.encode_images(torch.randn(BATCH, 3, 256, 256, device=device))
+    model.train()
+    batch = batch_of(model, tuple(level.float() for level in levels))
+    layers = model.config.text_config.num_hidden_layers
+    length = batch["input_ids"].shape[1]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+
+    def step(variant: str) -> tuple[dict[str, float], Pass]:
+        handle = None
+        if variant != "dense":
+            keep = KEEP if variant in ("keep 0.25", "both") else VisualTokenCompressor(keep=1.0)
+            handle = attach(model, keep, HALF)
+            handle.off = tuple(bool(n % 2) and variant in ("half of the layers", "both") for n in range(layers))
+        marks = [_now(device)]
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            loss = model(**batch, loss_only=True).loss
+        loss.backward()
+        marks.append(_now(device))
+        if handle is not None:
+            handle.clear_gradients()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        marks.append(_now(device))
+        done = Pass(BATCH, length, length, layers, 0, 0)
+        if handle is not None:
+            (done,) = handle.take_passes()
+            handle.detach()
+        return {"forward_backward": marks[1] - marks[0], "step": marks[2] - marks[0]}, done
+
+    times: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
+    passes = {variant: step(variant)[1] for variant in VARIANTS}
+    for _ in track(range(options.rounds), "measuring", console=console):
+        for variant in VARIANTS:
+            times[variant].append(step(variant)[0])
+    labels = int((batch["labels"][:, 1:] != -100).sum())
+    map_size = tuple(levels[0].shape[1:3])
+    flops = {variant: flops_of(model, done, labels, map_size) for variant, done in passes.items()}  # type: ignore[arg-type]
+    rows = []
+    for variant in VARIANTS:
+        row: dict[str, Any] = {"variant": variant, "flops": flops[variant]}
+        row["flops_ratio"] = flops[variant] / flops["dense"]
+        for key in ("forward_backward", "step"):
+            ratios = [mine[key] / dense[key] for mine, dense in zip(times[variant], times["dense"], strict=True)]
+            row[f"{key}_seconds"] = statistics.median(t[key] for t in times[variant])
+            row[f"{key}_ratio"] = statistics.median(ratios)
+            row[f"{key}_spread"] = (min(ratios), max(ratios))
+        rows.append(row)
+    table = Table(title="time and executed FLOPs of a step, of the dense one's", title_justify="left")
+    for column in ("variant", "seconds", "step", "forward + backward", "FLOPs"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for row in rows:
+        ratios = (f"{row[key]:.3f}" for key in ("step_ratio", "forward_backward_ratio", "flops_ratio"))
+        table.add_row(row["variant"], f"{row['step_seconds']:.2f}", *ratios)
+    console.print(table)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    result = {"device": where, "batch": BATCH, "text": TEXT, "bridge": BRIDGE.model_dump(), "rounds": options.rounds}
+    result |= {"precision": "bf16 autocast", "rows": rows, "env": environment()}
+    day = datetime.now(UTC).strftime("%Y-%m-%dT%H%M")
+    out = options.out or Path(__file__).parent / "results" / f"sparse-{device.type}-{day}.json"
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    console.print(f"wrote [bold]{out}[/]")
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()
