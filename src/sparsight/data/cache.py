@@ -31,7 +31,7 @@ class FeatureCache:
 
     def read(self, keys: Sequence[Hashable]) -> tuple[torch.Tensor, ...]:
         """Features of pictures, one (len(keys), H, W, C) in bf16 for each level."""
-        rows = [self.rows[key] for key in keys]
+        rows = np.array([self.rows[key] for key in keys], dtype=np.intp)
         return tuple(torch.from_numpy(level[rows].copy()).view(torch.bfloat16) for level in self.levels)
 
 

@@ -38,7 +38,7 @@ class TrainingSet(Dataset):
                 self.processor.num_image_tokens,
             )
             item: dict[str, Any] = {"id": sample.id, "input_ids": encoded.input_ids, "labels": encoded.labels}
-            if sample.images and self.cache is not None:
+            if self.cache is not None:  # also of no picture: a batch of text then runs the bridge like any other
                 item["features"] = self.cache.read(sample.images)
             elif sample.images:
                 pictures = [self.source.picture(key) for key in sample.images]

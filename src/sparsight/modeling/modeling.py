@@ -160,11 +160,17 @@ class SparsightModel(SparsightPreTrainedModel):
             )
         return mask_BT[..., None]
 
-    def _untouched(self) -> torch.Tensor | float:
+    def _untouched(self, like: torch.Tensor) -> torch.Tensor | float:
         """Zero, through every trainable parameter that a batch without images leaves out.
 
-        So such a batch has a backward pass when only the bridge trains, and all ranks reduce the same gradients.
+        So such a batch has a backward pass when only the bridge trains, and all ranks reduce the same gradients. Where
+        there are several ranks, a blank picture goes through encoder and bridge: those may be sharded, and every rank
+        has to be there when they are gathered.
         """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            side = self.config.image_size
+            visual_INE = self.get_image_features(like.new_zeros(1, 3, side, side), return_dict=True).pooler_output
+            return 0.0 * visual_INE.sum().to(like.dtype)
         left_out = (*self.multi_modal_projector.parameters(), *self.vision_tower.parameters())
         return sum(0.0 * parameter.sum() for parameter in left_out if parameter.requires_grad)
 
@@ -202,7 +208,7 @@ class SparsightModel(SparsightPreTrainedModel):
             count = (input_ids == self.config.image_token_id).sum(1).tolist()
             raise ValueError(f"the samples hold {count} image placeholders, but there are no images")
         elif self.training:
-            inputs_embeds = inputs_embeds + self._untouched()
+            inputs_embeds = inputs_embeds + self._untouched(inputs_embeds)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
