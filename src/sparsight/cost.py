@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsight.config import bridge_settings
-from sparsight.layouts import Layout
+from sparsight.layouts import Layout, absorbs
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,8 @@ def _windowed(
 ) -> float:
     width, hidden = bridge.width, int(bridge.width * bridge.mlp_ratio)
     linear = 2.0 * images * layout.tokens * width * out_width
-    queries = attention = 0.0
+    queries = attention = frozen = 0.0
+    flows_back = trains.bridge or trains.vision
     for scale in layout.scales:
         # Windows of unequal size are padded to the largest.
         seen = -(-map_size[0] // scale.grid) * -(-map_size[1] // scale.grid)
@@ -128,14 +129,27 @@ def _windowed(
                 linear += images * query
             else:  # the first level's queries are the same for every picture and projected once
                 queries += query
-            linear += 2 * images * map_size[0] * map_size[1] * level * 2 * width
             linear += 2 * images * scale.tokens * (width * width + 2 * width * hidden)
-            attention += 4 * images * scale.tokens * seen * width
-    flows_back = trains.bridge or trains.vision
+            if absorbs(scale.queries, width, bridge.heads):
+                # Queries go through the key's weights, what they took through the value's; the first level's go once.
+                if number:
+                    linear += 2 * images * scale.tokens * width * level
+                else:
+                    queries += 2 * scale.tokens * width * level
+                linear += 2 * images * scale.tokens * width * level
+                attention += 4 * images * scale.tokens * bridge.heads * seen * level
+                if flows_back and not (
+                    number or trains.bridge
+                ):  # frozen queries: their scores pass back to patches alone
+                    linear -= 2 * images * scale.tokens * bridge.heads * seen * level / 2
+            else:
+                linear += 2 * images * map_size[0] * map_size[1] * level * 2 * width
+                attention += 4 * images * scale.tokens * seen * width
     return (
         linear * (1 + flows_back + trains.bridge)
         + queries * (3 if trains.bridge else 1)
         + attention * (3 if flows_back else 1)
+        - frozen
     )
 
 

@@ -154,3 +154,9 @@ def window_bounds(side: int, grid: int) -> list[tuple[int, int]]:
         )
     cuts = [index * side // grid for index in range(grid + 1)]
     return list(pairwise(cuts))
+
+
+def absorbs(queries: int, width: int, heads: int) -> bool:
+    """Whether a window's attention is cheaper with its queries brought to the patches than with keys and values made of
+    every patch: as long as there are fewer queries than a head is wide. The result is the same."""
+    return queries < width // heads

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sparsight.bridges.base import check_levels
-from sparsight.layouts import Scale, window_bounds
+from sparsight.layouts import Scale, absorbs, window_bounds
 
 
 def _spans(sides_B: torch.Tensor, longest: int, grid: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,39 +86,52 @@ class ResamplerBlock(nn.Module):
         hidden = int(width * mlp_ratio)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
-    def project(
+    def attend(
         self, q_BWQD: torch.Tensor, x_BLMC: torch.Tensor, grid: int, sizes_B2: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Queries (X, A, Q, K), keys and values (X, A, P, K), mask (X, 1, 1, P) or None; X = B * W windows."""
+    ) -> torch.Tensor:
+        """Attention of each window's queries to its patches, (B, W, Q, D)."""
+        batch, queries = x_BLMC.shape[0], q_BWQD.shape[2]
+        if absorbs(queries, self.query.out_features, self.heads):
+            weights_BWAQP, x_BWPC = self._weights(q_BWQD, x_BLMC, grid, sizes_B2)
+            value_AKC = self.key_value.weight[self.query.out_features :].unflatten(0, (self.heads, -1))
+            mixed_BWAQC = (weights_BWAQP.flatten(2, 3) @ x_BWPC).unflatten(2, (self.heads, queries))
+            return torch.einsum("bwaqc,akc->bwqak", mixed_BWAQC, value_AKC.to(mixed_BWAQC.dtype)).flatten(3)
         # Keys and values are made before the windows are cut: one product for the whole map.
-        kv_BLMD = self.key_value(self.norm_context(x_BLMC))
-        kv_BWPD, valid_BWP = cut_windows(kv_BLMD, grid, sizes_B2)
-        # The first level's queries are the same for every image (batch 1): projected once, expanded as a view.
-        h_BWQD = self.query(self.norm_query(q_BWQD)).expand(x_BLMC.shape[0], grid * grid, -1, -1)
+        kv_BWPD, valid_BWP = cut_windows(self.key_value(self.norm_context(x_BLMC)), grid, sizes_B2)
+        h_BWQD = self.query(self.norm_query(q_BWQD)).expand(batch, grid * grid, -1, -1)
         q_XAQK, k_XAPK, v_XAPK = (
             t.flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (h_BWQD, *kv_BWPD.chunk(2, dim=-1))
         )
         mask_X11P = None if valid_BWP is None else valid_BWP.flatten(0, 1)[:, None, None]
-        return q_XAQK, k_XAPK, v_XAPK, mask_X11P
+        o_XAQK = F.scaled_dot_product_attention(q_XAQK, k_XAPK, v_XAPK, attn_mask=mask_X11P)
+        return o_XAQK.transpose(1, 2).flatten(2).unflatten(0, (batch, -1))
+
+    def _weights(
+        self, q_BWQD: torch.Tensor, x_BLMC: torch.Tensor, grid: int, sizes_B2: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention weights (B, W, A, Q, P) and the normalised patches (B, W, P, C), without making keys: a query goes
+        through the key's weights to the patches' width, q . (K x) = (K^T q) . x."""
+        x_BWPC, valid_BWP = cut_windows(self.norm_context(x_BLMC), grid, sizes_B2)
+        h_BWQAK = self.query(self.norm_query(q_BWQD)).unflatten(-1, (self.heads, -1))
+        key_AKC = self.key_value.weight[: self.query.out_features].unflatten(0, (self.heads, -1))
+        h_BWAQC = torch.einsum("bwqak,akc->bwaqc", h_BWQAK, key_AKC.to(h_BWQAK.dtype)) * h_BWQAK.shape[-1] ** -0.5
+        x_BWPC = x_BWPC.to(h_BWAQC.dtype)
+        scores_BWAQP = (h_BWAQC.flatten(2, 3) @ x_BWPC.transpose(2, 3)).unflatten(2, h_BWAQC.shape[2:4])
+        if valid_BWP is not None:
+            scores_BWAQP = scores_BWAQP.masked_fill(~valid_BWP[:, :, None, None], float("-inf"))
+        return scores_BWAQP.softmax(-1).to(x_BWPC.dtype), x_BWPC
 
     def forward(
         self, q_BWQD: torch.Tensor, x_BLMC: torch.Tensor, grid: int, sizes_B2: torch.Tensor | None = None
     ) -> torch.Tensor:
-        q_XAQK, k_XAPK, v_XAPK, mask_X11P = self.project(q_BWQD, x_BLMC, grid, sizes_B2)
-        o_XAQK = F.scaled_dot_product_attention(q_XAQK, k_XAPK, v_XAPK, attn_mask=mask_X11P)
-        o_BWQD = o_XAQK.transpose(1, 2).flatten(2).unflatten(0, (x_BLMC.shape[0], -1))
-        q_BWQD = q_BWQD + self.out(o_BWQD)
+        q_BWQD = q_BWQD + self.out(self.attend(q_BWQD, x_BLMC, grid, sizes_B2))
         return q_BWQD + self.mlp(self.norm_mlp(q_BWQD))
 
     def look(
         self, q_BWQD: torch.Tensor, x_BLMC: torch.Tensor, grid: int, sizes_B2: torch.Tensor | None
     ) -> torch.Tensor:
         """Where each query looks: attention weights, mean over the heads, on the whole map, (B, W, Q, L*M)."""
-        q_XAQK, k_XAPK, _, mask_X11P = self.project(q_BWQD, x_BLMC, grid, sizes_B2)
-        scores_XAQP = q_XAQK @ k_XAPK.transpose(2, 3) * q_XAQK.shape[-1] ** -0.5
-        if mask_X11P is not None:
-            scores_XAQP = scores_XAQP.masked_fill(~mask_X11P, float("-inf"))
-        weights_BWQP = scores_XAQP.softmax(-1).mean(1).unflatten(0, (x_BLMC.shape[0], -1))
+        weights_BWQP = self._weights(q_BWQD, x_BLMC, grid, sizes_B2)[0].mean(2)
         batch, height, width = x_BLMC.shape[:3]
         if sizes_B2 is None:
             sizes_B2 = torch.tensor([[height, width]], device=x_BLMC.device)
