@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsight.layouts import PRESETS, Layout, Scale, window_bounds
+from sparsight.layouts import PRESETS, Layout, Scale, absorbs, window_bounds
 
 # Every row of the paper's table (Chain-of-Sight, Tables 1 to 5; methods.md 1.2).
 PAPER = {
@@ -143,3 +143,12 @@ def test_windows_cover_each_patch_once_and_evenly(case):
 def test_more_windows_than_patches_is_an_error():
     with pytest.raises(ValueError, match="a grid of 16 windows per side needs at least 16 patches .* map has 8"):
         window_bounds(8, 16)
+
+
+@given(st.integers(1, 64), st.integers(1, 1024), st.sampled_from([16, 64, 128]))
+def test_queries_go_to_the_patches_where_that_is_less_work(queries, patches, head):
+    """Multiplications of a window at width = context = 1024, by hand: both ways, keys and values alike."""
+    width, heads = 1024, 1024 // head
+    made = 2 * patches * width * width  # keys and values of every patch
+    brought = 2 * queries * width * width + 2 * heads * queries * patches * width
+    assert absorbs(queries, patches, head) == (brought < made)

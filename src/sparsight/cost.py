@@ -130,7 +130,7 @@ def _windowed(
             else:  # the first level's queries are the same for every picture and projected once
                 queries += query
             linear += 2 * images * scale.tokens * (width * width + 2 * width * hidden)
-            if absorbs(scale.queries, width, bridge.heads):
+            if absorbs(scale.queries, seen, width // bridge.heads):
                 # Queries go through the key's weights, what they took through the value's; the first level's go once.
                 if number:
                     linear += 2 * images * scale.tokens * width * level

@@ -156,7 +156,8 @@ def window_bounds(side: int, grid: int) -> list[tuple[int, int]]:
     return list(pairwise(cuts))
 
 
-def absorbs(queries: int, width: int, heads: int) -> bool:
-    """Whether a window's attention is cheaper with its queries brought to the patches than with keys and values made of
-    every patch: as long as there are fewer queries than a head is wide. The result is the same."""
-    return queries < width // heads
+def absorbs(queries: int, patches: int, head_width: int) -> bool:
+    """Whether a window's attention is cheaper with its queries brought to the patches, in place of keys and values made
+    of every patch. The result is the same; what counts is the work: queries * (patches + head_width) multiplications
+    against patches * head_width (ours)."""
+    return queries * (patches + head_width) < patches * head_width

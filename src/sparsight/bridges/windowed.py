@@ -90,8 +90,9 @@ class ResamplerBlock(nn.Module):
         self, q_BWQD: torch.Tensor, x_BLMC: torch.Tensor, grid: int, sizes_B2: torch.Tensor | None
     ) -> torch.Tensor:
         """Attention of each window's queries to its patches, (B, W, Q, D)."""
-        batch, queries = x_BLMC.shape[0], q_BWQD.shape[2]
-        if absorbs(queries, self.query.out_features, self.heads):
+        batch, height, width = x_BLMC.shape[:3]
+        queries, patches = q_BWQD.shape[2], -(-height // grid) * -(-width // grid)
+        if absorbs(queries, patches, self.query.out_features // self.heads):
             weights_BWAQP, x_BWPC = self._weights(q_BWQD, x_BLMC, grid, sizes_B2)
             value_AKC = self.key_value.weight[self.query.out_features :].unflatten(0, (self.heads, -1))
             mixed_BWAQC = (weights_BWAQP.flatten(2, 3) @ x_BWPC).unflatten(2, (self.heads, queries))
