@@ -56,7 +56,7 @@ def losses(
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        course.append(float(loss))
+        course.append(loss.item())
     return {"validation_loss": total / labels, "training_loss": course}
 
 

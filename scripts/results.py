@@ -51,6 +51,23 @@ def bridge_table(name: str, result: dict) -> str:
     return "\n".join(lines)
 
 
+def scaling_table(name: str, result: dict) -> str:
+    """A trained model's loss right after scaling, against a fresh bridge of the same layout."""
+    steps = len(result["rows"][0]["training_loss"])
+    lines = [
+        f"**{name}**: validation loss at once, and training loss after {steps} steps, of a model pre-trained with "
+        f"{result['rows'][0]['tokens']} tokens (`benchmarks/results/{result['file']}`; one seed)",
+        "",
+        "| layout and side in pixels | tokens | scaled | fresh bridge |",
+        "|---|---|---|---|",
+    ]
+    pairs = zip(result["rows"][::2], result["rows"][1::2], strict=True)
+    for pair in pairs:
+        cells = (f"{row['validation_loss']:.2f}, {row['training_loss'][-1]:.2f}" for row in pair)
+        lines.append(f"| {pair[0]['target']} | {pair[0]['tokens']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def newest(folder: Path) -> dict[str, dict]:
     """The newest result of each name: NAME-DATE.json, DATE as in 2026-11-21 or 2026-11-21T0829."""
     files = {file.name[: file.name.index("-20")]: file for file in sorted(folder.glob("*-????-??-??*.json"))}
@@ -63,7 +80,8 @@ def render(page: str, folder: Path = ROOT / "benchmarks/results") -> str:
     if page == "README.md":
         parts = [table(name, result) for name, result in results.items() if "ratios" in result]
         return "\n\n".join(["## What was measured", *parts])
-    return "\n\n".join(bridge_table(name, result) for name, result in results.items() if name.startswith("bridge-"))
+    parts = [bridge_table(name, result) for name, result in results.items() if name.startswith("bridge-")]
+    return "\n\n".join(parts + [scaling_table(name, result) for name, result in results.items() if name == "scaling"])
 
 
 PAGES = ("README.md", "docs/chain-of-sight.md")
