@@ -22,7 +22,7 @@ export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup assets emoji demo test lint format clean clean-all
+.PHONY: help setup assets emoji demo test bench bench-gpu lint format clean clean-all
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,6 +78,12 @@ demo: setup assets ## train small models in two ways, compare them and write a r
 # Two workers with one thread each: more threads only fight for the same cores.
 test: setup assets ## run the tests, for example: make test ARGS='tests/test_layouts.py -x'
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
+
+bench: setup assets ## time the bridge on the CPU; writes to benchmarks/results
+	@$(PY) benchmarks/bridge.py --device cpu $(ARGS)
+
+bench-gpu: setup assets ## the same on a GPU (the installed torch must see one)
+	@$(PY) benchmarks/bridge.py --device cuda $(ARGS)
 
 # All four run even when one fails, so that one run shows all there is to mend.
 lint: setup ## check style, formatting, types and import layers
