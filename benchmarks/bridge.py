@@ -9,16 +9,11 @@ counts is the ratio, next to the ratio that the operations allow.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import time
-from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import device_name, now, timing_options, write_result
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -27,7 +22,6 @@ from torch import nn
 from sparsight.bridges import build_bridge
 from sparsight.config import ChainOfSight, Resampler
 from sparsight.cost import Trains, bridge_flops
-from sparsight.reporting import environment
 
 # patches per side, layout; 27 is SigLIP's map, which no grid divides
 SHAPES = [(16, "cos-80"), (16, "cos-336"), (27, "cos-336"), (32, "cos-80"), (32, "cos-336"), (32, "cos-1296")]
@@ -75,17 +69,6 @@ class Loop(nn.Module):
         return self.proj(self.norm(torch.cat(tokens, 1)))
 
 
-def seconds(step: Callable[[], Any], device: torch.device) -> float:
-    """One call, with the device's queue empty before and after."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def measure(side: int, layout: str, device: torch.device, batch: int, rounds: int) -> dict[str, Any]:
     """Median seconds of a step (forward, backward to weights and features, bf16) for each version, and its FLOPs."""
     ours = ChainOfSight(layout)
@@ -108,7 +91,9 @@ def measure(side: int, layout: str, device: torch.device, batch: int, rounds: in
     times: dict[str, list[float]] = {name: [] for name in bridges}
     for _ in range(rounds):
         for name, bridge in bridges.items():
-            times[name].append(seconds(lambda bridge=bridge: step(bridge), device))  # type: ignore[misc]
+            start = now(device)
+            step(bridge)
+            times[name].append(now(device) - start)
     trains = Trains(vision=True, bridge=True, language=False, lora_rank=0)
     flops = {
         name: bridge_flops(value, [CONTEXT] * LEVELS, LANGUAGE, (side, side), batch, trains)
@@ -126,12 +111,8 @@ def measure(side: int, layout: str, device: torch.device, batch: int, rounds: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    device, console = torch.device(options.device), Console()
+    options, device = timing_options(__doc__)
+    console = Console()
     torch.manual_seed(0)
     batch = 32 if device.type == "cuda" else 2
     rows = [measure(*shape, device, batch, options.rounds) for shape in track(SHAPES, "measuring", console=console)]
@@ -144,17 +125,13 @@ def main() -> None:
         table.add_row(name, row["layout"], str(row["tokens"]), f"{1000 * row['seconds']['ours']:.0f}", *ratios)
     console.print(table)
     result = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "config": {"context": CONTEXT, "width": WIDTH, "heads": HEADS, "language": LANGUAGE, "levels": LEVELS},
         "rounds": options.rounds,
         "precision": "bf16 autocast",
         "rows": rows,
-        "env": environment(),
     }
-    day = datetime.now(UTC).strftime("%Y-%m-%dT%H%M")
-    out = options.out or Path(__file__).parent / "results" / f"bridge-{device.type}-{day}.json"
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    console.print(f"wrote [bold]{out}[/]")
+    write_result(f"bridge-{device.type}", result, options.out, console)
 
 
 if __name__ == "__main__":

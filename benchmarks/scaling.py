@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import write_result
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -25,7 +24,6 @@ from sparsight.data.collate import Collator, TrainingSet
 from sparsight.data.sources import SceneSource
 from sparsight.modeling.scale import scale_tokens
 from sparsight.pipeline import RECIPE_FILE, autocast, load
-from sparsight.reporting import environment
 
 
 def losses(
@@ -97,12 +95,9 @@ def main() -> None:
         values = f"{row['validation_loss']:.3f}", f"{row['training_loss'][-1]:.3f}"
         table.add_row(row["target"], row["start"], str(row["tokens"]), *values)
     console.print(table)
-    result = {"rows": rows, "recipe": recipe.model_dump(mode="json"), "env": environment()}
+    result = {"rows": rows, "recipe": recipe.model_dump(mode="json")}
     result["config"] = {key: str(value) for key, value in vars(options).items()}
-    day = datetime.now(UTC).strftime("%Y-%m-%dT%H%M")
-    out = options.out or Path(__file__).parent / "results" / f"scaling-{day}.json"
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    console.print(f"wrote [bold]{out}[/]")
+    write_result("scaling", result, options.out, console)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,12 @@ optimizer's step. The variants take turns in one process.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import time
 from dataclasses import replace
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import device_name, now, timing_options, write_result
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -26,7 +22,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import sparsight
 from sparsight.config import LayerSkipper, VisualTokenCompressor
 from sparsight.cost import LanguageShape, Trains, step_flops
-from sparsight.reporting import environment
 from sparsight.sparse.attach import Pass, attach
 
 BATCH, TEXT, BRIDGE = 8, 32, sparsight.ChainOfSight("cos-336", width=192, heads=3)
@@ -56,12 +51,8 @@ def flops_of(model: Any, done: Pass, labels: int, map_size: tuple[int, int]) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    device, console = torch.device(options.device), Console()
+    options, device = timing_options(__doc__)
+    console = Console()
     torch.manual_seed(0)
     model, _ = sparsight.build("efficientnet-lite0", "smollm2-135m", BRIDGE)
     model = model.to(device).train()
@@ -82,16 +73,16 @@ def main() -> None:
             keep = KEEP if variant in ("keep 0.25", "both") else VisualTokenCompressor(keep=1.0)
             handle = attach(model, keep, HALF)
             handle.off = tuple(bool(n % 2) and variant in ("half of the layers", "both") for n in range(layers))
-        marks = [_now(device)]
+        marks = [now(device)]
         with torch.autocast(device.type, dtype=torch.bfloat16):
             loss = model(**batch, loss_only=True).loss
         loss.backward()
-        marks.append(_now(device))
+        marks.append(now(device))
         if handle is not None:
             handle.clear_gradients()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        marks.append(_now(device))
+        marks.append(now(device))
         done = Pass(BATCH, length, length, layers, 0, 0)
         if handle is not None:
             (done,) = handle.take_passes()
@@ -123,19 +114,9 @@ def main() -> None:
         ratios = (f"{row[key]:.3f}" for key in ("step_ratio", "forward_backward_ratio", "flops_ratio"))
         table.add_row(row["variant"], f"{row['step_seconds']:.2f}", *ratios)
     console.print(table)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    result = {"device": where, "batch": BATCH, "text": TEXT, "bridge": BRIDGE.model_dump(), "rounds": options.rounds}
-    result |= {"precision": "bf16 autocast", "rows": rows, "env": environment()}
-    day = datetime.now(UTC).strftime("%Y-%m-%dT%H%M")
-    out = options.out or Path(__file__).parent / "results" / f"sparse-{device.type}-{day}.json"
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    console.print(f"wrote [bold]{out}[/]")
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    result = {"device": device_name(device), "batch": BATCH, "text": TEXT, "bridge": BRIDGE.model_dump()}
+    result |= {"rounds": options.rounds, "precision": "bf16 autocast", "rows": rows}
+    write_result(f"sparse-{device.type}", result, options.out, console)
 
 
 if __name__ == "__main__":

@@ -138,10 +138,9 @@ def _windowed(
                     queries += 2 * scale.tokens * width * level
                 linear += 2 * images * scale.tokens * width * level
                 attention += 4 * images * scale.tokens * bridge.heads * seen * level
-                if flows_back and not (
-                    number or trains.bridge
-                ):  # frozen queries: their scores pass back to patches alone
-                    linear -= 2 * images * scale.tokens * bridge.heads * seen * level / 2
+                if trains.vision and not (number or trains.bridge):
+                    # Frozen queries: the scores pass a gradient back to the patches alone, one product less.
+                    frozen += 2 * images * scale.tokens * bridge.heads * seen * level
             else:
                 linear += 2 * images * map_size[0] * map_size[1] * level * 2 * width
                 attention += 4 * images * scale.tokens * seen * width

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
@@ -397,7 +397,7 @@ class SparseHandle:
         if self.compressor.method == "random":
             draw = self.global_step * 2**20 + self._drawn
             options["generator"] = torch.Generator().manual_seed((self.seed * 2**40 + draw) % 2**63)
-        starts = [sum(runs[:number]) for number in range(len(runs))]
+        starts = [0, *accumulate(runs)]
         for length, members in groupby(sorted(range(len(runs)), key=lambda number: runs[number]), runs.__getitem__):
             rows_I = torch.tensor([starts[number] for number in members], device=embeds_BTD.device)
             place_IN2 = places_M2[rows_I[:, None] + torch.arange(length, device=embeds_BTD.device)]

@@ -1,0 +1,44 @@
+"""What the benchmarks share: the command line, a clock that waits for the device, and the result's file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from sparsight.reporting import environment
+
+
+def timing_options(doc: str) -> tuple[argparse.Namespace, torch.device]:
+    """``--device``, ``--rounds`` and ``--out``."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    return options, torch.device(options.device)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, with the device's queue empty."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+
+
+def write_result(name: str, result: dict[str, Any], out: Path | None, console: Console) -> None:
+    """Write ``results/NAME-DATE.json``, with commit, versions and hardware."""
+    day = datetime.now(UTC).strftime("%Y-%m-%dT%H%M")
+    out = out or Path(__file__).parent / "results" / f"{name}-{day}.json"
+    out.write_text(json.dumps(result | {"env": environment()}, indent=1) + "\n", encoding="utf-8")
+    console.print(f"wrote [bold]{out}[/]")
