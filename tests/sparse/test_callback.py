@@ -3,7 +3,8 @@ import json
 import pytest
 import torch
 from families import batch_of, made
-from transformers import Trainer, TrainingArguments
+from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from sparsight.config import LayerSkipper, VisualTokenCompressor
 from sparsight.cost import LanguageShape, Trains, language_flops
@@ -80,6 +81,22 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
     trained(tmp_path)
     with pytest.raises(ValueError, match="was written with other settings; these differ .*skipper"):
         trained(tmp_path, resume=str(tmp_path / "checkpoint-3"), skipper=LayerSkipper(alpha=0.1))
+
+
+def test_an_engine_that_cannot_skip_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    handle = attach(made(NAME), skipper=SKIPPER)
+    with pytest.raises(ValueError, match="LayerSkipper cannot work under DeepSpeed, .*Use DDP or FSDP version 2"):
+        SparsightCallback(handle).on_train_begin(None, TrainerState(), None)
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        layers = handle.model.get_decoder().layers
+        layers[0] = FullyShardedDataParallel(layers[0], device_id=torch.device("cpu"))
+        with pytest.raises(ValueError, match="cannot work under FSDP version 1"):
+            SparsightCallback(handle).on_train_begin(None, TrainerState(), None)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_what_is_saved_is_a_plain_model(tmp_path):

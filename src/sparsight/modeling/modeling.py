@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from sparsight.bridges import WindowedResampler, build_bridge
 from sparsight.bridges.windowed import ScaleResampler
+from sparsight.distributed import several_ranks, touched
 from sparsight.layouts import Scale
 from sparsight.modeling.configuration import EfficientNetLiteConfig, SparsightConfig
 from sparsight.modeling.encoders import EfficientNetLiteModel, feature_levels, sincos_2d
@@ -160,19 +161,19 @@ class SparsightModel(SparsightPreTrainedModel):
             )
         return mask_BT[..., None]
 
-    def _untouched(self, like: torch.Tensor) -> torch.Tensor | float:
-        """Zero, through every trainable parameter that a batch without images leaves out.
+    def _without_pictures(self, embeds_BTE: torch.Tensor) -> torch.Tensor:
+        """A batch of text alone: every trainable parameter that it leaves out gets a gradient of zero.
 
-        So such a batch has a backward pass when only the bridge trains, and all ranks reduce the same gradients. Where
-        there are several ranks, a blank picture goes through encoder and bridge: those may be sharded, and every rank
-        has to be there when they are gathered.
+        So it has a backward pass when only the bridge trains, and all ranks reduce the same gradients. Where there are
+        several ranks, a blank picture goes through encoder and bridge: those may be sharded, and every rank has to be
+        there when they are gathered.
         """
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if several_ranks():
             side = self.config.image_size
-            visual_INE = self.get_image_features(like.new_zeros(1, 3, side, side), return_dict=True).pooler_output
-            return 0.0 * visual_INE.sum().to(like.dtype)
+            blank = self.get_image_features(embeds_BTE.new_zeros(1, 3, side, side), return_dict=True).pooler_output
+            embeds_BTE = embeds_BTE + 0.0 * blank.sum().to(embeds_BTE.dtype)
         left_out = (*self.multi_modal_projector.parameters(), *self.vision_tower.parameters())
-        return sum(0.0 * parameter.sum() for parameter in left_out if parameter.requires_grad)
+        return touched(embeds_BTE, left_out)
 
     @can_return_tuple
     def forward(
@@ -208,7 +209,11 @@ class SparsightModel(SparsightPreTrainedModel):
             count = (input_ids == self.config.image_token_id).sum(1).tolist()
             raise ValueError(f"the samples hold {count} image placeholders, but there are no images")
         elif self.training:
-            inputs_embeds = inputs_embeds + self._untouched(inputs_embeds)
+            inputs_embeds = self._without_pictures(inputs_embeds)
+        if (
+            encoded is not None and self.training and several_ranks()
+        ):  # blocks above the last feature level get no gradient otherwise
+            inputs_embeds = touched(inputs_embeds, self.vision_tower.parameters())
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,

@@ -19,7 +19,9 @@ import torch
 from torch import nn
 
 from sparsight.config import LayerSkipper, VisualTokenCompressor
+from sparsight.distributed import several_ranks, touched
 from sparsight.schedules import anneal, skip_probabilities, skipped_layers
+from sparsight.sparse.blank import blank_features
 from sparsight.sparse.compress import compress
 
 _IDLE = 50  # steps without an effect before the user is told
@@ -174,6 +176,8 @@ class SparseHandle:
         self._visual_BT: torch.Tensor | None = None
         self._dropped: _Dropped | None = None
         self._images: list[int] = []
+        self._splicer: Any = getattr(model, "model", model)  # the module that puts visual tokens into the sequence
+        self._pictures, self._embeds_due, self._probing = True, False, False
         self._idle = {"compressor": 0, "skipper": 0}
         self._patched: list[tuple[Any, str, Any, Any]] = []  # owner, attribute, ours, what stood on the instance
         self._hooks = [model.register_forward_pre_hook(self._before, with_kwargs=True)]
@@ -182,6 +186,7 @@ class SparseHandle:
         self._patch(head, "forward", self._head_forward)
         for number, layer in enumerate(layers):
             self._patch(layer, "forward", self._layer_forward(number))
+        self._hooks.append(model.get_input_embeddings().register_forward_hook(self._embedded))
         self._watch_features()
         model._sparsight_handle = self  # type: ignore[assignment]
         self.step(0, 0.0)
@@ -239,10 +244,11 @@ class SparseHandle:
         kwargs = {key: value for key, value in kwargs.items() if key != "num_items_in_batch"}
         before = list(self.passes), self._drawn, self.train_only, self.model.training
         self.model.eval()
+        self._probing, self.train_only = True, False
         with self.disabled():
             dense = float(self.model(*args, **kwargs).loss)
-        self.train_only = False
         sparse = float(self.model(*args, **kwargs).loss)
+        self._probing = False
         self.passes, self._drawn, self.train_only, training = before
         self.model.train(training)
         return {"loss_dense": dense, "loss_sparse": sparse}
@@ -307,36 +313,47 @@ class SparseHandle:
             self._images = [int(image.shape[-2]) for image in features] if features is not None else []
             return found
 
-        owner: Any = getattr(self.model, "model", self.model)
-        if hasattr(owner, "get_image_features"):
-            self._patch(owner, "get_image_features", get_image_features)
+        if hasattr(self._splicer, "get_image_features"):
+            self._patch(self._splicer, "get_image_features", get_image_features)
 
     def _before(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._dropped, self._images = None, []
         ids = kwargs.get("input_ids", args[0] if args else None)
         if self.model.training:
             self._batch = args, kwargs
-        self._visual_BT = None
+        self._visual_BT, self._pictures, self._embeds_due = None, True, True
         if isinstance(ids, torch.Tensor):
             self._visual_BT = torch.isin(ids, torch.tensor(self.parts.visual_token_ids, device=ids.device))
+            self._pictures = not several_ranks() or bool(self._visual_BT.any())
+
+    def _embedded(self, _: nn.Module, __: Any, embeds: torch.Tensor) -> torch.Tensor:
+        """Where there are several ranks: one that has text alone does as the others, which have pictures.
+
+        A blank picture goes through vision tower and projector, whose shards all ranks have to gather together, and
+        what gets no gradient gets a zero. Here, behind the embeddings, is where the others encode their pictures.
+        """
+        first, self._embeds_due = self._embeds_due, False
+        if not first or not several_ranks() or not (self._probing or (self.model.training and torch.is_grad_enabled())):
+            return embeds
+        alone = hasattr(self._splicer, "_without_pictures") and self.model.training  # ours does so by itself
+        if not (self._pictures or alone):
+            embeds = embeds + 0.0 * blank_features(self._splicer, embeds).to(embeds.dtype)
+        inside = self.parts.decoder + ".", self.parts.head + "."
+        return touched(embeds, (p for name, p in self.model.named_parameters() if not name.startswith(inside)))
 
     def _after(self, *_: Any) -> None:
         self._dropped = self._visual_BT = None
 
     def _layer_forward(self, number: int) -> Any:
         def forward(plain: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self.off[number] and self.active():
-                return self._touched(hidden, self.layers[number])
-            return plain(hidden, *args, **kwargs)
+            if not (self.off[number] and self.active()):
+                return plain(hidden, *args, **kwargs)
+            # Ranks wait for a gradient of every parameter: a zero, which `clear_gradients` takes away again.
+            if torch.is_grad_enabled() and several_ranks():
+                hidden = touched(hidden, self.layers[number].parameters())
+            return hidden
 
         return forward
-
-    def _touched(self, hidden: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-        """DDP waits for a gradient of every parameter: a zero, which `clear_gradients` takes away again."""
-        if not (torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return hidden
-        zero = sum(0.0 * p.sum() for p in layer.parameters() if p.requires_grad)
-        return hidden + (zero.to(hidden.dtype) if isinstance(zero, torch.Tensor) else 0.0)
 
     def _head_forward(self, plain: Any, hidden: torch.Tensor) -> torch.Tensor:
         """The vocabulary's projection, paid for kept positions alone."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparsight.cost import LanguageShape, Trains, language_flops
@@ -44,7 +47,13 @@ class SparsightCallback(TrainerCallback):
         }
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """On resume the methods must be those of the run before. Raises ValueError with what differs."""
+        """Refuse an engine that cannot skip, and other settings than those of the run that is resumed.
+
+        Raises:
+            ValueError: the message says why, or what differs.
+        """
+        if self.handle.skipper is not None:
+            _refuse_engine(self.handle.model)
         self.handle.step(state.global_step, _progress(state))
         folders = (args.resume_from_checkpoint, f"{args.output_dir}/checkpoint-{state.global_step}")
         files = [Path(folder) / STATE_FILE for folder in folders if isinstance(folder, str)]
@@ -86,6 +95,23 @@ class SparsightCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             (folder / STATE_FILE).write_text(json.dumps(self.settings(), indent=2), encoding="utf-8")
+
+
+def _refuse_engine(model: nn.Module) -> None:
+    """Raises ValueError under an engine whose optimizer does not know layers."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):  # set by transformers and accelerate
+        engine, why = (
+            "DeepSpeed",
+            "updates flat shards of all layers: weight decay and moments reach those that are off",
+        )
+    elif any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        engine, why = "FSDP version 1", "flattens the parameters of layers: one that is off cannot be left alone"
+    else:
+        return
+    raise ValueError(
+        f"LayerSkipper cannot work under {engine}, which {why}. Use DDP or FSDP version 2 (fsdp_version: 2), "
+        "or the compressor alone"
+    )
 
 
 def _reload_if_renamed(model: Any, folder: Path) -> None:

@@ -1,0 +1,24 @@
+"""Several ranks that must do the same: reduce the same gradients, gather the same shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+def several_ranks() -> bool:
+    """Whether this process is one of a group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def touched(x: torch.Tensor, parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """``x``, through which each of ``parameters`` that trains gets a gradient of zero, if it gets no other.
+
+    Shards (FSDP) are left alone: they are reduced by the module that gathers them, where it runs.
+    """
+    # One element says as little as all of them, and cannot overflow.
+    zeros = [0.0 * p.reshape(-1)[:1].sum() for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
+    return x + torch.stack([zero.to(x) for zero in zeros]).sum() if zeros else x

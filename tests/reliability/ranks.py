@@ -1,0 +1,116 @@
+"""Two ranks on gloo, run by `torchrun` from test_ranks.py: one has pictures, the other text alone.
+
+torchrun --nproc-per-node 2 ranks.py FOLDER {ddp,fsdp}
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "sparse")]
+
+from families import batch_of, made
+
+from sparsight.config import LayerSkipper, VisualTokenCompressor
+from sparsight.sparse.attach import attach
+
+NAMES = ("sparsight", "llava, clip + llama", "qwen2_5_vl", "qwen3_vl", "smolvlm")
+STEPS, LONG = 3, 50
+
+
+def prepared(name: str, recompute: bool) -> tuple[Any, Any]:
+    """A model with both methods on: half of the tokens, every other layer."""
+    model = made(name)
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    compressor = VisualTokenCompressor(keep=0.5, method="similarity")
+    return model, attach(model, compressor, LayerSkipper(alpha=0.5, epsilon=0.0, course="constant"), seed=1)
+
+
+def batches(name: str, model: Any, step: int) -> list[dict[str, Any]]:
+    """What each rank sees: pictures on the first, text on the second; on odd steps the other way round."""
+    if step == STEPS:  # detached: the plain models know no blank pictures
+        return [batch_of(name, model, (1, 1), seed=step)] * 2
+    both = [batch_of(name, model, (1, 1), seed=step), batch_of(name, model, (0, 0), seed=100 + step)]
+    return both if step % 2 == 0 else both[::-1]
+
+
+def labels_in(both: list[dict[str, Any]]) -> int:
+    return sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in both)
+
+
+def loss_of(model: Any, batch: dict[str, Any], total: int, share: int) -> torch.Tensor:
+    # Ranks average their gradients: times their number, the mean is the sum over all labels.
+    return model(**batch, num_items_in_batch=total).loss * share
+
+
+def wrapped(model: Any, handle: Any, kind: str) -> Any:
+    if kind == "ddp":
+        return DistributedDataParallel(model)
+    lists = [m for m in model.get_submodule(handle.parts.vision).modules() if isinstance(m, nn.ModuleList)]
+    for block in [*handle.layers, *(block for blocks in lists for block in blocks)]:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {n: g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for n, g in found.items()}
+
+
+def main() -> None:
+    folder, kind = Path(sys.argv[1]), sys.argv[2]
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    found: dict[Any, Any] = {}
+    for name in NAMES:
+        for recompute in (False, True):
+            model, handle = prepared(name, recompute)
+            calls: list[int] = []
+            model.get_submodule(handle.parts.vision).register_forward_pre_hook(lambda *_, c=calls: c.append(1))
+            parallel = wrapped(model, handle, kind)
+            for step in range(STEPS):
+                handle.step(step, 0.0)
+                both = batches(name, model, step)
+                calls.clear()
+                loss_of(parallel, both[rank], labels_in(both), 2).backward()
+                handle.clear_gradients()
+                found[name, recompute, step] = handle.off, len(calls), gradients(model)
+                model.zero_grad()
+            probe = handle.dense_probe()
+            assert all(value > 0 for value in probe.values())
+            handle.detach()  # sharded or not: what was attached goes
+            both = batches(name, model, STEPS)
+            # Not through DDP, which would ask the plain LLaVA for gradients of a block that it does not use.
+            loss_of(model, both[rank], labels_in(both), 2).backward()
+            found[name, recompute, STEPS] = handle.off, 1, gradients(model)
+            if rank == 0:
+                print(kind, name, recompute, flush=True)
+    # R03: pictures and text at random, in another order on each rank.
+    model, handle = prepared("llava, clip + llama", False)
+    parallel, order = wrapped(model, handle, kind), random.Random(rank)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    for step in range(LONG):
+        handle.step(step, step / LONG)
+        batch = batch_of("llava, clip + llama", model, tuple(order.choices((0, 0, 1, 2), k=2)), seed=2 * step + rank)
+        loss_of(parallel, batch, 8, 1).backward()
+        handle.clear_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+        found["long", step] = handle.off
+    found["weights"] = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in model.state_dict().items()}
+    torch.save(found, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

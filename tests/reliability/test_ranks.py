@@ -1,0 +1,86 @@
+"""R01 to R04, R06 to R08: two ranks, one of them with text alone, compressor and skipper on."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from families import FAMILIES, made
+
+from sparsight.sparse.attach import attach
+from sparsight.sparse.blank import blank_features, blank_picture
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_r01_gradients_of_two_ranks_are_those_of_one_process(tmp_path, kind):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(free_port()), str(Path(ranks.__file__)), str(tmp_path), kind]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=240,  # a hang is a failure
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    drawn = [first["long", step] for step in range(ranks.LONG)]
+    assert drawn == [second["long", step] for step in range(ranks.LONG)] and any(any(off) for off in drawn)
+    assert all(torch.equal(tensor, second["weights"][name]) for name, tensor in first["weights"].items())
+    for name in ranks.NAMES:
+        model, handle = ranks.prepared(name, False)
+        for step in range(ranks.STEPS + 1):
+            if step < ranks.STEPS:
+                handle.step(step, 0.0)
+            else:
+                handle.detach()
+            both = ranks.batches(name, model, step)
+            for batch in both:
+                ranks.loss_of(model, batch, ranks.labels_in(both), 1).backward()
+            handle.clear_gradients()
+            wanted = ranks.gradients(model)
+            largest = max(gradient.abs().max() for gradient in wanted.values())
+            for recompute in (False, True):
+                for found in (first, second):
+                    off, calls, gradients = found[name, recompute, step]
+                    assert off == handle.off  # R06
+                    assert calls == 1  # R04
+                    assert [n for n in wanted if n not in gradients and wanted[n].abs().sum() > 0] == []
+                    for key, gradient in gradients.items():
+                        error = (gradient - wanted.get(key, torch.zeros_like(gradient))).abs().max()
+                        assert error <= 1e-5 * largest, (name, recompute, step, key, error)
+            model.zero_grad()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_r02_a_blank_picture_fits_every_family(name):
+    """And reaches every parameter of the vision tower that a picture reaches."""
+    model = made(name)
+    handle = attach(model)
+    owner = model.model
+    blank_features(owner, torch.zeros(1)).backward()
+    reached = {key for key, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model(**ranks.batch_of(name, model)).loss.backward()
+    inside = handle.parts.decoder + ".", handle.parts.head + "."
+    wanted = {key for key, p in model.named_parameters() if p.grad is not None and not key.startswith(inside)}
+    assert wanted and wanted <= reached | {"model.image_newline"}
+    assert all(value.numel() <= 2**15 for value in blank_picture(owner, torch.zeros(1)).values())
+
+
+def test_r02_a_model_that_takes_pictures_in_another_form_is_told():
+    model = made("llava, clip + llama")
+    model.config.vision_config.image_size = 7
+    with pytest.raises(ValueError, match="A blank picture did not fit this model .*put one picture into every rank"):
+        blank_features(model.model, torch.zeros(1))
