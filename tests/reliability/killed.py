@@ -12,11 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "sparse")]
-
 from families import batch_of, made
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sparsight.config import LayerSkipper, VisualTokenCompressor
 from sparsight.sparse.attach import attach

@@ -12,13 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from families import batch_of, made
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "sparse")]
-
-from families import batch_of, made
 
 from sparsight.config import LayerSkipper, VisualTokenCompressor
 from sparsight.sparse.attach import attach
@@ -93,8 +90,6 @@ def main() -> None:
             # Not through DDP, which would ask the plain LLaVA for gradients of a block that it does not use.
             loss_of(model, both[rank], labels_in(both), 2).backward()
             found[name, recompute, STEPS] = handle.off, 1, gradients(model)
-            if rank == 0:
-                print(kind, name, recompute, flush=True)
     # R03: pictures and text at random, in another order on each rank.
     model, handle = prepared("llava, clip + llama", False)
     parallel, order = wrapped(model, handle, kind), random.Random(rank)

@@ -26,13 +26,8 @@ def free_port():
 def test_r01_gradients_of_two_ranks_are_those_of_one_process(tmp_path, kind):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--master-port", str(free_port()), str(Path(ranks.__file__)), str(tmp_path), kind]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=240,  # a hang is a failure
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)  # a hang is a failure
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     drawn = [first["long", step] for step in range(ranks.LONG)]

@@ -182,11 +182,12 @@ class SparseHandle:
         self._patched: list[tuple[Any, str, Any, Any]] = []  # owner, attribute, ours, what stood on the instance
         self._hooks = [model.register_forward_pre_hook(self._before, with_kwargs=True)]
         self._hooks.append(model.register_forward_hook(self._after, always_call=True))
+        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
         self._patch(decoder, "forward", self._decoder_forward)
         self._patch(head, "forward", self._head_forward)
         for number, layer in enumerate(layers):
             self._patch(layer, "forward", self._layer_forward(number))
-        self._hooks.append(model.get_input_embeddings().register_forward_hook(self._embedded))
+        self._hooks.append(embeddings.register_forward_hook(self._embedded))
         self._watch_features()
         model._sparsight_handle = self  # type: ignore[assignment]
         self.step(0, 0.0)

@@ -105,7 +105,7 @@ def _refuse_engine(model: nn.Module) -> None:
             "updates flat shards of all layers: weight decay and moments reach those that are off",
         )
     elif any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        engine, why = "FSDP version 1", "flattens the parameters of layers: one that is off cannot be left alone"
+        engine, why = "FSDP version 1", "flattens parameters: a layer that is off cannot be left alone"
     else:
         return
     raise ValueError(
