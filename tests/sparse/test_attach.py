@@ -9,6 +9,8 @@ from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausa
 
 from sparsight.config import LayerSkipper, VisualTokenCompressor
 from sparsight.sparse.attach import NoEffectWarning, attach
+from sparsight.sparse.compress import compress
+from tiny import make_vlm
 
 QUARTER = VisualTokenCompressor(keep=0.25)
 HALF_OFF = LayerSkipper(alpha=0.5, epsilon=0.0, course="constant")
@@ -79,7 +81,7 @@ def test_trains_and_what_is_saved_loads_in_plain_transformers(name, tmp_path):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        course.append(float(loss))
+        course.append(float(loss.detach()))
     assert sum(course[-5:]) < 0.7 * sum(course[:5]), course
     passes = handle.take_passes()
     visual = int((batch["input_ids"] == model.config.image_token_id).sum())
@@ -181,6 +183,42 @@ def test_every_method_on_uneven_samples(name, method):
     each = tokens_of_an_image(name)
     (done,) = handle.passes
     assert (done.visual_in, done.visual_out) == (4 * each, 4 * each // 2) and done.length < done.length_in
+
+
+def grids_of(model, batch, monkeypatch):
+    """The grids that a spatial method is given, with how many images."""
+    seen = []
+
+    def spy(tokens_IND, keep, method, grid, **options):
+        seen.append((len(tokens_IND), grid))
+        return compress(tokens_IND, keep, method, grid=grid, **options)
+
+    monkeypatch.setattr("sparsight.sparse.attach.compress", spy)
+    handle = attach(model, VisualTokenCompressor(keep=0.5, method="pool"))
+    model(**batch)
+    handle.detach()
+    return sorted(seen)
+
+
+def test_spatial_methods_know_the_grid(monkeypatch):
+    """Of several images a sample, of native-resolution ones, and of our own; queries and tiles stand in none."""
+    for name in ("llava, clip + llama", "paligemma"):
+        model = made(name)
+        assert grids_of(model, batch_of(name, model, (2, 1)), monkeypatch) == [(3, (4, 4))]
+    model = made("qwen2_5_vl")
+    batch = batch_of("qwen2_5_vl", model, (1, 2))
+    # 4 x 4, 8 x 2 and 2 x 8 patches, of which 2 x 2 become one token
+    batch["image_grid_thw"] = torch.tensor([[1, 4, 4], [1, 8, 2], [1, 2, 8]])
+    assert grids_of(model, batch, monkeypatch) == [(1, (1, 4)), (1, (2, 2)), (1, (4, 1))]
+    model = made("llava_onevision")
+    assert grids_of(model, batch_of("llava_onevision", model), monkeypatch) == [(2, (1, 36))]
+    model = made("sparsight")
+    assert grids_of(model, batch_of("sparsight", model), monkeypatch) == [(2, (1, 16))]
+    model = make_vlm("mlp", vision_levels=[2])[0].train()
+    ids = torch.full((1, 66), model.config.image_token_id)
+    ids[0, -2:] = model.config.image_token_id - 1
+    batch = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 64, 64), "labels": ids.clone()}
+    assert grids_of(model, batch, monkeypatch) == [(1, (8, 8))]
 
 
 def test_samples_do_not_meet():
@@ -293,7 +331,7 @@ def test_the_dense_probe_is_the_plain_loss_and_leaves_no_trace():
     loss = model(**batch).loss
     before = list(handle.passes)
     probe = handle.dense_probe()
-    assert probe == {"loss_dense": plain, "loss_sparse": float(loss)} and plain != float(loss)
+    assert probe == {"loss_dense": plain, "loss_sparse": float(loss.detach())} and plain != float(loss)
     assert handle.passes == before and model.training and handle.train_only and all(m.training for m in model.modules())
 
 

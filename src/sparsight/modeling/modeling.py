@@ -85,6 +85,11 @@ class SparsightModel(SparsightPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
+    @property
+    def tokens_on_grid(self) -> bool:
+        """Whether visual tokens stand in a grid as the patches do, and are no answers to queries."""
+        return not isinstance(self.multi_modal_projector, WindowedResampler)
+
     def encode_images(
         self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:

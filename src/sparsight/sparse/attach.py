@@ -176,6 +176,7 @@ class SparseHandle:
         self._visual_BT: torch.Tensor | None = None
         self._dropped: _Dropped | None = None
         self._images: list[int] = []
+        self._grid_inputs: dict[str, Any] = {}
         self._splicer: Any = getattr(model, "model", model)  # the module that puts visual tokens into the sequence
         self._pictures, self._embeds_due, self._probing = True, False, False
         self._idle = {"compressor": 0, "skipper": 0}
@@ -319,6 +320,7 @@ class SparseHandle:
 
     def _before(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._dropped, self._images = None, []
+        self._grid_inputs = {key: kwargs.get(key) for key in ("image_grid_thw", "image_sizes")}
         ids = kwargs.get("input_ids", args[0] if args else None)
         if self.model.training:
             self._batch = args, kwargs
@@ -416,7 +418,10 @@ class SparseHandle:
             draw = self.global_step * 2**20 + self._drawn
             options["generator"] = torch.Generator().manual_seed((self.seed * 2**40 + draw) % 2**63)
         starts = [0, *accumulate(runs)]
-        for length, members in groupby(sorted(range(len(runs)), key=lambda number: runs[number]), runs.__getitem__):
+        grids = self._grids(runs)
+        kinds = [(length, grid or (1, length)) for length, grid in zip(runs, grids, strict=True)]
+        for kind, members in groupby(sorted(range(len(runs)), key=kinds.__getitem__), kinds.__getitem__):
+            length, grid = kind
             rows_I = torch.tensor([starts[number] for number in members], device=embeds_BTD.device)
             place_IN2 = places_M2[rows_I[:, None] + torch.arange(length, device=embeds_BTD.device)]
             sample_IN, position_IN = place_IN2.unbind(-1)
@@ -424,8 +429,6 @@ class SparseHandle:
             if self.compressor.method == "text":
                 options["text_BTD"] = embeds_BTD[sample_IN[:, 0]].detach()
                 options["text_mask_BT"] = (keep_BT & ~visual_BT)[sample_IN[:, 0]]
-            side = round(length**0.5)
-            grid = (side, side) if side * side == length else None
             few_IKD, index_IK = compress(tokens_IND, self.keep, self.compressor.method, grid=grid, **options)
             # What follows a picture is said by its last position: that one stays.
             index_IK = torch.cat([index_IK[:, :-1], torch.full_like(index_IK[:, :1], length - 1)], 1)
@@ -445,6 +448,24 @@ class SparseHandle:
         breaks = ((step_M[:, 0] != 0) | (step_M[:, 1] != 1)).nonzero().flatten().add(1).tolist()
         edges = [0, *breaks, len(places_M2)]
         return [end - start for start, end in pairwise(edges)]
+
+    def _grids(self, runs: Sequence[int]) -> list[tuple[int, int] | None]:
+        """Rows and columns of each image's tokens; None where they stand in no grid: queries, tiles, videos."""
+        config: Any = self.model.config
+        if not getattr(self._splicer, "tokens_on_grid", not hasattr(config, "image_grid_pinpoints")):
+            return [None] * len(runs)
+        vision, inputs = getattr(config, "vision_config", None), self._grid_inputs
+        if (patches := inputs.get("image_grid_thw")) is not None:
+            merge = getattr(vision, "spatial_merge_size", 1)
+            found = [(frames * rows // merge, columns // merge) for frames, rows, columns in patches.tolist()]
+        elif (sizes := inputs.get("image_sizes")) is not None and hasattr(config, "spatial_merge_size"):
+            pixels = vision.patch_size * config.spatial_merge_size  # type: ignore[union-attr]
+            found = [(height // pixels, width // pixels) for height, width in torch.as_tensor(sizes).tolist()]
+        else:
+            found = [(round(length**0.5),) * 2 for length in runs]
+        if len(found) != len(runs):
+            return [None] * len(runs)
+        return [grid if grid[0] * grid[1] == length else None for grid, length in zip(found, runs, strict=True)]
 
     def _gather_inputs(
         self, kwargs: dict[str, Any], dropped: _Dropped, keep_BT: torch.Tensor, visual_BT: torch.Tensor
