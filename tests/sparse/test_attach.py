@@ -4,6 +4,7 @@ import warnings
 import pytest
 import torch
 from families import FAMILIES, IMAGE, TEXT, batch_of, made, tokens_of_an_image
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
@@ -219,6 +220,26 @@ def test_spatial_methods_know_the_grid(monkeypatch):
     ids[0, -2:] = model.config.image_token_id - 1
     batch = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 64, 64), "labels": ids.clone()}
     assert grids_of(model, batch, monkeypatch) == [(1, (8, 8))]
+
+
+@pytest.mark.parametrize("name", ["llava, clip + llama", "qwen2_5_vl", "sparsight"])
+def test_lora_before_or_after(name):
+    found = []
+    for attached_first in (True, False):
+        model = made(name)
+        adapters = LoraConfig(r=4, target_modules=r".*language_model.*(q_proj|v_proj|up_proj)", init_lora_weights=False)
+        torch.manual_seed(0)
+        wrapped = model if attached_first else get_peft_model(model, adapters)
+        handle = attach(wrapped, VisualTokenCompressor(keep=0.5, method="pool"), HALF_OFF)
+        wrapped = get_peft_model(model, adapters) if attached_first else wrapped
+        handle.off = (False, True, False, True)[: handle.parts.layers]
+        wrapped.train()(**batch_of(name, model, (2, 1))).loss.backward()
+        assert handle._images == [tokens_of_an_image(name)] * 3
+        found.append({key.removeprefix("base_model.model."): p.grad for key, p in wrapped.named_parameters()})
+        handle.detach()
+    learnt = {key for key, grad in found[0].items() if grad is not None}
+    assert learnt == {key for key in found[0] if "lora_" in key and "layers.1." not in key and "layers.3." not in key}
+    assert all(torch.equal(grad, found[1][key]) for key, grad in found[0].items() if grad is not None)
 
 
 def test_samples_do_not_meet():

@@ -148,6 +148,17 @@ def attach(
     return SparseHandle(model, parts, decoder, layers, head, compressor, skipper, seed, train_only)
 
 
+def _splicer(model: nn.Module, vision: str) -> Any:
+    """The module that puts visual tokens into the sequence: the innermost one around the vision tower that has them,
+    also inside of adapters."""
+    path = vision
+    while path:
+        path = path.rpartition(".")[0]
+        if hasattr(type(owner := model.get_submodule(path)), "get_image_features"):
+            return owner
+    return model
+
+
 def _skip_options(skipper: LayerSkipper) -> dict[str, Any]:
     return {key: getattr(skipper, key) for key in ("alpha", "epsilon", "course", "protected", "importance")}
 
@@ -177,7 +188,7 @@ class SparseHandle:
         self._dropped: _Dropped | None = None
         self._images: list[int] = []
         self._grid_inputs: dict[str, Any] = {}
-        self._splicer: Any = getattr(model, "model", model)  # the module that puts visual tokens into the sequence
+        self._splicer = _splicer(model, parts.vision)
         self._pictures, self._embeds_due, self._probing = True, False, False
         self._idle = {"compressor": 0, "skipper": 0}
         self._patched: list[tuple[Any, str, Any, Any]] = []  # owner, attribute, ours, what stood on the instance
