@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausa
 from sparsight.config import LayerSkipper, VisualTokenCompressor
 from sparsight.sparse.attach import NoEffectWarning, attach
 from sparsight.sparse.compress import compress
+from sparsight.sparse.gather import gather_inputs
 from tiny import make_vlm
 
 QUARTER = VisualTokenCompressor(keep=0.25)
@@ -107,13 +108,12 @@ def test_a_dropped_token_is_as_if_it_were_masked(name, method, monkeypatch):
     labels = batch.pop("labels")
     handle = attach(model, VisualTokenCompressor(keep=0.5, method=method), train_only=False)
     seen = {}
-    plain_gather = type(handle)._gather_inputs
 
-    def spy(self, kwargs, dropped, keep_BT, visual_BT):
-        seen.update(keep=keep_BT, places=kwargs.get("position_ids"), mask=kwargs.get("attention_mask"))
-        plain_gather(self, kwargs, dropped, keep_BT, visual_BT)
+    def spy(kwargs, kept, keep_BT, *options):
+        seen.update(keep=keep_BT)
+        return gather_inputs(kwargs, kept, keep_BT, *options)
 
-    monkeypatch.setattr(type(handle), "_gather_inputs", spy)
+    monkeypatch.setattr("sparsight.sparse.attach.gather_inputs", spy)
     with torch.no_grad():
         short = model(**batch).logits
     handle.detach()

@@ -23,6 +23,7 @@ from sparsight.distributed import several_ranks, touched
 from sparsight.schedules import anneal, skip_probabilities, skipped_layers
 from sparsight.sparse.blank import blank_features
 from sparsight.sparse.compress import compress
+from sparsight.sparse.gather import Kept, gather_inputs
 
 _IDLE = 50  # steps without an effect before the user is told
 
@@ -52,32 +53,6 @@ class Pass:
     layers_run: int
     visual_in: int
     visual_out: int
-
-
-@dataclass(frozen=True)
-class _Dropped:
-    """Where the kept positions of the present pass come from. ``index_BK``; ``valid_BK``: no padding; length T."""
-
-    index_BK: torch.Tensor
-    valid_BK: torch.Tensor
-    length: int
-
-    def gather(self, x: torch.Tensor, axis: int) -> torch.Tensor:
-        """Keep these positions along ``axis``; the samples stand on axis 0, or on the one before ``axis``."""
-        sample = 0 if axis == 1 else axis - 1
-        batch, kept = self.index_BK.shape
-        if x.shape[sample] == 1:
-            x = x.expand(*(batch if a == sample else -1 for a in range(x.ndim)))
-        shape = [1] * x.ndim
-        shape[sample], shape[axis] = batch, kept
-        wide = [batch if a == sample else kept if a == axis else size for a, size in enumerate(x.shape)]
-        return x.gather(axis, self.index_BK.view(shape).expand(wide))
-
-    def scatter(self, x_BKD: torch.Tensor) -> torch.Tensor:
-        """Put back, zeros where nothing was kept, (B, T, D)."""
-        x_BKD = x_BKD * self.valid_BK[..., None].to(x_BKD.dtype)
-        empty = x_BKD.new_zeros(x_BKD.shape[0], self.length, x_BKD.shape[2])
-        return empty.scatter_add(1, self.index_BK[..., None].expand_as(x_BKD), x_BKD)
 
 
 def find_parts(model: Any) -> tuple[Parts, Any, list[nn.Module], Any]:
@@ -185,7 +160,7 @@ class SparseHandle:
         self._drawn = 0  # passes of the present step: each draws its own random tokens
         self._batch: tuple[Any, dict[str, Any]] | None = None
         self._visual_BT: torch.Tensor | None = None
-        self._dropped: _Dropped | None = None
+        self._kept: Kept | None = None
         self._images: list[int] = []
         self._grid_inputs: dict[str, Any] = {}
         self._splicer = _splicer(model, parts.vision)
@@ -330,7 +305,7 @@ class SparseHandle:
             self._patch(self._splicer, "get_image_features", get_image_features)
 
     def _before(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._dropped, self._images = None, []
+        self._kept, self._images = None, []
         self._grid_inputs = {key: kwargs.get(key) for key in ("image_grid_thw", "image_sizes")}
         ids = kwargs.get("input_ids", args[0] if args else None)
         if self.model.training:
@@ -356,7 +331,7 @@ class SparseHandle:
         return touched(embeds, (p for name, p in self.model.named_parameters() if not name.startswith(inside)))
 
     def _after(self, *_: Any) -> None:
-        self._dropped = self._visual_BT = None
+        self._kept = self._visual_BT = None
 
     def _layer_forward(self, number: int) -> Any:
         def forward(plain: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -371,9 +346,9 @@ class SparseHandle:
 
     def _head_forward(self, plain: Any, hidden: torch.Tensor) -> torch.Tensor:
         """The vocabulary's projection, paid for kept positions alone."""
-        if self._dropped is None or hidden.ndim != 3 or hidden.shape[1] != self._dropped.length:
+        if self._kept is None or hidden.ndim != 3 or hidden.shape[1] != self._kept.length:
             return plain(hidden)
-        return self._dropped.scatter(plain(self._dropped.gather(hidden, 1)))
+        return self._kept.scatter(plain(self._kept.gather(hidden, 1)))
 
     def _decoder_forward(self, plain: Any, *args: Any, **kwargs: Any) -> Any:
         embeds, visual_BT = kwargs.get("inputs_embeds"), self._visual_BT
@@ -388,22 +363,18 @@ class SparseHandle:
         if self.keep == 1.0 or visual == 0:
             self.passes.append(Pass(rows, length, length, run, visual, visual))
             return plain(*args, **kwargs)
-        kwargs = dict(kwargs)
         embeds, keep_BT = self._compressed(embeds, visual_BT, kwargs.get("attention_mask"))
-        lengths_B = keep_BT.sum(1)
-        kept = int(lengths_B.max())
-        index_BK = (~keep_BT).to(torch.uint8).argsort(dim=1, stable=True)[:, :kept]
-        valid_BK = torch.arange(kept, device=embeds.device) < lengths_B[:, None]
-        dropped = self._dropped = _Dropped(index_BK, valid_BK, embeds.shape[1])
-        self.passes.append(Pass(rows, length, kept, run, visual, int((keep_BT & visual_BT).sum())))
-        self._gather_inputs(kwargs, dropped, keep_BT, visual_BT)
-        output = plain(*args, **(kwargs | {"inputs_embeds": dropped.gather(embeds, 1)}))
+        kept = self._kept = Kept.of(keep_BT)
+        self.passes.append(Pass(rows, length, kept.index_BK.shape[1], run, visual, int((keep_BT & visual_BT).sum())))
+        renumbered = self.compressor is not None and self.compressor.positions == "renumbered"
+        kwargs = gather_inputs(kwargs, kept, keep_BT, renumbered, self.decoder.config)
+        output = plain(*args, **(kwargs | {"inputs_embeds": kept.gather(embeds, 1)}))
         for key in ("last_hidden_state", "hidden_states"):
             value = getattr(output, key, None)
             if isinstance(value, torch.Tensor):
-                output[key] = dropped.scatter(value)
+                output[key] = kept.scatter(value)
             elif value is not None:
-                output[key] = tuple(dropped.scatter(state) for state in value)
+                output[key] = tuple(kept.scatter(state) for state in value)
         return output
 
     def _watch(self, method: str, idle: bool) -> None:
@@ -477,40 +448,3 @@ class SparseHandle:
         if len(found) != len(runs):
             return [None] * len(runs)
         return [grid if grid[0] * grid[1] == length else None for grid, length in zip(found, runs, strict=True)]
-
-    def _gather_inputs(
-        self, kwargs: dict[str, Any], dropped: _Dropped, keep_BT: torch.Tensor, visual_BT: torch.Tensor
-    ) -> None:
-        """Every input that runs along the sequence, cut to the kept positions."""
-        assert self.compressor is not None
-        batch, length = visual_BT.shape
-        kwargs["attention_mask"] = _gather_mask(kwargs.get("attention_mask"), dropped)
-        places = kwargs.get("position_ids")
-        if self.compressor.positions == "renumbered":
-            kwargs["position_ids"] = torch.arange(dropped.index_BK.shape[1], device=visual_BT.device).expand(batch, -1)
-        else:
-            kwargs["position_ids"] = dropped.index_BK if places is None else dropped.gather(places, places.ndim - 1)
-        if (masks := kwargs.get("visual_pos_masks")) is not None:  # deep-stack features: one for each visual position
-            kept_M = keep_BT[masks]
-            kwargs["deepstack_visual_embeds"] = [level[kept_M] for level in kwargs["deepstack_visual_embeds"]]
-            kwargs["visual_pos_masks"] = dropped.gather(masks, 1) & dropped.valid_BK
-        for key, value in kwargs.items():
-            known = ("inputs_embeds", "attention_mask", "position_ids", "visual_pos_masks", "deepstack_visual_embeds")
-            if key not in known and isinstance(value, torch.Tensor) and tuple(value.shape[:2]) == (batch, length):
-                kwargs[key] = dropped.gather(value, 1)
-
-
-def _gather_mask(mask: Any, dropped: _Dropped) -> Any:
-    """The mask of any backend that is a tensor, for the kept positions."""
-    if mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2):
-        return dropped.valid_BK.long()
-    if isinstance(mask, dict):  # one for each kind of layer
-        return {key: _gather_mask(value, dropped) for key, value in mask.items()}
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
-        raise ValueError(f"cannot compress under an attention mask of type {type(mask).__name__}: use sdpa or eager")
-    rows = dropped.gather(mask.transpose(1, 2), 1).transpose(1, 2)
-    both = dropped.gather(rows.permute(0, 3, 1, 2), 1).permute(0, 2, 3, 1)
-    # Padding at the end sees and is seen by nothing but itself: causal, behind all that counts.
-    seen = dropped.valid_BK[:, None, None] | torch.eye(both.shape[-1], dtype=torch.bool, device=both.device)
-    blocked = False if both.dtype == torch.bool else torch.finfo(both.dtype).min
-    return both.masked_fill(~seen, blocked)
