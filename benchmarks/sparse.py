@@ -9,6 +9,7 @@ optimizer's step. The variants take turns in one process.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -30,9 +31,9 @@ VARIANTS = ("dense", "attached, idle", "half of the layers", "keep 0.25", "both"
 
 
 def batch_of(model: Any, levels: tuple[torch.Tensor, ...]) -> dict[str, Any]:
-    tokens = model.config.num_image_tokens
-    words = torch.randint(10, 1000, (BATCH, TEXT), device=levels[0].device)
-    image = torch.full((BATCH, tokens), model.config.image_token_id, device=levels[0].device)
+    tokens, batch = model.config.num_image_tokens, len(levels[0])
+    words = torch.randint(10, 1000, (batch, TEXT), device=levels[0].device)
+    image = torch.full((batch, tokens), model.config.image_token_id, device=levels[0].device)
     ids = torch.cat([words[:, : TEXT // 2], image, words[:, TEXT // 2 :]], 1)
     labels = ids.clone()
     labels[:, : tokens + TEXT // 2] = -100
@@ -48,6 +49,19 @@ def flops_of(model: Any, done: Pass, labels: int, map_size: tuple[int, int]) -> 
         shape, BRIDGE, model.config.level_widths, map_size, 0.0, done.rows, done.length, labels, done.rows, trains
     )
     return sum(parts.values())
+
+
+def idle_cost(step: Callable[..., Any], batch: dict[str, Any], pairs: int, console: Console) -> dict[str, Any]:
+    """What being attached costs by itself: a batch of one, where it weighs most, in pairs that swap their order."""
+    times: dict[str, list[float]] = {"dense": [], "attached, idle": []}
+    for pair in track(range(pairs), "attached, idle", console=console):
+        for variant in sorted(times, reverse=bool(pair % 2)):
+            times[variant].append(step(variant, batch)[0]["step"])
+    plain, idle = times["dense"], times["attached, idle"]
+    ratios = sorted(mine / other for mine, other in zip(idle, plain, strict=True))
+    quartiles = (ratios[pairs // 4], ratios[3 * pairs // 4])
+    medians = statistics.median(idle) / statistics.median(plain)
+    return {"pairs": pairs, "ratio": medians, "ratio_of_pairs": statistics.median(ratios), "quartiles": quartiles}
 
 
 def main() -> None:
@@ -67,7 +81,7 @@ def main() -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
 
-    def step(variant: str) -> tuple[dict[str, float], Pass]:
+    def step(variant: str, batch: dict[str, Any] = batch) -> tuple[dict[str, float], Pass]:
         handle = None
         if variant != "dense":
             keep = KEEP if variant in ("keep 0.25", "both") else VisualTokenCompressor(keep=1.0)
@@ -95,6 +109,7 @@ def main() -> None:
         # There and back: a large step right behind a small one would have to fetch its memory anew.
         for variant in VARIANTS if turn % 2 == 0 else VARIANTS[::-1]:
             times[variant].append(step(variant)[0])
+    idle = idle_cost(step, batch_of(model, tuple(level[:1] for level in levels)), 6 * options.rounds, console)
     labels = int((batch["labels"][:, 1:] != -100).sum())
     map_size = tuple(levels[0].shape[1:3])
     flops = {variant: flops_of(model, done, labels, map_size) for variant, done in passes.items()}  # type: ignore[arg-type]
@@ -115,8 +130,9 @@ def main() -> None:
         ratios = (f"{row[key]:.3f}" for key in ("step_ratio", "forward_backward_ratio", "flops_ratio"))
         table.add_row(row["variant"], f"{row['step_seconds']:.2f}", *ratios)
     console.print(table)
+    console.print(f"attached but idle, batch 1: {idle['ratio']:.4f} of the plain step ({idle['pairs']} pairs)")
     result = {"device": device_name(device), "batch": BATCH, "text": TEXT, "bridge": BRIDGE.model_dump()}
-    result |= {"rounds": options.rounds, "precision": "bf16 autocast", "rows": rows}
+    result |= {"rounds": options.rounds, "precision": "bf16 autocast", "idle": idle, "rows": rows}
     write_result(f"sparse-{device.type}", result, options.out, console)
 
 

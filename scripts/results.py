@@ -1,6 +1,7 @@
 """Write the tables of README and docs from the newest results in benchmarks/results/. A test checks them."""
 
 import json
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 START, END = "<!-- results: start -->", "<!-- results: end -->"
@@ -8,26 +9,51 @@ ROOT = Path(__file__).parents[1]
 
 
 def table(name: str, result: dict) -> str:
-    """One comparison as Markdown: cost in all, then scores by task in percent."""
-    base, ours = result["runs"]
-    total = result["ratios"][ours["name"]]["total"]
-    hardware = result["env"]["hardware"]
+    """One comparison as Markdown, a column for each run: cost in all, then scores by task in percent."""
+    runs, hardware = result["runs"], result["env"]["hardware"]
+
+    def row(label: str, cells: Iterable[str], *more: str) -> str:
+        return "| " + " | ".join([label, *cells, *(more or ("", ""))]) + " |"
+
+    def total(key: str, form: str) -> Iterator[str]:
+        for number, run in enumerate(runs):
+            ratio = f" ({result['ratios'][run['name']]['total'][key]:.2f}x)" if number else ""
+            yield format(run[key], form) + ratio
+
     lines = [
         f"**{name}** ({hardware['cpu']}, {hardware['cores']} cores; one seed; `benchmarks/results/{result['file']}`)",
         "",
-        f"| | {base['name']} | {ours['name']} | chance | shuffled pictures |",
-        "|---|---|---|---|---|",
-        "| visual tokens by stage | "
-        + " | ".join(", ".join(str(stage["visual_tokens"]) for stage in run["stages"]) for run in (base, ours))
-        + " | | |",
-        f"| training, seconds | {base['seconds']:.0f} | {ours['seconds']:.0f} ({total['seconds']:.2f}x) | | |",
-        f"| executed FLOPs | {base['executed_flops']:.2e} | {ours['executed_flops']:.2e} "
-        f"({total['executed_flops']:.2f}x) | | |",
+        row("", (run["name"] for run in runs), "chance", "shuffled pictures"),
+        "|---" * (len(runs) + 3) + "|",
+        row(
+            "visual tokens by stage",
+            (", ".join(str(stage["visual_tokens"]) for stage in run["stages"]) for run in runs),
+        ),
+        row("training, seconds", total("seconds", ".0f")),
+        row("executed FLOPs", total("executed_flops", ".2e")),
     ]
-    for task, score in base["scores"].items():
-        cells = (score, ours["scores"][task], result["chance"][task])
-        control = " / ".join(f"{100 * run['shuffled'][task]:.0f}" for run in (base, ours))
-        lines.append(f"| {task} | " + " | ".join(f"{100 * cell:.0f}" for cell in cells) + f" | {control} |")
+    for task in runs[0]["scores"]:
+        control = " / ".join(f"{100 * run['shuffled'][task]:.0f}" for run in runs)
+        scores = (f"{100 * run['scores'][task]:.0f}" for run in runs)
+        lines.append(row(task, scores, f"{100 * result['chance'][task]:.0f}", control))
+    return "\n".join(lines)
+
+
+def sparse_table(name: str, result: dict) -> str:
+    """A training step's time with compressor and skipper, beside executed FLOPs."""
+    hardware, idle = result["env"]["hardware"], result["idle"]
+    where = f"{hardware['cpu']}, {hardware['cores']} cores" if result["device"] == "cpu" else result["device"]
+    lines = [
+        f"**{name}**: a training step of SmolLM2-135M behind 336 visual tokens, batch {result['batch']} ({where}; "
+        f"{result['precision']}; median of {result['rounds']} rounds; `benchmarks/results/{result['file']}`). "
+        f"Attached but idle, in {idle['pairs']} pairs of steps of one sample: {idle['ratio']:.3f} of the plain step's time.",
+        "",
+        "| | seconds | of the dense step's | executed FLOPs, of the dense step's |",
+        "|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        cells = (f"{row[key]:.2f}" for key in ("step_seconds", "step_ratio", "flops_ratio"))
+        lines.append(f"| {row['variant']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -74,17 +100,22 @@ def newest(folder: Path) -> dict[str, dict]:
     return {name: json.loads(file.read_text(encoding="utf-8")) | {"file": file.name} for name, file in files.items()}
 
 
+Show = Callable[[str, dict], str]
+# Page -> results whose names begin so, and how they are shown.
+PAGES: dict[str, list[tuple[str, Show]]] = {
+    "README.md": [("demo", table), ("scenes-60min", table)],
+    "docs/chain-of-sight.md": [("bridge-", bridge_table), ("scaling", scaling_table)],
+    "docs/methods/chain-of-sight.md": [("scenes-60min", table)],
+    "docs/methods/compressor.md": [("sparse-c", sparse_table), ("sparse-scenes", table)],
+    "docs/methods/skipper.md": [("sparse-c", sparse_table), ("sparse-scenes", table)],
+}
+
+
 def render(page: str, folder: Path = ROOT / "benchmarks/results") -> str:
     """What stands between the marks of a page."""
     results = newest(folder)
-    if page == "README.md":
-        parts = [table(name, result) for name, result in results.items() if "ratios" in result]
-        return "\n\n".join(["## What was measured", *parts])
-    parts = [bridge_table(name, result) for name, result in results.items() if name.startswith("bridge-")]
-    return "\n\n".join(parts + [scaling_table(name, result) for name, result in results.items() if name == "scaling"])
-
-
-PAGES = ("README.md", "docs/chain-of-sight.md")
+    shown = [show(name, r) for start, show in PAGES[page] for name, r in results.items() if name.startswith(start)]
+    return "\n\n".join(["## What was measured", *shown] if page == "README.md" else shown)
 
 
 def main() -> None:

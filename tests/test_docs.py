@@ -7,11 +7,15 @@ import re
 import sys
 from pathlib import Path
 
+import families
 import pytest
+import yaml
+from transformers import Trainer, TrainingArguments
 
+import sparsight
 from sparsight import assets
 from sparsight.cli import main
-from sparsight.config import Recipe, load_comparison, load_recipe
+from sparsight.config import LayerSkipper, Recipe, VisualTokenCompressor, load_comparison, load_recipe
 from sparsight.layouts import PRESETS, Layout
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +77,22 @@ def test_snippets_of_the_docs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             main()
         assert stopped.value.code == 0
     assert (tmp_path / "my-vlm-336" / "config.json").is_file() and (tmp_path / "seen" / "index.html").is_file()
+
+
+@pytest.mark.parametrize("card", ["compressor", "skipper"])
+def test_snippets_of_the_method_cards_run(card: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = families.made("llava, clip + llama")
+    rows = [{k: v[0] for k, v in families.batch_of("llava, clip + llama", model, (1,), s).items()} for s in range(4)]
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True)
+    names = {"sparsight": sparsight, "Trainer": Trainer, "model": model, "arguments": arguments, "data": rows}
+    text = (ROOT / f"docs/methods/{card}.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(snippet, card, "exec"), names)
+    assert names["trainer"].state.global_step == 2 and not names["handle"].attached
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (stage,) = yaml.safe_load(recipe.replace(", ...", ""))["stages"]
+    settings = {"compressor": VisualTokenCompressor, "skipper": LayerSkipper}[card]
+    settings.model_validate(stage[card])
 
 
 @pytest.mark.parametrize("name", PRESETS)
