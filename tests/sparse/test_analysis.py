@@ -156,21 +156,26 @@ def test_what_cannot_be_measured():
 # -------------------------------------------------------------------------------------------------------- rules
 
 
-def analysis(similarities, redundant=0.75, any_two=0.2) -> Analysis:
+def analysis(similarities, redundant=0.75, any_two=0.0) -> Analysis:
     layers = tuple(LayerFigures(value, value, None, None) for value in similarities)
     return Analysis(1, 1, 16, 8, layers, "", redundant, any_two, None, 0)
 
 
 @pytest.mark.parametrize(
-    "redundant, keep", [(0.75, 0.25), (0.5, 0.5), (0.99, 0.1), (0.0, 1.0), (-0.4, 1.0), (0.31, 0.7)]
+    "redundant, any_two, keep",
+    [
+        (0.75, 0.0, 0.25),
+        (0.8, 0.6, 0.5),
+        (0.95, 0.9, 0.5),  # nearly all alike, but for that neighbours say but half
+        (0.9, 0.9, 1.0),
+        (0.2, 0.4, 1.0),  # neighbours differ more than others
+        (0.99, 0.0, 0.1),
+        (0.31, 0.0, 0.7),
+        (1.0, 1.0, 1.0),  # one and the same everywhere: nothing was seen
+    ],
 )
-def test_keep_is_what_neighbours_do_not_say(redundant, keep):
-    assert suggest(analysis([0.9] * 4, redundant)).compressor.keep == keep
-
-
-def test_tokens_that_all_share_a_direction_are_told():
-    assert "share a direction" in suggest(analysis([0.9] * 4, 0.95, 0.93)).reasons["keep"]
-    assert "share a direction" not in suggest(analysis([0.9] * 4, 0.95, 0.3)).reasons["keep"]
+def test_keep_is_what_neighbours_do_not_say(redundant, any_two, keep):
+    assert suggest(analysis([0.9] * 4, redundant, any_two)).compressor.keep == keep
 
 
 @pytest.mark.parametrize(

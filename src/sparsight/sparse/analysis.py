@@ -226,7 +226,8 @@ class Suggestion:
 def suggest(analysis: Analysis) -> Suggestion:
     """Starting points by simple rules; none was tuned, and none is a measured optimum.
 
-    - keep: 1 - redundancy, what a token's neighbours do not say, in steps of 0.05, from 0.1 to 1.
+    - keep: 1 - (redundancy - any_two) / (1 - any_two), in steps of 0.05, from 0.1 to 1: what a token's neighbours do
+      not say, of what the tokens of a picture do not share anyway.
     - protected: the first and last layers in a row whose similarity lies below the median by more than 0.02 and by more
       than three times the median distance from it. The others are free.
     - alpha: the median similarity of the free layers, rounded down to 0.05, and at most the default of 0.6.
@@ -240,12 +241,14 @@ def suggest(analysis: Analysis) -> Suggestion:
     first = next(number for number, value in enumerate(similar) if value >= middle - clear)
     last = next(number for number, value in enumerate(reversed(similar)) if value >= middle - clear)
     free = similar[first : len(similar) - last]
-    keep = _down(max(LEAST_KEEP, min(1.0, 1 - analysis.redundancy)) + STEP / 2)
+    said = (analysis.redundancy - analysis.any_two) / max(1 - analysis.any_two, FLAT)
+    keep = _down(max(LEAST_KEEP, min(1.0, 1 - said)) + STEP / 2)
     alpha = _down(max(0.0, min(MOST_ALPHA, median(free))))
     importance = tuple(round(max(0.0, 1 - value), 4) for value in similar)
     tilt, why_tilt = _tilt(free, importance)
     reasons = {
-        "keep": _why_keep(analysis, keep),
+        "keep": f"Any two visual tokens of a picture are alike by {analysis.any_two:.3f}, neighbours by"
+        f" {analysis.redundancy:.3f}: of what they do not all share, neighbours say {100 * max(0.0, said):.0f}%.",
         "protected": f"The median similarity of the layers is {middle:.3f}; of the first layers in a row {first},"
         f" and of the last {last}, lie more than {clear:.3f} below it.",
         "alpha": f"The free layers' median similarity is {median(free):.3f}: a layer is skipped no more often than its"
@@ -258,16 +261,6 @@ def suggest(analysis: Analysis) -> Suggestion:
 
 def _down(value: float) -> float:
     return round(math.floor(value / STEP + 1e-9) * STEP, 2)
-
-
-def _why_keep(analysis: Analysis, keep: float) -> str:
-    why = f"A visual token's neighbours are like it by {analysis.redundancy:.3f}: {keep} is what they do not say."
-    if analysis.any_two >= 0.5 and analysis.redundancy - analysis.any_two < 0.05:
-        why += (
-            f" But any two tokens of a picture are alike by {analysis.any_two:.3f}: it is no matter of neighbours, all"
-            " share a direction, as before a bridge has learnt. Keep more, or measure again later."
-        )
-    return why
 
 
 def _tilt(free: list[float], importance: tuple[float, ...]) -> tuple[dict[str, Any], str]:
