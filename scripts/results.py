@@ -46,7 +46,7 @@ def sparse_table(name: str, result: dict) -> str:
     lines = [
         f"**{name}**: a training step of SmolLM2-135M behind 336 visual tokens, batch {result['batch']} ({where}; "
         f"{result['precision']}; median of {result['rounds']} rounds; `benchmarks/results/{result['file']}`). "
-        f"Attached but idle, in {idle['pairs']} pairs of steps of one sample: {idle['ratio']:.3f} of the plain step's time.",
+        f"Attached but idle, in {idle['pairs']} pairs of steps of one sample: {idle['ratio']:.3f} of the plain step.",
         "",
         "| | seconds | of the dense step's | executed FLOPs, of the dense step's |",
         "|---|---|---|---|",

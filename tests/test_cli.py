@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import pytest
 import typer
 import yaml
 from PIL import Image, ImageDraw
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.trainer_utils import get_last_checkpoint
 
 from small_runs import BRIDGE, FINER, quiet, recipe_values, save_encoder, stage_values
@@ -25,7 +27,7 @@ from sparsight.config import ChainOfSight, Recipe
 from sparsight.data.collate import TrainingSet
 from sparsight.pipeline import load, run
 from sparsight.reporting import read_run
-from tiny import make_vlm
+from tiny import clip_config, make_language, make_vlm
 
 # A new command or option is a promise to keep: it is added here on purpose.
 SURFACE = {
@@ -34,6 +36,7 @@ SURFACE = {
     "eval": ["checkpoint", "--items", "--split"],
     "scale": ["checkpoint", "--out", "--layout", "--image-size", "--levels", "--source"],
     "inspect": ["checkpoint", "--image", "--out"],
+    "analyze": ["model", "--data", "--images", "--samples", "--out"],
     "doctor": [],
     "data preview": ["recipe", "overrides", "--out", "--n"],
 }
@@ -273,6 +276,10 @@ def test_inspect_writes_a_page(here: Callable[..., tuple[Any, str, str]], checkp
         (("scale", ".", "--out", "new"), "expected a model of Sparsight, found no config.json"),
         (("inspect", "CHECKPOINT", "--image", "none.png"), "none.png: there is no such file"),
         (("inspect", "."), "no model there"),
+        (("analyze", "."), "no model there"),
+        (("analyze", "no/such/model"), "no/such/model cannot be loaded as a vision-language model of transformers"),
+        (("analyze", "CHECKPOINT", "--images", "seen"), "--images seen: expected --data as well"),
+        (("analyze", "CHECKPOINT", "--data", "none.json"), "none.json: there is no such file"),
     ],
 )
 def test_what_cannot_be_scaled_or_looked_at(
@@ -287,6 +294,64 @@ def test_what_cannot_be_scaled_or_looked_at(
     code, _, err = here(*(checkpoint if argument == "CHECKPOINT" else argument for argument in arguments))
     assert code == 2 and message in err, err
     assert list(tmp_path.iterdir()) == []
+
+
+def llava(folder: Path) -> Path:
+    """LLaVA as transformers has it, tiny and with random weights, and its processor."""
+    _, own = make_vlm()
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "num_attention_heads": 2}
+    text |= {"model_type": "llama", "num_key_value_heads": 2, "vocab_size": len(own.tokenizer)}
+    config = LlavaConfig(
+        vision_config=clip_config(), text_config=text, image_token_id=own.image_token_id, vision_feature_layer=-2
+    )
+    options = {"chat_template": own.chat_template, "patch_size": 8, "vision_feature_select_strategy": "default"}
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    LlavaProcessor(own.image_processor, own.tokenizer, num_additional_image_tokens=1, **options).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind, layers, tokens", [("ours", 2, 8), ("llava", 5, 64)])
+def test_analyze_measures_any_model(
+    here: Callable[..., tuple[Any, str, str]],
+    checkpoint: Path,
+    pictures: Path,
+    tmp_path: Path,
+    kind: str,
+    layers: int,
+    tokens: int,
+) -> None:
+    model = checkpoint if kind == "ours" else llava(tmp_path / "llava")
+    rows = json.loads((pictures / "data.json").read_text())
+    del rows[1]["image"]  # a conversation without a picture
+    rows[1]["conversations"][0]["value"] = "Which colours are there?"
+    (pictures / "data.json").write_text(json.dumps(rows))
+    options = "--data", pictures / "data.json", "--images", pictures / "images", "--samples", 3
+    code, out, _ = here("analyze", model, *options, "--out", tmp_path / "seen")
+    assert code == 0 and "no measured optimum" in out and "without a picture, passed over: 1" in out
+    record = json.loads((tmp_path / "seen" / "analysis.json").read_text())
+    found = record["analysis"]
+    assert (found["samples"], found["pictures"], found["visual_tokens"]) == (3, 3, 3 * tokens)
+    assert len(found["layers"]) == layers and found["without_attention"] == ""
+    assert all(0 < layer["attention"] < 1 for layer in found["layers"])
+    assert record["environment"]["versions"]["torch"] and record["suggestion"]["code"] in out
+    assert record["without_pictures"] == 1
+    page = html.unescape((tmp_path / "seen" / "index.html").read_text())
+    assert record["suggestion"]["reasons"]["keep"] in page and record["suggestion"]["code"] in page
+
+
+def test_what_cannot_be_analyzed(
+    here: Callable[..., tuple[Any, str, str]], checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    language, tokenizer = make_language()
+    for part in (language, tokenizer):
+        part.save_pretrained(tmp_path / "language")
+    code, _, err = here("analyze", tmp_path / "language", "--out", tmp_path / "seen")
+    assert code == 2 and "language cannot be loaded as a vision-language model of transformers: Unrec" in err
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Nothing."}]
+    (tmp_path / "text.json").write_text(json.dumps([{"conversations": turns}] * 2))
+    code, _, err = here("analyze", checkpoint, "--data", tmp_path / "text.json", "--out", tmp_path / "seen")
+    assert code == 2 and "text.json: none of its 2 samples has a picture" in err
+    assert not (tmp_path / "seen").exists()
 
 
 def test_doctor_finds_nothing_missing(here: Callable[..., tuple[Any, str, str]]) -> None:

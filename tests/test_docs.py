@@ -17,6 +17,7 @@ from sparsight import assets
 from sparsight.cli import main
 from sparsight.config import LayerSkipper, Recipe, VisualTokenCompressor, load_comparison, load_recipe
 from sparsight.layouts import PRESETS, Layout
+from tiny import ask, picture
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -93,6 +94,28 @@ def test_snippets_of_the_method_cards_run(card: str, tmp_path: Path, monkeypatch
     (stage,) = yaml.safe_load(recipe.replace(", ...", ""))["stages"]
     settings = {"compressor": VisualTokenCompressor, "skipper": LayerSkipper}[card]
     settings.model_validate(stage[card])
+
+
+def test_the_page_on_analysis_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_vlm) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, processor = tiny_vlm()
+    for part in (model, processor):
+        part.save_pretrained("my-vlm")
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "Red."}]
+    Path("llava.json").write_text(json.dumps([{"id": "1", "image": "a.png", "conversations": turns}]))
+    Path("pictures").mkdir()
+    picture().save("pictures/a.png")
+    text = (ROOT / "docs/analysis.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^sparsight (.*)$", text, re.MULTILINE)
+    assert len(commands) == 2
+    for arguments in commands:
+        monkeypatch.setattr(sys, "argv", ["sparsight", *arguments.split()])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 0
+    assert Path("analysis/index.html").is_file() and Path("analysis-own/analysis.json").is_file()
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(snippet, "analysis.md", "exec"), {"model": model, "inputs": ask(processor, picture(), "What?")})
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -144,6 +144,20 @@ def inspect(
     inspect_checkpoint(checkpoint, image, out, _console())
 
 
+@app.command()
+def analyze(
+    model: Annotated[str, typer.Argument(help="folder or hub id of a vision-language model of transformers")],
+    data: Annotated[Path | None, typer.Option(help="LLaVA JSON or messages; the embedded scenes if not given")] = None,
+    images: Annotated[Path | None, typer.Option(help="folder of the data's pictures; its own if not given")] = None,
+    samples: Annotated[int, typer.Option(help="conversations to look at", min=1)] = 32,
+    out: Annotated[Path, typer.Option(help="folder for the page and analysis.json")] = Path("analysis"),
+) -> None:
+    """Measure how a model's layers and visual tokens behave; suggest settings for compressor and skipper."""
+    from sparsight.pipeline import analyze_checkpoint
+
+    analyze_checkpoint(model, data, images, samples, out, _console())
+
+
 @data_app.command()
 def preview(
     recipe: Annotated[Path | None, typer.Argument(help="YAML recipe; the embedded scenes if not given")] = None,

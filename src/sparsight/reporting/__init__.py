@@ -1,5 +1,6 @@
 """The run log, comparisons of runs, and their HTML report. Imports no torch."""
 
+from sparsight.reporting.analysis_page import layer_table, write_analysis
 from sparsight.reporting.comparison import compare, render_table, verdict, write_comparison
 from sparsight.reporting.html import write_report
 from sparsight.reporting.inspection import write_inspection
@@ -11,9 +12,11 @@ __all__ = [
     "StageRun",
     "compare",
     "environment",
+    "layer_table",
     "read_run",
     "render_table",
     "verdict",
+    "write_analysis",
     "write_comparison",
     "write_inspection",
     "write_report",

@@ -1,16 +1,11 @@
-"""One self-contained HTML page for a comparison: it requests nothing, and nothing of the data becomes markup.
-
-Figures are plotly's JSON. A colour in them is {"$css": variable}, which the page looks up to follow its theme.
-"""
+"""One self-contained HTML page for a comparison, as `page` makes them."""
 
 from __future__ import annotations
 
-import hashlib
 import html
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from importlib import resources
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -18,6 +13,7 @@ from typing import Any
 
 from sparsight.reporting import comparison as figures_of
 from sparsight.reporting.comparison import Comparison, duration, human, score_rows, signed, times
+from sparsight.reporting.page import write_page
 from sparsight.reporting.runlog import Run, example_key, number_in, step_seconds
 
 _COLOURS = 5  # --run-0 (the baseline) ... --run-4 in the template
@@ -31,21 +27,17 @@ def write_report(comparison: Comparison, runs: Iterable[Run], path: str | Path, 
 
     Raises `ValueError` if a run of the comparison is not among `runs`.
     """
-    from jinja2 import Environment, StrictUndefined
-    from plotly.offline import get_plotlyjs  # type: ignore[import-untyped, unused-ignore]
-
     by_name = {run.name: run for run in runs}
     if missing := [entry["name"] for entry in comparison["runs"] if entry["name"] not in by_name]:
         raise ValueError(f"write_report needs the runs of the comparison; missing: {missing}")
     ordered = [by_name[entry["name"]] for entry in comparison["runs"]]
-    data = json.dumps(_figures(comparison, ordered), allow_nan=False).replace("<", "\\u003c")
     examples = _examples(ordered)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        name: getattr(figures_of, name) for name in ("human", "duration", "times", "speed_up", "percent", "signed")
-    }
-    template = resources.files("sparsight.reporting").joinpath("report.html.j2").read_text(encoding="utf-8")
-    page = environment.from_string(template).render(
+    filters = ("human", "duration", "times", "speed_up", "percent", "signed")
+    write_page(
+        path,
+        "report.html.j2",
+        _figures(comparison, ordered),
+        {name: getattr(figures_of, name) for name in filters},
         comparison=comparison,
         names=[run.name for run in ordered],
         verdict=figures_of.verdict(comparison),
@@ -55,11 +47,7 @@ def write_report(comparison: Comparison, runs: Iterable[Run], path: str | Path, 
         examples=examples[:max_examples],
         examples_left_out=max(0, len(examples) - max_examples),
         details=_details(comparison, ordered),
-        figures=data,
-        plotly=get_plotlyjs(),
-        nonce=hashlib.sha256(data.encode()).hexdigest()[:32],
     )
-    figures_of.write_atomic(path, page)
 
 
 def _colour(index: int) -> dict[str, str]:

@@ -16,7 +16,7 @@ _SIDE, _GAP, _LINE = 208, 10, 22
 _COLUMNS = 6
 _MOST = 36  # queries drawn of a scale: a single-scale resampler has hundreds
 # Dark to light, so that it also reads in grey.
-_RAMP = np.array([(12, 8, 38), (88, 22, 110), (186, 54, 85), (249, 142, 9), (252, 255, 164)], dtype=np.float32)
+RAMP = ((12, 8, 38), (88, 22, 110), (186, 54, 85), (249, 142, 9), (252, 255, 164))
 
 
 def write_inspection(picture: Image.Image, looks: Mapping[Scale, np.ndarray], title: str, out: Path) -> Path:
@@ -76,7 +76,9 @@ def draw_scale(picture: Image.Image, scale: Scale, maps_NHW: np.ndarray) -> tupl
     for query, look_HW in enumerate(looks_QHW[:_MOST]):
         heat = Image.fromarray((look_HW / peak).astype(np.float32)).resize(base.size, Image.Resampling.NEAREST)
         share = np.clip(np.asarray(heat), 0, 1)
-        colour = np.stack([np.interp(share, np.linspace(0, 1, len(_RAMP)), _RAMP[:, c]) for c in range(3)], -1)
+        colour = np.stack(
+            [np.interp(share, np.linspace(0, 1, len(RAMP)), channel) for channel in zip(*RAMP, strict=True)], -1
+        )
         mixed = Image.fromarray((0.35 * grey + 0.65 * colour).astype(np.uint8))
         tiles.append((f"query {query + 1}", _lines(mixed, scale.grid, (height, width))))
     return _sheet(tiles, base.size), peak
