@@ -3,10 +3,10 @@ import warnings
 
 import pytest
 import torch
-from families import FAMILIES, IMAGE, TEXT, batch_of, made, tokens_of_an_image
 from torch import nn
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
+from families import FAMILIES, IMAGE, TEXT, batch_of, made, tokens_of_an_image
 from sparsight.config import LayerSkipper, VisualTokenCompressor
 from sparsight.sparse.attach import NoEffectWarning, attach
 

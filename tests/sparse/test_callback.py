@@ -2,9 +2,9 @@ import json
 
 import pytest
 import torch
-from families import batch_of, made
 from transformers import Trainer, TrainingArguments
 
+from families import batch_of, made
 from sparsight.config import LayerSkipper, VisualTokenCompressor
 from sparsight.cost import LanguageShape, Trains, language_flops
 from sparsight.sparse.attach import attach

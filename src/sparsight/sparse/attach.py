@@ -7,6 +7,7 @@ D width, N visual tokens of an image, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from sparsight.config import LayerSkipper, VisualTokenCompressor
 from sparsight.schedules import anneal, skip_probabilities, skipped_layers
 from sparsight.sparse.compress import compress
 
+# Names in transformers for features of deeper layers: where they go, and what they are.
+_DEEP = {"visual_pos_masks": "deepstack_visual_embeds", "vision_mask": "deepstack_features"}
 _IDLE = 50  # steps without an effect before the user is told
 
 
@@ -89,9 +92,9 @@ def find_parts(model: Any) -> tuple[Parts, Any, list[nn.Module], Any]:
         raise ValueError(f"{name}: expected a model of transformers with get_decoder() and a config")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder: its visual tokens do not stand in the decoder's sequence")
-    decoder: Any = model.get_decoder()
-    if not hasattr(decoder, "layers") and hasattr(decoder, "model"):  # a causal language model inside (llama4)
-        decoder = decoder.model
+    language = decoder = model.get_decoder()
+    for inner in ("model", "decoder"):  # a causal language model inside (llama4), a decoder in its wrapping (OPT)
+        decoder = decoder if hasattr(decoder, "layers") else getattr(decoder, inner, decoder)
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise ValueError(f"{name}: its decoder {type(decoder).__name__} has no list of layers")
@@ -102,9 +105,11 @@ def find_parts(model: Any) -> tuple[Parts, Any, list[nn.Module], Any]:
         vision: Any = model.get_encoder(modality="image")
     except (TypeError, AttributeError, ValueError):
         vision = None
-    if vision is None or vision is model or vision is decoder or not any(isinstance(i, int) for i in ids):
-        raise ValueError(f"{name} has no vision tower, or no id of a visual token: this is no VLM that we know")
-    head = model.get_output_embeddings()
+    if vision is None or vision is model or vision is decoder:
+        raise ValueError(f"{name} has no vision tower: expected a model that encodes pictures before its decoder")
+    if not any(isinstance(i, int) for i in ids):
+        raise ValueError(f"{name} has no id of a visual token in its config, so its visual tokens cannot be found")
+    head = model.get_output_embeddings() or language.get_output_embeddings()
     if head is None:
         raise ValueError(f"{name} has no output layer: attach to the model that computes the loss")
     paths = {module: path for path, module in model.named_modules()}
@@ -137,13 +142,23 @@ def attach(
         ValueError: the model cannot take them, or has them already.
     """
     parts, decoder, layers, head = find_parts(model)
-    if skipper is not None:  # more protected layers than there are, and the like
-        skip_probabilities(parts.layers, 0.0, **_skip_options(skipper))
+    if skipper is not None:
+        skip_probabilities(parts.layers, 0.0, **_skip_options(skipper))  # more protected layers than there are, ...
+        _check_layers(model, layers)
     if plan:
         return parts
     if hasattr(model, "_sparsight_handle"):
         raise ValueError(f"{type(model).__name__} has something attached already: detach() that handle first")
     return SparseHandle(model, parts, decoder, layers, head, compressor, skipper, seed, train_only)
+
+
+def _check_layers(model: Any, layers: Sequence[nn.Module]) -> None:
+    """Raises ValueError if layers hand more to one another than hidden states: then none of them can be left out."""
+    name, taken = type(model).__name__, inspect.signature(type(layers[0]).forward).parameters
+    shared = any(getattr(module, "is_kv_shared_layer", False) for layer in layers for module in layer.modules())
+    if shared or "prev_topk_indices" in taken:
+        what = "keys and values" if shared else "the choice of what is attended to"
+        raise ValueError(f"{name}: layers share {what}, so none can be skipped: attach the compressor alone")
 
 
 def _skip_options(skipper: LayerSkipper) -> dict[str, Any]:
@@ -367,6 +382,11 @@ class SparseHandle:
         self.passes.append(Pass(rows, length, kept, run, visual, int((keep_BT & visual_BT).sum())))
         self._gather_inputs(kwargs, dropped, keep_BT, visual_BT)
         output = plain(*args, **(kwargs | {"inputs_embeds": dropped.gather(embeds, 1)}))
+        if getattr(output, "router_logits", None) is not None:
+            raise ValueError(
+                f"{type(self.model).__name__} was asked for router_logits, whose loss balances experts over all "
+                "positions: with a compressor, set output_router_logits=False"
+            )
         for key in ("last_hidden_state", "hidden_states"):
             value = getattr(output, key, None)
             if isinstance(value, torch.Tensor):
@@ -440,14 +460,25 @@ class SparseHandle:
             kwargs["position_ids"] = torch.arange(dropped.index_BK.shape[1], device=visual_BT.device).expand(batch, -1)
         else:
             kwargs["position_ids"] = dropped.index_BK if places is None else dropped.gather(places, places.ndim - 1)
-        if (masks := kwargs.get("visual_pos_masks")) is not None:  # deep-stack features: one for each visual position
-            kept_M = keep_BT[masks]
-            kwargs["deepstack_visual_embeds"] = [level[kept_M] for level in kwargs["deepstack_visual_embeds"]]
-            kwargs["visual_pos_masks"] = dropped.gather(masks, 1) & dropped.valid_BK
+        self._gather_deep(kwargs, dropped, keep_BT)
         for key, value in kwargs.items():
-            known = ("inputs_embeds", "attention_mask", "position_ids", "visual_pos_masks", "deepstack_visual_embeds")
+            known = ("inputs_embeds", "attention_mask", "position_ids", *_DEEP, *_DEEP.values())
             if key not in known and isinstance(value, torch.Tensor) and tuple(value.shape[:2]) == (batch, length):
                 kwargs[key] = dropped.gather(value, 1)
+
+    def _gather_deep(self, kwargs: dict[str, Any], dropped: _Dropped, keep_BT: torch.Tensor) -> None:
+        """Features that are added in deeper layers: one for each visual position (M), a list or by layer."""
+        for places, features in _DEEP.items():
+            if (mask := kwargs.get(places)) is None:
+                continue
+            kept_M = keep_BT[mask if mask.ndim == 2 else mask[..., 0]]
+            levels = kwargs[features]
+            if isinstance(levels, dict):
+                kwargs[features] = {layer: level[kept_M] for layer, level in levels.items()}
+            else:
+                kwargs[features] = [level[kept_M] for level in levels]
+            valid = dropped.valid_BK if mask.ndim == 2 else dropped.valid_BK[..., None]
+            kwargs[places] = dropped.gather(mask, 1) & valid
 
 
 def _gather_mask(mask: Any, dropped: _Dropped) -> Any:
