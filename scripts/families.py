@@ -46,7 +46,7 @@ SIZES: list[tuple[str, Any]] = [
     (r"image_grid_pinpoints", SIDE),
     (r".*_rank", 16),
     (r"max_position_embeddings|max_source_positions", 512),
-    (r".*(_size|_dim|_channels|d_model|d_ff|_latents|num_query_tokens)", WIDTH),
+    (r".*(_size|_dim|_channels|d_model|d_ff|_latents|num_query_tokens|hidden_sizes)", WIDTH),
 ]
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
@@ -63,6 +63,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": WORDS - 1}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"] * 2, "num_experts_per_tok": 2},
+    "dots3_note_text": {"layer_types": ["indexed_attention"] * 4},
+    "dots3_note_vision_encoder": {"mlp_layer_types": ["dense", "sparse"] * 2},
     "emu3": {"vocabulary_map": {"<image>": WORDS - 1, "<|extra_200|>": WORDS - 2}},
     "ernie4_5_vl_moe_text": mrope(5, 5, 6),
     "gemma3n_text": {"intermediate_size": WIDTH, "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * 4},
@@ -77,6 +79,20 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "hunyuan_vl_text": mrope(4, 4, 4, 4) | {"head_dim": 32},
     "llama4_vision_model": {"intermediate_size": 4 * WIDTH},
     "paddleocr_vl_text": mrope(4, 6, 6),
+    "perception_lm": {
+        "vision_config": {
+            "model_type": "timm_wrapper",
+            "architecture": "vit_pe_core_large_patch14_336",
+            "model_args": {
+                "embed_dim": WIDTH,
+                "depth": 2,
+                "num_heads": 2,
+                "img_size": [SIDE, SIDE],
+                "patch_size": PATCH,
+            }
+            | {"ref_feat_shape": [8, 8], "global_pool": ""},
+        }
+    },
     "qwen2_vl_text": mrope(4, 6, 6),
     "qwen2_5_vl_text": mrope(4, 6, 6),
     "qwen2_5_omni_text": mrope(4, 6, 6),
@@ -93,7 +109,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "molmo2_adapter": {"vision_feature_layer": [3, 2]},
     "muse_glimmer": {"out_hidden_size": 4 * WIDTH},
+    "muse_spark": {"out_hidden_size": 4 * WIDTH},
     "nemotron_h": {"n_groups": 1},
+    "timm_wrapper": {"architecture": "fastvit_t8", "hidden_size": 768},
     "vipllava": {"vision_feature_layers": [-2, -1]},
 }
 # Parts that a family has only if asked for.
@@ -104,6 +122,7 @@ ASKED = {
 REASONS = {
     "diffusion_gemma": "it denoises blocks of text, so it has no next-token loss",
     "evolla": "it reads proteins, not pictures",
+    "instructblipvideo": "it takes videos alone",
 }
 
 
@@ -267,6 +286,7 @@ def pictures(model: Any) -> Iterator[dict[str, torch.Tensor]]:
         yield {"pixel_values": noise(2, side * side, 3 * patch * patch), "image_position_ids": places}
         yield {"pixel_values": noise(2, side * side, 12 * patch * patch), "image_position_ids": places}
     yield {"pixel_values": square}
+    yield {"pixel_values": square[:, None]}
     yield {"pixel_values": square, "high_res_pixel_values": noise(2, 3, SIDE, SIDE)}
     yield {"pixel_values": noise(1, 3, patch, patches * patch), "target_sizes": shapes}
     yield {"pixel_values": square, "qformer_input_ids": torch.full((2, 3), 5)}
@@ -411,6 +431,8 @@ def outcome_of(name: str) -> Outcome:
         return Outcome(name, "not tried", REASONS[name])
     try:
         model = made(name)
+    except ImportError as error:
+        return Outcome(name, "not tried", f"needs a package that is not installed: {one_line(error)}")
     except Exception as error:
         return Outcome(name, "not tried", f"does not build from a tiny config: {one_line(error)}")
     try:

@@ -16,12 +16,13 @@ spec.loader.exec_module(script)
 
 WORKS = """
 aria aya_vision blip-2 cohere2_vision cohere_compass cosmos3_edge cosmos3_omni deepseek_ocr2 deepseek_vl
-deepseek_vl_hybrid ernie4_5_vl_moe exaone4_5 gemma3 glm46v glm4v glm4v_moe glm_ocr glmga got_ocr2 granite4_vision
-granite_docling hunyuan_vl hyperclovax_vision_v2 idefics2 idefics3 inkling2 instructblip internvl janus kimi_k25
-lfm2_vl lfm3_vl lighton_ocr llama4 llava llava_next llava_next_video llava_onevision minicpm_ocr minicpmv4_6
-minicpmv4_7 minimax_m3_vl mistral3 molmo2 muse_glimmer nemotron_h_omni ovis2 paddleocr_vl paligemma pp_chart2table
-qianfan_ocr qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe
-qwen4_exp shieldgemma2 smolvlm step3p7 unlimited_ocr video_llama_3 video_llava vipllava
+deepseek_vl_hybrid dots3_note ernie4_5_vl_moe exaone4_5 gemma3 glm46v glm4v glm4v_moe glm_ocr glmga got_ocr2
+granite4_vision granite_docling hunyuan_vl hyperclovax_vision_v2 idefics2 idefics3 inkling2 instructblip internvl
+janus kimi_k25 lfm2_vl lfm3_vl lighton_ocr llama4 llava llava_next llava_next_video llava_onevision minicpm_ocr
+minicpmv4_6 minicpmv4_7 minimax_m3_vl mistral3 molmo2 muse_glimmer muse_spark nemotron_h_omni ovis2 paddleocr_vl
+paligemma pp_chart2table qianfan_ocr qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe
+qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe qwen4_exp shieldgemma2 smolvlm step3p7 unlimited_ocr video_llama_3
+video_llava vipllava
 """
 COMPRESSOR_ONLY = ["gemma4", "glm5_next", "mistral_large4"]
 

@@ -109,7 +109,7 @@ def find_parts(model: Any) -> tuple[Parts, Any, list[nn.Module], Any]:
         raise ValueError(f"{name} has no vision tower: expected a model that encodes pictures before its decoder")
     if not any(isinstance(i, int) for i in ids):
         raise ValueError(f"{name} has no id of a visual token in its config, so its visual tokens cannot be found")
-    head = model.get_output_embeddings() or language.get_output_embeddings()
+    head = model.get_output_embeddings() or getattr(language, "get_output_embeddings", lambda: None)()
     if head is None:
         raise ValueError(f"{name} has no output layer: attach to the model that computes the loss")
     paths = {module: path for path, module in model.named_modules()}
