@@ -7,6 +7,7 @@ D width, N visual tokens of an image, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -66,9 +67,9 @@ def find_parts(model: Any) -> tuple[Parts, Any, list[nn.Module], Any]:
         raise ValueError(f"{name}: expected a model of transformers with get_decoder() and a config")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder: its visual tokens do not stand in the decoder's sequence")
-    decoder: Any = model.get_decoder()
-    if not hasattr(decoder, "layers") and hasattr(decoder, "model"):  # a causal language model inside (llama4)
-        decoder = decoder.model
+    language = decoder = model.get_decoder()
+    for inner in ("model", "decoder"):  # a causal language model inside (llama4), a decoder in its wrapping (OPT)
+        decoder = decoder if hasattr(decoder, "layers") else getattr(decoder, inner, decoder)
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise ValueError(f"{name}: its decoder {type(decoder).__name__} has no list of layers")
@@ -79,9 +80,11 @@ def find_parts(model: Any) -> tuple[Parts, Any, list[nn.Module], Any]:
         vision: Any = model.get_encoder(modality="image")
     except (TypeError, AttributeError, ValueError):
         vision = None
-    if vision is None or vision is model or vision is decoder or not any(isinstance(i, int) for i in ids):
-        raise ValueError(f"{name} has no vision tower, or no id of a visual token: this is no VLM that we know")
-    head = model.get_output_embeddings()
+    if vision is None or vision is model or vision is decoder:
+        raise ValueError(f"{name} has no vision tower: expected a model that encodes pictures before its decoder")
+    if not any(isinstance(i, int) for i in ids):
+        raise ValueError(f"{name} has no id of a visual token in its config, so its visual tokens cannot be found")
+    head = model.get_output_embeddings() or getattr(language, "get_output_embeddings", lambda: None)()
     if head is None:
         raise ValueError(f"{name} has no output layer: attach to the model that computes the loss")
     paths = {module: path for path, module in model.named_modules()}
@@ -114,8 +117,9 @@ def attach(
         ValueError: the model cannot take them, or has them already.
     """
     parts, decoder, layers, head = find_parts(model)
-    if skipper is not None:  # more protected layers than there are, and the like
-        skip_probabilities(parts.layers, 0.0, **_skip_options(skipper))
+    if skipper is not None:
+        skip_probabilities(parts.layers, 0.0, **_skip_options(skipper))  # more protected layers than there are, ...
+        _check_layers(model, layers)
     if plan:
         return parts
     if hasattr(model, "_sparsight_handle"):
@@ -132,6 +136,15 @@ def _splicer(model: nn.Module, vision: str) -> Any:
         if hasattr(type(owner := model.get_submodule(path)), "get_image_features"):
             return owner
     return model
+
+
+def _check_layers(model: Any, layers: Sequence[nn.Module]) -> None:
+    """Raises ValueError if layers hand more to one another than hidden states: then none of them can be left out."""
+    name, taken = type(model).__name__, inspect.signature(type(layers[0]).forward).parameters
+    shared = any(getattr(module, "is_kv_shared_layer", False) for layer in layers for module in layer.modules())
+    if shared or "prev_topk_indices" in taken:
+        what = "keys and values" if shared else "the choice of what is attended to"
+        raise ValueError(f"{name}: layers share {what}, so none can be skipped: attach the compressor alone")
 
 
 def _skip_options(skipper: LayerSkipper) -> dict[str, Any]:
@@ -369,6 +382,11 @@ class SparseHandle:
         renumbered = self.compressor is not None and self.compressor.positions == "renumbered"
         kwargs = gather_inputs(kwargs, kept, keep_BT, renumbered, self.decoder.config)
         output = plain(*args, **(kwargs | {"inputs_embeds": kept.gather(embeds, 1)}))
+        if getattr(output, "router_logits", None) is not None:
+            raise ValueError(
+                f"{type(self.model).__name__} was asked for router_logits, whose loss balances experts over all "
+                "positions: with a compressor, set output_router_logits=False"
+            )
         for key in ("last_hidden_state", "hidden_states"):
             value = getattr(output, key, None)
             if isinstance(value, torch.Tensor):
