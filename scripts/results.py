@@ -29,13 +29,15 @@ def table(name: str, result: dict) -> str:
             "visual tokens by stage",
             (", ".join(str(stage["visual_tokens"]) for stage in run["stages"]) for run in runs),
         ),
-        row("training, seconds", total("seconds", ".0f")),
+        *([row("training, seconds", total("seconds", ".0f"))] if "seconds_hold" not in result else []),
         row("executed FLOPs", total("executed_flops", ".2e")),
     ]
     for task in runs[0]["scores"]:
         control = " / ".join(f"{100 * run['shuffled'][task]:.0f}" for run in runs)
         scores = (f"{100 * run['scores'][task]:.0f}" for run in runs)
         lines.append(row(task, scores, f"{100 * result['chance'][task]:.0f}", control))
+    if "seconds_hold" in result:
+        lines += ["", f"No seconds are shown: {result['seconds_hold']}."]
     return "\n".join(lines)
 
 
