@@ -14,7 +14,7 @@ from sparsight.config import Recipe, Stage
 from sparsight.cost import Trains
 from sparsight.data.collate import TrainingSet
 from sparsight.data.sources import open_source
-from sparsight.training.trainer import train_stage
+from sparsight.training.trainer import StepCounter, plan_stage, train_stage
 from tiny import clip_config
 
 SCENES = {"kind": "scenes", "scenes": 24, "cutouts": "shapes", "kinds": 8, "max_things": 3, "questions": 2}
@@ -129,5 +129,7 @@ def train(
     data = data or training_set(processor, recipe, stage)
     rates = stage.learning_rate.parts()
     trains = Trains("vision" in rates, "bridge" in rates, "language" in rates, stage.lora.rank if stage.lora else 0)
-    train_stage(model, processor, data, recipe, stage, folder, log, trains, 1e6, quiet(), resume)
+    counter = StepCounter(model, trains, 1e6)
+    plan = plan_stage(data, recipe, stage, folder, quiet())
+    train_stage(model, processor, data, plan, recipe, stage, folder, log, counter, quiet(), resume)
     return log

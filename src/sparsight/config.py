@@ -274,6 +274,11 @@ class Stage(Settings):
     samples: int = Field(ge=1, description="conversations seen in this stage")
     batch_size: int = Field(16, ge=1, description="conversations in one optimizer step, over all ranks")
     micro_batch_size: int | None = Field(None, ge=1, description="conversations in one forward pass")
+    batch_tokens: int | None = Field(
+        None, ge=1, description="in place of batch_size: positions in one forward pass, padding included"
+    )
+    packing: bool = Field(False, description="conversations share rows, without attention across them")
+    pack_length: int | None = Field(None, ge=1, description="length of a packed row; that of the longest if not given")
     lora: Lora | None = None
     compressor: VisualTokenCompressor | None = Field(None, description="fewer visual tokens, in training alone")
     skipper: LayerSkipper | None = Field(None, description="layers that are off, in training alone")
@@ -290,6 +295,10 @@ class Stage(Settings):
         micro = self.micro_batch_size
         if micro is not None and self.batch_size % micro:
             raise ValueError(f"stage '{self.name}': batch_size {self.batch_size} is not a multiple of {micro}")
+        if micro is not None and self.batch_tokens is not None:
+            raise ValueError(f"stage '{self.name}': batch_tokens settles what micro_batch_size does; give one of them")
+        if self.pack_length is not None and not self.packing:
+            raise ValueError(f"stage '{self.name}': pack_length needs packing: true")
         if self.lora is not None and self.learning_rate.language is None:
             raise ValueError(f"stage '{self.name}': lora needs learning_rate.language")
         if self.cache_features and self.learning_rate.vision is not None:

@@ -50,7 +50,7 @@ from sparsight.reporting.comparison import write_atomic
 from sparsight.reporting.runlog import step_seconds
 from sparsight.sparse.analysis import Analysis, measure, suggest
 from sparsight.training.stages import PartPlan, add_lora, merge_lora, select_trainable
-from sparsight.training.trainer import train_stage
+from sparsight.training.trainer import StepCounter, plan_stage, train_stage
 
 EXAMPLES = 8
 RECIPE_FILE = "sparsight_recipe.json"
@@ -241,6 +241,10 @@ def _run_stage(
     plan = select_trainable(model, stage)
     config = model.config
     _print_stage(stage, plan, config.num_image_tokens, console)
+    source = open_source(stage_data(recipe, stage), stage.samples, stage.image_size, offset)
+    data = TrainingSet(source, processor, stage.samples)
+    folder = session.out / stage.name / "checkpoints"
+    steps = plan_stage(data, recipe, stage, folder, console)
     log.write(
         "stage",
         stage=stage.name,
@@ -249,34 +253,30 @@ def _run_stage(
         visual_tokens=config.num_image_tokens,
         image_size=stage.image_size,
         samples=stage.samples,
-        steps=stage.steps,
+        steps=len(steps),
         trainable_parameters=sum(part.trainable for part in plan),
         total_parameters=sum(part.total for part in plan),
         trains={part.part: part.trainable for part in plan if part.trainable},
     )
-    source = open_source(stage_data(recipe, stage), stage.samples, stage.image_size, offset)
     encoder_flops = count_flops(model.model.vision_tower, stage.image_size, config.vision_levels)
-    cache, encoding = None, Encoding(0.0, 0.0)
+    encoding = Encoding(0.0, 0.0)
     if stage.cache_features:
-        cache, encoding = _cached(session, stage, model, processor, source, encoder_flops)
-    data = TrainingSet(source, processor, stage.samples, cache)
+        data.cache, encoding = _cached(session, stage, model, processor, source, encoder_flops)
     rates = stage.learning_rate.parts()
     trains = Trains("vision" in rates, "bridge" in rates, "language" in rates, stage.lora.rank if stage.lora else 0)
     start = time.perf_counter()
-    folder = session.out / stage.name / "checkpoints"
-    began = train_stage(
-        model, processor, data, recipe, stage, folder, log, trains, encoder_flops, console, session.resume
-    )
+    counter = StepCounter(model, trains, encoder_flops)
+    began = train_stage(model, processor, data, steps, recipe, stage, folder, log, counter, console, session.resume)
     seconds = time.perf_counter() - start
     merge_lora(lora)
-    steps = next(logged.steps for logged in read_run(log.path).stages if logged.name == stage.name)
+    done = next(logged.steps for logged in read_run(log.path).stages if logged.name == stage.name)
     # A resumed stage also took what its steps before the checkpoint took.
-    seconds += sum(step_seconds(step) for step in steps if step["step"] <= began)
+    seconds += sum(step_seconds(step) for step in done if step["step"] <= began)
     log.write(
         "stage_end",
         stage=stage.name,
         seconds=seconds + encoding.seconds,
-        executed_flops=sum(step["flops"] for step in steps) + encoding.flops,
+        executed_flops=sum(step["flops"] for step in done) + encoding.flops,
         encoding_seconds=encoding.seconds,
         samples=stage.samples,
     )

@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +17,10 @@ from typing import Any, Protocol
 
 import psutil
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.data import DataLoader
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -30,9 +32,11 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from sparsight.config import Recipe, Stage
+from sparsight.config import Recipe, SceneData, Stage
 from sparsight.cost import LanguageShape, Trains, step_flops
+from sparsight.data.batching import RankBatches, Step, plan_steps
 from sparsight.data.collate import Collator, TrainingSet
+from sparsight.distributed import several_ranks
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.sparse.attach import Pass, SparseHandle, attach
 from sparsight.sparse.callback import SparsightCallback
@@ -51,7 +55,10 @@ class Interrupted(Exception):
 
 @dataclass
 class StepCounter:
-    """What the steps since the last record executed, counted from the batches themselves."""
+    """What the steps since the last record executed, counted from the batches themselves.
+
+    ``encoder_flops``: of one picture's pass through the encoder (``encoders.count_flops``).
+    """
 
     model: SparsightForConditionalGeneration
     trains: Trains
@@ -68,9 +75,12 @@ class StepCounter:
         self.seconds: dict[str, float] = defaultdict(float)
         self.loss = 0.0
 
-    def add(self, inputs: dict[str, Any], done: Pass | None = None) -> None:
-        """Count one forward and backward pass over a batch, which the methods may have made shorter (``done``)."""
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    def add(self, inputs: dict[str, Any], info: dict[str, Any], done: Pass | None = None) -> None:
+        """Count one forward and backward pass over a batch, which the methods may have made shorter (``done``).
+
+        ``info``: the batch's numbers of samples and of filled positions, from the `Collator`.
+        """
+        ids = inputs["input_ids"]
         config = self.model.config
         visual = int((ids == config.image_token_id).sum())
         labels = int((inputs["labels"][:, 1:] != -100).sum())
@@ -93,22 +103,32 @@ class StepCounter:
         )
         for part, flops in parts.items():
             self.flops[part] += flops
-        filled = int(mask.sum())
-        self.counts["samples"] += batch
+        filled = info["filled"]
+        self.counts["samples"] += info["samples"]
         self.counts["visual_tokens"] += visual
         self.counts["visual_tokens_kept"] += kept
         self.counts["text_tokens"] += filled - visual
         self.counts["padding_tokens"] += ids.numel() - filled
 
     def record(self) -> dict[str, Any]:
-        """The step's record for the run log: counts, FLOPs in all and by part, seconds, memory in bytes."""
+        """The step's record for the run log: counts, FLOPs in all and by part, seconds, memory in bytes.
+
+        Counts and FLOPs are those of all ranks, the loss their mean; seconds and memory are this one's.
+        """
+        numbers = {**self.counts, **{f"flops {part}": flops for part, flops in self.flops.items()}, "loss": self.loss}
+        if several_ranks():
+            everyone = torch.tensor(list(numbers.values()), dtype=torch.float64, device=self.model.device)
+            torch.distributed.all_reduce(everyone)
+            numbers = dict(zip(numbers, everyone.tolist(), strict=True))
+            numbers["loss"] /= torch.distributed.get_world_size()
+        flops = {part: numbers[f"flops {part}"] for part in self.flops}
         return {
-            **self.counts,
-            "loss": self.loss,
+            **{name: round(numbers[name]) for name in self.counts},
+            "loss": numbers["loss"],
             "layers_run": self.layers_run,
             "layers": self.shape.layers,
-            "flops": sum(self.flops.values()),
-            "flops_by_part": dict(self.flops),
+            "flops": sum(flops.values()),
+            "flops_by_part": flops,
             "seconds": dict(self.seconds),
             "memory_bytes": _memory(),
         }
@@ -124,10 +144,26 @@ class SparsightTrainer(Trainer):
     """HF's Trainer with the stage's parameter groups, and a count of what every step executed."""
 
     def __init__(
-        self, *args: Any, stage: Stage, counter: StepCounter, handle: SparseHandle | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        stage: Stage,
+        plan: Sequence[Step],
+        counter: StepCounter,
+        handle: SparseHandle | None = None,
+        **kwargs: Any,
     ) -> None:
-        self.stage, self.counter, self.handle = stage, counter, handle
+        self.stage, self.plan, self.counter, self.handle = stage, plan, counter, handle
         super().__init__(*args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """This rank's micro-batches, as planned: nobody shuffles or shards after that."""
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=RankBatches(self.plan, self.args.process_index, self.args.world_size),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:  # type: ignore[has-type]
@@ -144,13 +180,21 @@ class SparsightTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if "vision" not in self.stage.learning_rate.parts():
             self.model.model.vision_tower.eval()  # frozen is frozen: its batch norms keep their statistics too
-        return super().compute_loss(model, {**inputs, "loss_only": True}, *args, **kwargs)
+        # Without a cache of keys and values: with one, transformers does not look for packed samples.
+        return super().compute_loss(model, {**inputs, "loss_only": True, "use_cache": False}, *args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         start = time.perf_counter()
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        info = inputs.pop("info")
+        try:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"step {self.state.global_step + 1}: out of memory on {tuple(inputs['input_ids'].shape)} positions "
+                "(the largest batch of a stage comes second). Lower micro_batch_size or batch_tokens, or the layout"
+            ) from error
         passes = self.handle.take_passes() if self.handle is not None else []
-        self.counter.add(inputs, passes[0] if passes else None)
+        self.counter.add(inputs, info, passes[0] if passes else None)
         value = loss.item()
         if value != value or abs(value) == float("inf"):
             raise ValueError(f"step {self.state.global_step + 1}: the loss is {value}; training stops here")
@@ -215,14 +259,43 @@ def _ctrl_c(recorder: _Recorder, console: Console) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def training_arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingArguments:
-    """HF's arguments for a stage."""
-    micro = stage.micro_batch_size or stage.batch_size
+def plan_stage(data: TrainingSet, recipe: Recipe, stage: Stage, folder: Path, console: Console) -> list[Step]:
+    """Which samples make which step, over all ranks. The samples' lengths are measured once, and kept in ``folder``.
+
+    Raises:
+        ValueError: the batch cannot be dealt out to the ranks, or a sample cannot be read.
+    """
+    ranks = PartialState().num_processes
+    accumulate = _accumulation(stage, ranks)
+    parts, lengths = ranks * accumulate, None
+    # Scenes are all alike: where they need not be dealt out, their lengths need not be known.
+    if parts > 1 or stage.packing or stage.batch_tokens or not isinstance(recipe.data, SceneData):
+        with PartialState().main_process_first(), Progress(console=console) as bar:
+            task = bar.add_task("measuring samples", total=len(data))
+            lengths = data.lengths(folder / "lengths.npy", lambda done: bar.update(task, completed=done))
+            bar.update(task, completed=len(data))
+    return plan_steps(len(data), recipe.seed, parts, stage.batch_size, lengths, stage.batch_tokens, stage.packing)
+
+
+def _accumulation(stage: Stage, ranks: int) -> int:
+    """Micro-batches of a step on each rank."""
+    if stage.batch_tokens is not None:
+        return 1
+    micro = stage.micro_batch_size or max(1, stage.batch_size // ranks)
+    if stage.batch_size % (micro * ranks):
+        raise ValueError(
+            f"stage '{stage.name}': batch_size {stage.batch_size} cannot be dealt out to {ranks} ranks in "
+            f"micro-batches of {micro}: expected a multiple of {micro * ranks}"
+        )
+    return stage.batch_size // (micro * ranks)
+
+
+def training_arguments(recipe: Recipe, stage: Stage, steps: int, folder: Path) -> TrainingArguments:
+    """HF's arguments for a stage of so many steps."""
     saving = stage.checkpoints > 0
     return TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=stage.batch_size // micro,
+        gradient_accumulation_steps=_accumulation(stage, PartialState().num_processes),
         num_train_epochs=1,
         learning_rate=max(stage.learning_rate.parts().values()),
         lr_scheduler_type=stage.schedule,
@@ -236,7 +309,7 @@ def training_arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingAr
         seed=recipe.seed,
         data_seed=recipe.seed,
         save_strategy="steps" if saving else "no",
-        save_steps=max(1, stage.steps // max(stage.checkpoints, 1)),
+        save_steps=max(1, steps // max(stage.checkpoints, 1)),
         save_total_limit=2,
         logging_strategy="no",
         report_to="none",
@@ -245,6 +318,7 @@ def training_arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingAr
         dataloader_persistent_workers=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,  # what a batch leaves out is given gradients of zero
     )
 
 
@@ -264,20 +338,20 @@ def train_stage(
     model: SparsightForConditionalGeneration,
     processor: SparsightProcessor,
     data: TrainingSet,
+    plan: Sequence[Step],
     recipe: Recipe,
     stage: Stage,
     folder: Path,
     log: StepLog,
-    trains: Trains,
-    encoder_flops: float,
+    counter: StepCounter,
     console: Console,
     resume: bool = False,
 ) -> int:
     """Train one stage in place.
 
     Args:
+        plan: from `plan_stage`.
         folder: checkpoints go here.
-        encoder_flops: one picture's pass through the encoder (``encoders.count_flops``).
         resume: go on from the last checkpoint in ``folder``, if there is one.
 
     Returns:
@@ -286,8 +360,8 @@ def train_stage(
     Raises:
         Interrupted: Ctrl-C; the last step is in a checkpoint.
     """
-    counter = StepCounter(model, trains, encoder_flops)
-    checkpoint = last_checkpoint(folder) if resume and folder.is_dir() else None
+    with PartialState().main_process_first():
+        checkpoint = last_checkpoint(folder) if resume and folder.is_dir() else None
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -298,19 +372,20 @@ def train_stage(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(stage.name, total=stage.steps, loss="-", speed="")
+        task = bar.add_task(stage.name, total=len(plan), loss="-", speed="")
         recorder = _Recorder(log, stage, counter, bar, task)
         handle = None
         if stage.compressor is not None or stage.skipper is not None:
             handle = attach(model, stage.compressor, stage.skipper, seed=recipe.seed)
         trainer = SparsightTrainer(
             model,
-            training_arguments(recipe, stage, folder),
+            training_arguments(recipe, stage, len(plan), folder),
             stage=stage,
+            plan=plan,
             counter=counter,
             handle=handle,
             train_dataset=data,
-            data_collator=Collator(processor.tokenizer.pad_token_id),
+            data_collator=Collator(processor.tokenizer.pad_token_id, stage.packing, stage.pack_length),
             processing_class=processor,
             callbacks=[recorder] if handle is None else [SparsightCallback(handle), recorder],
         )
@@ -326,5 +401,5 @@ def train_stage(
             if handle is not None:
                 handle.detach()
         if recorder.stop:
-            raise Interrupted(f"stopped in stage '{stage.name}' at step {trainer.state.global_step} of {stage.steps}")
+            raise Interrupted(f"stopped in stage '{stage.name}' at step {trainer.state.global_step} of {len(plan)}")
     return began
