@@ -49,7 +49,7 @@ def opened(folder: Path, *rows: Any, images: str | None = None, name: str = "dat
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
 def test_llava(folder: Path, name: str) -> None:
     source = opened(folder, row(), row(id=7, image="sub/b.png"), name=name)
-    assert [sample.id for sample in source.samples] == ["s-1", "7"]
+    assert [source[0].id, source[1].id] == ["s-1", "7"]
     assert source[0].messages == READ
     assert (source[0].images, source[1].images) == (("a.png",), ("sub/b.png",))
     assert source.keys() == ["a.png", "sub/b.png"]
@@ -70,7 +70,7 @@ def test_messages_and_images(folder: Path, name: str) -> None:
     )
     assert source[0].messages == source[1].messages
     assert source[0].messages == [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, *READ]
-    assert [sample.id for sample in source.samples] == ["0", "1"]  # without an id, the row's number
+    assert [source[0].id, source[1].id] == ["0", "1"]  # without an id, the row's number
 
 
 def test_several_images_stay_in_order(folder: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_path_out_of_the_folder_is_refused_also_where_a_picture_is(folder: Pat
     "name, text, expected",
     [
         ("data.json", b"{", "data.json: not valid JSON"),
-        ("data.jsonl", b'{"id": 1}\n{', "data.jsonl, line 2: not valid JSON"),
+        ("data.jsonl", b"\n{", "data.jsonl, line 2: not valid JSON"),
         ("data.json", b'{"id": 1}', "data.json: expected a list of samples, found dict"),
         ("data.json", b"[]", "data.json: no samples"),
         ("data.jsonl", b"\n", "data.jsonl: no samples"),
