@@ -250,7 +250,7 @@ class MixturePart(Settings):
     """One source of a mixture. ``name`` stands before its samples' ids; its number from 0 if not given."""
 
     data: Annotated[SceneData | ConversationData, Field(discriminator="kind")]
-    weight: float = Field(1, gt=0, description="its share of the conversations, next to the other parts' weights")
+    weight: float = Field(1, gt=0, allow_inf_nan=False, description="its share, next to the other parts' weights")
     name: str | None = None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import tarfile
 import tempfile
 import warnings
@@ -63,19 +64,18 @@ class Shard:
 
     def __init__(self, tar: Path, index: Path) -> None:
         self.index, state = index, tar.stat()
-        header = np.fromfile(index, _HEADER, 1)
-        if not len(header) or header["magic"][0] != _MAGIC:
+        content = np.memmap(index, np.uint8, "r").view(np.ndarray)  # a plain array gives single items faster
+        if content[: len(_MAGIC)].tobytes() != _MAGIC:
             raise ValueError("it is no index of this version")
-        size, modified, self.samples, members, names = header[0].tolist()[1:]
+        start = _HEADER.itemsize
+        size, modified, self.samples, members, names = content[:start].view(_HEADER)[0].tolist()[1:]
         if (size, modified) != (state.st_size, state.st_mtime_ns):
             raise ValueError(f"{tar} has changed since ({size:,} bytes then, {state.st_size:,} now)")
-        start, expected = _HEADER.itemsize, _HEADER.itemsize + members * _MEMBER.itemsize + names
-        if index.stat().st_size != expected:
-            raise ValueError(f"expected {expected:,} bytes, found {index.stat().st_size:,}")
+        end = start + members * _MEMBER.itemsize
+        if len(content) != end + names:
+            raise ValueError(f"expected {end + names:,} bytes, found {len(content):,}")
+        self.members, self.names = content[start:end].view(_MEMBER), content[end:]
         self.file = File(tar)
-        # As plain arrays: they read one item faster than memory maps do.
-        self.members = np.memmap(index, _MEMBER, "r", start, (members,)).view(np.ndarray)
-        self.names = np.memmap(index, np.uint8, "r", start + self.members.nbytes, (names,)).view(np.ndarray)
 
     def __len__(self) -> int:
         return self.samples
@@ -116,11 +116,15 @@ def open_shards(tars: Sequence[Path], index_folder: Path | None = None) -> list[
     Raises:
         ValueError: a tar is damaged or holds no samples, or its index cannot be written.
     """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * len(tars) + 256  # a descriptor for each tar and each index, and those of everything else
+    if soft < needed <= hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     shards: dict[Path, Shard] = {}
     for tar in tars:
         try:
             shards[tar] = Shard(tar, _index_path(tar, index_folder))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             pass
         except ValueError as error:
             text = f"{_index_path(tar, index_folder)}: the index does not fit, and is built anew: {error}"

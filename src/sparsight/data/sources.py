@@ -170,8 +170,6 @@ class TableSource(RowSource):
             raise ValueError(
                 f"{self.path}: expected a column 'conversations' (LLaVA) or 'messages', found the columns {columns}"
             )
-        if not len(table):
-            raise ValueError(f"{self.path}: no samples in it")
         used = [name for name in columns if name in ("id", "conversations", "messages", "image", "images")]
         self.table = table.select_columns(used).with_format("arrow")  # as stored: pictures are not decoded
 
@@ -224,7 +222,7 @@ def _open_table(data: ConversationData) -> Any:
             files = [str(file) for file in _files(data.path, "*.parquet")]
             return datasets.load_dataset("parquet", data_files=files, split="train")
         table = datasets.load_from_disk(data.path)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, IndexError, datasets.exceptions.DatasetsError) as error:  # also if it is empty
         raise ValueError(f"{data.path}: cannot be read as {data.kind}: {error.__cause__ or error}") from None
     if isinstance(table, datasets.DatasetDict):
         raise ValueError(f"{data.path}: expected one Dataset, found the splits {sorted(table)}; give the folder of one")
@@ -346,7 +344,7 @@ class MixtureSource:
         return self.parts[key[0]].picture(key[1])
 
     def keys(self) -> Sequence[Hashable]:
-        return [(number, key) for number in range(len(self.parts)) for key in self.parts[number].keys()]
+        return [(number, key) for number in range(len(self.parts)) for key in self.parts[number].keys()]  # noqa: SIM118
 
 
 def _read_row(row: Any, name: str, where: str, find: Callable[[Any, str], Sequence[Any]] | None = None) -> Sample:
