@@ -14,8 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from accelerate.data_loader import skip_first_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Dataset
 
 from shards import conversation, picture, samples, write_tar
 from sparsight.config import ConversationData
@@ -329,6 +332,35 @@ def test_processes_read_at_once(tmp_path: Path, method: str) -> None:
     with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context(method)) as pool:
         found = list(pool.map(numbers, [source] * 3, orders))
     assert found == [[(number, number) for number in order] for order in orders]
+
+
+class Noting(Dataset):
+    """Ids and pixels, and a note of all that is asked for."""
+
+    def __init__(self, source: ShardSource) -> None:
+        self.source, self.noted = source, []
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> str:
+        sample = self.source[index]
+        self.source.picture(sample.images[0])
+        self.noted.append(sample.id)
+        return sample.id
+
+
+def test_after_a_resume_the_same_samples_come_and_none_before_is_read(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", samples(0, 40))
+    write_tar(tmp_path / "b.tar", samples(40, 60))
+
+    def loader(data: Noting) -> DataLoader:
+        return DataLoader(data, 4, shuffle=True, generator=torch.Generator().manual_seed(1))
+
+    whole, resumed = Noting(opened(tmp_path)), Noting(opened(tmp_path))
+    right = list(loader(whole))
+    assert list(skip_first_batches(loader(resumed), 22)) == right[22:]
+    assert len(whole.noted) == 100 and resumed.noted == whole.noted[88:]
 
 
 def test_a_source_travels_by_pickle_without_its_index(tmp_path: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+
 from shards import conversation, write_tar
 
 READ = """
@@ -24,17 +28,11 @@ for index in range(10_000):
         gc.collect()
         print(process.memory_info().rss)
 """
-PIXELS = 64 * 64 * 3  # bytes of one decoded picture
 
 
 @pytest.mark.slow
 def test_memory_is_flat_over_ten_thousand_samples(tmp_path: Path) -> None:
-    """A cache of pixels would hold 111 MiB after the first thousand samples; of the tars' bytes, 18 MiB."""
-    import io
-
-    import numpy as np
-    from PIL import Image
-
+    """From the first thousand samples on. A cache of pixels would grow by 9000 x 64 x 64 x 3 bytes, 111 MB."""
     noise = np.random.default_rng(0)
     for shard in range(10):
         members = []
@@ -46,6 +44,4 @@ def test_memory_is_flat_over_ten_thousand_samples(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", READ, str(tmp_path)], capture_output=True, text=True, check=True)
     resident = [int(line) for line in done.stdout.split()]
     assert len(resident) == 10
-    growth = resident[-1] - resident[0]
-    # Measured: see the numbers in the message of a failure; the index itself takes 0.8 MB once it has been touched.
-    assert growth < 2_000_000 < 9000 * PIXELS / 50, f"{[round(value / 1e6, 1) for value in resident]} MB"
+    assert resident[-1] - resident[0] < 1_000_000, resident  # measured: 12,288 bytes
