@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shards import samples, write_tar
 from small_runs import BRIDGE, FINER, SCENES, Crash, quiet, recipe_values, save_encoder, stage_values
 from sparsight import assets, pipeline
 from sparsight.config import Comparison, Recipe
@@ -178,6 +179,24 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(
     first, second = (entry.steps for entry in straight.stages)
     assert all((step["visual_tokens_kept"] < step["visual_tokens"]) == sparse for step in first)
     assert any(step["layers_run"] < step["layers"] for step in second) == sparse
+
+
+def test_a_run_on_a_mixture_is_cached_and_resumed(
+    tmp_path: Path, recipe: Callable[..., Recipe], lights_out: Callable[[int], None]
+) -> None:
+    write_tar(tmp_path / "a.tar", samples(0, 5))
+    shards = {"data": {"kind": "shards", "path": str(tmp_path)}, "weight": 3, "name": "shards"}
+    data = {"kind": "mixture", "parts": [shards, {"data": SCENES}]}
+    steps = [stage_values(checkpoints=2, cache_features=True), stage_values("finetune", bridge=FINER, checkpoints=2)]
+    mixed = recipe(data=data, stages=steps)
+    right = weights(run(mixed, tmp_path / "straight", quiet()))
+    lights_out(16 + 4 * 3)
+    with pytest.raises(Crash):
+        run(mixed, tmp_path / "broken", quiet())
+    lights_out(0)
+    found = weights(run(mixed, tmp_path / "broken", quiet(), resume=True))
+    assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
+    assert all(torch.equal(found[name], right[name]) for name in right)
 
 
 def test_a_finished_run_is_not_trained_again(

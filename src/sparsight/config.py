@@ -229,14 +229,39 @@ class SceneData(Settings):
 
 
 class ConversationData(Settings):
-    """LLaVA JSON (``conversations``) or ``messages`` + ``images``, as .json or .jsonl."""
+    """Conversations with ``conversations`` (LLaVA) or ``messages``, and ``image`` or ``images``: .json or .jsonl,
+    parquet, a Dataset of Hugging Face saved on disk, or tar shards (WebDataset)."""
 
-    kind: Literal["json"] = "json"
-    path: str
+    kind: Literal["json", "parquet", "datasets", "shards"] = "json"
+    path: str = Field(description="a file; for datasets a folder; for parquet and shards a file, a folder or a pattern")
     images: str | None = Field(None, description="folder of the pictures; the file's own folder if not given")
+    index_folder: str | None = Field(None, description="where indices of shards lie; beside the shards if not given")
+
+    @model_validator(mode="after")
+    def _all_used(self) -> ConversationData:
+        if self.kind == "shards" and self.images is not None:
+            raise ValueError(f"images '{self.images}': pictures of shards lie in the shards; leave it out")
+        if self.kind != "shards" and self.index_folder is not None:
+            raise ValueError(f"index_folder '{self.index_folder}': only shards have indices; leave it out")
+        return self
 
 
-Data = Annotated[SceneData | ConversationData, Field(discriminator="kind")]
+class MixturePart(Settings):
+    """One source of a mixture. ``name`` stands before its samples' ids; its number from 0 if not given."""
+
+    data: Annotated[SceneData | ConversationData, Field(discriminator="kind")]
+    weight: float = Field(1, gt=0, allow_inf_nan=False, description="its share, next to the other parts' weights")
+    name: str | None = None
+
+
+class MixtureData(Settings):
+    """Several sources, mixed by weight."""
+
+    kind: Literal["mixture"] = "mixture"
+    parts: tuple[MixturePart, ...] = Field(min_length=1)
+
+
+Data = Annotated[SceneData | ConversationData | MixtureData, Field(discriminator="kind")]
 
 
 class Lora(Settings):

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from sparsight.config import Comparison, ConversationData, Evaluation, Recipe, SceneData, ScratchLanguage, Stage
+from sparsight.config import Comparison, ConversationData, Data, Evaluation, Recipe, SceneData, ScratchLanguage, Stage
 from sparsight.cost import Trains
 from sparsight.data.cache import FeatureCache, build_cache, cache_name
 from sparsight.data.collate import TrainingSet
@@ -206,7 +206,7 @@ def enter_stage(
         raise ValueError(f"{names} cannot be loaded: {error}") from None
 
 
-def stage_data(recipe: Recipe, stage: Stage) -> SceneData | ConversationData:
+def stage_data(recipe: Recipe, stage: Stage) -> Data:
     """The recipe's data, with the tasks that this stage asks.
 
     Raises:
@@ -215,7 +215,9 @@ def stage_data(recipe: Recipe, stage: Stage) -> SceneData | ConversationData:
     if stage.tasks is None:
         return recipe.data
     if not isinstance(recipe.data, SceneData):
-        raise ValueError(f"stage '{stage.name}' names tasks, which only scenes have; found data of kind 'json'")
+        raise ValueError(
+            f"stage '{stage.name}' names tasks, which only scenes have; found data of kind '{recipe.data.kind}'"
+        )
     return recipe.data.model_copy(update={"tasks": stage.tasks})
 
 
@@ -223,7 +225,7 @@ def _texts(recipe: Recipe, stage: Stage) -> list[str]:
     """What a scratch language model's tokenizer is learnt from."""
     source = open_source(recipe.data, 3000, stage.image_size)
     texts = []
-    for index in range(len(source)):
+    for index in range(min(3000, len(source))):
         for message in source[index].messages:
             texts += [part["text"] for part in message["content"] if part["type"] == "text"]
     return texts

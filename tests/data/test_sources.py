@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from sparsight.config import ConversationData, SceneData
-from sparsight.data.sources import ConversationSource, SceneSource, open_source
+from sparsight.data.sources import ConversationSource, SceneSource, TableSource, open_source
 
 QUESTION = {"from": "human", "value": "<image>\nWhat is it?"}
 ANSWER = {"from": "gpt", "value": "A dog."}
@@ -49,7 +53,7 @@ def opened(folder: Path, *rows: Any, images: str | None = None, name: str = "dat
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
 def test_llava(folder: Path, name: str) -> None:
     source = opened(folder, row(), row(id=7, image="sub/b.png"), name=name)
-    assert [sample.id for sample in source.samples] == ["s-1", "7"]
+    assert [source[0].id, source[1].id] == ["s-1", "7"]
     assert source[0].messages == READ
     assert (source[0].images, source[1].images) == (("a.png",), ("sub/b.png",))
     assert source.keys() == ["a.png", "sub/b.png"]
@@ -70,7 +74,7 @@ def test_messages_and_images(folder: Path, name: str) -> None:
     )
     assert source[0].messages == source[1].messages
     assert source[0].messages == [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, *READ]
-    assert [sample.id for sample in source.samples] == ["0", "1"]  # without an id, the row's number
+    assert [source[0].id, source[1].id] == ["0", "1"]  # without an id, the row's number
 
 
 def test_several_images_stay_in_order(folder: Path) -> None:
@@ -170,7 +174,7 @@ def test_a_path_out_of_the_folder_is_refused_also_where_a_picture_is(folder: Pat
     "name, text, expected",
     [
         ("data.json", b"{", "data.json: not valid JSON"),
-        ("data.jsonl", b'{"id": 1}\n{', "data.jsonl, line 2: not valid JSON"),
+        ("data.jsonl", b"\n{", "data.jsonl, line 2: not valid JSON"),
         ("data.json", b'{"id": 1}', "data.json: expected a list of samples, found dict"),
         ("data.json", b"[]", "data.json: no samples"),
         ("data.jsonl", b"\n", "data.jsonl: no samples"),
@@ -202,3 +206,150 @@ def test_a_later_stage_goes_on_behind_the_earlier_ones() -> None:
     whole = open_source(SHAPES, 12, 64)
     second = open_source(SHAPES, 5, 64, offset=7)
     assert [second[i] for i in range(5)] == [whole[i] for i in range(7, 12)]
+
+
+# ---------------------------------------------------------------------------------------- files in general
+
+
+def test_a_later_stage_of_a_file_goes_on_and_starts_again_at_its_end(folder: Path) -> None:
+    opened(folder, *(row(id=number) for number in range(5)))
+    data = ConversationData(path=str(folder / "data.json"))
+    assert [open_source(data, 4, 64, offset=8)[i].id for i in range(4)] == ["3", "4", "0", "1"]
+
+
+def test_lines_are_read_when_asked_for_and_travel_by_pickle(folder: Path) -> None:
+    source = opened(folder, *(row(id=number) for number in range(300)), name="data.jsonl")
+    content = pickle.dumps(source)
+    assert len(content) < 300 * 24 + 1000  # three numbers for each line
+    assert [pickle.loads(content)[i].id for i in (299, 0)] == ["299", "0"]
+    (folder / "data.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match=r"data.jsonl, offset \d+: expected \d+ bytes, found 0; is it cut short\?"):
+        source[299]
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ({"kind": "shards", "images": "x"}, "images 'x': pictures of shards lie in the shards; leave it out"),
+        ({"index_folder": "x"}, "index_folder 'x': only shards have indices; leave it out"),
+        ({"kind": "tables"}, "Input should be 'json', 'parquet', 'datasets' or 'shards'"),
+    ],
+)
+def test_settings_that_would_have_no_effect_are_refused(values: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValidationError, match=expected):
+        ConversationData.model_validate({"path": "a"} | values)
+
+
+# ---------------------------------------------------------------------------------------- tables
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of parquet are kept as Arrow files; not in the user's cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+MESSAGES = [{"role": "user", "content": "<image>\nWhat is it?"}, {"role": "assistant", "content": "A dog."}]
+
+
+def table(folder: Path, kind: str, columns: dict[str, list[Any]], features: Any = None) -> TableSource:
+    data = datasets.Dataset.from_dict(columns, features=features)
+    path = folder / ("table.parquet" if kind == "parquet" else "table")
+    if kind == "parquet":
+        data.to_parquet(path)
+    else:
+        data.save_to_disk(path)
+    return TableSource(ConversationData(kind=kind, path=str(path), images=str(folder)))
+
+
+KINDS = pytest.mark.parametrize("kind", ["parquet", "datasets"])
+
+
+@KINDS
+@pytest.mark.parametrize("form", ["path", "bytes", "both", "path in a mapping", "PIL"])
+@pytest.mark.parametrize("field", ["image", "images"])
+def test_pictures_of_a_table_in_every_form(folder: Path, kind: str, form: str, field: str) -> None:
+    content = (folder / "a.png").read_bytes()
+    cell: Any = {
+        "path": "sub/b.png",
+        "bytes": content,
+        "both": {"bytes": content, "path": "x/gone.png"},
+        "path in a mapping": {"bytes": None, "path": "sub/b.png"},
+        "PIL": Image.new("RGB", (8, 8), "red"),
+    }[form]
+    columns = {"id": [3, 4], "messages": [MESSAGES] * 2, field: [cell if field == "image" else [cell]] * 2}
+    source = table(folder, kind, columns)
+    assert len(source) == 2 and source[1].id == "4" and source[1].messages == READ and source[2] == source[0]
+    (key,) = source[1].images
+    assert key == ("sub/b.png" if "path" in form else (1, 0))
+    assert source.picture(key).getpixel((0, 0)) == (255, 0, 0)
+    assert list(source.keys()) == (["sub/b.png"] if "path" in form else [(0, 0), (1, 0)])
+
+
+@KINDS
+def test_llava_and_text_alone_in_a_table(folder: Path, kind: str) -> None:
+    silent = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi."}]
+    source = table(folder, kind, {"conversations": [[QUESTION, ANSWER], silent], "image": ["a.png", None]})
+    assert (source[0].messages, source[0].id, source[1].images) == (READ, "0", ())
+
+
+@KINDS
+def test_reading_a_row_decodes_no_picture(folder: Path, kind: str) -> None:
+    broken = {"bytes": b"no picture", "path": None}
+    features = {"messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}]}
+    features["image"] = datasets.Image()  # which datasets would decode
+    source = table(folder, kind, {"messages": [MESSAGES], "image": [broken]}, datasets.Features(features))
+    assert source[0].images == ((0, 0),)
+    with pytest.raises(ValueError, match=r"table(.parquet)?, row 0, picture 0: cannot be read as a picture"):
+        source.picture((0, 0))
+
+
+@KINDS
+def test_faults_of_a_table(folder: Path, kind: str) -> None:
+    where = folder / ("table.parquet" if kind == "parquet" else "table")
+
+    def told(columns: dict[str, list[Any]]) -> str:
+        with pytest.raises(ValueError) as caught:
+            table(folder, kind, columns)[0]
+        return str(caught.value)
+
+    assert told({"text": ["x"], "image": ["a.png"]}) == (
+        f"{where}: expected a column 'conversations' (LLaVA) or 'messages', found the columns ['text', 'image']"
+    )
+    assert told({"id": ["s"], "messages": [MESSAGES], "image": ["../a.png"]}) == (
+        f"{where}, row 0 (id s), field 'images': expected a path inside the image folder, found '../a.png'"
+    )
+    assert told({"messages": [MESSAGES], "image": [5]}).endswith("field 'images': expected paths, found int")
+    assert told({"messages": [None, MESSAGES], "image": ["a.png"] * 2}).endswith(
+        "row 0 (id 0): expected 'conversations' (LLaVA) or 'messages', found the fields ['image']"
+    )
+    empty = datasets.Features({"messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}]})
+    with pytest.raises(ValueError, match=f"{where}: cannot be read as {kind}: "):
+        table(folder, kind, {"messages": []}, empty)
+
+
+def test_parquet_of_a_folder_in_order_and_what_is_none(folder: Path) -> None:
+    for number in (1, 0):
+        data = datasets.Dataset.from_dict({"id": [f"{number}{i}" for i in range(3)], "messages": [MESSAGES] * 3})
+        data.to_parquet(folder / "sub" / f"{number}.parquet")
+    source = TableSource(ConversationData(kind="parquet", path=str(folder / "sub")), offset=2)
+    assert len(source) == 6 and source.table["id"].to_pylist() == ["00", "01", "02", "10", "11", "12"]
+    (folder / "broken.parquet").write_bytes(b"PAR1 no PAR1")
+    for name, words in {"broken.parquet": "cannot be read as parquet: ", "gone": "found no files; expected a "}.items():
+        with pytest.raises(ValueError, match=f"{name}: {words}"):
+            TableSource(ConversationData(kind="parquet", path=str(folder / name)))
+
+
+def test_a_folder_that_is_no_dataset_or_has_splits(folder: Path) -> None:
+    with pytest.raises(ValueError, match="sub: cannot be read as datasets: "):
+        TableSource(ConversationData(kind="datasets", path=str(folder / "sub")))
+    part = datasets.Dataset.from_dict({"messages": [MESSAGES]})
+    datasets.DatasetDict({"train": part, "test": part}).save_to_disk(folder / "splits")
+    with pytest.raises(ValueError, match=r"expected one Dataset, found the splits \['test', 'train'\]; give"):
+        TableSource(ConversationData(kind="datasets", path=str(folder / "splits")))
+
+
+def test_without_the_package_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"'parquet' need the package datasets.*pip install 'sparsight\[data\]'"):
+        TableSource(ConversationData(kind="parquet", path=str(folder)))

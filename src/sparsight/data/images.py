@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(path: str | Path, content: bytes | None = None) -> Image.Image:
     """Read a picture as RGB: turned as its EXIF says, transparency laid on white, 16 bits brought to 8.
+
+    Args:
+        content: the picture's bytes where it is no file of its own; ``path`` then names it in messages.
 
     Raises:
         ValueError: the file is missing or cannot be read, or has 32-bit pixels; the message names it.
     """
     try:
-        with Image.open(path) as opened:
+        with Image.open(path if content is None else io.BytesIO(content)) as opened:
             picture = _eight_bits(ImageOps.exif_transpose(opened), opened.format)
             if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
                 picture = picture.convert("RGBA")

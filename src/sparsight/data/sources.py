@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
-from collections.abc import Hashable, Sequence
+import re
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
 
-from sparsight.config import ConversationData, SceneData
+from sparsight.config import ConversationData, Data, MixtureData, SceneData
 from sparsight.data.images import load_image
+from sparsight.data.mixture import Quotas
 from sparsight.data.scenes import SceneConfig, ScenesDataset
+from sparsight.data.shards import PICTURES, File, Shard, open_shards, stem
 
 IMAGE_TAG = "<image>"
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -51,7 +58,7 @@ class SceneSource:
     ) -> None:
         self.config = scene_config(data, image_size)
         self.offset = offset  # conversations that earlier stages have had
-        repeats = -(-(offset + length) // data.scenes)
+        repeats = max(1, -(-(offset + length) // data.scenes))
         self.scenes = ScenesDataset(
             self.config, split, scenes=data.scenes, repeats=repeats, seed=data.seed, tasks=data.tasks, draw=False
         )
@@ -79,105 +86,348 @@ def scene_config(data: SceneData, image_size: int = 256) -> SceneConfig:
     return SceneConfig(**values, image_size=image_size)
 
 
-class ConversationSource:
-    """LLaVA JSON or ``messages`` + ``images``, from a .json list or .jsonl lines.
+class RowSource:
+    """Rows with one conversation each, read when they are asked for. A source starts again at its end, and item 0 is
+    the one behind the ``offset`` conversations that earlier stages have had.
 
     Raises:
-        ValueError: the file or a row is not as expected; the message names the sample, the field, what was found
-            and what was expected.
+        ValueError: a row is not as expected; the message names the file, the row, the field, what was found and what
+            was expected.
     """
 
-    def __init__(self, data: ConversationData) -> None:
-        self.file = Path(data.path)
-        self.folder = Path(data.images) if data.images else self.file.parent
-        rows = _read_rows(self.file)
-        if not rows:
-            raise ValueError(f"{self.file}: no samples in it")
-        self.samples = [self._sample(row, number) for number, row in enumerate(rows)]
+    def __init__(self, data: ConversationData, offset: int = 0) -> None:
+        self.path, self.offset = Path(data.path), offset
+        own = self.path if self.path.is_dir() else self.path.parent
+        self.folder = Path(data.images) if data.images else own
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def sample(self, number: int) -> Sample:
+        """The conversation of row ``number``."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.sample((index + self.offset) % len(self))
+
+    def picture(self, key: Any) -> Image.Image:
+        return load_image(self.folder / key)
+
+    def keys(self) -> Sequence[Hashable]:
+        return list(dict.fromkeys(key for number in range(len(self)) for key in self.sample(number).images))
+
+
+class ConversationSource(RowSource):
+    """LLaVA JSON or ``messages`` + ``images``, from a .json list or .jsonl lines. All rows are checked at the start.
+
+    Raises:
+        ValueError: the file or a row is not as expected, or a picture is not there.
+    """
+
+    def __init__(self, data: ConversationData, offset: int = 0) -> None:
+        super().__init__(data, offset)
+        if not self.path.is_file():
+            raise ValueError(f"{self.path}: there is no such file")
+        self.rows = _Lines(self.path) if self.path.suffix == ".jsonl" else _read_list(self.path)
+        if not self.rows:
+            raise ValueError(f"{self.path}: no samples in it")
         self._find_pictures()
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.rows)
 
-    def __getitem__(self, index: int) -> Sample:
-        return self.samples[index % len(self.samples)]
-
-    def picture(self, key: str) -> Image.Image:
-        return load_image(self.folder / key)
-
-    def keys(self) -> Sequence[str]:
-        return list(dict.fromkeys(key for sample in self.samples for key in sample.images))
+    def sample(self, number: int) -> Sample:
+        return _read_row(self.rows[number], str(number), f"{self.path}, row {number}")
 
     def _find_pictures(self) -> None:
         """Tell before training, not hours into it, that a picture is not there."""
-        first = {
-            key: (number, sample.id) for number, sample in reversed([*enumerate(self.samples)]) for key in sample.images
-        }
+        first: dict[str, tuple[int, str]] = {}
+        for number in range(len(self)):
+            sample = self.sample(number)
+            for key in sample.images:
+                first.setdefault(key, (number, sample.id))
         missing = sorted((place, key) for key, place in first.items() if not (self.folder / key).is_file())
         if missing:
             (number, name), key = missing[0]
             raise ValueError(
-                f"{self.file}, row {number} (id {name}), field 'images': {self.folder / key}: there is no such file"
+                f"{self.path}, row {number} (id {name}), field 'images': {self.folder / key}: there is no such file"
                 f" ({len(missing)} of {len(first)} pictures are missing)"
             )
 
-    def _sample(self, row: Any, number: int) -> Sample:
-        where = f"{self.file}, row {number}"
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected a mapping, found {type(row).__name__}")
-        name = str(row.get("id", number))
-        where = f"{where} (id {name})"
-        images = _image_paths(row.get("images", row.get("image")), f"{where}, field 'images'")
-        if "conversations" in row:
-            field, speaker, text = "conversations", "from", "value"
-        elif "messages" in row:
-            field, speaker, text = "messages", "role", "content"
-        else:
-            raise ValueError(f"{where}: expected 'conversations' (LLaVA) or 'messages', found the fields {sorted(row)}")
-        where, turns = f"{where}, field '{field}'", row[field]
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+
+class TableSource(RowSource):
+    """Parquet files, or a Dataset saved on disk: columns as the fields of JSON; pictures are paths, bytes, or both.
+
+    Raises:
+        ValueError: the tables cannot be read, are empty, or lack a column; the package datasets is not installed.
+    """
+
+    def __init__(self, data: ConversationData, offset: int = 0) -> None:
+        super().__init__(data, offset)
+        table = _open_table(data)
+        columns = table.column_names
+        if not {"conversations", "messages"} & set(columns):
             raise ValueError(
-                f"{where}: expected a list of turns, each with '{speaker}' and '{text}', found {turns!r:.80}"
+                f"{self.path}: expected a column 'conversations' (LLaVA) or 'messages', found the columns {columns}"
             )
-        messages = [_message(turn.get(speaker), turn.get(text), where) for turn in turns]
-        _check(messages, images, where)
-        return Sample(name, messages, tuple(images))
+        used = [name for name in columns if name in ("id", "conversations", "messages", "image", "images")]
+        self.table = table.select_columns(used).with_format("arrow")  # as stored: pictures are not decoded
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def _row(self, number: int) -> dict[str, Any]:
+        return {key: value for key, value in self.table[number].to_pylist()[0].items() if value is not None}
+
+    def sample(self, number: int) -> Sample:
+        def find(value: Any, where: str) -> list[Any]:
+            cells = enumerate(_as_list(value))
+            return [(number, place) if _content(cell) else _image_paths(_path(cell), where)[0] for place, cell in cells]
+
+        return _read_row(self._row(number), str(number), f"{self.path}, row {number}", find)
+
+    def picture(self, key: str | tuple[int, int]) -> Image.Image:
+        if isinstance(key, str):
+            return super().picture(key)
+        number, place = key
+        row = self._row(number)
+        cell = _as_list(row.get("images", row.get("image")))[place]
+        return load_image(f"{self.path}, row {number}, picture {place}", _content(cell))
 
 
-def _read_rows(file: Path) -> list[Any]:
-    if not file.is_file():
-        raise ValueError(f"{file}: there is no such file")
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _content(cell: Any) -> bytes | None:
+    """A picture's bytes, if the table itself holds them."""
+    content = cell.get("bytes") if isinstance(cell, dict) else cell
+    return content if isinstance(content, bytes) else None
+
+
+def _path(cell: Any) -> Any:
+    return [cell.get("path") if isinstance(cell, dict) else cell]
+
+
+def _open_table(data: ConversationData) -> Any:
     try:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix != ".jsonl":
-            rows = json.loads(text)
+        import datasets
+    except ImportError:
+        raise ValueError(
+            f"data of kind '{data.kind}' need the package datasets, which is not installed: "
+            "pip install 'sparsight[data]'"
+        ) from None
+    try:
+        if data.kind == "parquet":
+            files = [str(file) for file in _files(data.path, "*.parquet")]
+            return datasets.load_dataset("parquet", data_files=files, split="train")
+        table = datasets.load_from_disk(data.path)
+    except (OSError, ValueError, IndexError, datasets.exceptions.DatasetsError) as error:  # also if it is empty
+        raise ValueError(f"{data.path}: cannot be read as {data.kind}: {error.__cause__ or error}") from None
+    if isinstance(table, datasets.DatasetDict):
+        raise ValueError(f"{data.path}: expected one Dataset, found the splits {sorted(table)}; give the folder of one")
+    return table
+
+
+def _files(path: str, pattern: str) -> list[Path]:
+    """A file, those of a folder that fit ``pattern``, or those that fit ``path``; sorted."""
+    found = sorted(Path(path).glob(pattern)) if Path(path).is_dir() else [Path(f) for f in sorted(glob.glob(path))]
+    if not found:
+        raise ValueError(
+            f"{path}: found no files; expected a file, a folder of {pattern}, or a pattern such as a/{pattern}"
+        )
+    return found
+
+
+class ShardSource(RowSource):
+    """WebDataset tar shards: members with the same stem are one sample. Its .json is a row as in a .json file; without
+    one, its .txt is a caption. Pictures are those that the row names, or in the order KEY.0.jpg, KEY.1.jpg.
+
+    Raises:
+        ValueError: a tar is damaged or its index cannot be written (`shards.open_shards`).
+    """
+
+    def __init__(self, data: ConversationData, offset: int = 0) -> None:
+        super().__init__(data, offset)
+        self.shards = open_shards(_files(data.path, "*.tar"), Path(data.index_folder) if data.index_folder else None)
+        self.ends = list(accumulate(len(shard) for shard in self.shards))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def sample(self, number: int) -> Sample:
+        part = bisect_right(self.ends, number)
+        shard = self.shards[part]
+        found = shard.sample(number - self.ends[part] + len(shard))
+        members, name = dict(found), stem(found[0][0])
+        where = f"{shard.file.path}, sample '{name}'"
+        if len(members) < len(found):
+            raise ValueError(f"{where}: expected members of different names, found {[member for member, _ in found]}")
+        pictures = sorted((m for m in members if _kind(m) in PICTURES), key=_number_and_name)
+
+        def find(value: Any, where: str) -> list[Any]:
+            return [(part, members[picture]) for picture in _named(value, pictures, where)]
+
+        return _read_row(_shard_row(shard, members, len(pictures), where), name, where, find)
+
+    def picture(self, key: tuple[int, int]) -> Image.Image:
+        part, member = key
+        return load_image(self.shards[part].where(member), self.shards[part].read(member))
+
+
+def _kind(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _number_and_name(name: str) -> tuple[int, str]:
+    number = re.search(r"\.(\d+)\.[^./]+$", name)
+    return int(number[1]) if number else -1, name
+
+
+def _shard_row(shard: Shard, members: dict[str, int], pictures: int, where: str) -> Any:
+    """The sample's row: a .json with a conversation, or else the .txt; a .json beside it may hold other things."""
+    captions = [place for name, place in members.items() if _kind(name) == ".txt"]
+    row: Any = None
+    for name, place in members.items():
+        if _kind(name) == ".json":
+            row = _parse(shard.read(place), shard.where(place))
+            if isinstance(row, dict) and not row.keys().isdisjoint(("conversations", "messages")):
+                return row
+    if not captions:
+        return row
+    if len(captions) > 1 or not pictures:
+        raise ValueError(f"{where}: expected one .txt and pictures beside it, found {list(members)}")
+    caption = _decode(shard.read(captions[0]), shard.where(captions[0]))
+    turns = [("user", IMAGE_TAG * pictures), ("assistant", caption.strip())]
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+def _named(value: Any, pictures: list[str], where: str) -> list[str]:
+    """The members that an image field names; all in their order if there is no field, or it names none of them."""
+    names = _image_names(value, where)
+    known = {os.path.basename(picture): picture for picture in pictures} | {picture: picture for picture in pictures}
+    found = [known.get(name) or known.get(os.path.basename(name)) for name in names]
+    if value is None or (not any(found) and len(names) == len(pictures)):
+        return pictures
+    if not all(found):
+        raise ValueError(f"{where}: expected members of the sample, which are {pictures}, found {names}")
+    return [name for name in found if name]
+
+
+class MixtureSource:
+    """Sources mixed by weight: sample i comes from a part as `Quotas` says, each part's own in order, again from its
+    start when it ends. Item 0 is the one behind ``offset``.
+
+    Raises:
+        ValueError: a part cannot be opened, or the weights do not fit a table.
+    """
+
+    def __init__(self, data: MixtureData, length: int, image_size: int = 256, offset: int = 0) -> None:
+        self.quotas = Quotas([part.weight for part in data.parts])
+        self.length, self.offset = length, offset
+        self.had, ends = self.quotas.counts(offset), self.quotas.counts(offset + length)
+        self.names = [part.name or str(number) for number, part in enumerate(data.parts)]
+        self.parts = [
+            open_source(part.data, end - had, image_size, had)
+            for part, had, end in zip(data.parts, self.had, ends, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        part, rank = self.quotas.place(index + self.offset)
+        sample = self.parts[part][rank - self.had[part]]
+        return Sample(f"{self.names[part]}/{sample.id}", sample.messages, tuple((part, key) for key in sample.images))
+
+    def picture(self, key: tuple[int, Any]) -> Image.Image:
+        return self.parts[key[0]].picture(key[1])
+
+    def keys(self) -> Sequence[Hashable]:
+        return [(number, key) for number in range(len(self.parts)) for key in self.parts[number].keys()]  # noqa: SIM118
+
+
+def _read_row(row: Any, name: str, where: str, find: Callable[[Any, str], Sequence[Any]] | None = None) -> Sample:
+    """One conversation from its row.
+
+    Args:
+        name: the sample's id if the row has none.
+        where: the row, for messages.
+        find: keys of the pictures from the row's image field; paths inside the image folder if not given.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a mapping, found {type(row).__name__}")
+    name = str(row.get("id", name))
+    where = f"{where} (id {name})"
+    images = (find or _image_paths)(row.get("images", row.get("image")), f"{where}, field 'images'")
+    if "conversations" in row:
+        field, speaker, text = "conversations", "from", "value"
+    elif "messages" in row:
+        field, speaker, text = "messages", "role", "content"
+    else:
+        raise ValueError(f"{where}: expected 'conversations' (LLaVA) or 'messages', found the fields {sorted(row)}")
+    where, turns = f"{where}, field '{field}'", row[field]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"{where}: expected a list of turns, each with '{speaker}' and '{text}', found {turns!r:.80}")
+    messages = [_message(turn.get(speaker), turn.get(text), where) for turn in turns]
+    _check(messages, images, where)
+    return Sample(name, messages, tuple(images))
+
+
+def _decode(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: expected text in UTF-8: {error}") from None
+        raise ValueError(f"{where}: expected text in UTF-8: {error}") from None
+
+
+def _parse(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(_decode(content, where))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not valid JSON: {error}") from None
-    if file.suffix == ".jsonl":
-        # Not splitlines: it also cuts at characters such as U+2028, which JSON allows within a text.
-        rows = [_read_line(file, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        raise ValueError(f"{where}: not valid JSON: {error}") from None
+
+
+def _read_list(file: Path) -> list[Any]:
+    rows = _parse(file.read_bytes(), str(file))
     if not isinstance(rows, list):
         raise ValueError(f"{file}: expected a list of samples, found {type(rows).__name__}")
     return rows
 
 
-def _read_line(file: Path, number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, line {number}: not valid JSON: {error}") from None
+class _Lines:
+    """Rows of a .jsonl file; only their places are kept: line, offset and size in bytes. Blank lines are none."""
+
+    def __init__(self, path: Path) -> None:
+        self.file, self.places, offset = File(path), array("q"), 0
+        with path.open("rb") as file:  # its lines end at newlines alone, not at U+2028 as those of text do
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    self.places.extend((number, offset, len(line)))
+                offset += len(line)
+
+    def __len__(self) -> int:
+        return len(self.places) // 3
+
+    def __getitem__(self, row: int) -> Any:
+        number, offset, size = self.places[3 * row : 3 * row + 3]
+        return _parse(self.file.read(offset, size), f"{self.file.path}, line {number}")
+
+
+def _image_names(value: Any, where: str) -> list[str]:
+    names = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(names, list):
+        raise ValueError(f"{where}: expected a path or a list of paths, found {type(value).__name__}")
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"{where}: expected paths, found {type(name).__name__}")
+    return names
 
 
 def _image_paths(value: Any, where: str) -> list[str]:
     """Paths of a row's pictures; none may lead out of the image folder."""
-    paths = [value] if isinstance(value, str) else [] if value is None else value
-    if not isinstance(paths, list):
-        raise ValueError(f"{where}: expected a path or a list of paths, found {type(value).__name__}")
+    paths = _image_names(value, where)
     for path in paths:
-        if not isinstance(path, str):
-            raise ValueError(f"{where}: expected paths, found {type(path).__name__}")
         if os.path.isabs(path) or os.path.normpath(path).split(os.sep)[0] == os.pardir:
             raise ValueError(f"{where}: expected a path inside the image folder, found '{path}'")
     return paths
@@ -219,7 +469,7 @@ def _split_at_images(text: str) -> list[dict[str, Any]]:
     return parts
 
 
-def _check(messages: list[dict[str, Any]], images: list[str], where: str) -> None:
+def _check(messages: list[dict[str, Any]], images: Sequence[Any], where: str) -> None:
     asked = [message["role"] for message in messages if message["role"] != "system"]
     if not asked or asked[-1] != "assistant":
         raise ValueError(f"{where}: the last turn must be an answer of the assistant, found {asked or 'no turns'}")
@@ -232,8 +482,15 @@ def _check(messages: list[dict[str, Any]], images: list[str], where: str) -> Non
         raise ValueError(f"{where}: the text has {places} {IMAGE_TAG}, but there are {len(images)} images: {images}")
 
 
-def open_source(data: SceneData | ConversationData, length: int, image_size: int, offset: int = 0) -> Source:
-    """The training source of a stage: ``length`` conversations, behind the ``offset`` of earlier stages."""
+def open_source(data: Data, length: int, image_size: int, offset: int = 0) -> Source:
+    """The training source of a stage: it begins behind the ``offset`` conversations of earlier stages.
+
+    Args:
+        length: conversations that scenes or a mixture give; other sources have the length of their files.
+    """
     if isinstance(data, SceneData):
         return SceneSource(data, length, image_size=image_size, offset=offset)
-    return ConversationSource(data)
+    if isinstance(data, MixtureData):
+        return MixtureSource(data, length, image_size, offset)
+    kinds = {"json": ConversationSource, "parquet": TableSource, "datasets": TableSource, "shards": ShardSource}
+    return kinds[data.kind](data, offset)
