@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
 from sparsight.config import Comparison, ConversationData, Evaluation, Recipe, SceneData, ScratchLanguage, Stage
 from sparsight.cost import Trains
@@ -219,6 +219,20 @@ def stage_data(recipe: Recipe, stage: Stage) -> SceneData | ConversationData:
     return recipe.data.model_copy(update={"tasks": stage.tasks})
 
 
+def max_length(stage: Stage, language: PreTrainedConfig) -> int | None:
+    """Tokens that a sample may have: the stage's, or the language model's context; None if that has no end.
+
+    Raises:
+        ValueError: the stage allows more than the context.
+    """
+    context = getattr(language, "max_position_embeddings", None)
+    if stage.max_length is None or context is None or stage.max_length <= context:
+        return stage.max_length or context
+    raise ValueError(
+        f"stage '{stage.name}': max_length {stage.max_length} is more than the language model's context of {context}"
+    )
+
+
 def _texts(recipe: Recipe, stage: Stage) -> list[str]:
     """What a scratch language model's tokenizer is learnt from."""
     source = open_source(recipe.data, 3000, stage.image_size)
@@ -259,7 +273,8 @@ def _run_stage(
     cache, encoding = None, Encoding(0.0, 0.0)
     if stage.cache_features:
         cache, encoding = _cached(session, stage, model, processor, source, encoder_flops)
-    data = TrainingSet(source, processor, stage.samples, cache)
+    limit = max_length(stage, config.text_config)
+    data = TrainingSet(source, processor, stage.samples, cache, limit, stage.on_too_long == "drop_sample")
     rates = stage.learning_rate.parts()
     trains = Trains("vision" in rates, "bridge" in rates, "language" in rates, stage.lora.rank if stage.lora else 0)
     start = time.perf_counter()

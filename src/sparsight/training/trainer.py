@@ -148,12 +148,16 @@ class SparsightTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         start = time.perf_counter()
+        samples = inputs.pop("ids")
         loss = super().training_step(model, inputs, *args, **kwargs)
         passes = self.handle.take_passes() if self.handle is not None else []
         self.counter.add(inputs, passes[0] if passes else None)
         value = loss.item()
         if value != value or abs(value) == float("inf"):
-            raise ValueError(f"step {self.state.global_step + 1}: the loss is {value}; training stops here")
+            raise ValueError(
+                f"step {self.state.global_step + 1}: the loss is {value}; training stops here. Its samples: "
+                + ", ".join(samples)
+            )
         self.counter.loss += value
         self.counter.seconds["compute"] += time.perf_counter() - start
         return loss
