@@ -1,4 +1,4 @@
-"""Chat templates as families of language models publish them (`data/templates`), each with a small tokenizer of its kind.
+"""Chat templates as families of language models publish them (`data/templates`), each with a small tokenizer.
 
 The two of Mistral are without their branches for tools. Tokenizers are learnt here: byte-level BPE, or as SentencePiece
 makes it (a space before the text, bytes for what is unknown), with the family's control tokens.
@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from sparsight.modeling.build import multimodal_template
@@ -65,9 +65,7 @@ FAMILIES = {
     "gemma-2": Family("<end_of_turn>", ("<start_of_turn>",), system=False, **_GEMMA),
     "gemma-3": Family("<end_of_turn>", ("<start_of_turn>",), **_GEMMA),
     "vicuna": Family("</s>", (), bos="<s>", shown=_spaced, sentencepiece=True),
-    "mistral-v0.3": Family(
-        "</s>", ("[INST]", "[/INST]"), bos="<s>", shown=_spaced, sentencepiece=True, system=False
-    ),
+    "mistral-v0.3": Family("</s>", ("[INST]", "[/INST]"), bos="<s>", shown=_spaced, sentencepiece=True, system=False),
     "mistral-tekken": Family("</s>", ("[INST]", "[/INST]"), bos="<s>", system=False),
 }
 
@@ -78,6 +76,7 @@ def _learnt(sentencepiece: bool) -> str:
     raw = Tokenizer(models.BPE(byte_fallback=sentencepiece, unk_token="<unk>" if sentencepiece else None))
     if not sentencepiece:
         raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        raw.post_processor = processors.ByteLevel(trim_offsets=True)  # as GPT-2's and SmolLM2's
         trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
         raw.train_from_iterator(TEXTS, trainer)
         return raw.to_str()

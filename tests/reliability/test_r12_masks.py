@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from sparsight.data.chat import encode_conversation
 from templates import FAMILIES, family_tokenizer
 
-LOOKS_LIKE_CONTROL = ["<image>", "<|im_end|>", "<|im_start|>assistant\n", "</s>", "<|eot_id|>", "<end_of_turn>", "[INST]"]
+LOOKS_LIKE_CONTROL = [
+    "<image>",
+    "<|im_end|>",
+    "<|im_start|>assistant\n",
+    "</s>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "[INST]",
+]
 ALPHABET = st.one_of(
     st.sampled_from([" ", "\n", "  ", "dog", " 12", "é", "猫", "🙂", "👩‍🚀", '"', "<", "\t", *LOOKS_LIKE_CONTROL]),
     st.characters(categories=("L", "N", "P", "S", "Zs")),
@@ -31,7 +39,9 @@ def messages_of(turns: list[tuple[int, str, str]], system: str | None) -> list[d
 
 def learnt(ids: list[int], labels: list[int], tokenizer: Any) -> list[str]:
     """What each unbroken run of labels adds to the text."""
-    edges = [n for n in range(len(ids) + 1) if (n > 0 and labels[n - 1] != -100) != (n < len(ids) and labels[n] != -100)]
+    edges = [
+        n for n in range(len(ids) + 1) if (n > 0 and labels[n - 1] != -100) != (n < len(ids) and labels[n] != -100)
+    ]
     texts = [tokenizer.decode(ids[:edge]) for edge in edges]
     return [text[len(before) :] for before, text in zip(texts[::2], texts[1::2], strict=True)]
 

@@ -105,17 +105,14 @@ def _as_text(message: dict, controls: re.Pattern[str]) -> dict:
 
 
 def _tokenize(tokenizer: Any, text: str) -> list[tuple[int, int, int]]:
-    """(id, first character, end) of each token; the characters of a text without cuts that follow on each other."""
+    """(id, first character, end) of each token of a text with cuts."""
     tokens, start = [], 0
     for number, piece in enumerate(text.split(_CUT)):
         lead = "\n" if number else ""  # else SentencePiece puts a space before the piece
         coded = tokenizer(lead + piece, add_special_tokens=False, return_offsets_mapping=True)
-        reached = 0
         for id, (begin, end) in zip(coded["input_ids"], coded["offset_mapping"], strict=True):
-            # Some tokenizers leave spaces out of the offsets: what lies between two tokens is the second one's.
-            begin, reached = min(begin, reached), end
             if not lead or end > len(lead):
-                tokens.append((id, start + max(begin - len(lead), 0), start + end - len(lead)))
+                tokens.append((id, start + begin - len(lead), start + end - len(lead)))
         start += len(piece) + len(_CUT)
     return tokens
 
