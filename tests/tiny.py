@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import CLIPVisionConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from sparsight.config import ChainOfSight, ScratchLanguage
+from sparsight.data.sources import Sample
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.modeling.build import build, scratch_language
 
@@ -53,6 +54,25 @@ def make_vlm(bridge: Any = BRIDGE, **options: Any) -> tuple[SparsightForConditio
 def picture(seed: int = 0, side: int = 80) -> Image.Image:
     """A picture of coloured noise."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+class ListSource:
+    """Samples in memory; a picture's key is its seed."""
+
+    def __init__(self, *samples: Sample) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+    def picture(self, key: int) -> Image.Image:
+        return picture(key)
+
+    def keys(self) -> list[int]:
+        return sorted({key for sample in self.samples for key in sample.images})
 
 
 def conversation(question: str = "How many apples?", answer: str | None = "12 apples.", images: int = 1) -> list[dict]:

@@ -314,6 +314,10 @@ class Stage(Settings):
     checkpoints: int = Field(4, ge=0, description="checkpoints written in the course of the stage")
     tasks: dict[str, float] | None = Field(None, description="weight of each task of scenes, in place of data.tasks")
     cache_features: bool = Field(False, description="encode each picture once; the encoder must be frozen")
+    max_length: int | None = Field(
+        None, ge=2, description="tokens of a sample, visual ones too; the language model's context if not given"
+    )
+    on_too_long: Literal["error", "drop_sample", "shrink_image"] = "error"
 
     @model_validator(mode="after")
     def _consistent(self) -> Stage:
@@ -328,6 +332,11 @@ class Stage(Settings):
             raise ValueError(f"stage '{self.name}': lora needs learning_rate.language")
         if self.cache_features and self.learning_rate.vision is not None:
             raise ValueError(f"stage '{self.name}': features cannot be cached while the vision encoder trains")
+        if self.on_too_long == "shrink_image":
+            raise ValueError(
+                f"stage '{self.name}': on_too_long: shrink_image makes no sample shorter: a bridge gives every picture "
+                "the same number of visual tokens. Take a layout with fewer tokens, or set error or drop_sample"
+            )
         return self
 
     @property

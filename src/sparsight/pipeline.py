@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
 from sparsight.config import Comparison, ConversationData, Data, Evaluation, Recipe, SceneData, ScratchLanguage, Stage
 from sparsight.cost import Trains
@@ -221,6 +221,20 @@ def stage_data(recipe: Recipe, stage: Stage) -> Data:
     return recipe.data.model_copy(update={"tasks": stage.tasks})
 
 
+def max_length(stage: Stage, language: PreTrainedConfig) -> int | None:
+    """Tokens that a sample may have: the stage's, or the language model's context; None if that has no end.
+
+    Raises:
+        ValueError: the stage allows more than the context.
+    """
+    context = getattr(language, "max_position_embeddings", None)
+    if stage.max_length is None or context is None or stage.max_length <= context:
+        return stage.max_length or context
+    raise ValueError(
+        f"stage '{stage.name}': max_length {stage.max_length} is more than the language model's context of {context}"
+    )
+
+
 def _texts(recipe: Recipe, stage: Stage) -> list[str]:
     """What a scratch language model's tokenizer is learnt from."""
     source = open_source(recipe.data, 3000, stage.image_size)
@@ -244,7 +258,8 @@ def _run_stage(
     config = model.config
     _print_stage(stage, plan, config.num_image_tokens, console)
     source = open_source(stage_data(recipe, stage), stage.samples, stage.image_size, offset)
-    data = TrainingSet(source, processor, stage.samples)
+    limit = max_length(stage, config.text_config)
+    data = TrainingSet(source, processor, stage.samples, None, limit, stage.on_too_long == "drop_sample")
     folder = session.out / stage.name / "checkpoints"
     steps = plan_stage(data, recipe, stage, folder, console)
     log.write(

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Noncharacters, which no text holds: one stands for an answer, the other parts what only looks like a control token.
+_PROBE, _CUT = "\ufdd0", "\ufdd1"
+
+
+class TooLong(ValueError):
+    """A sample with more tokens than the limit, where the recipe says to drop such."""
 
 
 @dataclass(frozen=True)
@@ -20,33 +28,93 @@ class Encoded:
     labels: list[int]
 
 
-def render(tokenizer: Any, messages: Sequence[dict], **kwargs: Any) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as text, and the character spans that the assistant says (stop token included)."""
-    template = tokenizer.chat_template
-    common = {"chat_template": template, **tokenizer.special_tokens_map, **kwargs}
-    marked = bool(_MARKED.search(template))
-    texts, spans = render_jinja_template([list(messages)], return_assistant_tokens_mask=marked, **common)
-    if marked:
-        return texts[0], [tuple(span) for span in spans[0]]
-    return texts[0], _spans_by_prefix(texts[0], messages, common)
+@lru_cache(maxsize=8)
+def _controls(tokenizer: Any, size: int) -> tuple[re.Pattern[str], frozenset[int]]:
+    """What finds the text of a control token, and their ids. ``size`` is the tokenizer's: a grown one is read anew."""
+    tokens = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    longest_first = sorted(tokens.values(), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)"), frozenset(tokens)
 
 
-def _spans_by_prefix(text: str, messages: Sequence[dict], common: dict) -> list[tuple[int, int]]:
-    """For templates without marks: what an assistant turn adds behind the generation prompt."""
-    spans = []
-    for place, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render_jinja_template([list(messages[:place])], add_generation_prompt=True, **common)[0][0]
-        after = render_jinja_template([list(messages[: place + 1])], **common)[0][0]
-        if not (after.startswith(before) and text.startswith(after.rstrip())):
+def render(tokenizer: Any, messages: Sequence[dict]) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation as text, and the character spans that the assistant says (stop token included).
+
+    Raises:
+        ValueError: the template refuses the conversation, or does not show what the assistant says.
+    """
+    common = {"chat_template": tokenizer.chat_template, **tokenizer.special_tokens_map}
+
+    def draw(messages: Sequence[dict], **options: Any) -> tuple[str, list]:
+        try:
+            texts, spans = render_jinja_template([list(messages)], **common, **options)
+        except jinja2.TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
             raise ValueError(
-                "the chat template renders a turn differently once others follow, and it has no "
-                "{% generation %} marks: what the assistant says cannot be told apart. "
-                "Add the marks to tokenizer.chat_template"
+                f"the chat template refuses turns of {roles or 'nobody'}: {error}. Change the turns, or "
+                "tokenizer.chat_template"
+            ) from None
+        return texts[0], spans[0] if spans else []
+
+    if _MARKED.search(tokenizer.chat_template):
+        text, spans = draw(messages, return_assistant_tokens_mask=True)
+        return text, [tuple(span) for span in spans]
+    text, _ = draw(messages)
+    return text, _spans(text, messages, draw, _controls(tokenizer, len(tokenizer))[0])
+
+
+def _spans(
+    text: str, messages: Sequence[dict], draw: Callable[..., tuple[str, list]], controls: re.Pattern[str]
+) -> list[tuple[int, int]]:
+    """For templates without marks: what stands behind the generation prompt, up to the stop token behind the answer."""
+    spans, tail = [], None
+    for place in reversed([place for place, message in enumerate(messages) if message["role"] == "assistant"]):
+        before = draw(messages[:place], add_generation_prompt=True)[0]
+        probed = [*messages[:place], _with_probe(messages[place]), *messages[place + 1 :]]
+        _, shown, after = draw(probed)[0].rpartition(_PROBE)
+        if tail is None:  # what stands behind an answer that is the last
+            tail = after if place + 1 == len(messages) else draw(probed[: place + 1])[0].rpartition(_PROBE)[2]
+        end = len(text) - len(after)
+        if not (shown and text.startswith(before) and text.endswith(after) and len(before) <= end):
+            raise ValueError(
+                f"what the assistant says in turn {place + 1} cannot be told apart: the chat template renders what "
+                "stands around it in another way without it. Add {% generation %} marks to tokenizer.chat_template, "
+                "or leave out what it treats so (a system turn, most often)"
             )
-        spans.append((len(before), len(after.rstrip())))
-    return spans
+        # Only the stop token: behind it may stand what ends the turn, or the whole conversation.
+        control = controls.search(tail)
+        stop = tail[: control.end()] if control else tail.rstrip()
+        spans.append((len(before), end + len(stop) * after.startswith(stop)))
+    return spans[::-1]
+
+
+def _with_probe(message: dict) -> dict:
+    as_text = isinstance(message["content"], str)
+    return message | {"content": _PROBE if as_text else [{"type": "text", "text": _PROBE}]}
+
+
+def _as_text(message: dict, controls: re.Pattern[str]) -> dict:
+    """The message with what looks like a control token cut behind its first character, so that it is none."""
+
+    def cut(text: str) -> str:
+        return controls.sub(lambda found: found[0][0] + _CUT + found[0][1:], text)
+
+    content = message["content"]
+    if isinstance(content, str):
+        return message | {"content": cut(content)}
+    return message | {"content": [part | {"text": cut(part["text"])} if "text" in part else part for part in content]}
+
+
+def _tokenize(tokenizer: Any, text: str) -> list[tuple[int, int, int]]:
+    """(id, first character, end) of each token of a text with cuts."""
+    tokens, start = [], 0
+    for number, piece in enumerate(text.split(_CUT)):
+        lead = "\n" if number else ""  # else SentencePiece puts a space before the piece
+        coded = tokenizer(lead + piece, add_special_tokens=False, return_offsets_mapping=True)
+        for id, (begin, end) in zip(coded["input_ids"], coded["offset_mapping"], strict=True):
+            if not lead or end > len(lead):
+                tokens.append((id, start + begin - len(lead), start + end - len(lead)))
+        start += len(piece) + len(_CUT)
+    return tokens
 
 
 def encode_conversation(
@@ -54,28 +122,36 @@ def encode_conversation(
 ) -> Encoded:
     """Token ids with images expanded to ``tokens_per_image`` placeholders each, and labels.
 
+    Text that reads like a control token or a placeholder, such as ``<|im_end|>`` or ``<image>``, stays plain text.
+
     Raises:
-        ValueError: nothing would be learnt, or the template cannot be read.
+        ValueError: nothing would be learnt, the template cannot be read, or it does not show every image.
     """
-    text, spans = render(tokenizer, messages)
-    expanded, shift, cursor = [], [], 0
-    for match in re.finditer(re.escape(image_token), text):
-        expanded += [text[cursor : match.start()], image_token * tokens_per_image]
-        shift.append(match.start())
-        cursor = match.end()
-    expanded.append(text[cursor:])
-    growth = len(image_token) * (tokens_per_image - 1)
-    moved = [tuple(at + growth * sum(place < at for place in shift) for at in span) for span in spans]
-    coded = tokenizer("".join(expanded), add_special_tokens=False, return_offsets_mapping=True)
-    labels = [-100] * len(coded["input_ids"])
-    inside = iter(moved)
+    pattern, control_ids = _controls(tokenizer, len(tokenizer))
+    text, spans = render(tokenizer, [_as_text(message, pattern) for message in messages])
+    image_id, shown = tokenizer.convert_tokens_to_ids(image_token), 0
+    ids: list[int] = []
+    labels: list[int] = []
+    inside = iter(spans)
     span = next(inside, None)
-    for index, (start, end) in enumerate(coded["offset_mapping"]):
-        while span is not None and start >= span[1]:
+    for id, begin, end in _tokenize(tokenizer, text):
+        if id == image_id:
+            ids += [id] * tokens_per_image
+            labels += [-100] * tokens_per_image
+            shown += 1
+            continue
+        while span is not None and begin >= span[1]:
             span = next(inside, None)
         # A token that begins before the answer (a space joined to its first word) is learnt too: it holds the answer.
-        if span is not None and start < span[1] and end > max(start, span[0]):
-            labels[index] = coded["input_ids"][index]
+        # Not so a control token, which may take the spaces behind it.
+        learnt = span is not None and end > span[0] and (begin >= span[0] or id not in control_ids)
+        ids.append(id)
+        labels.append(id if learnt else -100)
+    images = sum(
+        part["type"] == "image" for m in messages if not isinstance(m["content"], str) for part in m["content"]
+    )
+    if shown != images:
+        raise ValueError(f"the conversation has {images} images, but the chat template writes {shown} {image_token}")
     if all(label == -100 for label in labels):
         raise ValueError("nothing to learn: the conversation has no answer of the assistant")
-    return Encoded(list(coded["input_ids"]), labels)
+    return Encoded(ids, labels)

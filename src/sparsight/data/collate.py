@@ -18,18 +18,31 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from sparsight.data.batching import pack
 from sparsight.data.cache import FeatureCache
-from sparsight.data.chat import Encoded, encode_conversation
+from sparsight.data.chat import Encoded, TooLong, encode_conversation
 from sparsight.data.sources import Sample, Source
 
 
 class TrainingSet(Dataset):
-    """A source, encoded for a processor. Pictures come as pixels, or as cached features of a frozen encoder."""
+    """A source, encoded for a processor. Pictures come as pixels, or as cached features of a frozen encoder.
 
-    def __init__(self, source: Source, processor: Any, length: int, cache: FeatureCache | None = None) -> None:
+    A sample of more than ``max_length`` tokens raises: `TooLong` if such are to be dropped, else ValueError.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        processor: Any,
+        length: int,
+        cache: FeatureCache | None = None,
+        max_length: int | None = None,
+        drop_too_long: bool = False,
+    ) -> None:
         self.source = source
         self.processor = processor
         self.length = length
         self.cache = cache
+        self.max_length = max_length
+        self.drop_too_long = drop_too_long
 
     def __len__(self) -> int:
         return self.length
@@ -45,8 +58,17 @@ class TrainingSet(Dataset):
                 pictures = [self.source.picture(key) for key in sample.images]
                 item["pixels"] = dict(self.processor.image_processor(pictures, return_tensors="pt"))
         except ValueError as error:
-            raise ValueError(f"sample '{sample.id}': {error}") from None
+            kind = TooLong if isinstance(error, TooLong) else ValueError
+            raise kind(f"sample '{sample.id}': {error}") from None
         return item
+
+    def _check_length(self, ids: list[int]) -> None:
+        if self.max_length is not None and len(ids) > self.max_length:
+            visual = ids.count(self.processor.image_token_id)
+            raise (TooLong if self.drop_too_long else ValueError)(
+                f"{len(ids)} tokens, {visual} of them visual; expected {self.max_length} (max_length) at most. Shorten "
+                "it, raise max_length, take a layout with fewer visual tokens, or set on_too_long: drop_sample"
+            )
 
     def _encode(self, sample: Sample) -> Encoded:
         processor = self.processor
@@ -92,7 +114,7 @@ class Collator:
             rows = pack(lengths, max(*lengths, self.pack_length or 0))
             items = [items[number] for row in rows for number in row]
         batch: dict[str, Any] = self._stacked(items, [len(row) for row in rows])
-        batch["info"] = {"samples": len(items), "filled": sum(lengths)}
+        batch["info"] = {"samples": len(items), "filled": sum(lengths), "ids": [item["id"] for item in items]}
         pixels = [item["pixels"] for item in items if "pixels" in item]
         features = [item["features"] for item in items if "features" in item]
         if pixels:  # and the grids of a native-resolution encoder

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from torch import nn
 from transformers import (
@@ -21,6 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
     ViTImageProcessorPil,
 )
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from sparsight import assets
 from sparsight.bridges import build_bridge
@@ -33,15 +35,16 @@ from sparsight.modeling.processing import IMAGE_TOKEN, SparsightProcessor
 # Put before a text-only template: contents given as lists of parts become text with image placeholders.
 FLATTEN = """{%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
-{%- set content = namespace(text='') -%}
+{%- set content -%}
 {%- if message['content'] is string -%}
-{%- set content.text = message['content'] -%}
+{{- message['content'] -}}
 {%- else -%}
 {%- for part in message['content'] -%}
-{%- set content.text = content.text + ('<image>\\n' if part['type'] == 'image' else part['text']) -%}
+{{- '<image>\\n' if part['type'] == 'image' else part['text'] -}}
 {%- endfor -%}
 {%- endif -%}
-{%- set flat.messages = flat.messages + [dict(message, content=content.text)] -%}
+{%- endset -%}
+{%- set flat.messages = flat.messages + [dict(message, content=content)] -%}
 {%- endfor -%}
 {%- set messages = flat.messages -%}
 """
@@ -247,12 +250,23 @@ def _language(language: Any, tokenizer: Any, layers: int | None) -> tuple[Any, A
 
 
 def multimodal_template(template: str) -> str:
-    """A language model's chat template, made to take images; ChatML also gets marks of what is learnt."""
+    """A language model's chat template, made to take images; plain ChatML also gets marks of what is learnt.
+
+    Plain is what differs from ours in no more than what stands there without a system turn (a default one).
+    """
     marked = "generation %}" in template or "generation -%}" in template
-    if "<|im_start|>" in template and not marked:
+    if "<|im_start|>" in template and not marked and _renders_as_chatml(template):
         template = CHATML
-    knows_images = "'image'" in template or '"image"' in template
-    return template if knows_images else FLATTEN + template
+    return template if IMAGE_TOKEN in template else FLATTEN + template
+
+
+def _renders_as_chatml(template: str) -> bool:
+    talk = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user", "assistant")]
+    try:
+        own, ours = (render_jinja_template([talk], chat_template=each)[0] for each in (template, CHATML))
+    except jinja2.TemplateError:
+        return False
+    return own == ours
 
 
 def _add_image_token(lm: Any, tokenizer: Any) -> None:

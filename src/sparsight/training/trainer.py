@@ -197,7 +197,10 @@ class SparsightTrainer(Trainer):
         self.counter.add(inputs, info, passes[0] if passes else None)
         value = loss.item()
         if value != value or abs(value) == float("inf"):
-            raise ValueError(f"step {self.state.global_step + 1}: the loss is {value}; training stops here")
+            raise ValueError(
+                f"step {self.state.global_step + 1}: the loss is {value}; training stops here. Its samples: "
+                + ", ".join(info["ids"])
+            )
         self.counter.loss += value
         self.counter.seconds["compute"] += time.perf_counter() - start
         return loss
