@@ -200,6 +200,7 @@ def enter_stage(
             image_size=stage.image_size,
             vision_levels=recipe.vision_levels,
             language_layers=recipe.language_layers,
+            resize=recipe.resize,
         )
     except OSError as error:  # transformers does not say which name it could not find
         names = f"vision '{recipe.vision}'" + (f" or language '{language}'" if isinstance(language, str) else "")
@@ -220,12 +221,15 @@ def stage_data(recipe: Recipe, stage: Stage) -> SceneData | ConversationData:
 
 
 def _texts(recipe: Recipe, stage: Stage) -> list[str]:
-    """What a scratch language model's tokenizer is learnt from."""
-    source = open_source(recipe.data, 3000, stage.image_size)
+    """What a scratch language model's tokenizer is learnt from; bad samples are told where they are trained on."""
+    source = open_source(recipe.data, 3000, stage.image_size, strict=recipe.on_bad_sample == "error")
     texts = []
     for index in range(len(source)):
-        for message in source[index].messages:
-            texts += [part["text"] for part in message["content"] if part["type"] == "text"]
+        try:
+            messages = source[index].messages
+        except ValueError:
+            continue
+        texts += [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
     return texts
 
 
@@ -254,18 +258,30 @@ def _run_stage(
         total_parameters=sum(part.total for part in plan),
         trains={part.part: part.trainable for part in plan if part.trainable},
     )
-    source = open_source(stage_data(recipe, stage), stage.samples, stage.image_size, offset)
+    strict = recipe.on_bad_sample == "error"
+    source = open_source(stage_data(recipe, stage), stage.samples, stage.image_size, offset, strict)
     encoder_flops = count_flops(model.model.vision_tower, stage.image_size, config.vision_levels)
     cache, encoding = None, Encoding(0.0, 0.0)
     if stage.cache_features:
         cache, encoding = _cached(session, stage, model, processor, source, encoder_flops)
-    data = TrainingSet(source, processor, stage.samples, cache)
+    data = TrainingSet(source, processor, stage.samples, cache, replace=None if strict else recipe.seed)
     rates = stage.learning_rate.parts()
     trains = Trains("vision" in rates, "bridge" in rates, "language" in rates, stage.lora.rank if stage.lora else 0)
     start = time.perf_counter()
     folder = session.out / stage.name / "checkpoints"
     began = train_stage(
-        model, processor, data, recipe, stage, folder, log, trains, encoder_flops, console, session.resume
+        model,
+        processor,
+        data,
+        recipe,
+        stage,
+        folder,
+        log,
+        trains,
+        encoder_flops,
+        console,
+        session.resume,
+        session.out / "quarantine.jsonl",
     )
     seconds = time.perf_counter() - start
     merge_lora(lora)
@@ -309,7 +325,7 @@ def _cached(
 
     def encode(part: Sequence[Hashable]) -> tuple[torch.Tensor, ...]:
         pictures = [source.picture(key) for key in part]
-        return model.model.encode_images(**processor.image_processor(pictures, return_tensors="pt").to(model.device))
+        return model.model.encode_images(**processor.pixels(pictures).to(model.device))
 
     model.eval()
     with Progress(console=session.console) as bar, autocast(recipe.precision, model.device):
@@ -441,7 +457,7 @@ def inspect_checkpoint(folder: Path, image: Path | None, out: Path, console: Con
     model, processor = load(folder)
     name = image.name if image else "scene 0 of the test split"
     picture = load_image(image) if image else ScenesDataset(scene_config(_own_scenes(folder)), "test", 1).image(0)
-    pixels = processor.image_processor([picture], return_tensors="pt")
+    pixels = processor.pixels([picture])
     looks = {scale: maps[0].numpy() for scale, maps in model.model.attention_maps(**pixels).items()}
     if "image_grid_thw" in pixels:  # else maps are as large as the picture
         _, rows, columns = pixels["image_grid_thw"][0].tolist()

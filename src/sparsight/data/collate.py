@@ -5,6 +5,7 @@ Shapes: B samples, T positions, I images in the whole batch, H x W patches, C ch
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import torch
@@ -13,43 +14,87 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from sparsight.data.cache import FeatureCache
 from sparsight.data.chat import encode_conversation
-from sparsight.data.sources import Source
+from sparsight.data.sources import Sample, Source
+
+TRIES = 50
+
+
+class BadSampleError(ValueError):
+    """A sample that cannot be learnt from: ``entry`` has its row in the source, id and reason."""
+
+    entry: dict[str, Any]
 
 
 class TrainingSet(Dataset):
-    """A source, encoded for a processor. Pictures come as pixels, or as cached features of a frozen encoder."""
+    """A source, encoded for a processor. Pictures come as pixels, or as cached features of a frozen encoder.
 
-    def __init__(self, source: Source, processor: Any, length: int, cache: FeatureCache | None = None) -> None:
+    Args:
+        replace: seed with which another sample is drawn in place of a bad one, the next if that is bad too; the item's
+            ``replaced`` has the entries of the bad ones. If not given, a bad sample is an error.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        processor: Any,
+        length: int,
+        cache: FeatureCache | None = None,
+        replace: int | None = None,
+    ) -> None:
         self.source = source
         self.processor = processor
         self.length = length
         self.cache = cache
+        self.replace = replace
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = self.source[index % len(self.source)]
+        row, replaced = index % len(self.source), []
+        draw = random.Random(f"{self.replace}/{index}")  # alike in every process, and after resume
+        for _ in range(TRIES):
+            try:
+                return self.encode(row) | ({"replaced": replaced} if replaced else {})
+            except BadSampleError as bad:
+                if self.replace is None:
+                    raise
+                replaced.append(bad.entry)
+                row = draw.randrange(len(self.source))
+        raise ValueError(
+            f"{replaced[0]['reason']}. {TRIES - 1} others in its place are bad, too: `sparsight data check`"
+        )
+
+    def encode(self, row: int) -> dict[str, Any]:
+        """One row of the source as an item.
+
+        Raises:
+            BadSampleError: its conversation or a picture cannot be read or learnt from.
+        """
+        name = str(row)
         try:
-            encoded = encode_conversation(
-                self.processor.tokenizer,
-                sample.messages,
-                self.processor.image_token,
-                self.processor.num_image_tokens,
-            )
-            item: dict[str, Any] = {"id": sample.id, "input_ids": encoded.input_ids, "labels": encoded.labels}
-            if self.cache is not None:  # also of no picture: a batch of text then runs the bridge like any other
-                item["features"] = self.cache.read(sample.images)
-            elif sample.images:
-                pictures = [self.source.picture(key) for key in sample.images]
-                item["pixels"] = dict(self.processor.image_processor(pictures, return_tensors="pt"))
-        except ValueError as error:
-            raise ValueError(f"sample '{sample.id}': {error}") from None
+            sample = self.source[row]
+            name = sample.id
+            return self._item(sample)
+        except (ValueError, OSError) as error:
+            bad = BadSampleError(str(error) if name == str(row) else f"sample '{name}': {error}")
+            bad.entry = {"row": row, "id": name, "reason": str(error)}
+            raise bad from None
+
+    def _item(self, sample: Sample) -> dict[str, Any]:
+        encoded = encode_conversation(
+            self.processor.tokenizer, sample.messages, self.processor.image_token, self.processor.num_image_tokens
+        )
+        item: dict[str, Any] = {"id": sample.id, "input_ids": encoded.input_ids, "labels": encoded.labels}
+        if self.cache is not None:  # also of no picture: a batch of text then runs the bridge like any other
+            item["features"] = self.cache.read(sample.images)
+        elif sample.images:
+            item["pixels"] = dict(self.processor.pixels([self.source.picture(key) for key in sample.images]))
         return item
 
 
 class Collator:
-    """Pads at the right and stacks. Samples may have 0 to k images."""
+    """Pads at the right and stacks. Samples may have 0 to k images. ``replaced``, for the trainer: the bad samples' entries."""
 
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
@@ -66,6 +111,8 @@ class Collator:
             "labels": padded("labels", -100),
             "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
         }
+        if replaced := [entry for item in items for entry in item.get("replaced", [])]:
+            batch["replaced"] = replaced
         pixels = [item["pixels"] for item in items if "pixels" in item]
         features = [item["features"] for item in items if "features" in item]
         if pixels:  # and the grids of a native-resolution encoder

@@ -82,25 +82,33 @@ def scene_config(data: SceneData, image_size: int = 256) -> SceneConfig:
 class ConversationSource:
     """LLaVA JSON or ``messages`` + ``images``, from a .json list or .jsonl lines.
 
+    Args:
+        strict: a bad row or a missing picture is an error at once, and not only when it is asked for.
+
     Raises:
         ValueError: the file or a row is not as expected; the message names the sample, the field, what was found
             and what was expected.
     """
 
-    def __init__(self, data: ConversationData) -> None:
+    def __init__(self, data: ConversationData, strict: bool = True) -> None:
         self.file = Path(data.path)
         self.folder = Path(data.images) if data.images else self.file.parent
-        rows = _read_rows(self.file)
+        rows = _read_rows(self.file, strict)
         if not rows:
             raise ValueError(f"{self.file}: no samples in it")
-        self.samples = [self._sample(row, number) for number, row in enumerate(rows)]
-        self._find_pictures()
+        self.bad: dict[int, str] = {}  # row -> what is wrong with it
+        self.samples = [self._sample_or_note(row, number, strict) for number, row in enumerate(rows)]
+        if strict:
+            self._find_pictures()
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.samples[index % len(self.samples)]
+        row = index % len(self.samples)
+        if row in self.bad:
+            raise ValueError(self.bad[row])
+        return self.samples[row]
 
     def picture(self, key: str) -> Image.Image:
         return load_image(self.folder / key)
@@ -121,8 +129,19 @@ class ConversationSource:
                 f" ({len(missing)} of {len(first)} pictures are missing)"
             )
 
+    def _sample_or_note(self, row: Any, number: int, strict: bool) -> Sample:
+        try:
+            return self._sample(row, number)
+        except ValueError as error:
+            if strict:
+                raise
+            self.bad[number] = str(error)
+            return Sample(str(number), [], ())
+
     def _sample(self, row: Any, number: int) -> Sample:
         where = f"{self.file}, row {number}"
+        if isinstance(row, ValueError):
+            raise row
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected a mapping, found {type(row).__name__}")
         name = str(row.get("id", number))
@@ -144,7 +163,7 @@ class ConversationSource:
         return Sample(name, messages, tuple(images))
 
 
-def _read_rows(file: Path) -> list[Any]:
+def _read_rows(file: Path, strict: bool) -> list[Any]:
     if not file.is_file():
         raise ValueError(f"{file}: there is no such file")
     try:
@@ -157,21 +176,27 @@ def _read_rows(file: Path) -> list[Any]:
         raise ValueError(f"{file}: not valid JSON: {error}") from None
     if file.suffix == ".jsonl":
         # Not splitlines: it also cuts at characters such as U+2028, which JSON allows within a text.
-        rows = [_read_line(file, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [
+            _read_line(file, number, line, strict) for number, line in enumerate(text.split("\n"), 1) if line.strip()
+        ]
     if not isinstance(rows, list):
         raise ValueError(f"{file}: expected a list of samples, found {type(rows).__name__}")
     return rows
 
 
-def _read_line(file: Path, number: int, line: str) -> Any:
+def _read_line(file: Path, number: int, line: str, strict: bool) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, line {number}: not valid JSON: {error}") from None
+        wrong = ValueError(f"{file}, line {number}: not valid JSON: {error}")
+        if strict:
+            raise wrong from None
+        return wrong  # told when the row is asked for
 
 
 def _image_paths(value: Any, where: str) -> list[str]:
-    """Paths of a row's pictures; none may lead out of the image folder."""
+    """Paths of a row's pictures; none may lead out of the image folder. Links in that folder are the user's own and
+    are followed; a path comes from whoever wrote the data."""
     paths = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(paths, list):
         raise ValueError(f"{where}: expected a path or a list of paths, found {type(value).__name__}")
@@ -232,8 +257,11 @@ def _check(messages: list[dict[str, Any]], images: list[str], where: str) -> Non
         raise ValueError(f"{where}: the text has {places} {IMAGE_TAG}, but there are {len(images)} images: {images}")
 
 
-def open_source(data: SceneData | ConversationData, length: int, image_size: int, offset: int = 0) -> Source:
-    """The training source of a stage: ``length`` conversations, behind the ``offset`` of earlier stages."""
+def open_source(
+    data: SceneData | ConversationData, length: int, image_size: int, offset: int = 0, strict: bool = True
+) -> Source:
+    """The training source of a stage: ``length`` conversations, behind the ``offset`` of earlier stages. Not ``strict``:
+    a bad row raises ValueError when it is asked for."""
     if isinstance(data, SceneData):
         return SceneSource(data, length, image_size=image_size, offset=offset)
-    return ConversationSource(data)
+    return ConversationSource(data, strict)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 from transformers import (
     MODEL_MAPPING,
@@ -79,6 +80,7 @@ def build(
     image_size: int | None = None,
     vision_levels: Sequence[int] | None = None,
     language_layers: int | None = None,
+    resize: str | None = None,
 ) -> tuple[SparsightForConditionalGeneration, SparsightProcessor]:
     """Compose a VLM.
 
@@ -91,13 +93,15 @@ def build(
         image_size: side of the square picture in pixels; the encoder's own if not given.
         vision_levels: feature levels, lower first (see ``encoders.feature_levels``).
         language_layers: keep only the first layers of the language model.
+        resize: ``square``, ``pad``, ``crop`` or ``keep`` (see `set_image_size`).
 
     Returns:
         The model, in eval mode, and its processor.
 
     Raises:
         ValueError: the encoder has no spatial features, the language model no chat template, or it changes its
-            logits after the output layer, or a layout does not fit the feature map.
+            logits after the output layer, or a layout does not fit the feature map, or the image processor cannot
+            resize in that way.
     """
     encoder, image_processor = _vision(vision, image_processor)
     lm, tokenizer = _language(language, tokenizer, language_layers)
@@ -135,7 +139,7 @@ def build(
     _check_logits(lm, model)
     if getattr(lm, "generation_config", None) is not None:
         model.generation_config = lm.generation_config
-    set_image_size(image_processor, image_size)
+    set_image_size(image_processor, image_size, resize)
     processor = SparsightProcessor(
         image_processor, tokenizer, chat_template=tokenizer.chat_template, num_image_tokens=config.num_image_tokens
     )
@@ -153,19 +157,37 @@ def probe(encoder: nn.Module, image_size: int, levels: Sequence[int] | None) -> 
     return [level.float() for level in features]
 
 
-def set_image_size(image_processor: Any, side: int) -> None:
-    """Let an image processor give square pictures of ``side`` pixels, whole (resized, never cropped).
+def set_image_size(image_processor: Any, side: int, resize: str | None = None) -> None:
+    """Let an image processor give square pictures of ``side`` pixels, by its own resampling, rescaling, normalising.
 
-    One for a native-resolution encoder keeps the shape of a picture; it gets the same area at most.
+    Args:
+        resize: ``square`` stretches (the default). ``pad`` keeps the shape; the rest, below or at the right, is 0 once
+            normalised: the encoder's mean colour. ``crop`` brings the shorter side to ``side`` and takes the middle.
+            ``keep`` is for native-resolution encoders, which take nothing else: the picture's shape, and its area at
+            most that of the square.
+
+    Raises:
+        ValueError: ``keep`` with an encoder of one size, or another mode with one of native resolution, or the image
+            processor does not do what it is set to.
     """
-    if hasattr(image_processor, "merge_size"):
+    name, native = type(image_processor).__name__, hasattr(image_processor, "merge_size")
+    resize = resize or ("keep" if native else "square")
+    if native != (resize == "keep"):
+        takes = "pictures of any shape: use keep" if native else "squares alone: use square, pad or crop"
+        raise ValueError(f"resize: {resize}: {name} gives its encoder {takes}")
+    if native:
         image_processor.size = {"shortest_edge": min(side, 56) ** 2, "longest_edge": side**2}
         return
-    image_processor.size = {"height": side, "width": side}
-    for key in ("do_center_crop", "do_pad", "do_image_splitting"):
-        if hasattr(image_processor, key):
-            setattr(image_processor, key, False)
-    image_processor.do_resize = True
+    square = {"height": side, "width": side}
+    sizes = {"square": square, "pad": {"max_height": side, "max_width": side}, "crop": {"shortest_edge": side}}
+    values = {"do_resize": True, "size": sizes[resize], "do_center_crop": resize == "crop", "do_pad": resize == "pad"}
+    for key, value in (values | {"crop_size": square, "pad_size": square, "do_image_splitting": False}).items():
+        if value or hasattr(image_processor, key):
+            setattr(image_processor, key, value)
+    for size in ((4 * side, side), (side, 4 * side)):  # some classes have a resizing of their own
+        shape = tuple(image_processor(Image.new("RGB", size), return_tensors="pt")["pixel_values"].shape)
+        if shape != (1, 3, side, side):
+            raise ValueError(f"resize: {resize}: {name} makes {shape} of a picture, expected {(1, 3, side, side)}")
 
 
 def _vision(vision: Any, image_processor: Any) -> tuple[nn.Module, Any]:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import psutil
 import torch
+from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import (
@@ -36,6 +37,7 @@ from sparsight.data.collate import Collator, TrainingSet
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.sparse.attach import Pass, SparseHandle, attach
 from sparsight.sparse.callback import SparsightCallback
+from sparsight.training.quarantine import Quarantine
 from sparsight.training.stages import parameter_groups
 
 
@@ -67,6 +69,7 @@ class StepCounter:
         self.flops: dict[str, float] = defaultdict(float)
         self.seconds: dict[str, float] = defaultdict(float)
         self.loss = 0.0
+        self.replaced: list[dict[str, Any]] = []  # entries of bad samples, see `TrainingSet`
 
     def add(self, inputs: dict[str, Any], done: Pass | None = None) -> None:
         """Count one forward and backward pass over a batch, which the methods may have made shorter (``done``)."""
@@ -104,6 +107,7 @@ class StepCounter:
         """The step's record for the run log: counts, FLOPs in all and by part, seconds, memory in bytes."""
         return {
             **self.counts,
+            "replaced": len(self.replaced),
             "loss": self.loss,
             "layers_run": self.layers_run,
             "layers": self.shape.layers,
@@ -148,6 +152,7 @@ class SparsightTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         start = time.perf_counter()
+        self.counter.replaced += inputs.pop("replaced", [])
         loss = super().training_step(model, inputs, *args, **kwargs)
         passes = self.handle.take_passes() if self.handle is not None else []
         self.counter.add(inputs, passes[0] if passes else None)
@@ -162,8 +167,17 @@ class SparsightTrainer(Trainer):
 class _Recorder(TrainerCallback):
     """Writes step records, moves the bar, and stops at Ctrl-C with a checkpoint."""
 
-    def __init__(self, log: StepLog, stage: Stage, counter: StepCounter, bar: Progress, task: Any) -> None:
+    def __init__(
+        self,
+        log: StepLog,
+        stage: Stage,
+        counter: StepCounter,
+        bar: Progress,
+        task: Any,
+        quarantine: Quarantine | None,
+    ) -> None:
         self.log, self.stage, self.counter, self.bar, self.task = log, stage, counter, bar, task
+        self.quarantine = quarantine
         self.stop = False
         self.started = 0.0
         self.rates: dict[str, float] = {}
@@ -180,12 +194,18 @@ class _Recorder(TrainerCallback):
         self.counter.seconds["optimizer"] += time.perf_counter() - self.started
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.quarantine is not None:  # what other ranks found, too: all count alike, and stop together
+            self.counter.replaced = gather_object(self.counter.replaced)
         record = self.counter.record()
         self.log.write("step", stage=self.stage.name, step=state.global_step, learning_rate=self.rates, **record)
         speed = record["samples"] / max(sum(record["seconds"].values()), 1e-9)
         self.bar.update(
             self.task, completed=state.global_step, loss=f"{record['loss']:.3f}", speed=f"{speed:.1f} samples/s"
         )
+        if self.quarantine is not None:
+            self.quarantine.add(self.counter.replaced, state.global_step)
+            bad = len(self.quarantine.bad)
+            self.bar.update(self.task, bad=f"{bad} bad" if bad else "")
         self.counter.clear()
         if self.stop:
             control.should_save = control.should_training_stop = True
@@ -272,6 +292,7 @@ def train_stage(
     encoder_flops: float,
     console: Console,
     resume: bool = False,
+    quarantine_file: Path | None = None,
 ) -> int:
     """Train one stage in place.
 
@@ -279,33 +300,42 @@ def train_stage(
         folder: checkpoints go here.
         encoder_flops: one picture's pass through the encoder (``encoders.count_flops``).
         resume: go on from the last checkpoint in ``folder``, if there is one.
+        quarantine_file: where bad samples are written down (`Quarantine`), if the recipe says so.
 
     Returns:
         The step that training went on from; 0 from the start.
 
     Raises:
         Interrupted: Ctrl-C; the last step is in a checkpoint.
+        ValueError: a bad sample, or more of them than the recipe allows; or a loss that is not finite.
     """
     counter = StepCounter(model, trains, encoder_flops)
     checkpoint = last_checkpoint(folder) if resume and folder.is_dir() else None
+    began = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+    arguments = training_arguments(recipe, stage, folder)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]}"),
         TextColumn("{task.fields[speed]}"),
+        TextColumn("{task.fields[bad]}", style="yellow"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(stage.name, total=stage.steps, loss="-", speed="")
-        recorder = _Recorder(log, stage, counter, bar, task)
+        task = bar.add_task(stage.name, total=stage.steps, loss="-", speed="", bad="")
+        quarantine = None
+        if recipe.on_bad_sample == "quarantine":
+            main = arguments.process_index == 0
+            quarantine = Quarantine(quarantine_file, recipe, stage, began, len(data.source), main)
+        recorder = _Recorder(log, stage, counter, bar, task, quarantine)
         handle = None
         if stage.compressor is not None or stage.skipper is not None:
             handle = attach(model, stage.compressor, stage.skipper, seed=recipe.seed)
         trainer = SparsightTrainer(
             model,
-            training_arguments(recipe, stage, folder),
+            arguments,
             stage=stage,
             counter=counter,
             handle=handle,
@@ -316,7 +346,6 @@ def train_stage(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        began = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
         if resume:  # without a checkpoint, too: steps that are in the log, but not in the weights, do not count
             log.write("resume", stage=stage.name, step=began)
         try:
