@@ -19,29 +19,32 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from sparsight.config import Comparison, ConversationData, Evaluation, Recipe, SceneData, ScratchLanguage, Stage
 from sparsight.cost import Trains
 from sparsight.data.cache import FeatureCache, build_cache, cache_name
+from sparsight.data.check import check_rows
 from sparsight.data.collate import TrainingSet
 from sparsight.data.images import load_image
 from sparsight.data.scenes import ScenesDataset, chance
 from sparsight.data.sources import Sample, Source, open_source, scene_config
 from sparsight.evaluation.scenes import Scores, evaluate_scenes, score_answer
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
-from sparsight.modeling.build import build, scratch_language
+from sparsight.modeling.build import build, build_processor, language_folder, scratch_language, scratch_tokenizer
 from sparsight.modeling.encoders import count_flops
 from sparsight.modeling.scale import scale_tokens
 from sparsight.reporting import (
     Run,
     RunLog,
+    check_table,
     compare,
     environment,
     layer_table,
     read_run,
     render_table,
     write_analysis,
+    write_check,
     write_comparison,
     write_inspection,
     write_report,
@@ -202,9 +205,15 @@ def enter_stage(
             language_layers=recipe.language_layers,
             resize=recipe.resize,
         )
-    except OSError as error:  # transformers does not say which name it could not find
-        names = f"vision '{recipe.vision}'" + (f" or language '{language}'" if isinstance(language, str) else "")
-        raise ValueError(f"{names} cannot be loaded: {error}") from None
+    except OSError as error:
+        raise _not_loaded(recipe, error) from None
+
+
+def _not_loaded(recipe: Recipe, error: OSError) -> ValueError:
+    """transformers does not say which name it could not find."""
+    language = recipe.language
+    names = f"vision '{recipe.vision}'" + (f" or language '{language}'" if isinstance(language, str) else "")
+    return ValueError(f"{names} cannot be loaded: {error}")
 
 
 def stage_data(recipe: Recipe, stage: Stage) -> SceneData | ConversationData:
@@ -585,6 +594,76 @@ def _print_analysis(record: dict[str, Any], out: Path, console: Console) -> None
     console.print("\nSettings to start from, by simple rules, no measured optimum:\n")
     console.print(Text(advice["code"], style="bold"), soft_wrap=True)
     console.print(f"\nPage: [bold]{out / 'index.html'}[/], figures: {out / 'analysis.json'}")
+
+
+def check_data(recipe: Recipe, out: Path, workers: int, console: Console) -> dict[str, Any]:
+    """Look at every sample as the stage with most visual tokens would see it; no language model is built.
+
+    Args:
+        out: gets ``check.json`` and ``index.html``.
+        workers: processes that look at samples.
+
+    Returns:
+        What ``check.json`` holds: ``bad`` samples with reasons, those ``too_long`` for the language model, lengths.
+
+    Raises:
+        ValueError: the encoder or the tokenizer cannot be loaded, or the data cannot be opened at all.
+    """
+    recipe = recipe.model_copy(update={"on_bad_sample": "quarantine"})  # bad rows are to be told, all of them
+    tokenizer, context = _tokenizer(recipe, recipe.stages[0])
+    made = []
+    for stage in recipe.stages:
+        try:
+            processor = build_processor(
+                recipe.vision,
+                tokenizer,
+                stage.bridge,
+                image_size=stage.image_size,
+                vision_levels=recipe.vision_levels,
+                resize=recipe.resize,
+            )
+        except OSError as error:
+            raise _not_loaded(recipe, error) from None
+        made.append((processor.num_image_tokens, stage, processor))
+    _, stage, processor = max(made, key=lambda each: each[0])
+    source = open_source(stage_data(recipe, stage), stage.samples, stage.image_size, strict=False)
+    with Progress(console=console) as bar:
+        task = bar.add_task("looking at samples", total=len(source))
+        data = TrainingSet(source, processor, len(source))
+        found = check_rows(data, workers, lambda done: bar.update(task, completed=done))
+    name = recipe.data.path if isinstance(recipe.data, ConversationData) else "scenes"
+    made_by = {"recipe": recipe.name, "stage": stage.name, "data": name, "environment": environment()}
+    record = made_by | found.record(context) | {"visual_tokens_per_image": processor.num_image_tokens}
+    write_atomic(out / "check.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
+    shown = [source[row["row"]] for row in found.rows if row["images"]][:EXAMPLES]
+    write_check(record, [_shown(sample, source) for sample in shown], out / "index.html")
+    console.print(check_table(record))
+    for entry in record["bad"][:EXAMPLES]:
+        console.print(Text.assemble(("bad: ", "red"), f"{entry['id']}: {entry['reason']}"), soft_wrap=True)
+    if len(record["bad"]) > EXAMPLES:
+        console.print(f"and {len(record['bad']) - EXAMPLES} more")
+    console.print(f"Page: [bold]{out / 'index.html'}[/], figures: {out / 'check.json'}")
+    return record
+
+
+def _tokenizer(recipe: Recipe, stage: Stage) -> tuple[Any, int | None]:
+    """The language model's tokenizer, and how many positions it knows, if it says so."""
+    language = recipe.language
+    if isinstance(language, ScratchLanguage):
+        return scratch_tokenizer(language, _texts(recipe, stage)), language.context
+    try:
+        folder = language_folder(language)
+        context = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
+        return AutoTokenizer.from_pretrained(folder), context
+    except OSError as error:
+        raise _not_loaded(recipe, error) from None
+
+
+def _shown(sample: Sample, source: Source) -> dict[str, str]:
+    picture = source.picture(sample.images[0])
+    picture.thumbnail((320, 320))
+    parts = [part["text"] for message in sample.messages for part in message["content"] if part["type"] == "text"]
+    return {"id": sample.id, "text": " / ".join(parts)[:300], "image": _png(picture)}
 
 
 def builtin_recipe(name: str) -> Path:

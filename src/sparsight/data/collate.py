@@ -51,7 +51,8 @@ class TrainingSet(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row, replaced = index % len(self.source), []
+        row = index % len(self.source)
+        replaced: list[dict[str, Any]] = []
         draw = random.Random(f"{self.replace}/{index}")  # alike in every process, and after resume
         for _ in range(TRIES):
             try:
@@ -61,9 +62,8 @@ class TrainingSet(Dataset):
                     raise
                 replaced.append(bad.entry)
                 row = draw.randrange(len(self.source))
-        raise ValueError(
-            f"{replaced[0]['reason']}. {TRIES - 1} others in its place are bad, too: `sparsight data check`"
-        )
+        reason = replaced[0]["reason"]
+        raise ValueError(f"{reason}. {TRIES - 1} others, drawn in its place, are bad too: `sparsight data check`")
 
     def encode(self, row: int) -> dict[str, Any]:
         """One row of the source as an item.
@@ -71,14 +71,13 @@ class TrainingSet(Dataset):
         Raises:
             BadSampleError: its conversation or a picture cannot be read or learnt from.
         """
-        name = str(row)
+        sample = None
         try:
             sample = self.source[row]
-            name = sample.id
             return self._item(sample)
         except (ValueError, OSError) as error:
-            bad = BadSampleError(str(error) if name == str(row) else f"sample '{name}': {error}")
-            bad.entry = {"row": row, "id": name, "reason": str(error)}
+            bad = BadSampleError(f"sample '{sample.id}': {error}" if sample else str(error))
+            bad.entry = {"row": row, "id": sample.id if sample else str(row), "reason": str(error)}
             raise bad from None
 
     def _item(self, sample: Sample) -> dict[str, Any]:
@@ -94,7 +93,10 @@ class TrainingSet(Dataset):
 
 
 class Collator:
-    """Pads at the right and stacks. Samples may have 0 to k images. ``replaced``, for the trainer: the bad samples' entries."""
+    """Pads at the right and stacks. Samples may have 0 to k images.
+
+    ``replaced`` in a batch is for the trainer: the entries of bad samples, if there were any.
+    """
 
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id

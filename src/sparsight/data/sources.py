@@ -260,8 +260,8 @@ def _check(messages: list[dict[str, Any]], images: list[str], where: str) -> Non
 def open_source(
     data: SceneData | ConversationData, length: int, image_size: int, offset: int = 0, strict: bool = True
 ) -> Source:
-    """The training source of a stage: ``length`` conversations, behind the ``offset`` of earlier stages. Not ``strict``:
-    a bad row raises ValueError when it is asked for."""
+    """The training source of a stage: ``length`` conversations, behind the ``offset`` of earlier stages.
+    Not ``strict``: a bad row raises ValueError when it is asked for."""
     if isinstance(data, SceneData):
         return SceneSource(data, length, image_size=image_size, offset=offset)
     return ConversationSource(data, strict)

@@ -235,15 +235,11 @@ def _native_size(encoder: nn.Module, image_processor: Any) -> int:
 
 
 def _language(language: Any, tokenizer: Any, layers: int | None) -> tuple[Any, Any]:
-    if language == "smollm2-135m":
-        folder = assets.smollm2_folder()
-        if folder is None:
-            raise ValueError("smollm2-135m: not found on this computer; run\n  make assets")
-        language = str(folder)
     if isinstance(language, str | Path):
+        language = language_folder(str(language))
         extra = {} if layers is None else {"num_hidden_layers": layers}
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(str(language))
-        language = AutoModelForCausalLM.from_pretrained(str(language), **extra)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(language)
+        language = AutoModelForCausalLM.from_pretrained(language, **extra)
     elif isinstance(language, PreTrainedConfig):
         if layers is not None:
             language.num_hidden_layers = layers
@@ -259,12 +255,7 @@ def _language(language: Any, tokenizer: Any, layers: int | None) -> tuple[Any, A
         )
     if tokenizer is None:
         raise ValueError("give tokenizer= too, when the language model is a config or a module")
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"{language.name_or_path or type(language).__name__}: its tokenizer has no chat template, so nothing says "
-            "what a question and an answer look like. Set tokenizer.chat_template and give tokenizer="
-        )
-    tokenizer.chat_template = multimodal_template(tokenizer.chat_template)
+    tokenizer.chat_template = _template(tokenizer)
     return language, tokenizer
 
 
@@ -277,12 +268,57 @@ def multimodal_template(template: str) -> str:
     return template if knows_images else FLATTEN + template
 
 
+def build_processor(
+    vision: Any,
+    tokenizer: Any,
+    bridge: Any,
+    *,
+    image_size: int | None = None,
+    vision_levels: Sequence[int] | None = None,
+    resize: str | None = None,
+) -> SparsightProcessor:
+    """The processor that `build` would make, without a language model. Arguments and errors as there."""
+    encoder, image_processor = _vision(vision, None)
+    side = image_size or _native_size(encoder, image_processor)
+    level = probe(encoder, side, vision_levels)[0]
+    tokenizer.chat_template = _template(tokenizer)
+    _add_image_token(None, tokenizer)
+    set_image_size(image_processor, side, resize)
+    tokens = bridge_settings(bridge).visual_tokens((level.shape[1], level.shape[2]))
+    return SparsightProcessor(
+        image_processor, tokenizer, chat_template=tokenizer.chat_template, num_image_tokens=tokens
+    )
+
+
+def _template(tokenizer: Any) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{tokenizer.name_or_path}: its tokenizer has no chat template, so nothing says what a question and an "
+            "answer look like. Set tokenizer.chat_template and give tokenizer="
+        )
+    return multimodal_template(tokenizer.chat_template)
+
+
+def language_folder(language: str) -> str:
+    """Where a named language model lies.
+
+    Raises:
+        ValueError: the embedded one is not installed.
+    """
+    if language != "smollm2-135m":
+        return language
+    folder = assets.smollm2_folder()
+    if folder is None:
+        raise ValueError("smollm2-135m: not found on this computer; run\n  make assets")
+    return str(folder)
+
+
 def _add_image_token(lm: Any, tokenizer: Any) -> None:
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if len(tokenizer) > lm.get_input_embeddings().weight.shape[0]:
+    if lm is not None and len(tokenizer) > lm.get_input_embeddings().weight.shape[0]:
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
 
 
@@ -310,13 +346,8 @@ def _check_logits(lm: Any, model: SparsightForConditionalGeneration) -> None:
         )
 
 
-def scratch_language(
-    settings: ScratchLanguage, texts: Iterable[str]
-) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-    """A small Qwen3 with random weights, and a byte-level BPE tokenizer learnt from ``texts`` (digits apart).
-
-    Its normalised queries and keys let so small a model take large learning rates.
-    """
+def scratch_tokenizer(settings: ScratchLanguage, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer learnt from ``texts`` (digits apart)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     special = ["<|pad|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", IMAGE_TOKEN]
@@ -340,6 +371,17 @@ def scratch_language(
         clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = FLATTEN + LEAN
+    return tokenizer
+
+
+def scratch_language(
+    settings: ScratchLanguage, texts: Iterable[str]
+) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
+    """A small Qwen3 with random weights, and its `scratch_tokenizer`.
+
+    Its normalised queries and keys let so small a model take large learning rates.
+    """
+    tokenizer = scratch_tokenizer(settings, texts)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden,

@@ -53,8 +53,8 @@ class Quarantine:
         if new and len(self.bad) > max(FEW, self.most * seen):
             last = next(reversed(self.bad.values()))
             raise ValueError(
-                f"stage '{self.stage.name}', step {step}: {len(self.bad)} of {seen} samples seen are bad, and max_bad is "
-                f"{self.most:g}; the last one: id {last['id']}: {last['reason']}. All are in {self.file}. "
+                f"stage '{self.stage.name}', step {step}: {len(self.bad)} of {seen} samples seen are bad, and max_bad "
+                f"is {self.most:g}; the last one: id {last['id']}: {last['reason']}. All are in {self.file}. "
                 "`sparsight data check` finds them beforehand; or raise max_bad"
             )
 
