@@ -184,10 +184,14 @@ def set_image_size(image_processor: Any, side: int, resize: str | None = None) -
     for key, value in (values | {"crop_size": square, "pad_size": square, "do_image_splitting": False}).items():
         if value or hasattr(image_processor, key):
             setattr(image_processor, key, value)
+    made: Any
     for size in ((4 * side, side), (side, 4 * side)):  # some classes have a resizing of their own
-        shape = tuple(image_processor(Image.new("RGB", size), return_tensors="pt")["pixel_values"].shape)
-        if shape != (1, 3, side, side):
-            raise ValueError(f"resize: {resize}: {name} makes {shape} of a picture, expected {(1, 3, side, side)}")
+        try:
+            made = tuple(image_processor(Image.new("RGB", size), return_tensors="pt")["pixel_values"].shape)
+        except Exception as error:
+            made = error
+        if made != (1, 3, side, side):
+            raise ValueError(f"resize: {resize}: {name} makes {made} of a picture, expected {(1, 3, side, side)}")
 
 
 def _vision(vision: Any, image_processor: Any) -> tuple[nn.Module, Any]:

@@ -15,7 +15,7 @@ from sparsight.reporting.page import write_page
 SHOWN = 500  # bad samples on the page; check.json has all
 
 
-def check_rows_shown(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+def figures_of(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(what, figure) of a check, in the order to be read."""
     lengths = record["lengths"]
     middle, tail, far = (f"{lengths['quantiles'][share]:.0f}" for share in ("0.5", "0.9", "0.99"))
@@ -36,11 +36,11 @@ def check_rows_shown(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def check_table(record: Mapping[str, Any]) -> Table:
-    """`check_rows_shown` for the terminal."""
+    """`figures_of` for the terminal."""
     table = Table(title=Text(f"{record['data']}, as stage {record['stage']} of {record['recipe']} sees it"))
     table.add_column("")
     table.add_column("", justify="right")
-    for what, figure in check_rows_shown(record):
+    for what, figure in figures_of(record):
         table.add_row(what, Text(figure))
     return table
 
@@ -68,7 +68,7 @@ def write_check(record: Mapping[str, Any], examples: Sequence[Mapping[str, str]]
         "check.html.j2",
         [{"id": "lengths", "data": [bars], "layout": axes | {"height": 360}}],
         record=record,
-        rows=check_rows_shown(record),
+        rows=figures_of(record),
         bad=record["bad"][:SHOWN],
         too_long=record["too_long"][:SHOWN],
         shown=SHOWN,
