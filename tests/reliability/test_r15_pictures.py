@@ -241,7 +241,7 @@ def damaged(number: int) -> bytes:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_200_damaged_files(tmp_path: Path, write: Callable[..., Recipe]) -> None:
-    """No crash, and the same ones bad in the check and in the run. Measured: 82 of 200."""
+    """No crash, and the same ones bad in the check and in the run. Measured: 121 of 200."""
     files = {f"{number}.img": damaged(number) for number in range(200)}
     recipe = write(files, max_bad=1, workers=2, stages=[stage_values(samples=200, batch_size=20, checkpoints=0)])
     record = check_data(recipe, tmp_path / "check", 2, quiet())
