@@ -39,6 +39,7 @@ SURFACE = {
     "analyze": ["model", "--data", "--images", "--samples", "--out"],
     "doctor": [],
     "data preview": ["recipe", "overrides", "--out", "--n"],
+    "data check": ["recipe", "overrides", "--out", "--workers"],
 }
 HEAVY = {"torch", "transformers", "accelerate", "peft", "pydantic", "yaml", "numpy", "PIL", "rich", "plotly"}
 NO_SCORES = {"kind": "none"}

@@ -181,6 +181,24 @@ def preview(
     Console().print(f"wrote [bold]{out}[/]")
 
 
+@data_app.command()
+def check(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe")],
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="folder for the page and check.json")] = Path("check"),
+    workers: Annotated[int, typer.Option(help="processes that look at samples", min=0)] = 2,
+) -> None:
+    """Look at all samples of a recipe: which are bad and why, and how long they are. Exit code 1 if any is bad."""
+    from sparsight.config import load_recipe
+
+    settings = load_recipe(recipe, overrides)
+    from sparsight.pipeline import check_data
+
+    record = check_data(settings, out, workers, _console())
+    if record["bad"] or record["too_long"]:
+        raise typer.Exit(1)
+
+
 @app.command()
 def doctor() -> None:
     """Show versions, devices and assets, what is missing, and the command that mends it."""

@@ -364,9 +364,14 @@ class Recipe(Settings):
     )
     language: str | ScratchLanguage = "smollm2-135m"
     language_layers: int | None = Field(None, ge=1, description="keep only the first layers of the language model")
+    resize: Literal["square", "pad", "crop", "keep"] | None = Field(
+        None, description="how pictures come to image_size; square if not given, keep for a native-resolution encoder"
+    )
     precision: Literal["bf16", "fp32"] = "bf16"
     data: Data = SceneData()
     workers: int = Field(1, ge=0, description="processes that load data")
+    on_bad_sample: Literal["error", "quarantine"] = Field("error", description="quarantine: another one in its place")
+    max_bad: float = Field(0.01, ge=0, le=1, description="share of the samples seen above which quarantine stops")
     stages: tuple[Stage, ...] = Field(min_length=1)
     evaluation: Evaluation = Evaluation()
 
@@ -375,6 +380,12 @@ class Recipe(Settings):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stages need different names, found {names}")
+        cached = [stage.name for stage in self.stages if stage.cache_features]
+        if cached and self.on_bad_sample == "quarantine":
+            raise ValueError(
+                f"on_bad_sample: quarantine, but the stages {cached} cache the features of all pictures before they "
+                "train: set cache_features: false, or take out what `sparsight data check` finds"
+            )
         return self
 
 

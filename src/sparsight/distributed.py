@@ -14,6 +14,15 @@ def several_ranks() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether any rank says so; the same answer on all."""
+    if not several_ranks():
+        return flag
+    found = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return bool(found)
+
+
 def touched(x: torch.Tensor, parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     """``x``, through which each of ``parameters`` that trains gets a gradient of zero, if it gets no other.
 

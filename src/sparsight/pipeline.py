@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import shutil
 import time
 from collections.abc import Hashable, Iterator, Sequence
@@ -15,33 +16,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, PreTrainedConfig
 
 from sparsight.config import Comparison, ConversationData, Data, Evaluation, Recipe, SceneData, ScratchLanguage, Stage
 from sparsight.cost import Trains
-from sparsight.data.cache import FeatureCache, build_cache, cache_name
+from sparsight.data.cache import FeatureCache, build_cache, picture_rows
+from sparsight.data.check import check_rows
 from sparsight.data.collate import TrainingSet
 from sparsight.data.images import load_image
 from sparsight.data.scenes import ScenesDataset, chance
 from sparsight.data.sources import Sample, Source, open_source, scene_config
 from sparsight.evaluation.scenes import Scores, evaluate_scenes, score_answer
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
-from sparsight.modeling.build import build, scratch_language
+from sparsight.modeling.build import build, build_processor, language_folder, scratch_language, scratch_tokenizer
 from sparsight.modeling.encoders import count_flops
 from sparsight.modeling.scale import scale_tokens
 from sparsight.reporting import (
     Run,
     RunLog,
+    check_table,
     compare,
     environment,
     layer_table,
     read_run,
     render_table,
     write_analysis,
+    write_check,
     write_comparison,
     write_inspection,
     write_report,
@@ -49,6 +54,7 @@ from sparsight.reporting import (
 from sparsight.reporting.comparison import write_atomic
 from sparsight.reporting.runlog import step_seconds
 from sparsight.sparse.analysis import Analysis, measure, suggest
+from sparsight.training.quarantine import Quarantine
 from sparsight.training.stages import PartPlan, add_lora, merge_lora, select_trainable
 from sparsight.training.trainer import StepCounter, plan_stage, train_stage
 
@@ -71,12 +77,17 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache
         FileExistsError: ``out`` holds a run and ``resume`` is off.
         ValueError: ``resume`` with a recipe that differs from the run's.
     """
-    session = Session(recipe, out, _open_log(recipe, out, resume), console, resume, cache_root or out / "cache")
+    ranks = PartialState()
+    main = ranks.is_main_process  # it alone writes and tells
+    log = _open_log(recipe, out, resume) if main else RunLog(Path(os.devnull), append=True)
+    console = console if main else Console(quiet=True)
+    session = Session(recipe, out, log, console, resume, cache_root or out / "cache", main)
     model: SparsightForConditionalGeneration | None = None
     processor: SparsightProcessor | None = None
     offset = 0
     with session.log:
         for stage in recipe.stages:
+            ranks.wait_for_everyone()
             saved = out / stage.name / "model"
             if resume and saved.is_dir():
                 console.print(f"stage [bold]{stage.name}[/]: done already")
@@ -84,11 +95,12 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache
             else:
                 model, processor = enter_stage(recipe, stage, model, processor, console)
                 _run_stage(session, stage, offset, model, processor)
-                _save(model, processor, recipe, saved)
+                if main:
+                    _save(model, processor, recipe, saved)
             offset += stage.samples
         assert model is not None and processor is not None
         final = out / recipe.stages[-1].name / "model"
-        if recipe.evaluation.kind == "scenes":
+        if main and recipe.evaluation.kind == "scenes":
             _score(session, model, processor, str(final))
     return final
 
@@ -103,6 +115,7 @@ class Session:
     console: Console
     resume: bool
     cache_root: Path
+    main: bool = True  # of all ranks
 
 
 def _open_log(recipe: Recipe, out: Path, resume: bool) -> RunLog:
@@ -200,10 +213,17 @@ def enter_stage(
             image_size=stage.image_size,
             vision_levels=recipe.vision_levels,
             language_layers=recipe.language_layers,
+            resize=recipe.resize,
         )
-    except OSError as error:  # transformers does not say which name it could not find
-        names = f"vision '{recipe.vision}'" + (f" or language '{language}'" if isinstance(language, str) else "")
-        raise ValueError(f"{names} cannot be loaded: {error}") from None
+    except OSError as error:
+        raise _not_loaded(recipe, error) from None
+
+
+def _not_loaded(recipe: Recipe, error: OSError) -> ValueError:
+    """transformers does not say which name it could not find."""
+    language = recipe.language
+    names = f"vision '{recipe.vision}'" + (f" or language '{language}'" if isinstance(language, str) else "")
+    return ValueError(f"{names} cannot be loaded: {error}")
 
 
 def stage_data(recipe: Recipe, stage: Stage) -> Data:
@@ -236,12 +256,15 @@ def max_length(stage: Stage, language: PreTrainedConfig) -> int | None:
 
 
 def _texts(recipe: Recipe, stage: Stage) -> list[str]:
-    """What a scratch language model's tokenizer is learnt from."""
-    source = open_source(recipe.data, 3000, stage.image_size)
+    """What a scratch language model's tokenizer is learnt from; bad samples are told where they are trained on."""
+    source = open_source(recipe.data, 3000, stage.image_size, strict=recipe.on_bad_sample == "error")
     texts = []
     for index in range(min(3000, len(source))):
-        for message in source[index].messages:
-            texts += [part["text"] for part in message["content"] if part["type"] == "text"]
+        try:
+            messages = source[index].messages
+        except ValueError:
+            continue
+        texts += [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
     return texts
 
 
@@ -257,9 +280,18 @@ def _run_stage(
     plan = select_trainable(model, stage)
     config = model.config
     _print_stage(stage, plan, config.num_image_tokens, console)
-    source = open_source(stage_data(recipe, stage), stage.samples, stage.image_size, offset)
-    limit = max_length(stage, config.text_config)
-    data = TrainingSet(source, processor, stage.samples, None, limit, stage.on_too_long == "drop_sample")
+    quarantined = recipe.on_bad_sample == "quarantine"
+    source = open_source(stage_data(recipe, stage), offset + stage.samples, stage.image_size, strict=not quarantined)
+    data = TrainingSet(
+        source,
+        processor,
+        stage.samples,
+        offset=offset,
+        max_length=max_length(stage, config.text_config),
+        drop_too_long=stage.on_too_long == "drop_sample",
+        replace_bad=quarantined,
+        seed=recipe.seed,
+    )
     folder = session.out / stage.name / "checkpoints"
     steps = plan_stage(data, recipe, stage, folder, console)
     log.write(
@@ -283,9 +315,14 @@ def _run_stage(
     trains = Trains("vision" in rates, "bridge" in rates, "language" in rates, stage.lora.rank if stage.lora else 0)
     start = time.perf_counter()
     counter = StepCounter(model, trains, encoder_flops)
-    began = train_stage(model, processor, data, steps, recipe, stage, folder, log, counter, console, session.resume)
+    quarantine = Quarantine(session.out / "quarantine.jsonl", recipe.max_bad, session.main)
+    began = train_stage(
+        model, processor, data, steps, recipe, stage, folder, log, counter, console, session.resume, quarantine
+    )
     seconds = time.perf_counter() - start
     merge_lora(lora)
+    if not session.main:
+        return
     done = next(logged.steps for logged in read_run(log.path).stages if logged.name == stage.name)
     # A resumed stage also took what its steps before the checkpoint took.
     seconds += sum(step_seconds(step) for step in done if step["step"] <= began)
@@ -315,31 +352,53 @@ def _cached(
     source: Source,
     encoder_flops: float,
 ) -> tuple[FeatureCache, Encoding]:
-    recipe, log = session.recipe, session.log
-    weights = hashlib.sha256()
+    log, made_of = session.log, hashlib.sha256()
     for tensor in model.model.vision_tower.state_dict().values():
-        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    pictures = recipe.data.model_dump_json(exclude={"tasks", "questions"})
-    made_of = [weights.hexdigest(), pictures, stage.image_size, model.config.vision_levels]
-    keys = list(source.keys())  # part of the name: a row belongs to a picture by its place among them
-    folder = session.cache_root / cache_name(json.dumps([*made_of, keys, processor.image_processor.to_json_string()]))
+        made_of.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    rows, contents = picture_rows(source.keys(), source.fingerprint)
+    made_of.update(f"{contents} {model.config.vision_levels} {processor.image_processor.to_json_string()}".encode())
+    folder = session.cache_root / made_of.hexdigest()[:16]
+    pictures = len(set(rows.values()))
 
     def encode(part: Sequence[Hashable]) -> tuple[torch.Tensor, ...]:
-        pictures = [source.picture(key) for key in part]
-        return model.model.encode_images(**processor.image_processor(pictures, return_tensors="pt").to(model.device))
+        pixels = processor.pixels([source.picture(key) for key in part])
+        return model.model.encode_images(**pixels.to(model.device))
 
     model.eval()
-    with Progress(console=session.console) as bar, autocast(recipe.precision, model.device):
-        task = bar.add_task("encoding pictures", total=len(keys))
-        cache = build_cache(folder, keys, encode, lambda n: bar.update(task, completed=n))
-        bar.update(task, completed=len(keys))
+    with (
+        PartialState().main_process_first(),
+        Progress(console=session.console) as bar,
+        autocast(session.recipe.precision, model.device),
+    ):
+        task = bar.add_task("encoding pictures", total=pictures)
+        cache = build_cache(folder, rows, encode, lambda n: bar.update(task, completed=n))
+        bar.update(task, completed=pictures)
+    _tell_whether_it_pays(cache, list(rows), stage, session.console)
+    if not session.main:
+        return cache, Encoding(0.0, 0.0)
     # Every run is charged once for what its cache took, also when another run has built it: alone, it would have to.
     lines = log.path.read_text(encoding="utf-8").splitlines()
     logged = [json.loads(line) for line in lines if line.startswith('{"type": "cache"') and line.endswith("}")]
     paid = any(record.get("folder") == str(folder) and record.get("stage") != stage.name for record in logged)
-    cost = Encoding(0.0, 0.0) if paid else Encoding(cache.seconds, encoder_flops * len(keys))
-    log.write("cache", stage=stage.name, folder=str(folder), pictures=len(keys), seconds=cost.seconds, flops=cost.flops)
+    cost = Encoding(0.0, 0.0) if paid else Encoding(cache.seconds, encoder_flops * pictures)
+    log.write("cache", stage=stage.name, folder=str(folder), pictures=pictures, seconds=cost.seconds, flops=cost.flops)
     return cache, cost
+
+
+def _tell_whether_it_pays(cache: FeatureCache, keys: Sequence[Hashable], stage: Stage, console: Console) -> None:
+    """Encoding every picture once and reading it for each sample, against encoding it for each sample."""
+    start, some = time.perf_counter(), keys[:64]
+    for key in some:
+        cache.read([key])
+    reading, encoding = (time.perf_counter() - start) / len(some), cache.seconds / len(set(cache.rows.values()))
+    cached, plain = cache.seconds + stage.samples * reading, stage.samples * encoding
+    text = f"cached features: {encoding * 1e3:.1f} ms to encode a picture, {reading * 1e3:.1f} ms to read it"
+    if cached > plain:
+        text += (
+            f". This stage alone does not see them often enough for it to pay ({cached:.0f} s against {plain:.0f} s):"
+            " unless other stages or runs use them, set cache_features: false"
+        )
+    console.print(Text(text))
 
 
 def _save(
@@ -458,7 +517,7 @@ def inspect_checkpoint(folder: Path, image: Path | None, out: Path, console: Con
     model, processor = load(folder)
     name = image.name if image else "scene 0 of the test split"
     picture = load_image(image) if image else ScenesDataset(scene_config(_own_scenes(folder)), "test", 1).image(0)
-    pixels = processor.image_processor([picture], return_tensors="pt")
+    pixels = processor.pixels([picture])
     looks = {scale: maps[0].numpy() for scale, maps in model.model.attention_maps(**pixels).items()}
     if "image_grid_thw" in pixels:  # else maps are as large as the picture
         _, rows, columns = pixels["image_grid_thw"][0].tolist()
@@ -586,6 +645,76 @@ def _print_analysis(record: dict[str, Any], out: Path, console: Console) -> None
     console.print("\nSettings to start from, by simple rules, no measured optimum:\n")
     console.print(Text(advice["code"], style="bold"), soft_wrap=True)
     console.print(f"\nPage: [bold]{out / 'index.html'}[/], figures: {out / 'analysis.json'}")
+
+
+def check_data(recipe: Recipe, out: Path, workers: int, console: Console) -> dict[str, Any]:
+    """Look at every sample as the stage with most visual tokens would see it; no language model is built.
+
+    Args:
+        out: gets ``check.json`` and ``index.html``.
+        workers: processes that look at samples.
+
+    Returns:
+        What ``check.json`` holds: ``bad`` samples with reasons, those ``too_long`` for the language model, lengths.
+
+    Raises:
+        ValueError: the encoder or the tokenizer cannot be loaded, or the data cannot be opened at all.
+    """
+    recipe = recipe.model_copy(update={"on_bad_sample": "quarantine"})  # bad rows are to be told, all of them
+    tokenizer, context = _tokenizer(recipe, recipe.stages[0])
+    made = []
+    for stage in recipe.stages:
+        try:
+            processor = build_processor(
+                recipe.vision,
+                tokenizer,
+                stage.bridge,
+                image_size=stage.image_size,
+                vision_levels=recipe.vision_levels,
+                resize=recipe.resize,
+            )
+        except OSError as error:
+            raise _not_loaded(recipe, error) from None
+        made.append((processor.num_image_tokens, stage, processor))
+    _, stage, processor = max(made, key=lambda each: each[0])
+    source = open_source(stage_data(recipe, stage), stage.samples, stage.image_size, strict=False)
+    with Progress(console=console) as bar:
+        task = bar.add_task("looking at samples", total=len(source))
+        data = TrainingSet(source, processor, len(source))
+        found = check_rows(data, workers, lambda done: bar.update(task, completed=done))
+    name = recipe.data.path if isinstance(recipe.data, ConversationData) else "scenes"
+    made_by = {"recipe": recipe.name, "stage": stage.name, "data": name, "environment": environment()}
+    record = made_by | found.record(context) | {"visual_tokens_per_image": processor.num_image_tokens}
+    write_atomic(out / "check.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
+    shown = [source[row["row"]] for row in found.rows if row["images"]][:EXAMPLES]
+    write_check(record, [_shown(sample, source) for sample in shown], out / "index.html")
+    console.print(check_table(record))
+    for entry in record["bad"][:EXAMPLES]:
+        console.print(Text.assemble(("bad: ", "red"), f"{entry['id']}: {entry['reason']}"), soft_wrap=True)
+    if len(record["bad"]) > EXAMPLES:
+        console.print(f"and {len(record['bad']) - EXAMPLES} more")
+    console.print(f"Page: [bold]{out / 'index.html'}[/], figures: {out / 'check.json'}")
+    return record
+
+
+def _tokenizer(recipe: Recipe, stage: Stage) -> tuple[Any, int | None]:
+    """The language model's tokenizer, and how many positions it knows, if it says so."""
+    language = recipe.language
+    if isinstance(language, ScratchLanguage):
+        return scratch_tokenizer(language, _texts(recipe, stage)), language.context
+    try:
+        folder = language_folder(language)
+        context = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
+        return AutoTokenizer.from_pretrained(folder), context
+    except OSError as error:
+        raise _not_loaded(recipe, error) from None
+
+
+def _shown(sample: Sample, source: Source) -> dict[str, str]:
+    picture = source.picture(sample.images[0])
+    picture.thumbnail((320, 320))
+    parts = [part["text"] for message in sample.messages for part in message["content"] if part["type"] == "text"]
+    return {"id": sample.id, "text": " / ".join(parts)[:300], "image": _png(picture)}
 
 
 def builtin_recipe(name: str) -> Path:

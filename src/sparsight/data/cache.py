@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,14 @@ import torch
 
 
 class FeatureCache:
-    """Feature levels by picture key, memory-mapped from ``folder``."""
+    """Feature levels by picture key, memory-mapped from ``folder``.
 
-    def __init__(self, folder: Path, keys: Sequence[Hashable]) -> None:
-        self.rows = {key: row for row, key in enumerate(keys)}
+    Args:
+        rows: where each picture's features stand.
+    """
+
+    def __init__(self, folder: Path, rows: Mapping[Hashable, int]) -> None:
+        self.rows = rows
         self.folder = folder
         meta = json.loads((folder / "cache.json").read_text())
         self.seconds = float(meta["seconds"])  # what encoding took
@@ -35,24 +40,29 @@ class FeatureCache:
         return tuple(torch.from_numpy(level[rows].copy()).view(torch.bfloat16) for level in self.levels)
 
 
-def cache_name(fingerprint: str) -> str:
-    """A folder name from everything that the features depend on."""
-    return hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
+def picture_rows(keys: Sequence[Hashable], fingerprint: Callable[[Hashable], str]) -> tuple[dict[Hashable, int], str]:
+    """The row of each picture, one for all that are the same, and a name for the contents of all rows."""
+    found: dict[str, int] = {}
+    rows = {key: found.setdefault(fingerprint(key), len(found)) for key in keys}
+    return rows, hashlib.sha256("\n".join(found).encode()).hexdigest()
 
 
 @torch.no_grad()
 def build_cache(
     folder: Path,
-    keys: Sequence[Hashable],
+    rows: Mapping[Hashable, int],
     encode: Callable[[Sequence[Hashable]], Sequence[torch.Tensor]],
     progress: Callable[[int], None] = lambda done: None,
     batch_size: int = 8,
 ) -> FeatureCache:
-    """Encode every picture once; a folder that is complete is used as it is, one that is not is made anew.
+    """Encode every picture once; a folder that is there is used as it is.
+
+    Any number of processes may do so at once: each writes a folder of its own, and the first to be done gives it the
+    name.
 
     Args:
-        folder: where it lies; ``cache.json`` is written last, so that a cache that was cut short is seen.
-        keys: the pictures, in order.
+        folder: where it lies; its name says all that features depend on.
+        rows: from `picture_rows`.
         encode: keys -> feature levels, each (I, H, W, C); the same map size for all pictures.
         progress: told the number of pictures done.
         batch_size: pictures encoded together; small, for a CPU's caches.
@@ -61,8 +71,29 @@ def build_cache(
         ValueError: maps of several sizes, as native-resolution encoders give them.
     """
     if (folder / "cache.json").is_file():
-        return FeatureCache(folder, keys)
-    folder.mkdir(parents=True, exist_ok=True)
+        return FeatureCache(folder, rows)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
+    try:
+        first = {row: key for key, row in reversed(list(rows.items()))}
+        _write(partial, [first[row] for row in range(len(first))], encode, progress, batch_size)
+        try:
+            partial.rename(folder)
+        except OSError:  # another process was faster
+            if not (folder / "cache.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return FeatureCache(folder, rows)
+
+
+def _write(
+    folder: Path,
+    keys: Sequence[Hashable],
+    encode: Callable[[Sequence[Hashable]], Sequence[torch.Tensor]],
+    progress: Callable[[int], None],
+    batch_size: int,
+) -> None:
     begun = time.perf_counter()
     maps: list[np.memmap] = []
     for start in range(0, len(keys), batch_size):
@@ -83,9 +114,5 @@ def build_cache(
         progress(start + len(part))
     for memory in maps:
         memory.flush()
-    written = folder / f"cache.{os.getpid()}.tmp"
-    written.write_text(
-        json.dumps({"shapes": [memory.shape for memory in maps], "seconds": time.perf_counter() - begun})
-    )
-    written.replace(folder / "cache.json")
-    return FeatureCache(folder, keys)
+    meta = {"shapes": [memory.shape for memory in maps], "seconds": time.perf_counter() - begun}
+    (folder / "cache.json").write_text(json.dumps(meta))

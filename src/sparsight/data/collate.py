@@ -6,7 +6,8 @@ Shapes: B samples, T positions, I images in the whole batch, H x W patches, C ch
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,31 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from sparsight.data.batching import pack
 from sparsight.data.cache import FeatureCache
-from sparsight.data.chat import Encoded, TooLong, encode_conversation
+from sparsight.data.chat import TooLong, encode_conversation
 from sparsight.data.sources import Sample, Source
+
+TRIES = 50
+
+
+class BadSampleError(ValueError):
+    """A sample that cannot be learnt from: ``entry`` has its row in the source, id and reason, and whether it was too
+    long where the recipe drops such."""
+
+    entry: dict[str, Any]
 
 
 class TrainingSet(Dataset):
     """A source, encoded for a processor. Pictures come as pixels, or as cached features of a frozen encoder.
 
-    A sample of more than ``max_length`` tokens raises: `TooLong` if such are to be dropped, else ValueError.
+    The source starts again at its end. In place of a sample that is to be replaced another is drawn, by the seed and
+    the place alone, the next if that is bad too; the item's ``replaced`` has the entries of the bad ones.
+
+    Args:
+        length: items.
+        offset: conversations that earlier stages have had; item 0 is the one behind them.
+        max_length: tokens that a sample may have, visual ones included.
+        drop_too_long: replace longer ones; else they are bad samples.
+        replace_bad: replace bad samples; else they are errors (`BadSampleError`).
     """
 
     def __init__(
@@ -34,59 +52,109 @@ class TrainingSet(Dataset):
         processor: Any,
         length: int,
         cache: FeatureCache | None = None,
+        *,
+        offset: int = 0,
         max_length: int | None = None,
         drop_too_long: bool = False,
+        replace_bad: bool = False,
+        seed: int = 0,
     ) -> None:
         self.source = source
         self.processor = processor
         self.length = length
+        self.offset = offset
         self.cache = cache
         self.max_length = max_length
         self.drop_too_long = drop_too_long
+        self.replace_bad = replace_bad
+        self.seed = seed
+
+    @property
+    def replaces(self) -> bool:
+        """Whether any sample may be replaced by another."""
+        return self.replace_bad or self.drop_too_long
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = self.source[index % len(self.source)]
+        item, replaced = self._first_good(index, self.encode)
+        return item | ({"replaced": replaced} if replaced else {})
+
+    def _first_good(self, index: int, read: Callable[[int], Any]) -> tuple[Any, list[dict[str, Any]]]:
+        """What ``read`` makes of item ``index``'s row, or of the first good one in its place; entries of the bad."""
+        replaced: list[dict[str, Any]] = []
+        for row in self._candidates(index):
+            try:
+                return read(row), replaced
+            except BadSampleError as bad:
+                if not (self.replace_bad or bad.entry["dropped"]):
+                    raise
+                replaced.append(bad.entry)
+        reason = replaced[0]["reason"]
+        raise ValueError(f"{reason}. {TRIES - 1} others, drawn in its place, are bad too: `sparsight data check`")
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        yield (index + self.offset) % len(self.source)
+        draw = random.Random(f"{self.seed}/{index}")  # alike in every process, and after resume
+        for _ in range(TRIES - 1):
+            yield draw.randrange(len(self.source))
+
+    def encode(self, row: int, text_alone: bool = False) -> dict[str, Any]:
+        """One row of the source as an item.
+
+        Args:
+            text_alone: without its pictures, which are not read.
+
+        Raises:
+            BadSampleError: its conversation or a picture cannot be read or learnt from.
+        """
+        sample = None
         try:
-            encoded = self._encode(sample)
-            item: dict[str, Any] = {"id": sample.id, "input_ids": encoded.input_ids, "labels": encoded.labels}
-            if self.cache is not None:  # also of no picture: a batch of text then runs the bridge like any other
-                item["features"] = self.cache.read(sample.images)
-            elif sample.images:
-                pictures = [self.source.picture(key) for key in sample.images]
-                item["pixels"] = dict(self.processor.image_processor(pictures, return_tensors="pt"))
-        except ValueError as error:
-            kind = TooLong if isinstance(error, TooLong) else ValueError
-            raise kind(f"sample '{sample.id}': {error}") from None
-        return item
+            sample = self.source[row]
+            item = self._text(sample)
+            return item if text_alone else item | self._pictures(sample)
+        except (ValueError, OSError) as error:
+            bad = BadSampleError(f"sample '{sample.id}': {error}" if sample else str(error))
+            name = sample.id if sample else str(row)
+            bad.entry = {"row": row, "id": name, "reason": str(error), "dropped": isinstance(error, TooLong)}
+            raise bad from None
 
-    def _check_length(self, ids: list[int]) -> None:
-        if self.max_length is not None and len(ids) > self.max_length:
-            visual = ids.count(self.processor.image_token_id)
-            raise (TooLong if self.drop_too_long else ValueError)(
-                f"{len(ids)} tokens, {visual} of them visual; expected {self.max_length} (max_length) at most. Shorten "
-                "it, raise max_length, take a layout with fewer visual tokens, or set on_too_long: drop_sample"
-            )
-
-    def _encode(self, sample: Sample) -> Encoded:
+    def _text(self, sample: Sample) -> dict[str, Any]:
         processor = self.processor
-        return encode_conversation(
+        encoded = encode_conversation(
             processor.tokenizer, sample.messages, processor.image_token, processor.num_image_tokens
         )
+        if self.max_length is not None and len(encoded.input_ids) > self.max_length:
+            visual = encoded.input_ids.count(processor.image_token_id)
+            raise (TooLong if self.drop_too_long else ValueError)(
+                f"{len(encoded.input_ids)} tokens, {visual} of them visual; expected {self.max_length} (max_length) at "
+                "most. Shorten it, raise max_length, take a layout with fewer visual tokens, or set on_too_long: "
+                "drop_sample"
+            )
+        return {"id": sample.id, "input_ids": encoded.input_ids, "labels": encoded.labels}
+
+    def _pictures(self, sample: Sample) -> dict[str, Any]:
+        if self.cache is not None:  # also of no picture: a batch of text then runs the bridge like any other
+            return {"features": self.cache.read(sample.images)}
+        if not sample.images:
+            return {}
+        return {"pixels": dict(self.processor.pixels([self.source.picture(key) for key in sample.images]))}
 
     def lengths(self, file: Path, progress: Callable[[int], None] = lambda done: None) -> np.ndarray:
-        """Positions of each sample, visual tokens included; no picture is read. Kept in ``file``, for the next time."""
-        if file.is_file():
-            return np.load(file)
+        """Positions of each item, visual tokens included; no picture is read. Kept in ``file``, for the next time."""
+        if file.is_file() and len(kept := np.load(file)) == self.length:
+            return kept
+        known: dict[int, int] = {}
+
+        def measure(row: int) -> int:
+            if row not in known:
+                known[row] = len(self.encode(row, text_alone=True)["input_ids"])
+            return known[row]
+
         found = np.zeros(self.length, dtype=np.int32)
         for index in range(self.length):
-            sample = self.source[index % len(self.source)]
-            try:
-                found[index] = len(self._encode(sample).input_ids)
-            except ValueError as error:
-                raise ValueError(f"sample '{sample.id}': {error}") from None
+            found[index] = self._first_good(index, measure)[0]
             if index % 64 == 0:
                 progress(index)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +169,8 @@ class Collator:
 
     With ``packing``, samples share rows as long as the longest one (or ``pack_length``), without attention across them:
     places start anew with each, and there is no mask, as transformers tells packed rows. What the trainer wants to know
-    stands under "info" and is not for the model: numbers of samples and of positions that are no padding.
+    stands under "info" and is not for the model: ids of the samples, the number of positions that are no padding, and
+    entries of bad samples that were replaced.
     """
 
     def __init__(self, pad_token_id: int, packing: bool = False, pack_length: int | None = None) -> None:
@@ -114,7 +183,11 @@ class Collator:
             rows = pack(lengths, max(*lengths, self.pack_length or 0))
             items = [items[number] for row in rows for number in row]
         batch: dict[str, Any] = self._stacked(items, [len(row) for row in rows])
-        batch["info"] = {"samples": len(items), "filled": sum(lengths), "ids": [item["id"] for item in items]}
+        batch["info"] = {
+            "ids": [item["id"] for item in items],
+            "filled": sum(lengths),
+            "replaced": [entry for item in items for entry in item.get("replaced", [])],
+        }
         pixels = [item["pixels"] for item in items if "pixels" in item]
         features = [item["features"] for item in items if "features" in item]
         if pixels:  # and the grids of a native-resolution encoder

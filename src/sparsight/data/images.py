@@ -1,34 +1,56 @@
-"""Pictures from files."""
+"""Pictures from files, bytes, or as they are."""
 
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Refused from the header, before anything is decoded: 150 megapixels are 600 MB in memory.
+MAX_PIXELS = 150_000_000
 
 
-def load_image(path: str | Path, content: bytes | None = None) -> Image.Image:
-    """Read a picture as RGB: turned as its EXIF says, transparency laid on white, 16 bits brought to 8.
+def load_image(source: str | Path | bytes | Image.Image, name: str | None = None) -> Image.Image:
+    """A picture as RGB: turned as its EXIF says, transparency laid on white, 16 bits brought to 8, an animation's first
+    frame. What is in the file counts, not how its name ends.
 
     Args:
-        content: the picture's bytes where it is no file of its own; ``path`` then names it in messages.
+        source: a file, a file's bytes, or an opened picture.
+        name: what messages call it; the path if not given.
 
     Raises:
-        ValueError: the file is missing or cannot be read, or has 32-bit pixels; the message names it.
+        ValueError: the file is missing or cannot be read, has 32-bit pixels, or more than `MAX_PIXELS`; the message
+            names it.
     """
+    name = name or (str(source) if isinstance(source, str | Path) else "picture")
     try:
-        with Image.open(path if content is None else io.BytesIO(content)) as opened:
-            picture = _eight_bits(ImageOps.exif_transpose(opened), opened.format)
-            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            return picture.convert("RGB")
+        if isinstance(source, Image.Image):
+            return _rgb(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit decides
+            opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        with opened:
+            return _rgb(opened)
     except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as a picture: {error}") from None
+        raise ValueError(f"{name}: there is no such file") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{name}: cannot be read as a picture: empty, or in no format that is known") from None
+    except Exception as error:  # decoders raise all kinds of errors over broken bytes: KeyError, struct.error, ...
+        raise ValueError(f"{name}: cannot be read as a picture: {error or type(error).__name__}") from None
+
+
+def _rgb(opened: Image.Image) -> Image.Image:
+    width, height = opened.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS:,}; make it smaller")
+    picture = _eight_bits(ImageOps.exif_transpose(opened), opened.format)
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
 
 
 def _eight_bits(picture: Image.Image, file_format: str | None) -> Image.Image:

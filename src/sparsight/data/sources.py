@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -44,6 +45,10 @@ class Source(Protocol):
 
     def picture(self, key: Any) -> Image.Image: ...
 
+    def fingerprint(self, key: Any) -> str:
+        """Equal for pictures that are the same, and for those alone."""
+        ...
+
     def keys(self) -> Sequence[Hashable]:
         """Every picture's key, once."""
         ...
@@ -53,12 +58,9 @@ class SceneSource:
     """The embedded scenes as a source of ``length`` conversations about ``data.scenes`` pictures;
     a picture that comes again has other questions."""
 
-    def __init__(
-        self, data: SceneData, length: int, split: str = "train", image_size: int = 256, offset: int = 0
-    ) -> None:
+    def __init__(self, data: SceneData, length: int, split: str = "train", image_size: int = 256) -> None:
         self.config = scene_config(data, image_size)
-        self.offset = offset  # conversations that earlier stages have had
-        repeats = max(1, -(-(offset + length) // data.scenes))
+        repeats = max(1, -(-length // data.scenes))
         self.scenes = ScenesDataset(
             self.config, split, scenes=data.scenes, repeats=repeats, seed=data.seed, tasks=data.tasks, draw=False
         )
@@ -70,11 +72,13 @@ class SceneSource:
         return self.length
 
     def __getitem__(self, index: int) -> Sample:
-        index += self.offset
         return Sample(f"scenes/{self.split}/{index}", self.scenes.messages(index), (index % self.pictures,))
 
     def picture(self, key: int) -> Image.Image:
         return self.scenes.image(key)
+
+    def fingerprint(self, key: int) -> str:
+        return f"{self.config} {self.split} {self.scenes.seed} {key}"  # they are drawn from these alone
 
     def keys(self) -> Sequence[int]:
         return range(self.pictures)
@@ -87,63 +91,73 @@ def scene_config(data: SceneData, image_size: int = 256) -> SceneConfig:
 
 
 class RowSource:
-    """Rows with one conversation each, read when they are asked for. A source starts again at its end, and item 0 is
-    the one behind the ``offset`` conversations that earlier stages have had.
+    """Rows with one conversation each, read when they are asked for.
 
     Raises:
         ValueError: a row is not as expected; the message names the file, the row, the field, what was found and what
             was expected.
     """
 
-    def __init__(self, data: ConversationData, offset: int = 0) -> None:
-        self.path, self.offset = Path(data.path), offset
+    def __init__(self, data: ConversationData) -> None:
+        self.path = Path(data.path)
         own = self.path if self.path.is_dir() else self.path.parent
         self.folder = Path(data.images) if data.images else own
 
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def sample(self, number: int) -> Sample:
-        """The conversation of row ``number``."""
+    def __getitem__(self, row: int) -> Sample:
         raise NotImplementedError
 
-    def __getitem__(self, index: int) -> Sample:
-        return self.sample((index + self.offset) % len(self))
+    def content(self, key: Any) -> tuple[bytes, str]:
+        """A picture's file, and what messages call it."""
+        path = self.folder / key
+        try:
+            return path.read_bytes(), str(path)
+        except FileNotFoundError:
+            raise ValueError(f"{path}: there is no such file") from None
 
     def picture(self, key: Any) -> Image.Image:
-        return load_image(self.folder / key)
+        return load_image(*self.content(key))
+
+    def fingerprint(self, key: Any) -> str:
+        return hashlib.sha256(self.content(key)[0]).hexdigest()
 
     def keys(self) -> Sequence[Hashable]:
-        return list(dict.fromkeys(key for number in range(len(self)) for key in self.sample(number).images))
+        return list(dict.fromkeys(key for number in range(len(self)) for key in self[number].images))
 
 
 class ConversationSource(RowSource):
-    """LLaVA JSON or ``messages`` + ``images``, from a .json list or .jsonl lines. All rows are checked at the start.
+    """LLaVA JSON or ``messages`` + ``images``, from a .json list or .jsonl lines.
+
+    Args:
+        strict: a bad row or a missing picture is an error at once, and not only when it is asked for.
 
     Raises:
         ValueError: the file or a row is not as expected, or a picture is not there.
     """
 
-    def __init__(self, data: ConversationData, offset: int = 0) -> None:
-        super().__init__(data, offset)
+    def __init__(self, data: ConversationData, strict: bool = True) -> None:
+        super().__init__(data)
         if not self.path.is_file():
             raise ValueError(f"{self.path}: there is no such file")
         self.rows = _Lines(self.path) if self.path.suffix == ".jsonl" else _read_list(self.path)
         if not self.rows:
             raise ValueError(f"{self.path}: no samples in it")
-        self._find_pictures()
+        if strict:
+            self._find_pictures()
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def sample(self, number: int) -> Sample:
+    def __getitem__(self, number: int) -> Sample:
         return _read_row(self.rows[number], str(number), f"{self.path}, row {number}")
 
     def _find_pictures(self) -> None:
         """Tell before training, not hours into it, that a picture is not there."""
         first: dict[str, tuple[int, str]] = {}
         for number in range(len(self)):
-            sample = self.sample(number)
+            sample = self[number]
             for key in sample.images:
                 first.setdefault(key, (number, sample.id))
         missing = sorted((place, key) for key, place in first.items() if not (self.folder / key).is_file())
@@ -162,8 +176,8 @@ class TableSource(RowSource):
         ValueError: the tables cannot be read, are empty, or lack a column; the package datasets is not installed.
     """
 
-    def __init__(self, data: ConversationData, offset: int = 0) -> None:
-        super().__init__(data, offset)
+    def __init__(self, data: ConversationData) -> None:
+        super().__init__(data)
         table = _open_table(data)
         columns = table.column_names
         if not {"conversations", "messages"} & set(columns):
@@ -179,20 +193,20 @@ class TableSource(RowSource):
     def _row(self, number: int) -> dict[str, Any]:
         return {key: value for key, value in self.table[number].to_pylist()[0].items() if value is not None}
 
-    def sample(self, number: int) -> Sample:
+    def __getitem__(self, number: int) -> Sample:
         def find(value: Any, where: str) -> list[Any]:
             cells = enumerate(_as_list(value))
             return [(number, place) if _content(cell) else _image_paths(_path(cell), where)[0] for place, cell in cells]
 
         return _read_row(self._row(number), str(number), f"{self.path}, row {number}", find)
 
-    def picture(self, key: str | tuple[int, int]) -> Image.Image:
+    def content(self, key: str | tuple[int, int]) -> tuple[bytes, str]:
         if isinstance(key, str):
-            return super().picture(key)
+            return super().content(key)
         number, place = key
         row = self._row(number)
         cell = _as_list(row.get("images", row.get("image")))[place]
-        return load_image(f"{self.path}, row {number}, picture {place}", _content(cell))
+        return _content(cell) or b"", f"{self.path}, row {number}, picture {place}"
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -247,15 +261,15 @@ class ShardSource(RowSource):
         ValueError: a tar is damaged or its index cannot be written (`shards.open_shards`).
     """
 
-    def __init__(self, data: ConversationData, offset: int = 0) -> None:
-        super().__init__(data, offset)
+    def __init__(self, data: ConversationData) -> None:
+        super().__init__(data)
         self.shards = open_shards(_files(data.path, "*.tar"), Path(data.index_folder) if data.index_folder else None)
         self.ends = list(accumulate(len(shard) for shard in self.shards))
 
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def sample(self, number: int) -> Sample:
+    def __getitem__(self, number: int) -> Sample:
         part = bisect_right(self.ends, number)
         shard = self.shards[part]
         found = shard.sample(number - self.ends[part] + len(shard))
@@ -270,9 +284,9 @@ class ShardSource(RowSource):
 
         return _read_row(_shard_row(shard, members, len(pictures), where), name, where, find)
 
-    def picture(self, key: tuple[int, int]) -> Image.Image:
+    def content(self, key: tuple[int, int]) -> tuple[bytes, str]:
         part, member = key
-        return load_image(self.shards[part].where(member), self.shards[part].read(member))
+        return self.shards[part].read(member), self.shards[part].where(member)
 
 
 def _kind(name: str) -> str:
@@ -315,33 +329,36 @@ def _named(value: Any, pictures: list[str], where: str) -> list[str]:
 
 
 class MixtureSource:
-    """Sources mixed by weight: sample i comes from a part as `Quotas` says, each part's own in order, again from its
-    start when it ends. Item 0 is the one behind ``offset``.
+    """``length`` conversations of sources mixed by weight: sample i comes from a part as `Quotas` says, each part's own
+    in order, again from its start when it ends.
 
     Raises:
         ValueError: a part cannot be opened, or the weights do not fit a table.
     """
 
-    def __init__(self, data: MixtureData, length: int, image_size: int = 256, offset: int = 0) -> None:
+    def __init__(self, data: MixtureData, length: int, image_size: int = 256, strict: bool = True) -> None:
         self.quotas = Quotas([part.weight for part in data.parts])
-        self.length, self.offset = length, offset
-        self.had, ends = self.quotas.counts(offset), self.quotas.counts(offset + length)
+        self.length = length
         self.names = [part.name or str(number) for number, part in enumerate(data.parts)]
+        counts = self.quotas.counts(length)
         self.parts = [
-            open_source(part.data, end - had, image_size, had)
-            for part, had, end in zip(data.parts, self.had, ends, strict=True)
+            open_source(part.data, max(1, count), image_size, strict)
+            for part, count in zip(data.parts, counts, strict=True)
         ]
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> Sample:
-        part, rank = self.quotas.place(index + self.offset)
-        sample = self.parts[part][rank - self.had[part]]
+        part, rank = self.quotas.place(index)
+        sample = self.parts[part][rank % len(self.parts[part])]
         return Sample(f"{self.names[part]}/{sample.id}", sample.messages, tuple((part, key) for key in sample.images))
 
     def picture(self, key: tuple[int, Any]) -> Image.Image:
         return self.parts[key[0]].picture(key[1])
+
+    def fingerprint(self, key: tuple[int, Any]) -> str:
+        return self.parts[key[0]].fingerprint(key[1])
 
     def keys(self) -> Sequence[Hashable]:
         return [(number, key) for number in range(len(self.parts)) for key in self.parts[number].keys()]  # noqa: SIM118
@@ -425,7 +442,8 @@ def _image_names(value: Any, where: str) -> list[str]:
 
 
 def _image_paths(value: Any, where: str) -> list[str]:
-    """Paths of a row's pictures; none may lead out of the image folder."""
+    """Paths of a row's pictures; none may lead out of the image folder. Links in that folder are the user's own and
+    are followed; a path comes from whoever wrote the data."""
     paths = _image_names(value, where)
     for path in paths:
         if os.path.isabs(path) or os.path.normpath(path).split(os.sep)[0] == os.pardir:
@@ -482,15 +500,17 @@ def _check(messages: list[dict[str, Any]], images: Sequence[Any], where: str) ->
         raise ValueError(f"{where}: the text has {places} {IMAGE_TAG}, but there are {len(images)} images: {images}")
 
 
-def open_source(data: Data, length: int, image_size: int, offset: int = 0) -> Source:
-    """The training source of a stage: it begins behind the ``offset`` conversations of earlier stages.
+def open_source(data: Data, length: int, image_size: int, strict: bool = True) -> Source:
+    """The training source of a run's first ``length`` conversations.
 
     Args:
         length: conversations that scenes or a mixture give; other sources have the length of their files.
+        strict: what can be found wrong without reading pictures is an error at once, where that takes no long.
     """
     if isinstance(data, SceneData):
-        return SceneSource(data, length, image_size=image_size, offset=offset)
+        return SceneSource(data, length, image_size=image_size)
     if isinstance(data, MixtureData):
-        return MixtureSource(data, length, image_size, offset)
-    kinds = {"json": ConversationSource, "parquet": TableSource, "datasets": TableSource, "shards": ShardSource}
-    return kinds[data.kind](data, offset)
+        return MixtureSource(data, length, image_size, strict)
+    if data.kind == "json":
+        return ConversationSource(data, strict)
+    return (ShardSource if data.kind == "shards" else TableSource)(data)

@@ -65,7 +65,7 @@ def visual_tokens(model: Any, processor: Any, pictures: list[Image.Image], batch
     """Every picture's visual tokens (I, N, E): encoded once, however many questions are asked about it."""
     parts = []
     for start in range(0, len(pictures), batch_size):
-        pixels = processor.image_processor(pictures[start : start + batch_size], return_tensors="pt").to(model.device)
+        pixels = processor.pixels(pictures[start : start + batch_size]).to(model.device)
         parts.append(model.get_image_features(**pixels, return_dict=True).pooler_output)
     return torch.cat(parts)
 

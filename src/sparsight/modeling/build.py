@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 import torch
+from PIL import Image
 from torch import nn
 from transformers import (
     MODEL_MAPPING,
@@ -82,6 +83,7 @@ def build(
     image_size: int | None = None,
     vision_levels: Sequence[int] | None = None,
     language_layers: int | None = None,
+    resize: str | None = None,
 ) -> tuple[SparsightForConditionalGeneration, SparsightProcessor]:
     """Compose a VLM.
 
@@ -94,13 +96,15 @@ def build(
         image_size: side of the square picture in pixels; the encoder's own if not given.
         vision_levels: feature levels, lower first (see ``encoders.feature_levels``).
         language_layers: keep only the first layers of the language model.
+        resize: ``square``, ``pad``, ``crop`` or ``keep`` (see `set_image_size`).
 
     Returns:
         The model, in eval mode, and its processor.
 
     Raises:
         ValueError: the encoder has no spatial features, the language model no chat template, or it changes its
-            logits after the output layer, or a layout does not fit the feature map.
+            logits after the output layer, or a layout does not fit the feature map, or the image processor cannot
+            resize in that way.
     """
     encoder, image_processor = _vision(vision, image_processor)
     lm, tokenizer = _language(language, tokenizer, language_layers)
@@ -138,7 +142,7 @@ def build(
     _check_logits(lm, model)
     if getattr(lm, "generation_config", None) is not None:
         model.generation_config = lm.generation_config
-    set_image_size(image_processor, image_size)
+    set_image_size(image_processor, image_size, resize)
     processor = SparsightProcessor(
         image_processor, tokenizer, chat_template=tokenizer.chat_template, num_image_tokens=config.num_image_tokens
     )
@@ -156,19 +160,41 @@ def probe(encoder: nn.Module, image_size: int, levels: Sequence[int] | None) -> 
     return [level.float() for level in features]
 
 
-def set_image_size(image_processor: Any, side: int) -> None:
-    """Let an image processor give square pictures of ``side`` pixels, whole (resized, never cropped).
+def set_image_size(image_processor: Any, side: int, resize: str | None = None) -> None:
+    """Let an image processor give square pictures of ``side`` pixels, by its own resampling, rescaling, normalising.
 
-    One for a native-resolution encoder keeps the shape of a picture; it gets the same area at most.
+    Args:
+        resize: ``square`` stretches (the default). ``pad`` keeps the shape; the rest, below or at the right, is 0 once
+            normalised: the encoder's mean colour. ``crop`` brings the shorter side to ``side`` and takes the middle.
+            ``keep`` is for native-resolution encoders, which take nothing else: the picture's shape, and its area at
+            most that of the square.
+
+    Raises:
+        ValueError: ``keep`` with an encoder of one size, or another mode with one of native resolution, or the image
+            processor does not do what it is set to.
     """
-    if hasattr(image_processor, "merge_size"):
+    name, native = type(image_processor).__name__, hasattr(image_processor, "merge_size")
+    resize = resize or ("keep" if native else "square")
+    if native != (resize == "keep"):
+        takes = "pictures of any shape: use keep" if native else "squares alone: use square, pad or crop"
+        raise ValueError(f"resize: {resize}: {name} gives its encoder {takes}")
+    if native:
         image_processor.size = {"shortest_edge": min(side, 56) ** 2, "longest_edge": side**2}
         return
-    image_processor.size = {"height": side, "width": side}
-    for key in ("do_center_crop", "do_pad", "do_image_splitting"):
-        if hasattr(image_processor, key):
-            setattr(image_processor, key, False)
-    image_processor.do_resize = True
+    square = {"height": side, "width": side}
+    sizes = {"square": square, "pad": {"max_height": side, "max_width": side}, "crop": {"shortest_edge": side}}
+    values = {"do_resize": True, "size": sizes[resize], "do_center_crop": resize == "crop", "do_pad": resize == "pad"}
+    for key, value in (values | {"crop_size": square, "pad_size": square, "do_image_splitting": False}).items():
+        if value or hasattr(image_processor, key):
+            setattr(image_processor, key, value)
+    made: Any
+    for size in ((4 * side, side), (side, 4 * side)):  # some classes have a resizing of their own
+        try:
+            made = tuple(image_processor(Image.new("RGB", size), return_tensors="pt")["pixel_values"].shape)
+        except Exception as error:
+            made = error
+        if made != (1, 3, side, side):
+            raise ValueError(f"resize: {resize}: {name} makes {made} of a picture, expected {(1, 3, side, side)}")
 
 
 def _vision(vision: Any, image_processor: Any) -> tuple[nn.Module, Any]:
@@ -216,15 +242,11 @@ def _native_size(encoder: nn.Module, image_processor: Any) -> int:
 
 
 def _language(language: Any, tokenizer: Any, layers: int | None) -> tuple[Any, Any]:
-    if language == "smollm2-135m":
-        folder = assets.smollm2_folder()
-        if folder is None:
-            raise ValueError("smollm2-135m: not found on this computer; run\n  make assets")
-        language = str(folder)
     if isinstance(language, str | Path):
+        language = language_folder(str(language))
         extra = {} if layers is None else {"num_hidden_layers": layers}
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(str(language))
-        language = AutoModelForCausalLM.from_pretrained(str(language), **extra)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(language)
+        language = AutoModelForCausalLM.from_pretrained(language, **extra)
     elif isinstance(language, PreTrainedConfig):
         if layers is not None:
             language.num_hidden_layers = layers
@@ -240,12 +262,7 @@ def _language(language: Any, tokenizer: Any, layers: int | None) -> tuple[Any, A
         )
     if tokenizer is None:
         raise ValueError("give tokenizer= too, when the language model is a config or a module")
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"{language.name_or_path or type(language).__name__}: its tokenizer has no chat template, so nothing says "
-            "what a question and an answer look like. Set tokenizer.chat_template and give tokenizer="
-        )
-    tokenizer.chat_template = multimodal_template(tokenizer.chat_template)
+    tokenizer.chat_template = _template(tokenizer)
     return language, tokenizer
 
 
@@ -269,12 +286,57 @@ def _renders_as_chatml(template: str) -> bool:
     return own == ours
 
 
+def build_processor(
+    vision: Any,
+    tokenizer: Any,
+    bridge: Any,
+    *,
+    image_size: int | None = None,
+    vision_levels: Sequence[int] | None = None,
+    resize: str | None = None,
+) -> SparsightProcessor:
+    """The processor that `build` would make, without a language model. Arguments and errors as there."""
+    encoder, image_processor = _vision(vision, None)
+    side = image_size or _native_size(encoder, image_processor)
+    level = probe(encoder, side, vision_levels)[0]
+    tokenizer.chat_template = _template(tokenizer)
+    _add_image_token(None, tokenizer)
+    set_image_size(image_processor, side, resize)
+    tokens = bridge_settings(bridge).visual_tokens((level.shape[1], level.shape[2]))
+    return SparsightProcessor(
+        image_processor, tokenizer, chat_template=tokenizer.chat_template, num_image_tokens=tokens
+    )
+
+
+def _template(tokenizer: Any) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{tokenizer.name_or_path}: its tokenizer has no chat template, so nothing says what a question and an "
+            "answer look like. Set tokenizer.chat_template and give tokenizer="
+        )
+    return multimodal_template(tokenizer.chat_template)
+
+
+def language_folder(language: str) -> str:
+    """Where a named language model lies.
+
+    Raises:
+        ValueError: the embedded one is not installed.
+    """
+    if language != "smollm2-135m":
+        return language
+    folder = assets.smollm2_folder()
+    if folder is None:
+        raise ValueError("smollm2-135m: not found on this computer; run\n  make assets")
+    return str(folder)
+
+
 def _add_image_token(lm: Any, tokenizer: Any) -> None:
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if len(tokenizer) > lm.get_input_embeddings().weight.shape[0]:
+    if lm is not None and len(tokenizer) > lm.get_input_embeddings().weight.shape[0]:
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
 
 
@@ -302,13 +364,8 @@ def _check_logits(lm: Any, model: SparsightForConditionalGeneration) -> None:
         )
 
 
-def scratch_language(
-    settings: ScratchLanguage, texts: Iterable[str]
-) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-    """A small Qwen3 with random weights, and a byte-level BPE tokenizer learnt from ``texts`` (digits apart).
-
-    Its normalised queries and keys let so small a model take large learning rates.
-    """
+def scratch_tokenizer(settings: ScratchLanguage, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer learnt from ``texts`` (digits apart)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     special = ["<|pad|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", IMAGE_TOKEN]
@@ -332,6 +389,17 @@ def scratch_language(
         clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = FLATTEN + LEAN
+    return tokenizer
+
+
+def scratch_language(
+    settings: ScratchLanguage, texts: Iterable[str]
+) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
+    """A small Qwen3 with random weights, and its `scratch_tokenizer`.
+
+    Its normalised queries and keys let so small a model take large learning rates.
+    """
+    tokenizer = scratch_tokenizer(settings, texts)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden,

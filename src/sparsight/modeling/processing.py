@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from transformers import AutoProcessor
+from PIL import Image
+from transformers import AutoProcessor, BatchFeature
+from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from sparsight.modeling.configuration import SparsightConfig
@@ -31,6 +34,18 @@ class SparsightProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
+    def pixels(self, pictures: Sequence[Image.Image]) -> BatchFeature:
+        """What the encoder takes of pictures in RGB: ``pixel_values``, and grids where their shapes differ."""
+        shaped = [_tamed(picture, self.image_processor) for picture in pictures]
+        return self.image_processor(shaped, return_tensors="pt")
+
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+        flat = [
+            _tamed(image, self.image_processor) if isinstance(image, Image.Image) else image
+            for image in make_flat_list_of_images(images)
+        ]
+        return super()._process_images(flat, **kwargs)
+
     def replace_image_token(self, image_inputs: dict, image_idx: int, **_: Any) -> str:
         return self.image_token * self.num_image_tokens
 
@@ -39,6 +54,35 @@ class SparsightProcessor(ProcessorMixin):
             return MultiModalData()
         count = len(image_sizes)
         return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+
+
+def resize_mode(image_processor: Any) -> str:
+    """How an image processor shapes pictures: ``square``, ``pad``, ``crop`` or ``keep``."""
+    if hasattr(image_processor, "merge_size"):
+        return "keep"
+    crops = getattr(image_processor, "do_center_crop", False)
+    return "crop" if crops else "pad" if getattr(image_processor, "do_pad", False) else "square"
+
+
+def _tamed(picture: Image.Image, image_processor: Any) -> Image.Image:
+    """A picture that its image processor can shape: only extreme ratios change.
+
+    Padding needs a shorter side that is still 2 pixels when the longer one fits, native resolution a ratio of 200 at
+    most: thinner pictures are made thicker. Cropping takes the middle alone, so the ends of one thinner than 1:256
+    are cut off before it is enlarged: its enlargement could be larger than memory.
+    """
+    mode, (short, long) = resize_mode(image_processor), sorted(picture.size)
+    if mode == "square" or long <= 2 * short:
+        return picture
+    wide = picture.width == long
+    if mode == "crop":
+        most = 256 * short
+        start = (long - most) // 2
+        box = (start, 0, start + most, short) if wide else (0, start, short, start + most)
+        return picture.crop(box) if long > most else picture
+    side = image_processor.size["max_height"] // 2 if mode == "pad" else 200
+    thick = -(-long // side)
+    return picture.resize((long, thick) if wide else (thick, long)) if thick > short else picture
 
 
 AutoProcessor.register(SparsightConfig, SparsightProcessor, exist_ok=True)

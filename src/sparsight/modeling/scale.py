@@ -23,7 +23,7 @@ from sparsight.layouts import window_bounds
 from sparsight.modeling.build import probe, set_image_size
 from sparsight.modeling.configuration import SparsightConfig
 from sparsight.modeling.encoders import level_numbers
-from sparsight.modeling.processing import SparsightProcessor
+from sparsight.modeling.processing import SparsightProcessor, resize_mode
 
 BRIDGE, TOWER = "model.multi_modal_projector.", "model.vision_tower."
 # What a Trainer puts beside a model: it belongs to the old parameters.
@@ -157,7 +157,7 @@ def _update(config: SparsightConfig, processor: SparsightProcessor, scaled: _Sca
     for key, value in scaled.config.items():
         setattr(config, key, value)
     processor.num_image_tokens = config.num_image_tokens
-    set_image_size(processor.image_processor, config.image_size)
+    set_image_size(processor.image_processor, config.image_size, resize_mode(processor.image_processor))
 
 
 # ------------------------------------------------------------------------------------- positions of the encoder

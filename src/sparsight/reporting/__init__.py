@@ -1,6 +1,7 @@
 """The run log, comparisons of runs, and their HTML report. Imports no torch."""
 
 from sparsight.reporting.analysis_page import layer_table, write_analysis
+from sparsight.reporting.check_page import check_table, write_check
 from sparsight.reporting.comparison import compare, render_table, verdict, write_comparison
 from sparsight.reporting.html import write_report
 from sparsight.reporting.inspection import write_inspection
@@ -10,6 +11,7 @@ __all__ = [
     "Run",
     "RunLog",
     "StageRun",
+    "check_table",
     "compare",
     "environment",
     "layer_table",
@@ -17,6 +19,7 @@ __all__ = [
     "render_table",
     "verdict",
     "write_analysis",
+    "write_check",
     "write_comparison",
     "write_inspection",
     "write_report",

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import psutil
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
@@ -36,10 +37,11 @@ from sparsight.config import Recipe, SceneData, Stage
 from sparsight.cost import LanguageShape, Trains, step_flops
 from sparsight.data.batching import RankBatches, Step, plan_steps
 from sparsight.data.collate import Collator, TrainingSet
-from sparsight.distributed import several_ranks
+from sparsight.distributed import any_rank, several_ranks
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.sparse.attach import Pass, SparseHandle, attach
 from sparsight.sparse.callback import SparsightCallback
+from sparsight.training.quarantine import Quarantine
 from sparsight.training.stages import parameter_groups
 
 
@@ -74,11 +76,12 @@ class StepCounter:
         self.flops: dict[str, float] = defaultdict(float)
         self.seconds: dict[str, float] = defaultdict(float)
         self.loss = 0.0
+        self.replaced: list[dict[str, Any]] = []  # entries of bad samples, see `TrainingSet`
 
     def add(self, inputs: dict[str, Any], info: dict[str, Any], done: Pass | None = None) -> None:
         """Count one forward and backward pass over a batch, which the methods may have made shorter (``done``).
 
-        ``info``: the batch's numbers of samples and of filled positions, from the `Collator`.
+        ``info``: ids of the batch's samples and its number of filled positions, from the `Collator`.
         """
         ids = inputs["input_ids"]
         config = self.model.config
@@ -104,7 +107,7 @@ class StepCounter:
         for part, flops in parts.items():
             self.flops[part] += flops
         filled = info["filled"]
-        self.counts["samples"] += info["samples"]
+        self.counts["samples"] += len(info["ids"])
         self.counts["visual_tokens"] += visual
         self.counts["visual_tokens_kept"] += kept
         self.counts["text_tokens"] += filled - visual
@@ -124,6 +127,7 @@ class StepCounter:
         flops = {part: numbers[f"flops {part}"] for part in self.flops}
         return {
             **{name: round(numbers[name]) for name in self.counts},
+            "replaced": len(self.replaced),
             "loss": numbers["loss"],
             "layers_run": self.layers_run,
             "layers": self.shape.layers,
@@ -186,6 +190,7 @@ class SparsightTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         start = time.perf_counter()
         info = inputs.pop("info")
+        self.counter.replaced += info["replaced"]
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
         except torch.OutOfMemoryError as error:
@@ -209,8 +214,17 @@ class SparsightTrainer(Trainer):
 class _Recorder(TrainerCallback):
     """Writes step records, moves the bar, and stops at Ctrl-C with a checkpoint."""
 
-    def __init__(self, log: StepLog, stage: Stage, counter: StepCounter, bar: Progress, task: Any) -> None:
+    def __init__(
+        self,
+        log: StepLog,
+        stage: Stage,
+        counter: StepCounter,
+        bar: Progress,
+        task: Any,
+        quarantine: Quarantine | None,
+    ) -> None:
         self.log, self.stage, self.counter, self.bar, self.task = log, stage, counter, bar, task
+        self.quarantine = quarantine
         self.stop = False
         self.started = 0.0
         self.rates: dict[str, float] = {}
@@ -227,15 +241,21 @@ class _Recorder(TrainerCallback):
         self.counter.seconds["optimizer"] += time.perf_counter() - self.started
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.quarantine is not None:  # what other ranks found, too: all count alike, and stop together
+            self.counter.replaced = gather_object(self.counter.replaced)
         record = self.counter.record()
         self.log.write("step", stage=self.stage.name, step=state.global_step, learning_rate=self.rates, **record)
         speed = record["samples"] / max(sum(record["seconds"].values()), 1e-9)
         self.bar.update(
             self.task, completed=state.global_step, loss=f"{record['loss']:.3f}", speed=f"{speed:.1f} samples/s"
         )
+        if self.quarantine is not None:
+            self.quarantine.add(self.counter.replaced, state.global_step, record["samples"])
+            bad = len(self.quarantine.found)
+            self.bar.update(self.task, bad=f"{bad} bad" if bad else "")
         self.counter.clear()
-        if self.stop:
-            control.should_save = control.should_training_stop = True
+        if any_rank(self.stop, self.counter.model.device):
+            self.stop = control.should_save = control.should_training_stop = True
 
 
 @contextmanager
@@ -349,6 +369,7 @@ def train_stage(
     counter: StepCounter,
     console: Console,
     resume: bool = False,
+    quarantine: Quarantine | None = None,
 ) -> int:
     """Train one stage in place.
 
@@ -356,12 +377,14 @@ def train_stage(
         plan: from `plan_stage`.
         folder: checkpoints go here.
         resume: go on from the last checkpoint in ``folder``, if there is one.
+        quarantine: where bad samples that ``data`` replaces are counted.
 
     Returns:
         The step that training went on from; 0 from the start.
 
     Raises:
         Interrupted: Ctrl-C; the last step is in a checkpoint.
+        ValueError: a bad sample, or more of them than the recipe allows; or a loss that is not finite.
     """
     with PartialState().main_process_first():
         checkpoint = last_checkpoint(folder) if resume and folder.is_dir() else None
@@ -371,12 +394,17 @@ def train_stage(
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]}"),
         TextColumn("{task.fields[speed]}"),
+        TextColumn("{task.fields[bad]}", style="yellow"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(stage.name, total=len(plan), loss="-", speed="")
-        recorder = _Recorder(log, stage, counter, bar, task)
+        task = bar.add_task(stage.name, total=len(plan), loss="-", speed="", bad="")
+        began = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+        if quarantine is not None:
+            seen = data.offset + sum(len(batch) for step in plan[:began] for batch in step)
+            quarantine.begin(stage.name, began, seen, len(data.source))
+        recorder = _Recorder(log, stage, counter, bar, task, quarantine if data.replaces else None)
         handle = None
         if stage.compressor is not None or stage.skipper is not None:
             handle = attach(model, stage.compressor, stage.skipper, seed=recipe.seed)
@@ -394,7 +422,6 @@ def train_stage(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        began = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
         if resume:  # without a checkpoint, too: steps that are in the log, but not in the weights, do not count
             log.write("resume", stage=stage.name, step=began)
         try:

@@ -1,0 +1,76 @@
+"""What `sparsight data check` found, as a table and as a page. Both read the record of ``check.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from sparsight.reporting.page import write_page
+
+SHOWN = 500  # bad samples on the page; check.json has all
+
+
+def figures_of(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(what, figure) of a check, in the order to be read."""
+    lengths = record["lengths"]
+    middle, tail, far = (f"{lengths['quantiles'][share]:.0f}" for share in ("0.5", "0.9", "0.99"))
+    ratio = record["text_to_visual"]
+    return [
+        ("samples", f"{record['samples']:,}"),
+        ("bad samples", f"{len(record['bad']):,}"),
+        ("longer than the context" + (f" of {record['context']:,}" if record["context"] else ""),
+         f"{len(record['too_long']):,}" if record["context"] else "context not known"),
+        ("tokens of a sample, mean", f"{lengths['mean']:.1f}"),
+        ("tokens of a sample, quantiles 0.5, 0.9, 0.99", f"{middle}, {tail}, {far}"),
+        ("longest sample", f"{lengths['longest']:,} tokens (id {lengths['longest_id']})"),
+        ("pictures", f"{record['images']:,}"),
+        ("visual tokens of a picture", f"{record['visual_tokens_per_image']:,}"),
+        ("text tokens : visual tokens", f"{record['text_tokens']:,} : {record['visual_tokens']:,}"
+         + ("" if ratio is None else f" = {ratio:.3g}")),
+    ]  # fmt: skip
+
+
+def check_table(record: Mapping[str, Any]) -> Table:
+    """`figures_of` for the terminal."""
+    table = Table(title=Text(f"{record['data']}, as stage {record['stage']} of {record['recipe']} sees it"))
+    table.add_column("")
+    table.add_column("", justify="right")
+    for what, figure in figures_of(record):
+        table.add_row(what, Text(figure))
+    return table
+
+
+def write_check(record: Mapping[str, Any], examples: Sequence[Mapping[str, str]], path: Path) -> None:
+    """Write the page, atomically.
+
+    Args:
+        examples: ``id``, ``text`` and ``image`` (PNG in base64) of pictures to show.
+    """
+    histogram = record["lengths"]["histogram"]
+    edges = histogram["edges"]
+    bars = {
+        "type": "bar",
+        "name": "samples",
+        "x": [(low + high) / 2 for low, high in pairwise(edges)],
+        "width": [high - low for low, high in pairwise(edges)],
+        "y": histogram["counts"],
+        "marker": {"color": {"$css": "--run-1"}},
+        "hovertemplate": "%{x:.0f} tokens: %{y} samples<extra></extra>",
+    }
+    axes = {"xaxis": {"title": {"text": "tokens of a sample"}}, "yaxis": {"title": {"text": "samples"}}}
+    write_page(
+        path,
+        "check.html.j2",
+        [{"id": "lengths", "data": [bars], "layout": axes | {"height": 360}}],
+        record=record,
+        rows=figures_of(record),
+        bad=record["bad"][:SHOWN],
+        too_long=record["too_long"][:SHOWN],
+        shown=SHOWN,
+        examples=examples,
+    )
