@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsight.data.cache import build_cache, cache_name
+from sparsight.data.cache import build_cache, picture_rows
 
 KEYS = [f"{number}.png" for number in range(7)]
+ROWS = {key: row for row, key in enumerate(KEYS)}
 
 
 class Encoder:
@@ -37,7 +38,7 @@ def encoder() -> Encoder:
 
 def test_readback_is_the_encoders_output_in_bf16(tmp_path: Path, encoder: Encoder) -> None:
     done: list[int] = []
-    cache = build_cache(tmp_path / "c", KEYS, encoder.encode, done.append, batch_size=3)
+    cache = build_cache(tmp_path / "c", ROWS, encoder.encode, done.append, batch_size=3)
     assert encoder.pictures == KEYS and done == [3, 6, 7]
     wanted = ["5.png", "0.png", "5.png"]
     levels = cache.read(wanted)
@@ -48,9 +49,9 @@ def test_readback_is_the_encoders_output_in_bf16(tmp_path: Path, encoder: Encode
 
 
 def test_a_complete_cache_is_used_as_it_is(tmp_path: Path, encoder: Encoder) -> None:
-    build_cache(tmp_path / "c", KEYS, encoder.encode)
+    build_cache(tmp_path / "c", ROWS, encoder.encode)
     again = Encoder()
-    cache = build_cache(tmp_path / "c", KEYS, again.encode)
+    cache = build_cache(tmp_path / "c", ROWS, again.encode)
     assert again.pictures == []
     assert torch.equal(cache.read(["3.png"])[1], expected(["3.png"])[1])
 
@@ -62,21 +63,37 @@ def test_a_cache_that_was_cut_short_is_made_anew(tmp_path: Path, encoder: Encode
         return [level * 0 - 1 for level in encoder.encode(part)]
 
     with pytest.raises(KeyboardInterrupt):
-        build_cache(tmp_path / "c", KEYS, dies, batch_size=2)
-    assert (tmp_path / "c" / "level0.bin").is_file() and not (tmp_path / "c" / "cache.json").exists()
+        build_cache(tmp_path / "c", ROWS, dies, batch_size=2)
+    assert not list(tmp_path.iterdir())
     again = Encoder()
-    cache = build_cache(tmp_path / "c", KEYS, again.encode, batch_size=2)
+    cache = build_cache(tmp_path / "c", ROWS, again.encode, batch_size=2)
     assert again.pictures == KEYS
     assert all(torch.equal(a, b) for a, b in zip(cache.read(KEYS), expected(KEYS), strict=True))
 
 
-def test_a_missing_cache_json_means_incomplete(tmp_path: Path, encoder: Encoder) -> None:
-    build_cache(tmp_path / "c", KEYS, encoder.encode)
-    (tmp_path / "c" / "cache.json").unlink()
-    (tmp_path / "c" / "level1.bin").write_bytes(b"short")
-    cache = build_cache(tmp_path / "c", KEYS, encoder.encode)
-    assert encoder.pictures == KEYS * 2
-    assert torch.equal(cache.read(KEYS)[1], expected(KEYS)[1])
+def test_processes_that_build_at_once_both_read_the_whole(tmp_path: Path, encoder: Encoder) -> None:
+    """The second one begins and ends while the first one encodes."""
+
+    def slow(part: Sequence[Hashable]) -> list[torch.Tensor]:
+        if "6.png" in part:
+            build_cache(tmp_path / "c", ROWS, encoder.encode)
+        return encoder.encode(part)
+
+    cache = build_cache(tmp_path / "c", ROWS, slow, batch_size=2)
+    assert encoder.pictures == KEYS[:6] + KEYS + KEYS[6:]
+    assert all(torch.equal(a, b) for a, b in zip(cache.read(KEYS), expected(KEYS), strict=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_the_same_picture_under_two_names_is_encoded_once(tmp_path: Path, encoder: Encoder) -> None:
+    same = {"0.png": "a", "1.png": "b", "2.png": "a"}
+    rows, name = picture_rows(list(same), same.__getitem__)
+    assert rows == {"0.png": 0, "1.png": 1, "2.png": 0}
+    cache = build_cache(tmp_path / "c", rows, encoder.encode)
+    assert encoder.pictures == ["0.png", "1.png"]
+    assert torch.equal(cache.read(["2.png"])[0], expected(["0.png"])[0])
+    assert name == picture_rows(["x", "y"], {"x": "a", "y": "b"}.__getitem__)[1]
+    assert name != picture_rows(["x", "y"], {"x": "a", "y": "c"}.__getitem__)[1]
 
 
 def test_maps_of_several_sizes_are_refused(tmp_path: Path) -> None:
@@ -84,8 +101,8 @@ def test_maps_of_several_sizes_are_refused(tmp_path: Path) -> None:
         return [torch.zeros(1, 2 + ("1.png" in part), 2, 3)]
 
     with pytest.raises(ValueError, match=r"picture '1.png' has a feature map \(3, 2, 3\), others \(2, 2, 3\)"):
-        build_cache(tmp_path / "c", KEYS[:2], encode, batch_size=1)
-    assert not (tmp_path / "c" / "cache.json").exists()
+        build_cache(tmp_path / "c", {"0.png": 0, "1.png": 1}, encode, batch_size=1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_gradient_is_kept(tmp_path: Path) -> None:
@@ -96,10 +113,5 @@ def test_no_gradient_is_kept(tmp_path: Path) -> None:
         seen.append((torch.ones(len(part), 1, 1, 1) * weight).requires_grad)
         return [torch.zeros(len(part), 1, 1, 1)]
 
-    build_cache(tmp_path / "c", KEYS[:1], encode)
+    build_cache(tmp_path / "c", {"0.png": 0}, encode)
     assert seen == [False]
-
-
-def test_names_differ_with_what_they_are_made_of() -> None:
-    assert cache_name("a") == cache_name("a") != cache_name("b")
-    assert Path(cache_name("a/../b")).name == cache_name("a/../b")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparsight.config import ConversationData
-from sparsight.data.cache import build_cache
+from sparsight.data.cache import build_cache, picture_rows
 from sparsight.data.collate import Collator, TrainingSet
 from sparsight.data.sources import ConversationSource
 from tiny import picture
@@ -41,9 +41,9 @@ def source(tmp_path: Path) -> ConversationSource:
 def cached(tmp_path: Path, model: Any, processor: Any, source: ConversationSource) -> Any:
     def encode(part: Any) -> Any:
         pictures = [source.picture(key) for key in part]
-        return model.model.encode_images(**processor.image_processor(pictures, return_tensors="pt"))
+        return model.model.encode_images(**processor.pixels(pictures))
 
-    return build_cache(tmp_path / "cache", source.keys(), encode)
+    return build_cache(tmp_path / "cache", picture_rows(source.keys(), source.fingerprint)[0], encode)
 
 
 def test_rows_are_padded_at_the_right_and_padding_is_not_learnt(tiny_vlm, source: ConversationSource) -> None:
@@ -84,7 +84,7 @@ def test_none_to_three_pictures_in_one_batch(tiny_vlm, source: ConversationSourc
 def test_text_alone_makes_a_batch_without_pictures(tiny_vlm, source: ConversationSource) -> None:
     model, processor = tiny_vlm()
     batch = Collator(0)([TrainingSet(source, processor, 4)[0]])
-    assert batch.keys() == {"ids", "input_ids", "labels", "attention_mask"}
+    assert batch.keys() == {"info", "input_ids", "labels", "attention_mask"}
     assert torch.isfinite(model(**batch, loss_only=True).loss)
 
 
@@ -110,9 +110,9 @@ def test_items_come_round_again_and_nothing_is_decoded_for_a_cache(
     model, processor = tiny_vlm()
     cache = cached(tmp_path, model, processor, source)
     monkeypatch.setattr(ConversationSource, "picture", lambda *_: pytest.fail("decoded"))
-    data = TrainingSet(source, processor, 9, cache)
+    data = TrainingSet(source, processor, 9, cache, offset=7)
     assert len(data) == 9
-    assert [data[index]["id"] for index in range(9)] == ["s0", "s1", "s2", "s3"] * 2 + ["s0"]
+    assert [data[index]["id"] for index in range(9)] == ["s3", *["s0", "s1", "s2", "s3"] * 2]
 
 
 def test_a_picture_that_goes_bad_is_reported_with_the_sample(

@@ -80,12 +80,6 @@ def test_pictures_are_those_of_the_parts(tmp_path: Path) -> None:
     assert used <= set(source.keys()) and len(source.keys()) == 6 + 3
 
 
-def test_a_later_stage_goes_on_behind_the_earlier_ones(tmp_path: Path) -> None:
-    data = mixture(tmp_path, 5, 2, 1)
-    whole, later = open_source(data, 40, 64), open_source(data, 9, 64, offset=31)
-    assert [later[i] for i in range(9)] == [whole[i] for i in range(31, 40)]
-
-
 def test_a_part_without_samples_is_an_error(tmp_path: Path) -> None:
     data = mixture(tmp_path, 1, 1, 1)
     (tmp_path / "a.json").write_text("[]")

@@ -26,9 +26,9 @@ from sparsight.data.shards import build_index, stem
 from sparsight.data.sources import ShardSource
 
 
-def opened(path: Path, index_folder: Path | None = None, offset: int = 0) -> ShardSource:
+def opened(path: Path, index_folder: Path | None = None) -> ShardSource:
     folder = str(index_folder) if index_folder else None
-    return ShardSource(ConversationData(kind="shards", path=str(path), index_folder=folder), offset)
+    return ShardSource(ConversationData(kind="shards", path=str(path), index_folder=folder))
 
 
 def numbers(source: ShardSource, indices: range) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sparsight.data.chat import TooLong
 from sparsight.data.collate import Collator, TrainingSet
 from sparsight.data.sources import Sample
 from sparsight.pipeline import max_length, run
+from sparsight.reporting.runlog import read_run
 from tiny import ListSource, conversation
 
 
@@ -44,7 +46,7 @@ def test_a_sample_is_whole_or_told(vlm: Any, shape: tuple[int, int], limit: int,
     if length <= limit:
         assert limited[0]["input_ids"] == whole["input_ids"]
         batch = Collator(0)([limited[0]])
-        batch.pop("ids")
+        batch.pop("info")
         with torch.no_grad():  # the model compares the counts too
             assert torch.isfinite(model(**batch, loss_only=True).loss)
         return
@@ -73,12 +75,27 @@ def test_pictures_of_a_fixed_number_of_tokens_are_not_shrunk() -> None:
         Recipe.model_validate(recipe_values(Path("none"), stages=[stage_values(on_too_long="shrink_image")]))
 
 
-@pytest.mark.parametrize(("policy", "kind"), [("error", ValueError), ("drop_sample", TooLong)])
-def test_a_run_is_told_of_too_long_a_sample(tmp_path: Path, policy: str, kind: type) -> None:
-    stage = stage_values(max_length=12, on_too_long=policy)
-    recipe = Recipe.model_validate(recipe_values(save_encoder(tmp_path / "encoder"), stages=[stage]))
-    with pytest.raises(
-        ValueError, match=r"sample 'scenes/train/\d+': \d+ tokens, 8 of them visual; expected 12"
-    ) as told:
+def test_a_run_is_told_of_too_long_a_sample(tmp_path: Path) -> None:
+    recipe = Recipe.model_validate(
+        recipe_values(save_encoder(tmp_path / "encoder"), stages=[stage_values(max_length=12)])
+    )
+    with pytest.raises(ValueError, match=r"sample 'scenes/train/\d+': \d+ tokens, 8 of them visual; expected 12"):
         run(recipe, tmp_path / "run", quiet())
-    assert type(told.value) is kind
+
+
+def test_too_long_samples_are_dropped_counted_and_no_bad_ones(tmp_path: Path) -> None:
+    rows = [conversations(n, words=60 if n < 8 else 2) for n in range(16)]  # far more than max_bad allows
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    stage = stage_values(samples=16, max_length=32, on_too_long="drop_sample")
+    data = {"kind": "json", "path": str(tmp_path / "data.json")}
+    recipe = Recipe.model_validate(recipe_values(save_encoder(tmp_path / "encoder"), data=data, stages=[stage]))
+    run(recipe, tmp_path / "run", quiet())
+    steps = read_run(tmp_path / "run").stages[0].steps
+    assert sum(step["replaced"] for step in steps) >= 8 and sum(step["samples"] for step in steps) == 16
+    lines = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted(int(line["id"]) for line in lines) == list(range(8)) and all(line["dropped"] for line in lines)
+
+
+def conversations(number: int, words: int) -> dict[str, Any]:
+    turns = [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "apples " * words}]
+    return {"id": str(number), "conversations": turns}

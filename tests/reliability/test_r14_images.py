@@ -19,7 +19,7 @@ ANSWERS = ("12 apples.", "A small dog stands there.", "47", "A house, two trees 
 def gradients(model: Any, processor: Any, items: list[dict[str, Any]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of a batch, summed over labels, and its gradients."""
     batch = Collator(processor.tokenizer.pad_token_id)(items)
-    batch.pop("ids")
+    batch.pop("info")
     model.zero_grad(set_to_none=True)
     loss = model(**batch, loss_only=True).loss * (batch["labels"][:, 1:] != -100).sum()
     loss.backward()

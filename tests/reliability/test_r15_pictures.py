@@ -291,7 +291,7 @@ def test_what_stands_in_is_a_function_of_seed_and_place(tmp_path: Path, write: C
 
     recipe = write(few_bad(6, 10))
     source = open_source(recipe.data, 16, 64, strict=False)
-    first, again, other = (TrainingSet(source, tiny_vlm()[1], 32, replace=seed) for seed in (0, 0, 1))
+    first, again, other = (TrainingSet(source, tiny_vlm()[1], 32, replace_bad=True, seed=seed) for seed in (0, 0, 1))
     items = [[data[index] for index in order] for data, order in ((first, range(32)), (again, range(31, -1, -1)))]
     assert [item["id"] for item in items[0]] == [item["id"] for item in items[1]][::-1]
     assert [item["id"] for item in items[0]] != [other[index]["id"] for index in range(32)]
@@ -313,8 +313,8 @@ def test_a_resumed_run_writes_and_computes_the_same(
 
     real = quarantine.Quarantine.add
 
-    def dies(self: Any, entries: Any, step: int) -> None:
-        real(self, entries, step)
+    def dies(self: Any, entries: Any, step: int, samples: int) -> None:
+        real(self, entries, step, samples)
         if step == 5:
             with self.file.open("a") as lines:
                 lines.write('{"row": 1')
@@ -336,7 +336,7 @@ def test_a_mistake_in_the_code_is_no_bad_sample(
     tmp_path: Path, write: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write(few_bad(0, 4))
-    monkeypatch.setattr(TrainingSet, "_item", lambda self, sample: sample.nothing)
+    monkeypatch.setattr(TrainingSet, "_text", lambda self, sample: sample.nothing)
     for call in (lambda: run(recipe, tmp_path / "r", quiet()), lambda: check_data(recipe, tmp_path / "c", 0, quiet())):
         with pytest.raises(AttributeError):
             call()

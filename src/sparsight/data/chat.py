@@ -42,7 +42,9 @@ def render(tokenizer: Any, messages: Sequence[dict]) -> tuple[str, list[tuple[in
     Raises:
         ValueError: the template refuses the conversation, or does not show what the assistant says.
     """
-    common = {"chat_template": tokenizer.chat_template, **tokenizer.special_tokens_map}
+    # Those that the tokenizer has not are empty, where they would be undefined: templates add to them.
+    known = {"bos_token": "", "eos_token": ""} | tokenizer.special_tokens_map
+    common = {"chat_template": tokenizer.chat_template, **known}
 
     def draw(messages: Sequence[dict], **options: Any) -> tuple[str, list]:
         try:

@@ -427,6 +427,8 @@ class _Lines:
         return len(self.places) // 3
 
     def __getitem__(self, row: int) -> Any:
+        if row >= len(self):
+            raise IndexError(row)
         number, offset, size = self.places[3 * row : 3 * row + 3]
         return _parse(self.file.read(offset, size), f"{self.file.path}, line {number}")
 
