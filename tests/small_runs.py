@@ -107,11 +107,11 @@ def quiet() -> Console:
 def training_set(
     processor: Any, recipe: Recipe, stage: Stage, before_step: int | None = None, event: Any = crash
 ) -> Any:
-    """The stage's data; ``event`` is called before that step is computed (a batch is loaded one step ahead)."""
+    """The stage's data; ``event`` is called while that step's batch is loaded."""
     source = open_source(recipe.data, stage.samples, stage.image_size)
     if before_step is None:
         return TrainingSet(source, processor, stage.samples)
-    return Failing(source, processor, stage.samples, after=stage.batch_size * before_step + 2, event=event)
+    return Failing(source, processor, stage.samples, after=stage.batch_size * (before_step - 1) + 2, event=event)
 
 
 def train(

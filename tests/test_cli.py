@@ -384,7 +384,7 @@ def test_ctrl_c_is_exit_code_130_with_a_hint(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
 ) -> None:
-    real, left = TrainingSet.__getitem__, [10]
+    real, left = TrainingSet.__getitem__, [6]
 
     def get(self: TrainingSet, index: int) -> dict[str, Any]:
         left[0] -= 1

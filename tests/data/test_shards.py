@@ -51,9 +51,8 @@ def test_samples_of_all_shards_in_order(tmp_path: Path) -> None:
     source = opened(tmp_path)
     assert len(source) == 9
     assert numbers(source, range(9)) == [(number, number) for number in range(9)]
-    assert source[4].id == "000004" and source[9] == source[0]
+    assert source[4].id == "000004" and len(list(source)) == 9
     assert len(set(source.keys())) == 9
-    assert numbers(opened(tmp_path, offset=7), range(3)) == [(7, 7), (8, 8), (0, 0)]
     assert len(opened(tmp_path / "[ab].tar")) == 4 and len(opened(tmp_path / "b.tar")) == 1
 
 

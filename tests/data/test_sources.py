@@ -320,7 +320,7 @@ def test_parquet_of_a_folder_in_order_and_what_is_none(folder: Path) -> None:
     for number in (1, 0):
         data = datasets.Dataset.from_dict({"id": [f"{number}{i}" for i in range(3)], "messages": [MESSAGES] * 3})
         data.to_parquet(folder / "sub" / f"{number}.parquet")
-    source = TableSource(ConversationData(kind="parquet", path=str(folder / "sub")), offset=2)
+    source = TableSource(ConversationData(kind="parquet", path=str(folder / "sub")))
     assert len(source) == 6 and source.table["id"].to_pylist() == ["00", "01", "02", "10", "11", "12"]
     (folder / "broken.parquet").write_bytes(b"PAR1 no PAR1")
     for name, words in {"broken.parquet": "cannot be read as parquet: ", "gone": "found no files; expected a "}.items():

@@ -23,6 +23,7 @@ def plan_steps(
     lengths: np.ndarray | None = None,
     batch_tokens: int | None = None,
     packing: bool = False,
+    largest_second: bool = False,
 ) -> list[Step]:
     """Deal ``samples`` out to optimizer steps of ``parts`` micro-batches each, every sample once.
 
@@ -30,9 +31,10 @@ def plan_steps(
         parts: micro-batches of a step, over all ranks; each gets a sample at least, so the last step may repeat some.
         batch_size: samples of a step, unless ``batch_tokens`` is given.
         lengths: positions of each sample, visual tokens included. With them, a micro-batch holds samples of like
-            length (packed: of all lengths, so that micro-batches weigh the same), and the largest step comes second:
-            there optimizer states exist too, and memory runs out at once or never.
+            length (packed: of all lengths, so that micro-batches weigh the same).
         batch_tokens: as many samples in a micro-batch as have so many positions, padding included.
+        largest_second: the step with the longest sample (packed: with most positions) comes second, where optimizer
+            states exist too: memory runs out at once or never.
 
     Raises:
         ValueError: a sample alone is longer than ``batch_tokens``.
@@ -46,8 +48,10 @@ def plan_steps(
     else:
         groups = [order[start : start + batch_size] for start in range(0, samples, batch_size)]
         steps = [_deal(group, parts, lengths, packing) for group in groups]
-    if lengths is not None and len(steps) > 1:
-        worst = max(range(len(steps)), key=lambda n: max(_positions(b, lengths, packing) for b in steps[n]))
+    if largest_second and lengths is not None and len(steps) > 1:
+        # Of whole steps, so that their order does not depend on ranks and micro-batches.
+        sizes = [lengths[sorted({index for batch in step for index in batch})] for step in steps]
+        worst = max(range(len(steps)), key=lambda n: sizes[n].sum() if packing else sizes[n].max())
         steps[1], steps[worst] = steps[worst], steps[1]
     return steps
 

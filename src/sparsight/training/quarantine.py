@@ -27,7 +27,7 @@ class Quarantine:
 
         Args:
             step: the step that it goes on from.
-            seen: samples that the run has seen before.
+            seen: samples that the run has learnt from before.
             rows: different samples that there are.
         """
         self.stage, self.seen, self.rows = stage, seen, rows
@@ -54,7 +54,7 @@ class Quarantine:
             with self.file.open("a", encoding="utf-8") as lines:
                 lines.writelines(map(_line, new.values()))
         bad = [entry for entry in self.found.values() if not entry["dropped"]]
-        seen = min(self.seen, self.rows)
+        seen = min(self.seen + len(self.found), self.rows)  # in place of each found one another was looked at
         if new and len(bad) > max(FEW, self.most * seen):
             raise ValueError(
                 f"stage '{self.stage}', step {step}: {len(bad)} of {seen} samples seen are bad, and max_bad is "

@@ -291,13 +291,15 @@ def plan_stage(data: TrainingSet, recipe: Recipe, stage: Stage, folder: Path, co
     ranks = PartialState().num_processes
     accumulate = _accumulation(stage, ranks)
     parts, lengths = ranks * accumulate, None
-    # Scenes are all alike: where they need not be dealt out, their lengths need not be known.
-    if parts > 1 or stage.packing or stage.batch_tokens or not isinstance(recipe.data, SceneData):
+    alike = isinstance(recipe.data, SceneData)  # where they need not be dealt out, lengths need not be known
+    if parts > 1 or stage.packing or stage.batch_tokens or not alike:
         with PartialState().main_process_first(), Progress(console=console) as bar:
             task = bar.add_task("measuring samples", total=len(data))
             lengths = data.lengths(folder / "lengths.npy", lambda done: bar.update(task, completed=done))
             bar.update(task, completed=len(data))
-    return plan_steps(len(data), recipe.seed, parts, stage.batch_size, lengths, stage.batch_tokens, stage.packing)
+    return plan_steps(
+        len(data), recipe.seed, parts, stage.batch_size, lengths, stage.batch_tokens, stage.packing, not alike
+    )
 
 
 def _accumulation(stage: Stage, ranks: int) -> int:
