@@ -81,6 +81,34 @@ def test_none_to_three_pictures_in_one_batch(tiny_vlm, source: ConversationSourc
         assert abs(model(**turned, loss_only=True).loss - together) < 1e-5
 
 
+@pytest.mark.parametrize("pack_length", [None, 200], ids=["rows of the longest", "one row"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_rows_have_the_loss_and_gradients_of_padded_ones(
+    tiny_vlm, source: ConversationSource, attention: str, pack_length: int | None
+) -> None:
+    """No attention across samples, and no first token that the sample before it is taught to say."""
+    model, processor = tiny_vlm()
+    model.model.language_model.set_attn_implementation(attention)
+    pad = processor.tokenizer.pad_token_id
+    items = [TrainingSet(source, processor, 4)[index] for index in (2, 0, 3, 1)]
+    found = []
+    for collate in (Collator(pad), Collator(pad, True, pack_length)):
+        batch = collate(items)
+        batch.pop("info")
+        model.zero_grad(set_to_none=True)
+        loss = model(**batch, loss_only=True, use_cache=False).loss
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append((batch["input_ids"], loss.item(), gradients))
+    (padded, loss, wanted), (packed, packed_loss, gradients) = found
+    assert packed.shape[0] == (3 if pack_length is None else 1) and packed.numel() < padded.numel()
+    assert packed_loss == pytest.approx(loss, abs=2e-6)  # measured: 0 to 2e-7
+    largest = max(gradient.abs().max() for gradient in wanted.values())
+    assert wanted.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - wanted[name]).abs().max() < 1e-5 * largest, name
+
+
 def test_text_alone_makes_a_batch_without_pictures(tiny_vlm, source: ConversationSource) -> None:
     model, processor = tiny_vlm()
     batch = Collator(0)([TrainingSet(source, processor, 4)[0]])

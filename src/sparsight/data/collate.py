@@ -141,18 +141,21 @@ class TrainingSet(Dataset):
             return {}
         return {"pixels": dict(self.processor.pixels([self.source.picture(key) for key in sample.images]))}
 
-    def lengths(self, file: Path, progress: Callable[[int], None] = lambda done: None) -> np.ndarray:
-        """Positions of each item, visual tokens included; no picture is read. Kept in ``file``, for the next time."""
+    def sizes(self, file: Path, progress: Callable[[int], None] = lambda done: None) -> np.ndarray:
+        """Positions of each item, visual tokens included, and its images, (items, 2); no picture is read. Kept in
+        ``file``, for the next time."""
         if file.is_file() and len(kept := np.load(file)) == self.length:
             return kept
-        known: dict[int, int] = {}
+        known: dict[int, tuple[int, int]] = {}
+        processor = self.processor
 
-        def measure(row: int) -> int:
+        def measure(row: int) -> tuple[int, int]:
             if row not in known:
-                known[row] = len(self.encode(row, text_alone=True)["input_ids"])
+                ids = self.encode(row, text_alone=True)["input_ids"]
+                known[row] = len(ids), ids.count(processor.image_token_id) // processor.num_image_tokens
             return known[row]
 
-        found = np.zeros(self.length, dtype=np.int32)
+        found = np.zeros((self.length, 2), dtype=np.int32)
         for index in range(self.length):
             found[index] = self._first_good(index, measure)[0]
             if index % 64 == 0:
