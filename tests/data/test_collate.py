@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sparsight.config import ConversationData
 from sparsight.data.cache import build_cache, picture_rows
 from sparsight.data.collate import Collator, TrainingSet
 from sparsight.data.sources import ConversationSource
+from sparsight.modeling.packed import attention_for_packed_rows
 from tiny import picture
 
 PICTURES = ([], ["0.png"], ["1.png", "2.png"], ["0.png", "1.png", "2.png"])
@@ -82,13 +84,14 @@ def test_none_to_three_pictures_in_one_batch(tiny_vlm, source: ConversationSourc
 
 
 @pytest.mark.parametrize("pack_length", [None, 200], ids=["rows of the longest", "one row"])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "by sample"])
 def test_packed_rows_have_the_loss_and_gradients_of_padded_ones(
     tiny_vlm, source: ConversationSource, attention: str, pack_length: int | None
 ) -> None:
     """No attention across samples, and no first token that the sample before it is taught to say."""
     model, processor = tiny_vlm()
-    model.model.language_model.set_attn_implementation(attention)
+    language = model.model.language_model
+    language.set_attn_implementation("eager" if attention == "by sample" else attention)
     pad = processor.tokenizer.pad_token_id
     items = [TrainingSet(source, processor, 4)[index] for index in (2, 0, 3, 1)]
     found = []
@@ -96,8 +99,10 @@ def test_packed_rows_have_the_loss_and_gradients_of_padded_ones(
         batch = collate(items)
         batch.pop("info")
         model.zero_grad(set_to_none=True)
-        loss = model(**batch, loss_only=True, use_cache=False).loss
-        loss.backward()
+        by_sample = collate.packing and attention == "by sample"
+        with attention_for_packed_rows(language) if by_sample else nullcontext():
+            loss = model(**batch, loss_only=True, use_cache=False).loss
+            loss.backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         found.append((batch["input_ids"], loss.item(), gradients))
     (padded, loss, wanted), (packed, packed_loss, gradients) = found

@@ -203,22 +203,24 @@ class Collator:
 
     def _stacked(self, items: list[dict[str, Any]], counts: list[int]) -> dict[str, torch.Tensor]:
         """Ids, labels and mask, or places, (B, T), of rows that hold so many items each."""
-        keys = {"input_ids": self.pad_token_id, "labels": -100, "position_ids": 0}
+        longest = max(len(item["labels"]) for item in items)
         rest, rows = iter(items), []
         for count in counts:
-            row: dict[str, list[int]] = {key: [] for key in keys}
+            row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
             for item in islice(rest, count):
                 row["input_ids"] += item["input_ids"]
                 row["labels"] += [-100, *item["labels"][1:]]  # nothing stands before the first one that could say it
                 row["position_ids"] += range(len(item["input_ids"]))
             rows.append(row)
-        longest = max(len(row["labels"]) for row in rows)
-        batch = {
-            key: torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in rows])
-            for key, fill in keys.items()
-        }
+        lengths = [len(row["labels"]) for row in rows]
+        for row, length in zip(rows, lengths, strict=True):
+            padding = max(lengths) - length
+            row["input_ids"] += [self.pad_token_id] * padding
+            row["labels"] += [-100] * padding
+            # As samples of their own, none longer than the others.
+            row["position_ids"] += [place % longest for place in range(padding)]
+        batch = {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
         if not self.packing:
             del batch["position_ids"]
-            filled_B = torch.tensor([len(row["labels"]) for row in rows])
-            batch["attention_mask"] = (torch.arange(longest) < filled_B[:, None]).long()
+            batch["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
         return batch

@@ -9,7 +9,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -38,6 +38,7 @@ from sparsight.data.batching import RankBatches, Step, micro_batches, plan_steps
 from sparsight.data.collate import Collator, TrainingSet
 from sparsight.distributed import any_rank, process_state, several_ranks
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
+from sparsight.modeling.packed import attention_for_packed_rows
 from sparsight.sparse.attach import Pass, SparseHandle, attach
 from sparsight.sparse.callback import SparsightCallback
 from sparsight.training.quarantine import Quarantine
@@ -410,7 +411,11 @@ def train_stage(
         if resume:  # without a checkpoint, too: steps that are in the log, but not in the weights, do not count
             log.write("resume", stage=stage.name, step=began)
         try:
-            with _ctrl_c(recorder, console):
+            by_sample = (
+                stage.packing and stage.compressor is None
+            )  # which finds its own boundaries where tokens are gone
+            packed = attention_for_packed_rows(model.model.language_model) if by_sample else nullcontext()
+            with packed, _ctrl_c(recorder, console):
                 trainer.train(resume_from_checkpoint=checkpoint)
         finally:
             if handle is not None:
