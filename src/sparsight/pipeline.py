@@ -682,14 +682,16 @@ def check_data(recipe: Recipe, out: Path, workers: int, console: Console) -> dic
             raise _not_loaded(recipe, error) from None
         made.append((processor.num_image_tokens, stage, processor))
     _, stage, processor = max(made, key=lambda each: each[0])
-    source = open_source(stage_data(recipe, stage), stage.samples, stage.image_size, strict=False)
+    conversations = sum(each.samples for each in recipe.stages)
+    source = open_source(stage_data(recipe, stage), conversations, stage.image_size, strict=False)
     with Progress(console=console) as bar:
         task = bar.add_task("looking at samples", total=len(source))
         data = TrainingSet(source, processor, len(source))
         found = check_rows(data, workers, lambda done: bar.update(task, completed=done))
-    name = recipe.data.path if isinstance(recipe.data, ConversationData) else "scenes"
+    name = recipe.data.path if isinstance(recipe.data, ConversationData) else recipe.data.kind
     made_by = {"recipe": recipe.name, "stage": stage.name, "data": name, "environment": environment()}
-    record = made_by | found.record(context) | {"visual_tokens_per_image": processor.num_image_tokens}
+    record = made_by | found.record(stage.max_length or context)
+    record["visual_tokens_per_image"] = processor.num_image_tokens
     write_atomic(out / "check.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
     shown = [source[row["row"]] for row in found.rows if row["images"]][:EXAMPLES]
     write_check(record, [_shown(sample, source) for sample in shown], out / "index.html")
