@@ -32,7 +32,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="go on from the last chec
 
 
 def _console() -> Console:
-    """A console, with the chatter of the libraries below off."""
+    """A console, with the chatter of the libraries below off; of several ranks, the first one's speaks."""
     from rich.console import Console
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -40,7 +40,7 @@ def _console() -> Console:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return Console()
+    return Console(quiet=os.environ.get("RANK", "0") != "0")
 
 
 @contextmanager

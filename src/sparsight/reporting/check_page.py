@@ -23,7 +23,7 @@ def figures_of(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("samples", f"{record['samples']:,}"),
         ("bad samples", f"{len(record['bad']):,}"),
-        ("longer than the context" + (f" of {record['context']:,}" if record["context"] else ""),
+        ("longer than" + (f" {record['context']:,} tokens" if record["context"] else " the context"),
          f"{len(record['too_long']):,}" if record["context"] else "context not known"),
         ("tokens of a sample, mean", f"{lengths['mean']:.1f}"),
         ("tokens of a sample, quantiles 0.5, 0.9, 0.99", f"{middle}, {tail}, {far}"),
