@@ -91,6 +91,19 @@ def train(
     console.print(f"model: [bold]{final}[/]")
 
 
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of runs; the first is the baseline")],
+    out: Annotated[Path, typer.Option(help="folder for report.html and comparison.json")] = Path("comparison"),
+) -> None:
+    """Compare runs by their logs: quality, seconds, FLOPs and memory, as tables, JSON and one HTML page."""
+    from rich.console import Console
+
+    from sparsight.reporting import report
+
+    report(runs, out, Console())
+
+
 @app.command(name="eval")
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="folder of a model, such as runs/NAME/finetune/model")],

@@ -40,16 +40,14 @@ from sparsight.reporting import (
     Run,
     RunLog,
     check_table,
-    compare,
     environment,
     layer_table,
     read_run,
-    render_table,
+    read_runs,
+    report,
     write_analysis,
     write_check,
-    write_comparison,
     write_inspection,
-    write_report,
 )
 from sparsight.reporting.comparison import write_atomic
 from sparsight.reporting.runlog import step_seconds
@@ -748,18 +746,12 @@ def run_comparison(comparison: Comparison, out: Path, console: Console, resume: 
             continue
         console.rule(f"[bold]{recipe.name}")
         run(recipe, out / recipe.name, console, resume, cache)
-    runs = [read_run(out / recipe.name) for recipe in recipes]
-    result = compare(runs, recipes[0].name)
-    write_comparison(result, out / "comparison.json")
-    write_report(result, runs, out / "report.html")
     shutil.rmtree(cache, ignore_errors=True)
     console.rule("[bold]what was saved, and what it cost")
-    render_table(result, console)
-    _print_examples(runs, console)
-    minutes = (time.perf_counter() - start) / 60
-    console.print(
-        f"{minutes:.1f} minutes in all. Report: [bold]{out / 'report.html'}[/], figures: {out / 'comparison.json'}"
-    )
+    folders = [out / recipe.name for recipe in recipes]
+    _print_examples(read_runs(folders), console)
+    result = report(folders, out, console)
+    console.print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all.")
     return result
 
 

@@ -3,9 +3,9 @@
 from sparsight.reporting.analysis_page import layer_table, write_analysis
 from sparsight.reporting.check_page import check_table, write_check
 from sparsight.reporting.comparison import compare, render_table, verdict, write_comparison
-from sparsight.reporting.html import write_report
+from sparsight.reporting.html import report, write_report
 from sparsight.reporting.inspection import write_inspection
-from sparsight.reporting.runlog import Run, RunLog, StageRun, environment, read_run
+from sparsight.reporting.runlog import Run, RunLog, StageRun, environment, read_run, read_runs
 
 __all__ = [
     "Run",
@@ -16,7 +16,9 @@ __all__ = [
     "environment",
     "layer_table",
     "read_run",
+    "read_runs",
     "render_table",
+    "report",
     "verdict",
     "write_analysis",
     "write_check",
