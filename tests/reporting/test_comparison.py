@@ -180,8 +180,10 @@ def test_encoding_counts_in_the_time_to_a_loss(runs):
 
 def test_what_is_not_finished_has_no_ratio(runs):
     ours, standard = runs
-    for cut in ([replace(ours, stages=[ours.stages[0], replace(ours.stages[1], finished=False)]), standard],
-                [ours, replace(standard, stages=[standard.stages[0], replace(standard.stages[1], finished=False)])]):  # fmt: skip
+    ours_cut, standard_cut = (
+        replace(run, stages=[run.stages[0], replace(run.stages[1], finished=False)]) for run in runs
+    )
+    for cut in ([ours_cut, standard], [ours, standard_cut]):
         ratios = compare(cut)["ratios"]["sparsight"]
         assert ratios["pretrain"]["seconds"] is not None
         assert ratios["finetune"] == ratios["total"] == {"seconds": None, "executed_flops": None}

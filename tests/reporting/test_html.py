@@ -172,7 +172,7 @@ def test_a_browser_draws_it_without_a_complaint(tmp_path, runs):
     assert dom.count('class="main-svg"') >= 5
     assert dom.count('class="trace bars"') >= 10 and 'data-requests="0"' in dom
     curves = re.findall('class="trace scatter[^>]*>.*?<path class="js-line" d="([^"]+)"', dom)
-    assert len(curves) >= 16 and all(len(curve) > 30 for curve in curves)  # 4 plots, 2 runs, faint and bold
+    assert len(curves) >= 16 and sum(len(curve) > 200 for curve in curves) >= 8  # 4 plots, 2 runs, faint and bold
     assert 'class="hovertext"' in dom and "pretrain, step 4" in dom
     assert 'data-theme="dark"' in dom or 'data-theme="light"' in dom
     assert int(re.search(r'data-width="(\d+)"', dom).group(1)) <= 1280

@@ -167,7 +167,7 @@ def _cpu() -> str:
 
 @dataclass(frozen=True)
 class Curve:
-    """A stage's losses, a value a step. ``mean``: running mean over up to 25 steps on either side, fewer in short stages.
+    """A stage's losses, a value a step. ``mean``: over up to 25 steps on either side, fewer in short stages.
 
     Args:
         seconds: since the stage began, the encoding of pictures before the first step included.
@@ -245,7 +245,9 @@ class Run:
         asked = recipe if isinstance(recipe, dict) else {}
         stages = asked.get("stages")
         names = (
-            {stage.get("name") for stage in stages if isinstance(stage, dict)} if isinstance(stages, list) else set()
+            {str(stage.get("name")) for stage in stages if isinstance(stage, dict)}
+            if isinstance(stages, list)
+            else set()
         )
         names = names or {stage.name for stage in self.stages}
         evaluation = asked.get("evaluation")
