@@ -104,6 +104,16 @@ def compare(
     report(runs, out, Console())
 
 
+@app.command()
+def watch(run: Annotated[Path, typer.Argument(help="folder of a run, such as runs/NAME")]) -> None:
+    """Show a run while it goes on: stage, step, loss, speed, FLOPs, memory, time left. Ctrl-C leaves the run alone."""
+    from rich.console import Console
+
+    from sparsight.reporting import watch as show
+
+    show(run, Console())
+
+
 @app.command(name="eval")
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="folder of a model, such as runs/NAME/finetune/model")],
