@@ -433,9 +433,8 @@ def when(process: subprocess.Popen[str], folder: Path, stage: str, steps: int) -
 
 def test_a_run_is_watched_from_another_terminal_and_compared(write: Callable[..., Path], tmp_path: Path) -> None:
     """Ctrl-C ends the watching, and not the run; what is left of a killed run is shown beside a whole one."""
-    recipe, folder = write(), tmp_path / "out"
     killed = write(stages=[stage_values(samples=2000)]).rename(tmp_path / "long.yaml")
-    recipe = write()
+    recipe, folder = write(), tmp_path / "out"
     process = started(killed, tmp_path / "long")
     when(process, tmp_path / "long", "pretrain", 3)
     watching = subprocess.Popen(command("watch", tmp_path / "long"), stdout=subprocess.PIPE, text=True)

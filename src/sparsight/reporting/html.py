@@ -120,7 +120,7 @@ def _cards(comparison: Comparison) -> list[dict[str, str]]:
 def _figures(comparison: Comparison, runs: list[Run]) -> list[dict[str, Any]]:
     """The plots, as {id, data, layout}. Names are escaped because plotly reads tags in its texts."""
     figures = [
-        _bars(comparison, "seconds", duration, "seconds"),
+        _bars(comparison, "seconds", lambda value: duration(value or 0.0), "seconds"),
         _bars(comparison, "executed_flops", lambda value: human(value, "FLOP"), "executed FLOPs"),
         _bars(comparison, "data_wait", share, "share of the steps' time", {"tickformat": ".0%", "range": [0, 1]}),
         _bars(comparison, "peak_memory_bytes", lambda value: human(value, "B"), "bytes"),
@@ -195,7 +195,12 @@ def _plot(
     traces = []
     for index, run in enumerate(runs):
         points = _points(run, along, values)
-        line = {"type": "scatter", "mode": "lines", "name": html.escape(run.name), "legendgroup": str(index)}
+        line: dict[str, Any] = {
+            "type": "scatter",
+            "mode": "lines",
+            "name": html.escape(run.name),
+            "legendgroup": str(index),
+        }
         line["x"] = [x for x, *_ in points]
         hover = f"%{{text}}<br>{title} %{{y:.4~r}} at %{{x:.4~s}} {along}<extra>{html.escape(run.name)}</extra>"
         faint = {"opacity": 0.28, "line": {"color": _colour(index), "width": 1}, "hoverinfo": "skip"}

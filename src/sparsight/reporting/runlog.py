@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib import metadata
@@ -317,7 +317,8 @@ class LogReader:
     Raises `FileNotFoundError` if there is no such file.
     """
 
-    file: Path | str
+    path: InitVar[Path | str]
+    file: Path = field(init=False)
     offset: int = 0  # bytes read
     number: int = 0  # lines taken
     rest: bytes = b""  # of a line that has no end yet
@@ -334,8 +335,8 @@ class LogReader:
     seen: dict[str, int] = field(default_factory=dict)
     nonfinite: dict[tuple[str, str], list[int]] = field(default_factory=lambda: defaultdict(list))
 
-    def __post_init__(self) -> None:
-        folder = Path(self.file)
+    def __post_init__(self, path: Path | str) -> None:
+        folder = Path(path)
         self.file = folder / FILE_NAME if folder.is_dir() else folder
         if not self.file.is_file():
             inside = sorted(str(file.parent) for file in folder.glob(f"*/{FILE_NAME}"))
