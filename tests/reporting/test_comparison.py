@@ -190,6 +190,18 @@ def test_what_is_not_finished_has_no_ratio(runs):
         assert "speed-up ? of ? possible" in verdict(compare(cut))
 
 
+def test_more_speed_than_work_saved_is_doubted(runs):
+    quick = [replace(stage, seconds=stage.seconds / 10) for stage in runs[0].stages]
+    said = compare([replace(runs[0], stages=quick), runs[1]])["warnings"]
+    assert len(said) == 2 and "x possible: more than the work that was saved" in said[0]
+
+
+def test_many_runs_fit_a_terminal(runs):
+    many = [replace(runs[0], name=f"run-with-a-name-{number}") for number in range(5)]
+    text = printed(compare([runs[1], *many]))
+    assert all(task in text for task in TASKS) and "70.5" in text and "-3.0" in text
+
+
 def test_what_differs_in_the_recipes_is_listed(runs):
     def recipe(layout, **stage):
         stages = [{"name": "a", "bridge": {"layout": layout}} | stage, {"name": "b", "samples": 3}]

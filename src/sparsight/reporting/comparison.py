@@ -23,6 +23,7 @@ from sparsight.reporting.runlog import Run, StageRun, step_seconds
 
 Comparison = dict[str, Any]
 _COSTS = ("seconds", "executed_flops")
+_BEYOND = 0.75  # of the ratio of FLOPs: a ratio of seconds below that is hard to believe
 
 
 def compare(runs: list[Run], baseline: str | None = None) -> Comparison:
@@ -45,15 +46,17 @@ def compare(runs: list[Run], baseline: str | None = None) -> Comparison:
         raise ValueError("a task cannot be named 'mean'")
     base, *others = sorted(runs, key=lambda run: run.name != baseline)
     entries = [_entry(run) for run in (base, *others)]
+    ratios = {entry["name"]: _ratios(entry, entries[0]) for entry in entries[1:]}
     return {
         "runs": entries,
         "chance": {task: value for run in (*others, base) for task, value in run.chance.items()},
         "items": {task: count for run in (*others, base) for task, count in run.items.items()},
-        "ratios": {entry["name"]: _ratios(entry, entries[0]) for entry in entries[1:]},
+        "ratios": ratios,
         "to_loss": _to_loss([base, *others]),
         "differences": _differences([base, *others]),
         "warnings": [text for run in (base, *others) for text in _own_warnings(run)]
-        + [text for run in others for text in _pair_warnings(run, base)],
+        + [text for run in others for text in _pair_warnings(run, base)]
+        + list(_too_fast(ratios)),
         "env": _environment(base),
     }
 
@@ -179,6 +182,20 @@ def _pair_warnings(run: Run, base: Run) -> Iterator[str]:
     yield from differences("task", *tasks)
     yield from differences("items of task", run.items, base.items)
     yield from differences("chance of task", run.chance, base.chance)
+
+
+def _too_fast(ratios: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Stages that saved much more time than work: then something else took the baseline's time, or the run's FLOPs."""
+    for name, stages in ratios.items():
+        for stage, costs in stages.items():
+            if stage in ("total", "score") or None in costs.values():
+                continue
+            if costs["seconds"] >= _BEYOND * costs["executed_flops"]:
+                continue
+            yield (
+                f"{name}: speed-up of stage {stage} is {speed_up(costs)}: more than the work that was saved. Was the "
+                "machine busy with something else?"
+            )
 
 
 def _said(value: object) -> str:
@@ -308,7 +325,7 @@ def signed(points: float | None, interval: float | None) -> str:
 
 def render_table(comparison: Comparison, console: Console) -> None:
     """Print cost by stage, time to the baseline's loss, scores by task, what differs, the verdict, and the warnings."""
-    wide = console.width >= 130
+    wide = console.width >= 150
     console.print(_cost_table(comparison, wide))
     if len(comparison["runs"]) > 1:
         console.print(_loss_table(comparison))
@@ -323,7 +340,8 @@ def render_table(comparison: Comparison, console: Console) -> None:
 
 def _cost_table(comparison: Comparison, wide: bool) -> Table:
     base = comparison["runs"][0]["name"]
-    table = Table("stage", "run", title="Training cost", title_justify="left")
+    table = Table("stage", title="Training cost", title_justify="left")
+    table.add_column("run", overflow="fold")
     extra = ("x time", "x FLOPs", "memory", "data wait", "loss") if wide else ()
     for heading in ("tokens", "samples", "time", "FLOPs", *extra, "speed-up"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -370,11 +388,15 @@ def _difference_table(comparison: Comparison) -> Table:
 
 def _score_table(comparison: Comparison, wide: bool) -> Table:
     names = [run["name"] for run in comparison["runs"]]
-    table = Table("task", title="Scores, in %", title_justify="left")
-    table.caption = "difference in points, with its 95% interval; shuffled: with wrong pictures, in the same order"
-    difference = [heading for name in names[1:] for heading in (name, "difference")]
-    for heading in [*(["items"] if wide else []), "chance", names[0], *difference, "shuffled"]:
-        table.add_column(Text(heading), justify="right", no_wrap=True)
+    few = len(names) <= 3  # else only the page has room
+    table = Table(title="Scores, in %", title_justify="left")
+    table.add_column("task", no_wrap=True)
+    table.caption = "points: difference from the baseline" + (
+        ", with its 95% interval; shuffled: with wrong pictures, in the same order" if few else ""
+    )
+    compared = [heading for name in names[1:] for heading in (name, "points")]
+    for heading in [*(["items"] if wide else []), "chance", names[0], *compared, *(["shuffled"] if few else [])]:
+        table.add_column(Text(heading), justify="right", overflow="fold")
     for row in score_rows(comparison):
         if row["task"] == "mean":
             table.add_section()
@@ -384,8 +406,9 @@ def _score_table(comparison: Comparison, wide: bool) -> Table:
             if index:
                 points = row["points"][index]
                 style = "bold red" if points is not None and round(points, 1) < 0 else "green"
-                cells.append(Text(signed(points, row["interval"][index]), style=style))
-        cells.append(Text(" / ".join(percent(value) for value in row["shuffled"]), style="dim"))
+                cells.append(Text(signed(points, row["interval"][index] if few else None), style=style))
+        if few:
+            cells.append(Text(" / ".join(percent(value) for value in row["shuffled"]), style="dim"))
         table.add_row(*cells)
     return table
 

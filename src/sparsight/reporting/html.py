@@ -179,7 +179,7 @@ def _bars(
 
 
 def _plot(
-    name: str,
+    plot: str,
     along: str,
     title: str,
     runs: list[Run],
@@ -195,20 +195,16 @@ def _plot(
     traces = []
     for index, run in enumerate(runs):
         points = _points(run, along, values)
-        line: dict[str, Any] = {
-            "type": "scatter",
-            "mode": "lines",
-            "name": html.escape(run.name),
-            "legendgroup": str(index),
-        }
+        name = html.escape(run.name)
+        line: dict[str, Any] = {"type": "scatter", "mode": "lines", "name": name, "legendgroup": str(index)}
         line["x"] = [x for x, *_ in points]
-        hover = f"%{{text}}<br>{title} %{{y:.4~r}} at %{{x:.4~s}} {along}<extra>{html.escape(run.name)}</extra>"
+        hover = f"%{{text}}<br>{title} %{{y:.4~r}} at %{{x:.4~s}} {along}<extra>{name}</extra>"
         faint = {"opacity": 0.28, "line": {"color": _colour(index), "width": 1}, "hoverinfo": "skip"}
         bold = {"line": {"color": _colour(index), "width": 2.5}, "hovertemplate": hover}
         traces.append(line | faint | {"y": [y for _, y, *_ in points], "showlegend": False})
         traces.append(line | bold | {"y": [y for *_, y, _ in points], "text": [text for *_, text in points]})
     axes = {"xaxis": {"title": {"text": along}, "rangemode": "tozero"}, "yaxis": {"title": {"text": title}, **axis}}
-    return {"id": name, "data": traces, "layout": axes | {"height": 360}}
+    return {"id": plot, "data": traces, "layout": axes | {"height": 360}}
 
 
 def _points(
