@@ -7,8 +7,6 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 from synthetic import write_run
 
@@ -164,31 +162,24 @@ def test_odd_logs_still_make_a_page(tmp_path, runs):
         write_report(compare(runs), runs[:1], tmp_path / "no.html")
 
 
-ODD = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
-)
+ODD = [None, 10**400, "x", {"stages": [[], {"name": []}]}]
 
 
-@given(data=st.data())
-def test_no_record_of_a_log_is_fatal(tmp_path_factory, data):
-    """A few fields of a good log replaced by something else: it is read, compared, watched and drawn."""
-    folder = write_run(tmp_path_factory.mktemp("log"), "odd", steps=3)
-    path = folder / "run.jsonl"
+@pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
+def test_no_field_of_a_log_is_fatal(tmp_path, monkeypatch, odd):
+    """Each field of a good log in turn is something else: it is read, compared, watched and drawn."""
+    monkeypatch.setattr("plotly.offline.get_plotlyjs", str)  # its 5 MB each time are not what is tried here
+    path = write_run(tmp_path, "odd", steps=2) / "run.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    for _ in range(6):
-        record = data.draw(st.sampled_from(records[1:]))
-        keys = [*sorted(set(record) - {"type"}), "extra"]
-        record[data.draw(st.sampled_from(keys))] = data.draw(ODD)
-    key = data.draw(st.sampled_from(["environment", "recipe", "samples_hash"]))
-    records[0][key] = data.draw(ODD | st.just({"stages": [[], {"name": []}]}))
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    run = read_run(path)
-    with pytest.MonkeyPatch.context() as patch:  # its 5 MB each time are not what is tried here
-        patch.setattr("plotly.offline.get_plotlyjs", str)
-        page_of([run, replace(run, name="b")], folder)
-    console = Console(file=io.StringIO(), width=100)
-    render_table(compare([run, replace(run, name="b")]), console)
-    console.print(render(run, 1.0, 80))
+    fields = {(record["type"], key) for record in records for key in record if key not in ("type", "run", "version")}
+    for kind, key in sorted(fields):
+        changed = [record | {key: odd} if record["type"] == kind else record for record in records]
+        path.write_text("".join(json.dumps(record) + "\n" for record in changed))
+        run = read_run(path)
+        page_of([run, replace(run, name="b")], tmp_path)
+        console = Console(file=io.StringIO(), width=100)
+        render_table(compare([run, replace(run, name="b")]), console)
+        console.print(render(run, 1.0, 80))
 
 
 def test_examples_left_out_are_counted(tmp_path, runs):

@@ -366,7 +366,7 @@ class LogReader:
             self.problems.append(f"line {number}: unknown type of record {kind!r}; left out")
             return
         for key, expected in _REQUIRED[kind].items():
-            if not isinstance(record.get(key), expected) or isinstance(record[key], bool):
+            if not isinstance(record.get(key), expected) or (expected is int and key not in _numbers(record)):
                 self.problems.append(f"line {number}: {kind} without a valid {key!r}; left out")
                 return
         if self.stranger and kind != "header":
