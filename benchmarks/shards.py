@@ -1,7 +1,8 @@
 """Tar shards of 100,000 tiny samples: time to index them, time of the first batch after a resume, resident memory.
 
-The first batch after a resume is taken as the Trainer does: the source is opened, a shuffled sampler is moved on to 90%
-of the epoch, and the batch behind that is read and decoded, in this process.
+The first batch after a resume is taken as the Trainer does: the source is opened, the steps are planned from the sizes
+of samples, which the run has kept, the loader is moved on to 90% of the epoch, and the batch behind that is read and
+decoded, in this process.
 
     python benchmarks/shards.py [--device cpu] [--rounds 5] [--out FILE]
 """
@@ -27,7 +28,8 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
-from sparsight.config import ConversationData
+from sparsight.config import ConversationData, Stage
+from sparsight.data.batching import RankBatches, plan_steps
 from sparsight.data.shards import build_index
 from sparsight.data.sources import ShardSource
 
@@ -71,13 +73,15 @@ def index_all(folder: Path) -> float:
     return time.perf_counter() - start
 
 
-def resume(data: ConversationData) -> float:
-    """Seconds from nothing opened to the first batch behind 90% of an epoch."""
+def resume(data: ConversationData, sizes: Path) -> float:
+    """Seconds from nothing opened to the first micro-batch behind 90% of an epoch."""
     start = time.perf_counter()
-    shuffled = torch.Generator().manual_seed(0)
-    loader = DataLoader(Decoded(ShardSource(data)), BATCH, shuffle=True, generator=shuffled, collate_fn=list)
+    values = {"name": "x", "bridge": {"kind": "linear"}, "learning_rate": {"bridge": 1}, "samples": SAMPLES}
+    stage = Stage.model_validate(values | {"batch_size": BATCH, "micro_batch_size": BATCH // 4})
+    plan = plan_steps(stage, SAMPLES, 0, 1, np.load(sizes), largest_second=True)
+    loader = DataLoader(Decoded(ShardSource(data)), batch_sampler=RankBatches(plan), collate_fn=list)
     batch = next(iter(skip_first_batches(loader, len(loader) * 9 // 10)))
-    assert len(batch) == BATCH
+    assert len(batch) == BATCH // 4
     return time.perf_counter() - start
 
 
@@ -102,7 +106,9 @@ def main() -> None:
         write_shards(folder, console)
         rounds = range(options.rounds)
         indexing = [index_all(folder) for _ in track(rounds, "indexing", console=console)]
-        resuming = [resume(data) for _ in track(rounds, "resuming", console=console)]
+        sizes = folder / "sizes.npy"
+        np.save(sizes, np.random.default_rng(0).integers(1, 100, (SAMPLES, 2)))
+        resuming = [resume(data, sizes) for _ in track(rounds, "resuming", console=console)]
         result = {
             "samples": SAMPLES,
             "shards": SHARDS,

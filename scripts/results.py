@@ -96,6 +96,41 @@ def scaling_table(name: str, result: dict) -> str:
     return "\n".join(lines)
 
 
+def data_table(name: str, result: dict) -> str:
+    """Time per sample of ways to batch, and what the feature cache does to the demo's training."""
+    hardware, (cached, plain) = result["env"]["hardware"], result["demo"]
+    where = f"{hardware['cpu']}, {hardware['cores']} cores" if result["device"] == "cpu" else result["device"]
+    lines = [
+        f"**{name}**: SmolLM2-135M, pictures with captions that people wrote, batches of {result['positions']} "
+        f"positions ({where}; {result['precision']}; medians; `benchmarks/results/{result['file']}`)",
+        "",
+        "| layout | batches | not padding | ms a sample | of the padded one's |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["packing"]:
+        figures = f"{row['filled']:.0%} | {1e3 * row['seconds_per_sample']:.0f} | {row['ratio']:.2f}"
+        lines.append(f"| `{row['layout']}` | {row['way']} | {figures} |")
+    lines += [
+        "",
+        f"The demo's pre-training in the same file: {cached['seconds_per_step']:.2f} s a step from the feature cache, "
+        f"{plain['seconds_per_step']:.2f} s without; {cached['data_wait']:.1%} and {plain['data_wait']:.1%} of the "
+        "time waiting for data.",
+    ]
+    return "\n".join(lines)
+
+
+def shards_table(name: str, result: dict) -> str:
+    """Tar shards: index, resume, memory."""
+    seconds = {key: result[f"{key}_seconds"]["median"] for key in ("indexing", "resume")}
+    resident = result["reading"]["resident_MB"]
+    return (
+        f"**{name}**: {result['samples']:,} samples in {result['shards']} tar shards "
+        f"(`benchmarks/results/{result['file']}`): index in {seconds['indexing']:.1f} s, first batch after a resume at "
+        f"90% in {seconds['resume']:.2f} s; resident memory {resident[0]:.0f} MB after a thousand samples, read in "
+        f"random order, and {resident[-1]:.0f} MB after ten thousand."
+    )
+
+
 def newest(folder: Path) -> dict[str, dict]:
     """The newest result of each name: NAME-DATE.json, DATE as in 2026-11-21 or 2026-11-21T0829."""
     files = {file.name[: file.name.index("-20")]: file for file in sorted(folder.glob("*-????-??-??*.json"))}
@@ -107,6 +142,7 @@ Show = Callable[[str, dict], str]
 PAGES: dict[str, list[tuple[str, Show]]] = {
     "README.md": [("demo", table), ("scenes-60min", table)],
     "docs/chain-of-sight.md": [("bridge-", bridge_table), ("scaling", scaling_table)],
+    "docs/data.md": [("data-", data_table), ("shards", shards_table)],
     "docs/methods/chain-of-sight.md": [("scenes-60min", table)],
     "docs/methods/compressor.md": [("sparse-c", sparse_table), ("sparse-scenes", table)],
     "docs/methods/skipper.md": [("sparse-c", sparse_table), ("sparse-scenes", table)],

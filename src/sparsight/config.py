@@ -326,6 +326,10 @@ class Stage(Settings):
             raise ValueError(f"stage '{self.name}': batch_size {self.batch_size} is not a multiple of {micro}")
         if micro is not None and self.batch_tokens is not None:
             raise ValueError(f"stage '{self.name}': batch_tokens settles what micro_batch_size does; give one of them")
+        if self.batch_tokens is not None and self.model_fields_set & {"batch_size", "pack_length"}:
+            raise ValueError(
+                f"stage '{self.name}': batch_tokens settles what batch_size and pack_length do; give it or them"
+            )
         if self.pack_length is not None and not self.packing:
             raise ValueError(f"stage '{self.name}': pack_length needs packing: true")
         if self.lora is not None and self.learning_rate.language is None:

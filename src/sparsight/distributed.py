@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+
+def process_state() -> PartialState:
+    """This process's place in its group, which is joined on the first call, if a launcher such as torchrun made one."""
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def several_ranks() -> bool:

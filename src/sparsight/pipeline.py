@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -32,6 +31,7 @@ from sparsight.data.collate import TrainingSet
 from sparsight.data.images import load_image
 from sparsight.data.scenes import ScenesDataset, chance
 from sparsight.data.sources import Sample, Source, open_source, scene_config
+from sparsight.distributed import process_state
 from sparsight.evaluation.scenes import Scores, evaluate_scenes, score_answer
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.modeling.build import build, build_processor, language_folder, scratch_language, scratch_tokenizer
@@ -59,6 +59,7 @@ from sparsight.training.stages import PartPlan, add_lora, merge_lora, select_tra
 from sparsight.training.trainer import StepCounter, plan_stage, train_stage
 
 EXAMPLES = 8
+WAITING = 0.1  # share of the time waiting for data, above which there is something to mend
 RECIPE_FILE = "sparsight_recipe.json"
 
 
@@ -79,7 +80,7 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache
     """
     if missing := [name for name in recipe.report_to if importlib.util.find_spec(name) is None]:
         raise ValueError(f"report_to: {missing} cannot be imported; pip install {' '.join(missing)}, or take it out")
-    ranks = PartialState()
+    ranks = process_state()
     main = ranks.is_main_process  # it alone writes and tells
     log = _open_log(recipe, out, resume) if main else RunLog(Path(os.devnull), append=True)
     console = console if main else Console(quiet=True)
@@ -158,7 +159,7 @@ def samples_hash(recipe: Recipe) -> str:
     seen = {
         "data": recipe.data.model_dump(mode="json"),
         "seed": recipe.seed,
-        "stages": [(stage.samples, stage.batch_size, stage.tasks) for stage in recipe.stages],
+        "stages": [(stage.samples, stage.batch_size, stage.batch_tokens, stage.tasks) for stage in recipe.stages],
     }
     return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -329,6 +330,9 @@ def _run_stage(
     done = next(logged.steps for logged in read_run(log.path).stages if logged.name == stage.name)
     # A resumed stage also took what its steps before the checkpoint took.
     seconds += sum(step_seconds(step) for step in done if step["step"] <= began)
+    waiting = sum(step["seconds"]["data"] for step in done) / sum(step_seconds(step) for step in done)
+    advice = ": raise workers, or cache_features for a frozen encoder" if waiting > WAITING else ""
+    console.print(f"{waiting:.1%} of the time waiting for data{advice}", style="yellow" if advice else None)
     log.write(
         "stage_end",
         stage=stage.name,
@@ -336,6 +340,7 @@ def _run_stage(
         executed_flops=sum(step["flops"] for step in done) + encoding.flops,
         encoding_seconds=encoding.seconds,
         samples=stage.samples,
+        data_wait=waiting,
     )
 
 
@@ -369,7 +374,7 @@ def _cached(
 
     model.eval()
     with (
-        PartialState().main_process_first(),
+        process_state().main_process_first(),
         Progress(console=session.console) as bar,
         autocast(session.recipe.precision, model.device),
     ):
@@ -681,14 +686,16 @@ def check_data(recipe: Recipe, out: Path, workers: int, console: Console) -> dic
             raise _not_loaded(recipe, error) from None
         made.append((processor.num_image_tokens, stage, processor))
     _, stage, processor = max(made, key=lambda each: each[0])
-    source = open_source(stage_data(recipe, stage), stage.samples, stage.image_size, strict=False)
+    conversations = sum(each.samples for each in recipe.stages)
+    source = open_source(stage_data(recipe, stage), conversations, stage.image_size, strict=False)
     with Progress(console=console) as bar:
         task = bar.add_task("looking at samples", total=len(source))
         data = TrainingSet(source, processor, len(source))
         found = check_rows(data, workers, lambda done: bar.update(task, completed=done))
-    name = recipe.data.path if isinstance(recipe.data, ConversationData) else "scenes"
+    name = recipe.data.path if isinstance(recipe.data, ConversationData) else recipe.data.kind
     made_by = {"recipe": recipe.name, "stage": stage.name, "data": name, "environment": environment()}
-    record = made_by | found.record(context) | {"visual_tokens_per_image": processor.num_image_tokens}
+    record = made_by | found.record(stage.max_length or context)
+    record["visual_tokens_per_image"] = processor.num_image_tokens
     write_atomic(out / "check.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
     shown = [source[row["row"]] for row in found.rows if row["images"]][:EXAMPLES]
     write_check(record, [_shown(sample, source) for sample in shown], out / "index.html")

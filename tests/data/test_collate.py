@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sparsight.config import ConversationData
 from sparsight.data.cache import build_cache, picture_rows
 from sparsight.data.collate import Collator, TrainingSet
 from sparsight.data.sources import ConversationSource
+from sparsight.modeling.packed import attention_for_packed_rows
 from tiny import picture
 
 PICTURES = ([], ["0.png"], ["1.png", "2.png"], ["0.png", "1.png", "2.png"])
@@ -79,6 +81,37 @@ def test_none_to_three_pictures_in_one_batch(tiny_vlm, source: ConversationSourc
     turned = collate(items[::-1])
     with torch.no_grad():
         assert abs(model(**turned, loss_only=True).loss - together) < 1e-5
+
+
+@pytest.mark.parametrize("pack_length", [None, 200], ids=["rows of the longest", "one row"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "by sample"])
+def test_packed_rows_have_the_loss_and_gradients_of_padded_ones(
+    tiny_vlm, source: ConversationSource, attention: str, pack_length: int | None
+) -> None:
+    """No attention across samples, and no first token that the sample before it is taught to say."""
+    model, processor = tiny_vlm()
+    language = model.model.language_model
+    language.set_attn_implementation("eager" if attention == "by sample" else attention)
+    pad = processor.tokenizer.pad_token_id
+    items = [TrainingSet(source, processor, 4)[index] for index in (2, 0, 3, 1)]
+    found = []
+    for collate in (Collator(pad), Collator(pad, True, pack_length)):
+        batch = collate(items)
+        batch.pop("info")
+        model.zero_grad(set_to_none=True)
+        by_sample = collate.packing and attention == "by sample"
+        with attention_for_packed_rows(language) if by_sample else nullcontext():
+            loss = model(**batch, loss_only=True, use_cache=False).loss
+            loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append((batch["input_ids"], loss.item(), gradients))
+    (padded, loss, wanted), (packed, packed_loss, gradients) = found
+    assert packed.shape[0] == (3 if pack_length is None else 1) and packed.numel() < padded.numel()
+    assert packed_loss == pytest.approx(loss, abs=2e-6)  # measured: 0 to 2e-7
+    largest = max(gradient.abs().max() for gradient in wanted.values())
+    assert wanted.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - wanted[name]).abs().max() < 1e-5 * largest, name
 
 
 def test_text_alone_makes_a_batch_without_pictures(tiny_vlm, source: ConversationSource) -> None:

@@ -1,7 +1,7 @@
 """Which samples make which batch, and which share a row.
 
-What an optimizer step learns from follows from the seed alone; lengths only settle how its samples are dealt out to
-micro-batches, ranks and rows. All of it is a function of numbers: to resume is to count.
+What an optimizer step learns from follows from the seed alone; sizes only settle how its samples are dealt out to
+ranks, micro-batches and rows. All of it is a function of numbers: to resume is to count.
 """
 
 from __future__ import annotations
@@ -12,82 +12,121 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-Step = list[list[int]]  # micro-batches of sample indices, over all ranks
+from sparsight.config import Stage
+
+Step = list[list[int]]  # micro-batches of sample indices; those of rank r of R are step[r::R]
+WINDOW = 32  # micro-batches whose samples are sorted by length, where batch_tokens makes them
+
+
+def micro_batches(stage: Stage, ranks: int) -> int:
+    """Micro-batches of a step on each rank.
+
+    Raises:
+        ValueError: the batch cannot be dealt out evenly.
+    """
+    if stage.batch_tokens is not None:
+        return 1
+    micro = stage.micro_batch_size or max(1, stage.batch_size // ranks)
+    if stage.batch_size % (micro * ranks):
+        raise ValueError(
+            f"stage '{stage.name}': batch_size {stage.batch_size} cannot be dealt out to {ranks} ranks in "
+            f"micro-batches of {micro}: expected a multiple of {micro * ranks}"
+        )
+    return stage.batch_size // (micro * ranks)
 
 
 def plan_steps(
+    stage: Stage,
     samples: int,
     seed: int,
-    parts: int,
-    batch_size: int,
-    lengths: np.ndarray | None = None,
-    batch_tokens: int | None = None,
-    packing: bool = False,
+    ranks: int = 1,
+    sizes: np.ndarray | None = None,
     largest_second: bool = False,
 ) -> list[Step]:
-    """Deal ``samples`` out to optimizer steps of ``parts`` micro-batches each, every sample once.
+    """Deal ``samples`` out to optimizer steps, every sample once; the last step may repeat some, so that each of its
+    micro-batches has one.
+
+    With ``batch_size``, a step has that many samples. Ranks get as many images as can be, and micro-batches samples of
+    like length (packed: of all lengths, so that they weigh the same). With ``batch_tokens``, a micro-batch has as many
+    samples of like length as have so many positions, padding included, and a step one for each rank.
 
     Args:
-        parts: micro-batches of a step, over all ranks; each gets a sample at least, so the last step may repeat some.
-        batch_size: samples of a step, unless ``batch_tokens`` is given.
-        lengths: positions of each sample, visual tokens included. With them, a micro-batch holds samples of like
-            length (packed: of all lengths, so that micro-batches weigh the same).
-        batch_tokens: as many samples in a micro-batch as have so many positions, padding included.
+        sizes: (samples, 2): positions of each sample, visual tokens included, and its images. Needed if there is
+            anything to deal out.
         largest_second: the step with the longest sample (packed: with most positions) comes second, where optimizer
             states exist too: memory runs out at once or never.
 
     Raises:
-        ValueError: a sample alone is longer than ``batch_tokens``.
+        ValueError: the batch cannot be dealt out evenly; a sample alone is longer than ``batch_tokens``.
     """
     order = np.random.default_rng(seed).permutation(samples).tolist()
-    if batch_tokens is not None:
-        assert lengths is not None
-        batches = _by_tokens(order, lengths, batch_tokens, packing)
-        steps = [batches[start : start + parts] for start in range(0, len(batches), parts)]
-        steps[-1] = _split(steps[-1], parts)
+    accumulate = micro_batches(stage, ranks)
+    if stage.batch_tokens is not None:
+        assert sizes is not None
+        steps = _by_tokens(stage, order, seed, ranks, sizes)
     else:
-        groups = [order[start : start + batch_size] for start in range(0, samples, batch_size)]
-        steps = [_deal(group, parts, lengths, packing) for group in groups]
-    if largest_second and lengths is not None and len(steps) > 1:
+        groups = [order[start : start + stage.batch_size] for start in range(0, samples, stage.batch_size)]
+        steps = [_deal(group, ranks, accumulate, sizes, stage.packing) for group in groups]
+    if largest_second and sizes is not None and len(steps) > 1:
         # Of whole steps, so that their order does not depend on ranks and micro-batches.
-        sizes = [lengths[sorted({index for batch in step for index in batch})] for step in steps]
-        worst = max(range(len(steps)), key=lambda n: sizes[n].sum() if packing else sizes[n].max())
+        own = [sizes[sorted({index for batch in step for index in batch}), 0] for step in steps]
+        worst = max(range(len(steps)), key=lambda n: own[n].sum() if stage.packing else own[n].max())
         steps[1], steps[worst] = steps[worst], steps[1]
     return steps
 
 
-def _positions(batch: Sequence[int], lengths: np.ndarray, packing: bool) -> int:
-    own = lengths[list(batch)]
-    return int(own.sum() if packing else own.max() * len(own))
+def _deal(group: list[int], ranks: int, accumulate: int, sizes: np.ndarray | None, packing: bool) -> Step:
+    if ranks * accumulate == 1:
+        return [group]
+    assert sizes is not None
+    group = (group * -(-ranks * accumulate // len(group)))[: max(ranks * accumulate, len(group))]
+    group = sorted(group, key=lambda index: (-sizes[index, 1], -sizes[index, 0]))
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for place, index in enumerate(group):  # there and back again: no rank is always first
+        lap, rank = divmod(place, ranks)
+        shares[rank if lap % 2 == 0 else ranks - 1 - rank].append(index)
+    cut = [_cut(share, accumulate, sizes, packing) for share in shares]
+    return [cut[rank][part] for part in range(accumulate) for rank in range(ranks)]
 
 
-def _deal(group: list[int], parts: int, lengths: np.ndarray | None, packing: bool) -> Step:
-    group = (group * -(-parts // len(group)))[: max(parts, len(group))]
-    if lengths is not None:
-        group = sorted(group, key=lambda index: -lengths[index])
+def _cut(share: list[int], parts: int, sizes: np.ndarray, packing: bool) -> list[list[int]]:
+    share = sorted(share, key=lambda index: -sizes[index, 0])
     if packing:
-        return [group[part::parts] for part in range(parts)]
-    edges = [part * len(group) // parts for part in range(parts + 1)]
-    return [group[start:end] for start, end in itertools.pairwise(edges)]
+        return [share[part::parts] for part in range(parts)]
+    edges = [part * len(share) // parts for part in range(parts + 1)]
+    return [share[start:end] for start, end in itertools.pairwise(edges)]
 
 
-def _by_tokens(order: list[int], lengths: np.ndarray, batch_tokens: int, packing: bool) -> list[list[int]]:
+def _by_tokens(stage: Stage, order: list[int], seed: int, ranks: int, sizes: np.ndarray) -> list[Step]:
+    lengths, most = sizes[:, 0], stage.batch_tokens
+    assert most is not None
     longest = int(lengths.argmax())
-    if lengths[longest] > batch_tokens:
+    if lengths[longest] > most:
         raise ValueError(
-            f"batch_tokens {batch_tokens}: sample {longest} alone has {lengths[longest]} positions, visual tokens "
-            "included; expected room for the longest"
+            f"stage '{stage.name}', batch_tokens {most}: sample {longest} alone has {lengths[longest]} positions, "
+            "visual tokens included; expected room for the longest"
         )
+    if not stage.packing:
+        window = WINDOW * max(1, int(most / lengths.mean()))
+        order = [
+            index
+            for start in range(0, len(order), window)
+            for index in sorted(order[start : start + window], key=lambda index: -lengths[index])
+        ]
     batches: list[list[int]] = [[]]
     for index in order:
-        if batches[-1] and _positions([*batches[-1], index], lengths, packing) > batch_tokens:
+        own = lengths[[*batches[-1], index]]
+        if batches[-1] and (own.sum() if stage.packing else own.max() * len(own)) > most:
             batches.append([])
         batches[-1].append(index)
-    return batches
+    batches.sort(key=lambda batch: -sizes[batch, 1].sum())  # ranks get as many images as can be
+    steps = [batches[start : start + ranks] for start in range(0, len(batches), ranks)]
+    steps[-1] = _filled(steps[-1], ranks)
+    return [steps[n] for n in np.random.default_rng(seed + 1).permutation(len(steps))]
 
 
-def _split(step: Step, parts: int) -> Step:
-    """The last step, brought to as many micro-batches as the others: by halves, then by repeating samples."""
+def _filled(step: Step, parts: int) -> Step:
+    """A step brought to as many micro-batches as the others have: by halves, then by repeating samples."""
     step = list(step)
     while len(step) < parts:
         step.sort(key=len)

@@ -25,7 +25,7 @@ class Findings:
         """All figures, for JSON. Lengths are tokens of a sample, visual ones included.
 
         Args:
-            context: positions that the language model knows, if it says so.
+            context: tokens that a sample may have: what the stage allows, or the language model knows, if they say so.
         """
         lengths = np.array([row["text_tokens"] + row["visual_tokens"] for row in self.rows] or [0])
         longest = self.rows[int(lengths.argmax())]["id"] if self.rows else None

@@ -141,18 +141,21 @@ class TrainingSet(Dataset):
             return {}
         return {"pixels": dict(self.processor.pixels([self.source.picture(key) for key in sample.images]))}
 
-    def lengths(self, file: Path, progress: Callable[[int], None] = lambda done: None) -> np.ndarray:
-        """Positions of each item, visual tokens included; no picture is read. Kept in ``file``, for the next time."""
+    def sizes(self, file: Path, progress: Callable[[int], None] = lambda done: None) -> np.ndarray:
+        """Positions of each item, visual tokens included, and its images, (items, 2); no picture is read. Kept in
+        ``file``, for the next time."""
         if file.is_file() and len(kept := np.load(file)) == self.length:
             return kept
-        known: dict[int, int] = {}
+        known: dict[int, tuple[int, int]] = {}
+        processor = self.processor
 
-        def measure(row: int) -> int:
+        def measure(row: int) -> tuple[int, int]:
             if row not in known:
-                known[row] = len(self.encode(row, text_alone=True)["input_ids"])
+                ids = self.encode(row, text_alone=True)["input_ids"]
+                known[row] = len(ids), ids.count(processor.image_token_id) // processor.num_image_tokens
             return known[row]
 
-        found = np.zeros(self.length, dtype=np.int32)
+        found = np.zeros((self.length, 2), dtype=np.int32)
         for index in range(self.length):
             found[index] = self._first_good(index, measure)[0]
             if index % 64 == 0:
@@ -200,22 +203,24 @@ class Collator:
 
     def _stacked(self, items: list[dict[str, Any]], counts: list[int]) -> dict[str, torch.Tensor]:
         """Ids, labels and mask, or places, (B, T), of rows that hold so many items each."""
-        keys = {"input_ids": self.pad_token_id, "labels": -100, "position_ids": 0}
+        longest = max(len(item["labels"]) for item in items)
         rest, rows = iter(items), []
         for count in counts:
-            row: dict[str, list[int]] = {key: [] for key in keys}
+            row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
             for item in islice(rest, count):
                 row["input_ids"] += item["input_ids"]
                 row["labels"] += [-100, *item["labels"][1:]]  # nothing stands before the first one that could say it
                 row["position_ids"] += range(len(item["input_ids"]))
             rows.append(row)
-        longest = max(len(row["labels"]) for row in rows)
-        batch = {
-            key: torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in rows])
-            for key, fill in keys.items()
-        }
+        lengths = [len(row["labels"]) for row in rows]
+        for row, length in zip(rows, lengths, strict=True):
+            padding = max(lengths) - length
+            row["input_ids"] += [self.pad_token_id] * padding
+            row["labels"] += [-100] * padding
+            # As samples of their own, none longer than the others.
+            row["position_ids"] += [place % longest for place in range(padding)]
+        batch = {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
         if not self.packing:
             del batch["position_ids"]
-            filled_B = torch.tensor([len(row["labels"]) for row in rows])
-            batch["attention_mask"] = (torch.arange(longest) < filled_B[:, None]).long()
+            batch["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
         return batch

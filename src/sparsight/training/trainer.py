@@ -9,7 +9,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import psutil
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -35,10 +34,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from sparsight.config import Recipe, SceneData, Stage
 from sparsight.cost import LanguageShape, Trains, step_flops
-from sparsight.data.batching import RankBatches, Step, plan_steps
+from sparsight.data.batching import RankBatches, Step, micro_batches, plan_steps
 from sparsight.data.collate import Collator, TrainingSet
-from sparsight.distributed import any_rank, several_ranks
+from sparsight.distributed import any_rank, process_state, several_ranks
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
+from sparsight.modeling.packed import attention_for_packed_rows
 from sparsight.sparse.attach import Pass, SparseHandle, attach
 from sparsight.sparse.callback import SparsightCallback
 from sparsight.training.quarantine import Quarantine
@@ -298,36 +298,19 @@ def _ctrl_c(recorder: _Recorder, console: Console) -> Iterator[None]:
 
 
 def plan_stage(data: TrainingSet, recipe: Recipe, stage: Stage, folder: Path, console: Console) -> list[Step]:
-    """Which samples make which step, over all ranks. The samples' lengths are measured once, and kept in ``folder``.
+    """Which samples make which step, over all ranks. The samples' sizes are measured once, and kept in ``folder``.
 
     Raises:
         ValueError: the batch cannot be dealt out to the ranks, or a sample cannot be read.
     """
-    ranks = PartialState().num_processes
-    accumulate = _accumulation(stage, ranks)
-    parts, lengths = ranks * accumulate, None
-    alike = isinstance(recipe.data, SceneData)  # where they need not be dealt out, lengths need not be known
-    if parts > 1 or stage.packing or stage.batch_tokens or not alike:
-        with PartialState().main_process_first(), Progress(console=console) as bar:
+    ranks, sizes = process_state().num_processes, None
+    alike = isinstance(recipe.data, SceneData)  # where they need not be dealt out, sizes need not be known
+    if ranks * micro_batches(stage, ranks) > 1 or stage.packing or stage.batch_tokens or not alike:
+        with process_state().main_process_first(), Progress(console=console) as bar:
             task = bar.add_task("measuring samples", total=len(data))
-            lengths = data.lengths(folder / "lengths.npy", lambda done: bar.update(task, completed=done))
+            sizes = data.sizes(folder / "sizes.npy", lambda done: bar.update(task, completed=done))
             bar.update(task, completed=len(data))
-    return plan_steps(
-        len(data), recipe.seed, parts, stage.batch_size, lengths, stage.batch_tokens, stage.packing, not alike
-    )
-
-
-def _accumulation(stage: Stage, ranks: int) -> int:
-    """Micro-batches of a step on each rank."""
-    if stage.batch_tokens is not None:
-        return 1
-    micro = stage.micro_batch_size or max(1, stage.batch_size // ranks)
-    if stage.batch_size % (micro * ranks):
-        raise ValueError(
-            f"stage '{stage.name}': batch_size {stage.batch_size} cannot be dealt out to {ranks} ranks in "
-            f"micro-batches of {micro}: expected a multiple of {micro * ranks}"
-        )
-    return stage.batch_size // (micro * ranks)
+    return plan_steps(stage, len(data), recipe.seed, ranks, sizes, largest_second=not alike)
 
 
 def training_arguments(recipe: Recipe, stage: Stage, steps: int, folder: Path) -> TrainingArguments:
@@ -335,7 +318,7 @@ def training_arguments(recipe: Recipe, stage: Stage, steps: int, folder: Path) -
     saving = stage.checkpoints > 0
     return TrainingArguments(
         output_dir=str(folder),
-        gradient_accumulation_steps=_accumulation(stage, PartialState().num_processes),
+        gradient_accumulation_steps=micro_batches(stage, process_state().num_processes),
         num_train_epochs=1,
         learning_rate=max(stage.learning_rate.parts().values()),
         lr_scheduler_type=stage.schedule,
@@ -404,7 +387,7 @@ def train_stage(
         Interrupted: Ctrl-C; the last step is in a checkpoint.
         ValueError: a bad sample, or more of them than the recipe allows; or a loss that is not finite.
     """
-    with PartialState().main_process_first():
+    with process_state().main_process_first():
         checkpoint = last_checkpoint(folder) if resume and folder.is_dir() else None
     columns = (
         TextColumn("{task.description}"),
@@ -426,6 +409,7 @@ def train_stage(
         handle = None
         if stage.compressor is not None or stage.skipper is not None:
             handle = attach(model, stage.compressor, stage.skipper, seed=recipe.seed)
+        length = stage.batch_tokens or stage.pack_length
         trainer = SparsightTrainer(
             model,
             training_arguments(recipe, stage, len(plan), folder),
@@ -434,7 +418,7 @@ def train_stage(
             counter=counter,
             handle=handle,
             train_dataset=data,
-            data_collator=Collator(processor.tokenizer.pad_token_id, stage.packing, stage.pack_length),
+            data_collator=Collator(processor.tokenizer.pad_token_id, stage.packing, length),
             processing_class=processor,
             callbacks=[recorder] if handle is None else [SparsightCallback(handle), recorder],
         )
@@ -447,7 +431,11 @@ def train_stage(
         if resume:  # without a checkpoint, too: steps that are in the log, but not in the weights, do not count
             log.write("resume", stage=stage.name, step=began)
         try:
-            with _ctrl_c(recorder, console):
+            by_sample = (
+                stage.packing and stage.compressor is None
+            )  # which finds its own boundaries where tokens are gone
+            packed = attention_for_packed_rows(model.model.language_model) if by_sample else nullcontext()
+            with packed, _ctrl_c(recorder, console):
                 trainer.train(resume_from_checkpoint=checkpoint)
         finally:
             if handle is not None:

@@ -1,0 +1,91 @@
+"""Attention for packed rows without a mask: each sample by itself, as a batch padded at the right.
+
+A block mask over a whole row costs the square of the row's length, and rules out fused causal kernels. Causal attention
+never looks at what stands behind, so samples side by side need no mask at all. Where the backend has attention over
+samples of various lengths (flash attention), that is better still, and left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+NAME = "sparsight_packed"
+
+
+class _Rows(torch.autograd.Function):
+    """Rows ``there`` of x; ``back`` is the way back. What is there twice, or not inside, is padding: no gradient."""
+
+    @staticmethod
+    def forward(
+        context: Any, x: torch.Tensor, there: torch.Tensor, back: torch.Tensor, inside: torch.Tensor
+    ) -> torch.Tensor:
+        context.save_for_backward(back, inside)
+        return x.index_select(0, there)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        back, inside = context.saved_tensors
+        found = gradient.index_select(0, back)  # not the sum over equal rows that autograd would take
+        return torch.where(inside.view(-1, *[1] * (found.ndim - 1)), found, 0), None, None, None
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within samples, which begin where ``position_ids`` (B, T) are 0.
+
+    Args:
+        query: (B, heads, T, D); ``key`` and ``value`` may have fewer heads.
+
+    Returns:
+        (B, T, heads, D)
+    """
+    assert position_ids is not None and attention_mask is None
+    batch, heads, length, width = query.shape
+    starts_S = (position_ids.expand(batch, -1).reshape(-1) == 0).nonzero()[:, 0]
+    ends_S = torch.cat([starts_S[1:], starts_S.new_tensor([batch * length])])
+    longest = int((ends_S - starts_S).max())
+    places_SL = starts_S[:, None] + torch.arange(longest, device=query.device)
+    inside_SL = places_SL < ends_S[:, None]
+    places_SL = torch.where(inside_SL, places_SL, starts_S[:, None])
+
+    there, inside = places_SL.flatten(), inside_SL.flatten()
+    back = inside.nonzero()[:, 0]
+    real = torch.ones_like(back, dtype=torch.bool)
+
+    def apart(x: torch.Tensor) -> torch.Tensor:
+        rows = _Rows.apply(x.transpose(1, 2).flatten(0, 1), there, back, real)
+        return rows.view(*places_SL.shape, *rows.shape[1:]).transpose(1, 2)
+
+    out_SLHD, _ = sdpa_attention_forward(module, apart(query), apart(key), apart(value), None, is_causal=True, **kwargs)
+    out = _Rows.apply(out_SLHD.flatten(0, 1), back, there, inside)
+    return out.view(batch, length, heads, width), None
+
+
+AttentionInterface.register(NAME, packed_attention)
+
+
+@contextmanager
+def attention_for_packed_rows(language_model: PreTrainedModel) -> Iterator[None]:
+    """Within, ``language_model`` takes packed rows only; no change where it has attention over various lengths."""
+    before = language_model.config._attn_implementation
+    if before not in ("sdpa", "eager"):
+        yield
+        return
+    language_model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        language_model.set_attn_implementation(before)
