@@ -33,6 +33,8 @@ from tiny import clip_config, make_language, make_vlm
 SURFACE = {
     "demo": ["--out", "--recipe", "--resume", "overrides"],
     "train": ["recipe", "overrides", "--out", "--resume"],
+    "compare": ["runs", "--out"],
+    "watch": ["run"],
     "eval": ["checkpoint", "--items", "--split"],
     "scale": ["checkpoint", "--out", "--layout", "--image-size", "--levels", "--source"],
     "inspect": ["checkpoint", "--image", "--out"],
@@ -427,6 +429,38 @@ def when(process: subprocess.Popen[str], folder: Path, stage: str, steps: int) -
     while logged(folder, stage) < steps:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.005)
+
+
+def test_a_run_is_watched_from_another_terminal_and_compared(write: Callable[..., Path], tmp_path: Path) -> None:
+    """Ctrl-C ends the watching, and not the run; what is left of a killed run is shown beside a whole one."""
+    killed = write(stages=[stage_values(samples=2000)]).rename(tmp_path / "long.yaml")
+    recipe, folder = write(), tmp_path / "out"
+    process = started(killed, tmp_path / "long")
+    when(process, tmp_path / "long", "pretrain", 3)
+    watching = subprocess.Popen(command("watch", tmp_path / "long"), stdout=subprocess.PIPE, text=True)
+    time.sleep(2)
+    watching.send_signal(signal.SIGINT)
+    said, _ = watching.communicate(timeout=30)
+    assert watching.returncode == 0 and "of 500 steps" in said and "last record" in said and "time left" in said
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert sparsight("train", recipe, "--out", folder).returncode == 0
+    assert "small: ended" in sparsight("watch", folder).stdout
+    result = sparsight("compare", folder, tmp_path / "long", "--out", tmp_path / "seen")
+    said = " ".join(result.stdout.split())
+    assert result.returncode == 0, result.stderr
+    assert "stage pretrain is not finished" in said and "samples hash" in said and "speed-up ? of ? possible" in said
+    assert {path.name for path in (tmp_path / "seen").iterdir()} == {"report.html", "comparison.json"}
+
+
+@pytest.mark.parametrize("name", ["compare", "watch"])
+def test_a_folder_without_a_run_is_told(here: Callable[..., tuple[Any, str, str]], tmp_path: Path, name: str) -> None:
+    code, _, err = here(name, tmp_path)
+    assert code == 2 and f"there is no run log at {tmp_path / 'run.jsonl'}; expected the folder of a run" in err
+    (tmp_path / "run.jsonl").write_text("x\n")
+    code, _, err = here(name, tmp_path)
+    assert code == 2 and "has no header record; found: no readable record. line 1: cut or not JSON" in err
 
 
 def test_ctrl_c_and_kill_and_resume_give_the_run_that_was_never_interrupted(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from shards import samples, write_tar
@@ -19,7 +20,8 @@ from sparsight.data.collate import TrainingSet
 from sparsight.data.scenes import TASKS
 from sparsight.data.sources import open_source
 from sparsight.pipeline import evaluate_checkpoint, load, run, run_comparison
-from sparsight.reporting import read_run
+from sparsight.reporting import Run, read_run, write_card
+from sparsight.reporting.comparison import human
 from tiny import ask
 
 NO_SCORES = {"kind": "none"}
@@ -385,6 +387,41 @@ def test_a_finished_comparison_is_resumed_without_training(
     out, comparison, result = compared
     lights_out(1)
     assert run_comparison(comparison, out, quiet(), resume=True) == result
+
+
+def test_a_model_has_a_card_with_the_figures_of_its_run(compared: tuple[Path, Comparison, dict[str, Any]]) -> None:
+    out, comparison, _ = compared
+    run = read_run(out / "sparsight")
+    for stage, known in (("pretrain", 1), ("finetune", 2)):
+        card = ModelCard.load(out / "sparsight" / stage / "model" / "README.md")
+        assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "image-text-to-text")
+        assert card.data.base_model is None  # an encoder in a folder, and a language model from scratch
+        rows = [line.strip("| ").split(" | ") for line in card.text.splitlines() if line.startswith("| ")]
+        methods, figures = ([row for row in rows if row[0] == "pretrain"] for _ in range(2))
+        assert len([row for row in rows if row[0] in ("pretrain", "finetune")]) == 2 * known
+        assert methods[0][1:4] == ["chain_of_sight", BRIDGE["layout"], "8"]
+        assert figures[1][1] == "16" and figures[1][4:] == [
+            human(run.stages[0].highest("memory_bytes"), "B"),
+            f"{run.stages[0].steps[-1]['loss']:.3f}",
+        ]
+        scored = {row[0]: row[1] for row in rows if row[0] in TASKS}
+        assert scored == ({task: f"{100 * run.scores[task]:.1f}" for task in TASKS} if known == 2 else {})
+
+
+def test_a_card_names_what_has_a_name_on_the_hub(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
+    named = recipe(vision="openai/clip-vit-base-patch32", language="smollm2-135m")
+    write_card(tmp_path, named, Run("r", {}, [], {}, {}, {}, {}, [], []))
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == ["openai/clip-vit-base-patch32", "HuggingFaceTB/SmolLM2-135M-Instruct"]
+
+
+def test_a_tracker_that_is_not_installed_stops_before_anything_is_done(
+    tmp_path: Path, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"report_to: \['trackio'\] cannot be imported; pip install trackio"):
+        run(recipe(report_to=["trackio"]), tmp_path / "r", quiet())
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_checkpoint_is_asked_about_its_own_scenes(compared: tuple[Path, Comparison, dict[str, Any]]) -> None:

@@ -91,6 +91,29 @@ def train(
     console.print(f"model: [bold]{final}[/]")
 
 
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of runs; the first is the baseline")],
+    out: Annotated[Path, typer.Option(help="folder for report.html and comparison.json")] = Path("comparison"),
+) -> None:
+    """Compare runs by their logs: quality, seconds, FLOPs and memory, as tables, JSON and one HTML page."""
+    from rich.console import Console
+
+    from sparsight.reporting import report
+
+    report(runs, out, Console())
+
+
+@app.command()
+def watch(run: Annotated[Path, typer.Argument(help="folder of a run, such as runs/NAME")]) -> None:
+    """Show a run while it goes on: stage, step, loss, speed, FLOPs, memory, time left. Ctrl-C leaves the run alone."""
+    from rich.console import Console
+
+    from sparsight.reporting import watch as show
+
+    show(run, Console())
+
+
 @app.command(name="eval")
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="folder of a model, such as runs/NAME/finetune/model")],

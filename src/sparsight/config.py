@@ -376,6 +376,9 @@ class Recipe(Settings):
     workers: int = Field(1, ge=0, description="processes that load data")
     on_bad_sample: Literal["error", "quarantine"] = Field("error", description="quarantine: another one in its place")
     max_bad: float = Field(0.01, ge=0, le=1, description="share of the samples seen above which quarantine stops")
+    report_to: tuple[Literal["trackio", "tensorboard", "wandb"], ...] = Field(
+        (), description="trackers that get the run log's figures, too, through Hugging Face's Trainer"
+    )
     stages: tuple[Stage, ...] = Field(min_length=1)
     evaluation: Evaluation = Evaluation()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -40,16 +41,15 @@ from sparsight.reporting import (
     Run,
     RunLog,
     check_table,
-    compare,
     environment,
     layer_table,
     read_run,
-    render_table,
+    read_runs,
+    report,
     write_analysis,
+    write_card,
     write_check,
-    write_comparison,
     write_inspection,
-    write_report,
 )
 from sparsight.reporting.comparison import write_atomic
 from sparsight.reporting.runlog import step_seconds
@@ -76,8 +76,10 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache
 
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` is off.
-        ValueError: ``resume`` with a recipe that differs from the run's.
+        ValueError: ``resume`` with a recipe that differs from the run's, or a tracker that is not installed.
     """
+    if missing := [name for name in recipe.report_to if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"report_to: {missing} cannot be imported; pip install {' '.join(missing)}, or take it out")
     ranks = process_state()
     main = ranks.is_main_process  # it alone writes and tells
     log = _open_log(recipe, out, resume) if main else RunLog(Path(os.devnull), append=True)
@@ -97,12 +99,13 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache
                 model, processor = enter_stage(recipe, stage, model, processor, console)
                 _run_stage(session, stage, offset, model, processor)
                 if main:
-                    _save(model, processor, recipe, saved)
+                    _save(model, processor, session, saved)
             offset += stage.samples
         assert model is not None and processor is not None
         final = out / recipe.stages[-1].name / "model"
         if main and recipe.evaluation.kind == "scenes":
             _score(session, model, processor, str(final))
+            write_card(final, recipe, read_run(session.log.path))  # now with scores
     return final
 
 
@@ -407,14 +410,15 @@ def _tell_whether_it_pays(cache: FeatureCache, keys: Sequence[Hashable], stage: 
 
 
 def _save(
-    model: SparsightForConditionalGeneration, processor: SparsightProcessor, recipe: Recipe, folder: Path
+    model: SparsightForConditionalGeneration, processor: SparsightProcessor, session: Session, folder: Path
 ) -> None:
     """Whole or not at all."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
-    (partial / RECIPE_FILE).write_text(recipe.model_dump_json(indent=2), encoding="utf-8")
+    (partial / RECIPE_FILE).write_text(session.recipe.model_dump_json(indent=2), encoding="utf-8")
+    write_card(partial, session.recipe, read_run(session.log.path))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
@@ -755,18 +759,12 @@ def run_comparison(comparison: Comparison, out: Path, console: Console, resume: 
             continue
         console.rule(f"[bold]{recipe.name}")
         run(recipe, out / recipe.name, console, resume, cache)
-    runs = [read_run(out / recipe.name) for recipe in recipes]
-    result = compare(runs, recipes[0].name)
-    write_comparison(result, out / "comparison.json")
-    write_report(result, runs, out / "report.html")
     shutil.rmtree(cache, ignore_errors=True)
     console.rule("[bold]what was saved, and what it cost")
-    render_table(result, console)
-    _print_examples(runs, console)
-    minutes = (time.perf_counter() - start) / 60
-    console.print(
-        f"{minutes:.1f} minutes in all. Report: [bold]{out / 'report.html'}[/], figures: {out / 'comparison.json'}"
-    )
+    folders = [out / recipe.name for recipe in recipes]
+    _print_examples(read_runs(folders), console)
+    result = report(folders, out, console)
+    console.print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all.")
     return result
 
 

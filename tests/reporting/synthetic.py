@@ -68,7 +68,8 @@ def write_run(folder: Path, name: str, steps: int = 60, **header: Any) -> Path:
         layouts = {"pretrain": ("1:16,4:1", 32), "finetune": ("1:16,4:4,16:1", 336)}
     fields = {"version": 1, "run": name, "environment": ENVIRONMENT, "samples_hash": "5f1e"}
     with RunLog(folder / "run.jsonl") as log:
-        log.write("header", **(fields | {"recipe": {"seed": 0}} | header))
+        recipe = {"seed": 0, "stages": [{"name": stage} for stage in layouts], "evaluation": {"kind": "scenes"}}
+        log.write("header", **(fields | {"recipe": recipe} | header))
         for stage, (layout, tokens) in layouts.items():
             shape = {"layout": layout, "visual_tokens": tokens, "image_size": 256}
             sizes = {"samples": 16 * steps, "steps": steps, "trainable_parameters": 10, "total_parameters": 90}

@@ -3,11 +3,12 @@ import json
 from dataclasses import replace
 from statistics import fmean
 
+import numpy as np
 import pytest
 from rich.console import Console
 from synthetic import ENVIRONMENT, OURS, STANDARD, TASKS, write_run
 
-from sparsight.reporting import compare, read_run, render_table, verdict, write_comparison
+from sparsight.reporting import compare, read_run, read_runs, render_table, report, verdict, write_comparison
 from sparsight.reporting.comparison import duration, human, score_rows, speed_up
 
 
@@ -42,11 +43,12 @@ def test_figures_equal_those_recomputed_from_the_lines(tmp_path, runs):
 
 def test_the_form_is_the_contract(runs):
     result = compare(runs)
-    assert list(result) == ["runs", "chance", "items", "ratios", "warnings", "env"]
+    assert list(result) == ["runs", "chance", "items", "ratios", "to_loss", "differences", "warnings", "env"]
     assert [entry["name"] for entry in result["runs"]] == ["standard", "sparsight"]
     keys = {"name", "stages", "scores", "shuffled", "seconds", "executed_flops", "peak_memory_bytes"}
     assert set(result["runs"][0]) == keys
-    keys = {"name", "seconds", "executed_flops", "visual_tokens", "samples", "bridge", "layout"}
+    keys = {"name", "seconds", "executed_flops", "visual_tokens", "samples", "bridge", "layout", "finished"}
+    keys |= {"peak_memory_bytes", "data_wait", "loss"}
     assert set(result["runs"][0]["stages"][0]) == keys
     assert set(result["ratios"]["sparsight"]) == {"pretrain", "finetune", "total", "score"}
     assert (result["chance"], result["warnings"], result["env"]) == (TASKS, [], ENVIRONMENT)
@@ -118,8 +120,8 @@ def test_the_verdict_hides_nothing(runs):
     result = compare(runs)
     total = result["ratios"]["sparsight"]["total"]
     assert verdict(result) == (
-        f"sparsight took {total['seconds']:.2f}x of the time of standard (executed FLOPs allow "
-        f"{total['executed_flops']:.2f}x); score -0.6 points on average; "
+        f"sparsight took {total['seconds']:.2f}x of the time of standard: speed-up {1 / total['seconds']:.1f}x of "
+        f"{1 / total['executed_flops']:.1f}x possible; score -0.6 points on average; "
         "worse on: caption (-0.4), count (-3.0), text (-5.0)."
     )
     better = compare([replace(runs[0], scores=dict.fromkeys(STANDARD, 0.95), problems=["cut"]), runs[1]])
@@ -144,6 +146,96 @@ def test_the_tables_show_every_figure(runs):
         assert expected in text
 
 
+def test_losses_waits_and_memory_equal_those_recomputed_from_the_lines(tmp_path, runs):
+    """Also with numpy's convolution in place of our running mean."""
+    result = compare(runs)
+    for name in ("standard", "sparsight"):
+        entry = next(entry for entry in result["runs"] if entry["name"] == name)
+        lines = [json.loads(line) for line in (tmp_path / name / "run.jsonl").read_text().splitlines()]
+        for stage in entry["stages"]:
+            steps = [line for line in lines if line["type"] == "step" and line["stage"] == stage["name"]]
+            waited, spent = (sum(sum(step["seconds"][key] for key in keys) for step in steps)
+                             for keys in (["data"], ["data", "compute", "optimizer"]))  # fmt: skip
+            assert stage["data_wait"] == pytest.approx(waited / spent)
+            assert stage["peak_memory_bytes"] == max(step["memory_bytes"] for step in steps) == 10**9 + 60
+            losses = np.array([step["loss"] for step in steps])
+            mean = np.convolve(losses, np.ones(3), "same") / np.convolve(np.ones(60), np.ones(3), "same")
+            assert stage["loss"] == pytest.approx(mean[-1])
+            found = result["to_loss"][stage["name"]]
+            if name == "standard":
+                assert found["loss"] == stage["loss"]
+            place = list(result["runs"]).index(entry)
+            reached = np.flatnonzero(mean <= found["loss"] + 1e-12)
+            seconds = np.cumsum([sum(step["seconds"].values()) for step in steps])
+            expected = [None, None] if len(reached) == 0 else [seconds[reached[0]], 16 * (reached[0] + 1)]
+            assert [found["seconds"][place], found["samples"][place]] == pytest.approx(expected)
+
+
+def test_encoding_counts_in_the_time_to_a_loss(runs):
+    encoded = replace(runs[1].stages[0], encoding_seconds=100.0)
+    other = replace(runs[1], stages=[encoded], name="encoded")
+    found = compare([runs[1], other])["to_loss"]["pretrain"]["seconds"]
+    assert found[1] == pytest.approx(found[0] + 100)
+
+
+def test_what_is_not_finished_has_no_ratio(runs):
+    ours, standard = runs
+    ours_cut, standard_cut = (
+        replace(run, stages=[run.stages[0], replace(run.stages[1], finished=False)]) for run in runs
+    )
+    for cut in ([ours_cut, standard], [ours, standard_cut]):
+        ratios = compare(cut)["ratios"]["sparsight"]
+        assert ratios["pretrain"]["seconds"] is not None
+        assert ratios["finetune"] == ratios["total"] == {"seconds": None, "executed_flops": None}
+        assert "speed-up ? of ? possible" in verdict(compare(cut))
+
+
+def test_more_speed_than_work_saved_is_doubted(runs):
+    quick = [replace(stage, seconds=stage.seconds / 10) for stage in runs[0].stages]
+    said = compare([replace(runs[0], stages=quick), runs[1]])["warnings"]
+    assert len(said) == 2 and "x possible: more than the work that was saved" in said[0]
+
+
+def test_many_runs_fit_a_terminal(runs):
+    many = [replace(runs[0], name=f"run-with-a-name-{number}") for number in range(5)]
+    text = printed(compare([runs[1], *many]))
+    assert all(task in text for task in TASKS) and "70.5" in text and "-3.0" in text
+
+
+def test_what_differs_in_the_recipes_is_listed(runs):
+    def recipe(layout, **stage):
+        stages = [{"name": "a", "bridge": {"layout": layout}} | stage, {"name": "b", "samples": 3}]
+        return {"name": layout, "precision": "fp32", "stages": stages}
+
+    other = replace(
+        runs[0], header=runs[0].header | {"recipe": recipe("4:1", lora={"rank": 2}) | {"precision": "bf16"}}
+    )
+    base = replace(runs[1], header=runs[1].header | {"recipe": recipe("1:1")})
+    result = compare([other, base])
+    assert result["differences"] == {
+        "precision": ["fp32", "bf16"],
+        "stages.a.bridge.layout": ["1:1", "4:1"],
+        "stages.a.lora.rank": [None, 2],
+    }
+    assert result["warnings"] == ["sparsight: precision is bf16, but fp32 in standard"]
+    assert "stages.a.lora.rank" in printed(result)
+
+
+def test_a_report_of_folders_is_the_comparison_of_their_logs(tmp_path, runs):
+    console = Console(file=io.StringIO(), width=100)
+    result = report([tmp_path / "sparsight", tmp_path / "standard"], tmp_path / "out", console)
+    assert result == compare(runs, "sparsight") == json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert "report.html" in {path.name for path in (tmp_path / "out").iterdir()}
+    assert "Time to the same loss" in console.file.getvalue()
+
+
+def test_runs_of_one_name_go_by_their_folders(tmp_path):
+    paths = [write_run(tmp_path / folder, "same", steps=2) for folder in "ab"]
+    assert [run.name for run in read_runs(paths)] == [str(path) for path in paths]
+    with pytest.raises(ValueError, match="given twice: .*a; expected different runs"):
+        read_runs([paths[0], tmp_path / "b" / ".." / "a"])
+
+
 def test_names_are_not_markup_in_the_terminal(runs):
     assert "[red]x[/red]" in printed(compare([replace(runs[0], name="[red]x[/red]"), runs[1]]))
 
@@ -151,7 +243,7 @@ def test_names_are_not_markup_in_the_terminal(runs):
 def test_runs_with_nothing_in_them_are_shown(runs):
     empty = replace(runs[0], stages=[], scores={}, shuffled={}, header={"environment": None})
     result = compare([empty, runs[1]])
-    assert result["ratios"]["sparsight"] == {"total": {"seconds": 0.0, "executed_flops": 0.0}, "score": None}
+    assert result["ratios"]["sparsight"] == {"total": {"seconds": None, "executed_flops": None}, "score": None}
     assert "has not been evaluated" in printed(result)
     assert "has no stages" in printed(compare([empty]))
 

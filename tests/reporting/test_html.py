@@ -1,3 +1,4 @@
+import io
 import json
 import re
 import shutil
@@ -6,8 +7,11 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+from rich.console import Console
+from synthetic import write_run
 
-from sparsight.reporting import compare, write_report
+from sparsight.reporting import compare, read_run, render_table, write_report
+from sparsight.reporting.watch import render
 
 ATTACK = "</script><img src=x onerror=alert(1)>\"'&{{ 7*7 }}"
 CHROMIUM = shutil.which("chromium")
@@ -44,7 +48,8 @@ def page_of(runs, path, **options):
 
 def attacked(run):
     header = run.header | {"recipe": {ATTACK: ATTACK}, "environment": {"platform": ATTACK}}
-    stages = [replace(stage, name=ATTACK + stage.name, layout=ATTACK) for stage in run.stages]
+    stages = [replace(stage, name=ATTACK + stage.name) for stage in run.stages]
+    stages[0] = replace(stages[0], layout=ATTACK)
     examples = [
         {key: ATTACK for key in ("id", "task", "question", "truth", "answer")},
         run.examples[0] | {"id": "2", "image_png_base64": 'x" onerror="alert(1)'},
@@ -123,6 +128,29 @@ def test_curves_hold_the_logged_losses(tmp_path, runs):
     assert max(x for x in curve["x"] if x is not None) == sum(step["samples"] for step in steps)
 
 
+def test_tokens_and_layers_are_those_of_the_steps(tmp_path, runs):
+    fewer = [
+        step | {"layers_run": 1 + step["step"] % 6, "visual_tokens_kept": 16 * 5} for step in runs[0].stages[0].steps
+    ]
+    run = replace(runs[0], stages=[replace(runs[0].stages[0], steps=fewer), runs[0].stages[1]])
+    figures = {
+        figure["id"]: figure for figure in json.loads(Page(page_of([run, runs[1]], tmp_path)).scripts["figures"])
+    }
+    raw = {name: [y for y in figures[name]["data"][2]["y"] if y is not None] for name in ("tokens", "layers")}
+    assert raw["tokens"] == [5] * 60 + [336] * 60
+    assert raw["layers"] == [step["layers_run"] / 6 for step in fewer] + [1] * 60
+
+
+def test_windows_are_those_of_the_last_layout(tmp_path, runs):
+    def choices(*changed):
+        inputs = [attributes for tag, attributes in Page(page_of(changed, tmp_path)).tags if tag == "input"]
+        return [attributes.get("id") for attributes in inputs]
+
+    # standard has 16:1 in its last stage, and ours 1:16,4:4,16:1; one window draws no line
+    assert choices(*runs) == [None, "windows-4", "windows-16"]
+    assert choices(*(replace(run, header=run.header | {"recipe": {"resize": "pad"}}) for run in runs)) == []
+
+
 def test_odd_logs_still_make_a_page(tmp_path, runs):
     bad_steps = [{"step": 1, "stage": "pretrain", "loss": None}, {"step": 2, "stage": "pretrain", "loss": "x"}]
     stage = replace(runs[0].stages[0], steps=bad_steps, visual_tokens=None, layout=None)
@@ -134,6 +162,26 @@ def test_odd_logs_still_make_a_page(tmp_path, runs):
         write_report(compare(runs), runs[:1], tmp_path / "no.html")
 
 
+ODD = [None, 10**400, "x", {"stages": [[], {"name": []}]}]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
+def test_no_field_of_a_log_is_fatal(tmp_path, monkeypatch, odd):
+    """Each field of a good log in turn is something else: it is read, compared, watched and drawn."""
+    monkeypatch.setattr("plotly.offline.get_plotlyjs", str)  # its 5 MB each time are not what is tried here
+    path = write_run(tmp_path, "odd", steps=2) / "run.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    fields = {(record["type"], key) for record in records for key in record if key not in ("type", "run", "version")}
+    for kind, key in sorted(fields):
+        changed = [record | {key: odd} if record["type"] == kind else record for record in records]
+        path.write_text("".join(json.dumps(record) + "\n" for record in changed))
+        run = read_run(path)
+        page_of([run, replace(run, name="b")], tmp_path)
+        console = Console(file=io.StringIO(), width=100)
+        render_table(compare([run, replace(run, name="b")]), console)
+        console.print(render(run, 1.0, 80))
+
+
 def test_examples_left_out_are_counted(tmp_path, runs):
     assert "6 more are in the run logs" in Page(page_of(runs, tmp_path, max_examples=2)).text
 
@@ -141,10 +189,15 @@ def test_examples_left_out_are_counted(tmp_path, runs):
 @needs_chromium
 def test_a_browser_draws_it_without_a_complaint(tmp_path, runs):
     toggle = "document.getElementById('theme').click(); document.body.dataset.width = root.scrollWidth;"
+    toggle += "document.body.dataset.requests = performance.getEntriesByType('resource').length;"
+    toggle += "Plotly.Fx.hover('loss-seconds', [{curveNumber: 1, pointNumber: 3}]);"
     dom, console = dump("plain.html", page_of(runs, tmp_path), tmp_path, toggle)
     assert console == []
     assert dom.count('class="main-svg"') >= 5
-    assert dom.count('class="bars"') + dom.count("trace bars") >= 3
+    assert dom.count('class="trace bars"') >= 10 and 'data-requests="0"' in dom
+    curves = re.findall('class="trace scatter[^>]*>.*?<path class="js-line" d="([^"]+)"', dom)
+    assert len(curves) >= 16 and sum(len(curve) > 200 for curve in curves) >= 8  # 4 plots, 2 runs, faint and bold
+    assert 'class="hovertext"' in dom and "pretrain, step 4" in dom
     assert 'data-theme="dark"' in dom or 'data-theme="light"' in dom
     assert int(re.search(r'data-width="(\d+)"', dom).group(1)) <= 1280
     _, console = dump("control.html", page_of(runs, tmp_path), tmp_path, "throw Error('seen')")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from synthetic import OURS, write_run
 
 from sparsight.reporting import RunLog, environment, read_run
-from sparsight.reporting.runlog import _git
+from sparsight.reporting.runlog import LogReader, _git
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -151,6 +151,60 @@ def test_unknown_things_are_named_and_the_rest_is_kept(tmp_path):
         "line 6: cut or not JSON; left out",
         "stage s: no stage record; its layout is unknown",
     ]
+
+
+def test_a_second_run_in_the_file_is_not_mixed_in(tmp_path):
+    path = started(tmp_path, {"type": "stage", "stage": "s"}, step(1, loss=1.0))
+    second = started(tmp_path / "b", step(1, loss=9.0), step(2, loss=9.0), run="b")
+    path.write_bytes(path.read_bytes() + second.read_bytes())
+    run = read_run(path)
+    assert [record["loss"] for record in run.stages[0].steps] == [1.0]
+    assert run.problems == [
+        "line 4: a second header that differs from the first; left out",
+        "records of other runs, behind other headers: 2; left out",
+    ]
+
+
+def test_problems_beyond_the_first_are_counted(tmp_path):
+    path = started(tmp_path, step(1, loss=1.0))
+    path.write_bytes(path.read_bytes() + b"x\n" * 50)
+    problems = read_run(path).problems
+    assert len(problems) == 21 and problems[-1] == "and 31 more of the kind"
+
+
+def test_numbers_beyond_a_float_are_no_numbers(tmp_path):
+    path = started(tmp_path, step(1, samples=10**400, memory_bytes=10**400))
+    assert read_run(path).stages[0].samples == 0
+
+
+def test_a_log_can_be_followed_while_it_is_written(tmp_path):
+    path = started(tmp_path, step(1))
+    whole = path.read_bytes() + json.dumps(step(2)).encode() + b"\n"
+    path.write_bytes(b"")
+    reader, seen = LogReader(tmp_path), []
+    for end in range(0, len(whole), 7):
+        with path.open("ab") as file:
+            file.write(whole[end : end + 7])
+        reader.follow()
+        seen.append(len(reader.run().stages[0].steps) if reader.header and reader.run().stages else 0)
+    assert seen == sorted(seen) and set(seen) == {0, 1, 2}
+    assert reader.run() == read_run(path)
+
+
+def test_a_folder_of_runs_is_told_from_a_run(tmp_path):
+    started(tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match=f"there are logs in {tmp_path / 'a'}"):
+        read_run(tmp_path)
+
+
+def test_a_run_has_ended_when_its_recipe_is_done(tmp_path):
+    recipe = {"stages": [{"name": "a"}, {"name": "b"}], "evaluation": {"kind": "scenes"}}
+    ends = [{"type": "stage_end", "stage": name} for name in "ab"]
+    scored = {"type": "eval", "scores": {"count": 0.5}}
+    for number, (records, ended) in enumerate([(ends[:1], False), (ends, False), ([*ends, scored], True)]):
+        assert read_run(started(tmp_path / str(number), *records, recipe=recipe)).ended is ended
+    recipe["evaluation"]["kind"] = "none"
+    assert read_run(started(tmp_path / "none", *ends, recipe=recipe)).ended
 
 
 def test_totals_that_contradict_the_steps_are_named(tmp_path):

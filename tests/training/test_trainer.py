@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import get_last_checkpoint
 
 from small_runs import Crash, Records, one_stage, train, training_set
@@ -140,6 +143,37 @@ def test_learning_rates_in_the_record_are_those_of_the_step(tmp_path: Path, tiny
     records = train(model, processor, recipe, stage, tmp_path).steps()
     for number, left in zip((1, 2, 3, 4), (1, 0.75, 0.5, 0.25), strict=True):
         assert records[number]["learning_rate"] == {"bridge": 2e-3 * left, "language": 1e-3 * left}
+
+
+class Tracker(TrainerCallback):
+    """What Hugging Face's Trainer would make of the name of a tracker."""
+
+    seen: list[tuple[int, dict[str, Any]]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" in logs:  # not the summary at the end
+            self.seen.append((state.global_step, dict(logs)))
+
+
+@pytest.mark.parametrize(
+    "methods", [{}, {"compressor": {"keep": 0.5}, "skipper": {"alpha": 0.5}}], ids=["dense", "sparse"]
+)
+def test_trackers_get_the_figures_of_the_run_log(tmp_path: Path, tiny_vlm, monkeypatch, methods: dict) -> None:
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "own", Tracker)
+    monkeypatch.setattr(Tracker, "seen", [])
+    recipe, stage = one_stage(samples=12, checkpoints=1, **methods)
+    model, processor, _ = prepared(tiny_vlm, stage)
+    log = train(model, processor, recipe.model_copy(update={"report_to": ("own",)}), stage, tmp_path)
+    assert [step for step, _ in Tracker.seen] == [1, 2, 3]
+    for step, logs in Tracker.seen:
+        record = {key: value for key, value in log.steps()[step].items() if key not in ("type", "stage", "step")}
+        nested = {key: value for key, value in record.items() if isinstance(value, dict)}
+        assert set(nested) == {"learning_rate", "seconds", "flops_by_part"}
+        parts = {f"{key}/{part}": number for key, value in nested.items() for part, number in value.items()}
+        assert logs == {key: value for key, value in record.items() if key not in nested} | parts
+        assert all(isinstance(number, int | float) for number in logs.values())
+    state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    assert not any("loss" in entry for entry in state["log_history"])  # checkpoints do not carry every step's record
 
 
 def test_data_are_loaded_in_their_own_process(tmp_path: Path, tiny_vlm) -> None:

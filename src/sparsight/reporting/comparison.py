@@ -1,8 +1,9 @@
 """Compare runs by what their logs say, against one of them, the baseline. Imports no torch.
 
 Ratios are run / baseline: below 1 is cheaper. The ratio of executed FLOPs is the ratio of seconds that a perfect
-machine would reach, so the speed-up had is shown next to the one possible. Scores are fractions of 1; differences
-are in points (hundredths), with the half width of the 95% interval that the number of items leaves.
+machine would reach, so the speed-up had is shown next to the one possible; a stage that is not finished has no ratio.
+Losses are running means (`Curve`). Scores are fractions of 1; differences are in points (hundredths), with the half
+width of the 95% interval that the number of items leaves.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sparsight.reporting.runlog import Run, number_in
+from sparsight.reporting.runlog import Run, StageRun, step_seconds
 
 Comparison = dict[str, Any]
 _COSTS = ("seconds", "executed_flops")
+_BEYOND = 0.75  # of the ratio of FLOPs: a ratio of seconds below that is hard to believe
 
 
 def compare(runs: list[Run], baseline: str | None = None) -> Comparison:
@@ -44,41 +46,98 @@ def compare(runs: list[Run], baseline: str | None = None) -> Comparison:
         raise ValueError("a task cannot be named 'mean'")
     base, *others = sorted(runs, key=lambda run: run.name != baseline)
     entries = [_entry(run) for run in (base, *others)]
+    ratios = {entry["name"]: _ratios(entry, entries[0]) for entry in entries[1:]}
     return {
         "runs": entries,
         "chance": {task: value for run in (*others, base) for task, value in run.chance.items()},
         "items": {task: count for run in (*others, base) for task, count in run.items.items()},
-        "ratios": {entry["name"]: _ratios(entry, entries[0]) for entry in entries[1:]},
+        "ratios": ratios,
+        "to_loss": _to_loss([base, *others]),
+        "differences": _differences([base, *others]),
         "warnings": [text for run in (base, *others) for text in _own_warnings(run)]
-        + [text for run in others for text in _pair_warnings(run, base)],
+        + [text for run in others for text in _pair_warnings(run, base)]
+        + list(_too_fast(ratios)),
         "env": _environment(base),
     }
 
 
 def _entry(run: Run) -> dict[str, Any]:
-    keys = ("name", "seconds", "executed_flops", "visual_tokens", "samples", "bridge", "layout")
-    memory = [number_in(step, "memory_bytes") for stage in run.stages for step in stage.steps]
+    stages = [_stage_entry(stage) for stage in run.stages]
     return {
         "name": run.name,
-        "stages": [{key: getattr(stage, key) for key in keys} for stage in run.stages],
+        "stages": stages,
         "scores": run.scores,
         "shuffled": run.shuffled,
         "seconds": sum(stage.seconds for stage in run.stages),
         "executed_flops": sum(stage.executed_flops for stage in run.stages),
-        "peak_memory_bytes": max((each for each in memory if each is not None), default=None),
+        "peak_memory_bytes": max((each["peak_memory_bytes"] or 0 for each in stages), default=0) or None,
     }
+
+
+def _stage_entry(stage: StageRun) -> dict[str, Any]:
+    keys = ("name", "seconds", "executed_flops", "visual_tokens", "samples", "bridge", "layout", "finished")
+    return {key: getattr(stage, key) for key in keys} | {
+        "peak_memory_bytes": stage.highest("memory_bytes"),
+        "data_wait": _ratio(stage.seconds_of("data"), sum(step_seconds(step) for step in stage.steps)),
+        "loss": stage.curve.final,
+    }
+
+
+def _to_loss(runs: list[Run]) -> dict[str, dict[str, Any]]:
+    """For each stage the baseline's last loss, and after how many seconds and samples each run first had it.
+
+    `seconds` and `samples` hold one value a run, the baseline first; None where it was not reached.
+    """
+    found = {}
+    for stage in runs[0].stages:
+        curves = [next((own.curve for own in run.stages if own.name == stage.name), None) for run in runs]
+        loss = stage.curve.final
+        if loss is not None:
+            reached = [curve.reaches(loss) if curve else None for curve in curves]
+            places = {
+                key: [each and each[place] for each in reached] for place, key in enumerate(("seconds", "samples"))
+            }
+            found[stage.name] = {"loss": loss} | places
+    return found
+
+
+def _differences(runs: list[Run]) -> dict[str, list[Any]]:
+    """Keys of the recipes, dotted, that are not alike in all runs: one value a run, the baseline first."""
+    recipes = [dict(_flat("", run.header.get("recipe"))) for run in runs]
+    keys = [key for key in dict.fromkeys(key for recipe in recipes for key in recipe) if key != "name"]
+    parts = list(dict.fromkeys(key.rpartition(".")[0] for key in keys))
+    keys.sort(key=lambda key: parts.index(key.rpartition(".")[0]))  # what only a later run has stands with the rest
+    values = {key: [recipe.get(key) for recipe in recipes] for key in keys}
+    return {key: own for key, own in values.items() if any(value != own[0] for value in own)}
+
+
+def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values; items of a list go by their names, where they have some."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) and "name" in item for item in value):
+        value = {str(item["name"]): item for item in value}
+    if not isinstance(value, dict):
+        yield path, value
+        return
+    for key, item in value.items():
+        yield from _flat(f"{path}.{key}" if path else key, item)
 
 
 def _ratios(entry: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     stages = {stage["name"]: stage for stage in base["stages"]}
     pairs = [(stage["name"], stage, stages[stage["name"]]) for stage in entry["stages"] if stage["name"] in stages]
     ratios: dict[str, Any] = {
-        name: {cost: _ratio(ours[cost], theirs[cost]) for cost in _COSTS}
+        name: {cost: _ratio(ours[cost], theirs[cost]) if _whole(ours) and _whole(theirs) else None for cost in _COSTS}
         for name, ours, theirs in (*pairs, ("total", entry, base))
     }
     common = entry["scores"].keys() & base["scores"].keys()
     means = [fmean(each["scores"][task] for task in common) if common else None for each in (entry, base)]
     return ratios | {"score": _ratio(*means)}
+
+
+def _whole(entry: dict[str, Any]) -> bool:
+    """Whether a stage is finished, or a run has stages and all are."""
+    stages = entry.get("stages", [entry])
+    return bool(stages) and all(stage["finished"] for stage in stages)
 
 
 def _ratio(value: float | None, base: float | None) -> float | None:
@@ -112,6 +171,8 @@ def _pair_warnings(run: Run, base: Run) -> Iterator[str]:
             yield f"{run.name}: {what} is {_said(ours)}, but {_said(theirs)} in {base.name}"
 
     yield from differences("samples hash", run.header.get("samples_hash"), base.header.get("samples_hash"))
+    precisions = [dict(_flat("", each.header.get("recipe"))).get("precision") for each in (run, base)]
+    yield from differences("precision", *precisions)
     ours, theirs = (_environment(each) for each in (run, base))
     for key in ("commit", "versions", "hardware", "platform"):
         yield from differences("" if key in ("versions", "hardware") else key, ours.get(key, {}), theirs.get(key, {}))
@@ -121,6 +182,20 @@ def _pair_warnings(run: Run, base: Run) -> Iterator[str]:
     yield from differences("task", *tasks)
     yield from differences("items of task", run.items, base.items)
     yield from differences("chance of task", run.chance, base.chance)
+
+
+def _too_fast(ratios: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Stages that saved much more time than work: then something else took the baseline's time, or the run's FLOPs."""
+    for name, stages in ratios.items():
+        for stage, costs in stages.items():
+            if stage in ("total", "score") or None in costs.values():
+                continue
+            if costs["seconds"] >= _BEYOND * costs["executed_flops"]:
+                continue
+            yield (
+                f"{name}: speed-up of stage {stage} is {speed_up(costs)}: more than the work that was saved. Was the "
+                "machine busy with something else?"
+            )
 
 
 def _said(value: object) -> str:
@@ -137,7 +212,8 @@ def stage_rows(comparison: Comparison) -> list[dict[str, Any]]:
             rows += [stage | {"run": run["name"], "ratios": ratios} for stage in run["stages"] if stage["name"] == name]
     for run in runs:
         ratios = comparison["ratios"].get(run["name"], {}).get("total")
-        rows.append({"name": "total", "run": run["name"], "ratios": ratios} | {key: run[key] for key in _COSTS})
+        costs = {key: run[key] for key in (*_COSTS, "peak_memory_bytes")}
+        rows.append({"name": "total", "run": run["name"], "ratios": ratios} | costs)
     return rows
 
 
@@ -188,8 +264,8 @@ def verdict(comparison: Comparison) -> str:
     for index, run in enumerate(runs[1:], start=1):
         ratios = comparison["ratios"][run["name"]]
         total = ratios["total"]
-        text = f"{run['name']} took {times(total['seconds'])} of the time of {runs[0]['name']}"
-        text += f" (executed FLOPs allow {times(total['executed_flops'])}); "
+        text = f"{run['name']} took {times(total['seconds'])} of the time of {runs[0]['name']}: "
+        text += f"speed-up {speed_up(total)}; "
         points = {row["task"]: row["points"][index] for row in rows if row["points"][index] is not None}
         mean = points.pop("mean", None)
         lower = ", ".join(f"{task} ({value:+z.1f})" for task, value in points.items() if round(value, 1) < 0)
@@ -198,6 +274,10 @@ def verdict(comparison: Comparison) -> str:
     if count := len(comparison["warnings"]):
         said.append(f"{count} warning{'s' if count > 1 else ''}: the comparison may not be fair")
     return ". ".join(said or ["one run: nothing to compare it with"]) + "."
+
+
+def decimals(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def times(ratio: float | None) -> str:
@@ -229,6 +309,11 @@ def human(value: float | None, unit: str = "") -> str:
     return f"{value:.3g} {unit}".rstrip()
 
 
+def share(value: float | None) -> str:
+    """A fraction as per cent."""
+    return "-" if value is None else f"{100 * value:.1f}%"
+
+
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
@@ -239,11 +324,15 @@ def signed(points: float | None, interval: float | None) -> str:
 
 
 def render_table(comparison: Comparison, console: Console) -> None:
-    """Print cost by stage, scores by task, the verdict, and the warnings."""
-    wide = console.width >= 110
+    """Print cost by stage, time to the baseline's loss, scores by task, what differs, the verdict, and the warnings."""
+    wide = console.width >= 150
     console.print(_cost_table(comparison, wide))
+    if len(comparison["runs"]) > 1:
+        console.print(_loss_table(comparison))
     if any(run["scores"] for run in comparison["runs"]):
         console.print(_score_table(comparison, wide))
+    if comparison["differences"]:
+        console.print(_difference_table(comparison))
     console.print(Text(verdict(comparison), style="bold"))
     for text in comparison["warnings"]:
         console.print(Text(f"! {text}", style="yellow"))
@@ -251,8 +340,10 @@ def render_table(comparison: Comparison, console: Console) -> None:
 
 def _cost_table(comparison: Comparison, wide: bool) -> Table:
     base = comparison["runs"][0]["name"]
-    table = Table("stage", "run", title="Training cost", title_justify="left")
-    for heading in ("tokens", "samples", "time", "FLOPs", *(("x time", "x FLOPs") if wide else ()), "speed-up"):
+    table = Table("stage", title="Training cost", title_justify="left")
+    table.add_column("run", overflow="fold")
+    extra = ("x time", "x FLOPs", "memory", "data wait", "loss") if wide else ()
+    for heading in ("tokens", "samples", "time", "FLOPs", *extra, "speed-up"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.caption = f"speed-up: over {base}, of what executed FLOPs allow"
     previous = None
@@ -265,19 +356,47 @@ def _cost_table(comparison: Comparison, wide: bool) -> Table:
         cells += [duration(row["seconds"]), human(row["executed_flops"], "FLOP" if wide else "")]
         if wide:
             cells += [times(ratios[cost]) if ratios else "" for cost in _COSTS]
+            cells.append(human(row["peak_memory_bytes"], "B"))
+            cells += [share(row["data_wait"]), decimals(row["loss"])] if "loss" in row else ["", ""]
         cells.append(speed_up(ratios).removesuffix(" possible"))
         table.add_row(*map(Text, cells))
         previous = row["name"]
     return table
 
 
+def _loss_table(comparison: Comparison) -> Table:
+    table = Table("stage", title="Time to the same loss", title_justify="left")
+    table.caption = (
+        f"seconds until the loss was first that low; the loss is the last one of {comparison['runs'][0]['name']}"
+    )
+    for heading in ("loss", *(run["name"] for run in comparison["runs"])):
+        table.add_column(Text(heading), justify="right", no_wrap=True)
+    for name, found in comparison["to_loss"].items():
+        reached = ("not reached" if seconds is None else duration(seconds) for seconds in found["seconds"])
+        table.add_row(*map(Text, (name, decimals(found["loss"]), *reached)))
+    return table
+
+
+def _difference_table(comparison: Comparison) -> Table:
+    table = Table("key", title="What differs in the recipes", title_justify="left")
+    for run in comparison["runs"]:
+        table.add_column(Text(run["name"]), overflow="fold")
+    for key, values in comparison["differences"].items():
+        table.add_row(Text(key), *(Text(_said(value)) for value in values))
+    return table
+
+
 def _score_table(comparison: Comparison, wide: bool) -> Table:
     names = [run["name"] for run in comparison["runs"]]
-    table = Table("task", title="Scores, in %", title_justify="left")
-    table.caption = "difference in points, with its 95% interval; shuffled: with wrong pictures, in the same order"
-    difference = [heading for name in names[1:] for heading in (name, "difference")]
-    for heading in [*(["items"] if wide else []), "chance", names[0], *difference, "shuffled"]:
-        table.add_column(Text(heading), justify="right", no_wrap=True)
+    few = len(names) <= 3  # else only the page has room
+    table = Table(title="Scores, in %", title_justify="left")
+    table.add_column("task", no_wrap=True)
+    table.caption = "points: difference from the baseline" + (
+        ", with its 95% interval; shuffled: with wrong pictures, in the same order" if few else ""
+    )
+    compared = [heading for name in names[1:] for heading in (name, "points")]
+    for heading in [*(["items"] if wide else []), "chance", names[0], *compared, *(["shuffled"] if few else [])]:
+        table.add_column(Text(heading), justify="right", overflow="fold")
     for row in score_rows(comparison):
         if row["task"] == "mean":
             table.add_section()
@@ -287,8 +406,9 @@ def _score_table(comparison: Comparison, wide: bool) -> Table:
             if index:
                 points = row["points"][index]
                 style = "bold red" if points is not None and round(points, 1) < 0 else "green"
-                cells.append(Text(signed(points, row["interval"][index]), style=style))
-        cells.append(Text(" / ".join(percent(value) for value in row["shuffled"]), style="dim"))
+                cells.append(Text(signed(points, row["interval"][index] if few else None), style=style))
+        if few:
+            cells.append(Text(" / ".join(percent(value) for value in row["shuffled"]), style="dim"))
         table.add_row(*cells)
     return table
 

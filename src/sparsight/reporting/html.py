@@ -5,20 +5,36 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+from rich.console import Console
+from rich.markup import escape
+
+from sparsight.layouts import Layout
 from sparsight.reporting import comparison as figures_of
-from sparsight.reporting.comparison import Comparison, duration, human, score_rows, signed, times
+from sparsight.reporting.comparison import (
+    Comparison,
+    compare,
+    duration,
+    human,
+    render_table,
+    score_rows,
+    share,
+    signed,
+    speed_up,
+    times,
+    write_comparison,
+)
 from sparsight.reporting.page import write_page
-from sparsight.reporting.runlog import Run, example_key, number_in, step_seconds
+from sparsight.reporting.runlog import Run, StageRun, example_key, number_in, read_runs, running_mean
 
 _COLOURS = 5  # --run-0 (the baseline) ... --run-4 in the template
 _POINTS = 1500  # the most points in a curve
 _FREE_TEXT = 4  # a truth of that many words or numbers is a description or a box: equality cannot judge it
+_WINDOWS = 64  # per side; more are no lines but a grey
 _PICTURE = re.compile(r"[A-Za-z0-9+/]+={0,2}")
 
 
@@ -32,7 +48,7 @@ def write_report(comparison: Comparison, runs: Iterable[Run], path: str | Path, 
         raise ValueError(f"write_report needs the runs of the comparison; missing: {missing}")
     ordered = [by_name[entry["name"]] for entry in comparison["runs"]]
     examples = _examples(ordered)
-    filters = ("human", "duration", "times", "speed_up", "percent", "signed")
+    filters = ("human", "duration", "times", "speed_up", "percent", "signed", "share", "decimals")
     write_page(
         path,
         "report.html.j2",
@@ -44,10 +60,27 @@ def write_report(comparison: Comparison, runs: Iterable[Run], path: str | Path, 
         cards=_cards(comparison),
         stages=figures_of.stage_rows(comparison),
         scores=score_rows(comparison),
+        windows=_windows(ordered),
         examples=examples[:max_examples],
         examples_left_out=max(0, len(examples) - max_examples),
         details=_details(comparison, ordered),
     )
+
+
+def report(paths: Sequence[str | Path], out: Path, console: Console) -> Comparison:
+    """Read run logs, compare them, print the tables, and write ``comparison.json`` and ``report.html`` into ``out``.
+
+    The first run is the baseline. Raises what `read_runs` and `compare` raise.
+    """
+    runs = read_runs(paths)
+    comparison = compare(runs, runs[0].name)
+    write_comparison(comparison, out / "comparison.json")
+    write_report(comparison, runs, out / "report.html")
+    render_table(comparison, console)
+    console.print(
+        f"Report: [bold]{escape(str(out / 'report.html'))}[/], figures: {escape(str(out / 'comparison.json'))}"
+    )
+    return comparison
 
 
 def _colour(index: int) -> dict[str, str]:
@@ -69,10 +102,11 @@ def _cards(comparison: Comparison) -> list[dict[str, str]]:
             for each in (run, base)
         )
         saved = f"{duration(run['seconds'])} instead of {duration(base['seconds'])}"
+        had, _, possible = speed_up(total).partition(" ")
         flops = f"{human(run['executed_flops'], 'FLOP')} instead of {human(base['executed_flops'], 'FLOP')}"
         scored = "not comparable" if mean is None else f"points, mean of {len(points)} tasks; lower on {lower}"
         for label, value, note in (
-            ("Training time", times(total["seconds"]), saved),
+            ("Speed-up", had, f"{possible}; {saved}"),
             ("Executed FLOPs", times(total["executed_flops"]), flops),
             ("Visual tokens an image", ours, f"by stage; {base['name']}: {theirs}"),
             ("Score", signed(mean, None), scored),
@@ -86,14 +120,34 @@ def _cards(comparison: Comparison) -> list[dict[str, str]]:
 def _figures(comparison: Comparison, runs: list[Run]) -> list[dict[str, Any]]:
     """The plots, as {id, data, layout}. Names are escaped because plotly reads tags in its texts."""
     figures = [
-        _bars(comparison, "seconds", duration, "seconds"),
+        _bars(comparison, "seconds", lambda value: duration(value or 0.0), "seconds"),
         _bars(comparison, "executed_flops", lambda value: human(value, "FLOP"), "executed FLOPs"),
+        _bars(comparison, "data_wait", share, "share of the steps' time", {"tickformat": ".0%", "range": [0, 1]}),
+        _bars(comparison, "peak_memory_bytes", lambda value: human(value, "B"), "bytes"),
     ]
-    for horizontal in ("seconds", "samples"):
-        traces = [trace for index, run in enumerate(runs) for trace in _curve(run, index, horizontal)]
-        axes = {axis: {"title": {"text": text}} for axis, text in (("xaxis", horizontal), ("yaxis", "loss"))}
-        figures.append({"id": f"loss-{horizontal}", "data": traces, "layout": axes | {"height": 360}})
+    for along in ("seconds", "samples"):
+        figures.append(_plot(f"loss-{along}", along, "loss", runs, lambda stage: stage.curve.loss, {}))
+    zero = {"rangemode": "tozero"}
+    figures.append(_plot("tokens", "samples", "visual tokens a sample", runs, _tokens, zero))
+    figures.append(_plot("layers", "samples", "layers run", runs, _layers, zero | {"tickformat": ".0%"}))
     return [*figures, _scores(comparison)] if score_rows(comparison) else figures
+
+
+def _tokens(stage: StageRun) -> list[float | None]:
+    """Visual tokens a sample that the language model's layers got, by step."""
+    kept = [number_in(step, "visual_tokens_kept") for step in stage.steps]  # older logs do not have it
+    seen = [number_in(step, "visual_tokens") for step in stage.steps]
+    pairs = zip(kept, seen, stage.steps, strict=True)
+    return [_share(seen if kept is None else kept, number_in(step, "samples")) for kept, seen, step in pairs]
+
+
+def _layers(stage: StageRun) -> list[float | None]:
+    """Share of the language model's layers that ran, by step."""
+    return [_share(number_in(step, "layers_run"), number_in(step, "layers")) for step in stage.steps]
+
+
+def _share(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None
 
 
 def _bar(index: int, run: Mapping[str, Any], hover: str, **fields: object) -> dict[str, Any]:
@@ -105,48 +159,72 @@ def _bar(index: int, run: Mapping[str, Any], hover: str, **fields: object) -> di
     )
 
 
-def _bars(comparison: Comparison, key: str, say: Callable[[float], str], unit: str) -> dict[str, Any]:
+def _bars(
+    comparison: Comparison,
+    key: str,
+    say: Callable[[float | None], str],
+    unit: str,
+    axis: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Horizontal bars: one group a stage, one bar a run."""
     traces = []
     for index, run in enumerate(comparison["runs"]):
         names, values = [html.escape(stage["name"]) for stage in run["stages"]], [stage[key] for stage in run["stages"]]
         traces.append(_bar(index, run, "%{y}: %{text}", y=names, x=values, text=[say(value) for value in values]))
-    horizontal = {"title": {"text": unit}, "tickformat": "~s", "fixedrange": True}
+    horizontal = {"title": {"text": unit}, "tickformat": "~s", "fixedrange": True, **(axis or {})}
     axes = {"xaxis": horizontal, "yaxis": {"autorange": "reversed", "fixedrange": True}}
     height = 110 + 38 * sum(len(run["stages"]) for run in comparison["runs"])
     layout = axes | {"bargap": 0.3, "bargroupgap": 0.08, "height": height}
     return {"id": f"bars-{key}", "data": traces, "layout": layout}
 
 
-def _curve(run: Run, index: int, horizontal: str) -> list[dict[str, Any]]:
-    """The loss of all stages in a row, a gap between them: as logged (faint), and its running mean."""
-    x: list[float | None] = []
-    raw: list[float | None] = []
-    smooth: list[float | None] = []
-    texts: list[str] = []
-    position = 0.0
-    stride = -(-sum(len(stage.steps) for stage in run.stages) // _POINTS)
+def _plot(
+    plot: str,
+    along: str,
+    title: str,
+    runs: list[Run],
+    values: Callable[[StageRun], list[float | None]],
+    axis: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What steps logged, all stages in a row with a gap between them: as logged (faint), and its running mean.
+
+    Args:
+        along: "seconds" or "samples", from the run's start.
+        values: of a stage, one a step.
+    """
+    traces = []
+    for index, run in enumerate(runs):
+        points = _points(run, along, values)
+        name = html.escape(run.name)
+        line: dict[str, Any] = {"type": "scatter", "mode": "lines", "name": name, "legendgroup": str(index)}
+        line["x"] = [x for x, *_ in points]
+        hover = f"%{{text}}<br>{title} %{{y:.4~r}} at %{{x:.4~s}} {along}<extra>{name}</extra>"
+        faint = {"opacity": 0.28, "line": {"color": _colour(index), "width": 1}, "hoverinfo": "skip"}
+        bold = {"line": {"color": _colour(index), "width": 2.5}, "hovertemplate": hover}
+        traces.append(line | faint | {"y": [y for _, y, *_ in points], "showlegend": False})
+        traces.append(line | bold | {"y": [y for *_, y, _ in points], "text": [text for *_, text in points]})
+    axes = {"xaxis": {"title": {"text": along}, "rangemode": "tozero"}, "yaxis": {"title": {"text": title}, **axis}}
+    return {"id": plot, "data": traces, "layout": axes | {"height": 360}}
+
+
+def _points(
+    run: Run, along: str, values: Callable[[StageRun], list[float | None]]
+) -> list[tuple[float | None, float | None, float | None, str]]:
+    """(place, value, running mean, what it is) of at most `_POINTS` steps and a few, and a gap behind each stage."""
+    points: list[tuple[float | None, float | None, float | None, str]] = []
+    start = 0.0
+    stride = max(1, -(-sum(len(stage.steps) for stage in run.stages) // _POINTS))
     for stage in run.stages:
-        losses = [number_in(step, "loss") for step in stage.steps]
-        reach = min(25, len(losses) // 40)
-        for number, step in enumerate(stage.steps):
-            position += step_seconds(step) if horizontal == "seconds" else number_in(step, "samples") or 0
-            if number % stride == 0 or losses[number] is None or number == len(losses) - 1:
-                around = losses[max(0, number - reach) : number + reach + 1]
-                known = [loss for loss in around if loss is not None]
-                x.append(position)
-                raw.append(losses[number])
-                smooth.append(None if losses[number] is None else fmean(known))
-                texts.append(html.escape(f"{stage.name}, step {step['step']}"))
-        for values in (x, raw, smooth):
-            values.append(None)
-        texts.append("")
-    colour, name = _colour(index), html.escape(run.name)
-    common = {"type": "scatter", "mode": "lines", "name": name, "x": x, "legendgroup": name}
-    faint = {"y": raw, "opacity": 0.28, "line": {"color": colour, "width": 1}, "hoverinfo": "skip"}
-    hover = f"%{{text}}<br>loss %{{y:.3f}} at %{{x:.4~s}} {horizontal}<extra>{name}</extra>"
-    bold = {"y": smooth, "line": {"color": colour, "width": 2.5}, "text": texts, "hovertemplate": hover}
-    return [common | faint | {"showlegend": False}, common | bold]
+        places = getattr(stage.curve, along)
+        raw = values(stage)
+        last = len(raw) - 1
+        for number, (place, value, mean) in enumerate(zip(places, raw, running_mean(raw), strict=True)):
+            if number % stride == 0 or value is None or number == last:
+                text = html.escape(f"{stage.name}, step {stage.steps[number]['step']}")
+                points.append((start + place, value, mean, text))
+        points.append((None, None, None, ""))
+        start += stage.seconds if along == "seconds" else places[-1] if places else 0.0
+    return points
 
 
 def _scores(comparison: Comparison) -> dict[str, Any]:
@@ -213,6 +291,22 @@ def _examples(runs: list[Run]) -> list[dict[str, Any]]:
             text = str(record.get("answer", ""))
             example["answers"].append({"run": run.name, "text": text, "right": _right(record)})
     return list(merged.values())
+
+
+def _windows(runs: list[Run]) -> dict[int, str]:
+    """Windows per side -> which runs cut the pictures of their last stage like that. Empty if a run pads or crops."""
+    found: dict[int, list[str]] = {}
+    for run in runs:
+        recipe = run.header.get("recipe")
+        if isinstance(recipe, dict) and recipe.get("resize") in ("pad", "crop"):
+            return {}  # the logged pictures are not what the encoder sees
+        try:
+            layout = Layout.parse(str(run.stages[-1].layout)) if run.stages else None
+        except ValueError:  # a bridge without windows
+            continue
+        for scale in layout.scales if layout else ():
+            found.setdefault(scale.grid, []).append(f"{run.name} ({scale.queries} each)")
+    return {grid: ", ".join(names) for grid, names in sorted(found.items()) if 1 < grid <= _WINDOWS}
 
 
 def _right(record: Mapping[str, Any]) -> bool | None:

@@ -12,17 +12,21 @@ import os
 import platform
 import subprocess
 import sys
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib import metadata
+from itertools import accumulate
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import Any, Self
 
 VERSION = 1
 FILE_NAME = "run.jsonl"
+MOST_PROBLEMS = 20  # of a log, told one by one
 _PACKAGES = (
     "sparsight",
     "torch",
@@ -162,6 +166,32 @@ def _cpu() -> str:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """A stage's losses, a value a step. ``mean``: over up to 25 steps on either side, fewer in short stages.
+
+    Args:
+        seconds: since the stage began, the encoding of pictures before the first step included.
+        samples: seen in the stage.
+    """
+
+    seconds: list[float]
+    samples: list[float]
+    loss: list[float | None]
+    mean: list[float | None]
+
+    @property
+    def final(self) -> float | None:
+        """The last running mean."""
+        return next((mean for mean in reversed(self.mean) if mean is not None), None)
+
+    def reaches(self, loss: float) -> tuple[float, float] | None:
+        """Seconds and samples after which the running mean is first as low as ``loss``; None if it never is."""
+        found = (place for place, mean in enumerate(self.mean) if mean is not None and mean <= loss)
+        place = next(found, None)
+        return None if place is None else (self.seconds[place], self.samples[place])
+
+
+@dataclass(frozen=True)
 class StageRun:
     """One stage. Without a `stage_end` record, `finished` is false and totals are sums over `steps`."""
 
@@ -175,6 +205,23 @@ class StageRun:
     executed_flops: float
     steps: list[dict[str, Any]]
     finished: bool
+    planned_steps: int | None = None
+    encoding_seconds: float = 0.0  # for cached features, before the first step
+
+    @cached_property
+    def curve(self) -> Curve:
+        seconds = accumulate((step_seconds(step) for step in self.steps), initial=self.encoding_seconds)
+        samples = accumulate((number_in(step, "samples") or 0.0 for step in self.steps), initial=0.0)
+        losses = [number_in(step, "loss") for step in self.steps]
+        return Curve(list(seconds)[1:], list(samples)[1:], losses, running_mean(losses))
+
+    def seconds_of(self, part: str) -> float:
+        """Seconds that the steps spent on "data" (waiting for it), "compute" or "optimizer"."""
+        return math.fsum(number_in(step.get("seconds"), part) or 0.0 for step in self.steps)
+
+    def highest(self, key: str) -> float | None:
+        """The highest number that a step has under ``key``."""
+        return max((value for step in self.steps if (value := number_in(step, key)) is not None), default=None)
 
 
 @dataclass(frozen=True)
@@ -191,14 +238,39 @@ class Run:
     examples: list[dict[str, Any]]
     problems: list[str]
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come: the recipe's stages are finished, and scored if they were to be."""
+        recipe = self.header.get("recipe")
+        asked = recipe if isinstance(recipe, dict) else {}
+        stages = asked.get("stages")
+        names = (
+            {str(stage.get("name")) for stage in stages if isinstance(stage, dict)}
+            if isinstance(stages, list)
+            else set()
+        )
+        names = names or {stage.name for stage in self.stages}
+        evaluation = asked.get("evaluation")
+        scored = not isinstance(evaluation, dict) or evaluation.get("kind") == "none" or bool(self.scores)
+        return bool(names) and scored and names <= {stage.name for stage in self.stages if stage.finished}
+
+
+def running_mean(values: Sequence[float | None]) -> list[float | None]:
+    """As `Curve` says; None where there is no value."""
+    reach = min(25, len(values) // 40)
+    means: list[float | None] = []
+    for place, value in enumerate(values):
+        around = [each for each in values[max(0, place - reach) : place + reach + 1] if each is not None]
+        means.append(None if value is None else fmean(around))
+    return means
+
 
 def step_seconds(step: Mapping[str, Any]) -> float:
     """Seconds of one step record: data wait, compute and optimizer together."""
-    parts = step.get("seconds")
-    return sum(_numbers(parts).values()) if isinstance(parts, dict) else 0.0
+    return sum(_numbers(step.get("seconds")).values())
 
 
-def number_in(record: Mapping[str, Any], key: str) -> float | None:
+def number_in(record: object, key: str) -> float | None:
     """The number that a record holds under `key`; None for anything else."""
     return _numbers(record).get(key)
 
@@ -213,36 +285,75 @@ def read_run(path: str | Path) -> Run:
 
     Raises `FileNotFoundError` if there is no such file, and `ValueError` if it holds no header.
     """
-    file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no run log at {file}")
-    reader = _Reader()
-    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
-        if line.strip():
-            reader.take(number, line)
-    if not reader.header:
-        found = ", ".join(f"{count} {kind}" for kind, count in reader.seen.items()) or "no readable record"
-        raise ValueError(f"{file} has no header record; found: {found}. {'; '.join(reader.problems[:3])}".rstrip())
+    reader = LogReader(path)
+    reader.follow()
+    if reader.rest.strip():
+        reader.take(reader.number + 1, reader.rest)
     return reader.run()
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[Run]:
+    """`read_run` for each path; runs of one name are told apart by their paths.
+
+    Raises `ValueError` for a path given twice, and what `read_run` raises.
+    """
+    if twice := [str(path) for path, count in Counter(Path(path).resolve() for path in paths).items() if count > 1]:
+        raise ValueError(f"given twice: {', '.join(twice)}; expected different runs")
+    runs = [read_run(path) for path in paths]
+    names = Counter(run.name for run in runs)
+    return [replace(run, name=str(path)) if names[run.name] > 1 else run for run, path in zip(runs, paths, strict=True)]
 
 
 def _numbers(values: object) -> dict[str, Any]:
     """The entries of a mapping that are finite numbers."""
     items = values.items() if isinstance(values, dict) else ()
-    return {key: value for key, value in items if type(value) in (int, float) and math.isfinite(value)}
+    return {key: value for key, value in items if type(value) in (int, float) and abs(value) <= sys.float_info.max}
 
 
 @dataclass
-class _Reader:
+class LogReader:
+    """Reads a run log, given as the file or its folder, also while it is being written.
+
+    Raises `FileNotFoundError` if there is no such file.
+    """
+
+    path: InitVar[Path | str]
+    file: Path = field(init=False)
+    offset: int = 0  # bytes read
+    number: int = 0  # lines taken
+    rest: bytes = b""  # of a line that has no end yet
+    stranger: int = 0  # the line of a second header: what comes after it is of another run
+    strangers: int = 0
     header: dict[str, Any] = field(default_factory=dict)
     starts: dict[str, dict[str, Any]] = field(default_factory=dict)
     steps: dict[str, dict[int, dict[str, Any]]] = field(default_factory=lambda: defaultdict(dict))
     ends: dict[str, dict[str, Any]] = field(default_factory=dict)
+    caches: dict[str, dict[str, Any]] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     examples: dict[tuple[str, ...], dict[str, Any]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     seen: dict[str, int] = field(default_factory=dict)
     nonfinite: dict[tuple[str, str], list[int]] = field(default_factory=lambda: defaultdict(list))
+
+    def __post_init__(self, path: Path | str) -> None:
+        folder = Path(path)
+        self.file = folder / FILE_NAME if folder.is_dir() else folder
+        if not self.file.is_file():
+            inside = sorted(str(file.parent) for file in folder.glob(f"*/{FILE_NAME}"))
+            hint = f"; there are logs in {', '.join(inside)}" if inside else ""
+            raise FileNotFoundError(f"there is no run log at {self.file}; expected the folder of a run{hint}")
+
+    def follow(self) -> None:
+        """Take the whole lines that were added since the last time."""
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            data = file.read()
+        self.offset += len(data)
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        for line in lines:
+            self.number += 1
+            if line.strip():
+                self.take(self.number, line)
 
     def take(self, number: int, line: bytes) -> None:
         try:
@@ -255,9 +366,12 @@ class _Reader:
             self.problems.append(f"line {number}: unknown type of record {kind!r}; left out")
             return
         for key, expected in _REQUIRED[kind].items():
-            if not isinstance(record.get(key), expected) or isinstance(record[key], bool):
+            if not isinstance(record.get(key), expected) or (expected is int and key not in _numbers(record)):
                 self.problems.append(f"line {number}: {kind} without a valid {key!r}; left out")
                 return
+        if self.stranger and kind != "header":
+            self.strangers += 1
+            return
         self.seen[kind] = self.seen.get(kind, 0) + 1
         names = record.get("nonfinite")
         for name in names if isinstance(names, list) else ():
@@ -269,6 +383,7 @@ class _Reader:
             self.problems.append(f"line {number}: version {record['version']} is unknown; read as {VERSION}")
         if self.header:
             same = all(record.get(key) == self.header.get(key) for key in ("run", "recipe", "samples_hash"))
+            self.stranger = 0 if same else number
             if not same:
                 self.problems.append(f"line {number}: a second header that differs from the first; left out")
             return
@@ -291,7 +406,7 @@ class _Reader:
         self.ends.pop(record["stage"], None)
 
     def _cache(self, number: int, record: dict[str, Any]) -> None:
-        pass  # its seconds and FLOPs are in the stage's end
+        self.caches[record["stage"]] = record  # its seconds and FLOPs are in the stage's end, too
 
     def _eval(self, number: int, record: dict[str, Any]) -> None:
         if record.get("checkpoint") != self.evaluation.get("checkpoint"):
@@ -303,20 +418,30 @@ class _Reader:
         self.examples[example_key(record)] = record
 
     def run(self) -> Run:
+        """What was read so far. Raises `ValueError` if no header was."""
+        if not self.header:
+            found = ", ".join(f"{count} {kind}" for kind, count in self.seen.items()) or "no readable record"
+            raise ValueError(
+                f"{self.file} has no header record; found: {found}. {'; '.join(self.problems[:3])}".rstrip()
+            )
+        problems = list(self.problems)
+        if self.strangers:
+            problems.append(f"records of other runs, behind other headers: {self.strangers}; left out")
         for (kind, name), lines in self.nonfinite.items():
-            self.problems.append(f"line {lines[0]}: {kind}: {name} is not finite ({len(lines)} times)")
+            problems.append(f"line {lines[0]}: {kind}: {name} is not finite ({len(lines)} times)")
         # dict.fromkeys: in order of appearance, each once
-        stages = [self._stage_run(name) for name in dict.fromkeys([*self.starts, *self.steps, *self.ends])]
+        stages = [self._stage_run(name, problems) for name in dict.fromkeys([*self.starts, *self.steps, *self.ends])]
+        if len(problems) > MOST_PROBLEMS:
+            problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS} more of the kind"]
         tables = {key: self.evaluation.get(key, {}) for key in ("scores", "shuffled", "chance", "items")}
         examples = list(self.examples.values())
-        name = self.header["run"]
-        return Run(name, self.header, stages, examples=examples, problems=self.problems, **tables)
+        return Run(self.header["run"], self.header, stages, examples=examples, problems=problems, **tables)
 
-    def _stage_run(self, name: str) -> StageRun:
+    def _stage_run(self, name: str, problems: list[str]) -> StageRun:
         if name not in self.starts:
-            self.problems.append(f"stage {name}: no stage record; its layout is unknown")
+            problems.append(f"stage {name}: no stage record; its layout is unknown")
         start, end = self.starts.get(name, {}), _numbers(self.ends.get(name))
-        steps = [self.steps[name][number] for number in sorted(self.steps[name])]
+        steps = [self.steps[name][number] for number in sorted(self.steps[name])] if name in self.steps else []
         sums = {
             "seconds": math.fsum(step_seconds(step) for step in steps),
             "executed_flops": math.fsum(_numbers(step).get("flops", 0) for step in steps),
@@ -324,9 +449,7 @@ class _Reader:
         }
         for key, value in sums.items():
             if key in end and value > 1.01 * end[key]:
-                self.problems.append(
-                    f"stage {name}: {key} is {end[key]:g} at the end, but its steps add up to {value:g}"
-                )
+                problems.append(f"stage {name}: {key} is {end[key]:g} at the end, but its steps add up to {value:g}")
         return StageRun(
             name=name,
             layout=start.get("layout"),
@@ -338,4 +461,6 @@ class _Reader:
             executed_flops=end.get("executed_flops", sums["executed_flops"]),
             steps=steps,
             finished=name in self.ends,
+            planned_steps=_numbers(start).get("steps"),
+            encoding_seconds=_numbers(self.caches.get(name)).get("seconds", 0.0),
         )

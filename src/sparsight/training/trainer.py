@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,6 +77,8 @@ class StepCounter:
         self.seconds: dict[str, float] = defaultdict(float)
         self.loss = 0.0
         self.replaced: list[dict[str, Any]] = []  # entries of bad samples, see `TrainingSet`
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # a step's peak is its own, not that of a stage before
 
     def add(self, inputs: dict[str, Any], info: dict[str, Any], done: Pass | None = None) -> None:
         """Count one forward and backward pass over a batch, which the methods may have made shorter (``done``).
@@ -228,6 +230,7 @@ class _Recorder(TrainerCallback):
         self.stop = False
         self.started = 0.0
         self.rates: dict[str, float] = {}
+        self.track: Callable[[dict[str, float]], None] | None = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.update(self.task, completed=state.global_step)
@@ -244,7 +247,10 @@ class _Recorder(TrainerCallback):
         if self.quarantine is not None:  # what other ranks found, too: all count alike, and stop together
             self.counter.replaced = gather_object(self.counter.replaced)
         record = self.counter.record()
-        self.log.write("step", stage=self.stage.name, step=state.global_step, learning_rate=self.rates, **record)
+        record = {"learning_rate": self.rates, **record}
+        self.log.write("step", stage=self.stage.name, step=state.global_step, **record)
+        if self.track is not None:
+            self.track(dict(_flat(record)))
         speed = record["samples"] / max(sum(record["seconds"].values()), 1e-9)
         self.bar.update(
             self.task, completed=state.global_step, loss=f"{record['loss']:.3f}", speed=f"{speed:.1f} samples/s"
@@ -256,6 +262,15 @@ class _Recorder(TrainerCallback):
         self.counter.clear()
         if any_rank(self.stop, self.counter.model.device):
             self.stop = control.should_save = control.should_training_stop = True
+
+
+def _flat(record: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a record, as trackers name them: ``seconds/data``."""
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{name}/")
+        else:
+            yield path + name, value
 
 
 @contextmanager
@@ -320,7 +335,8 @@ def training_arguments(recipe: Recipe, stage: Stage, steps: int, folder: Path) -
         save_steps=max(1, steps // max(stage.checkpoints, 1)),
         save_total_limit=2,
         logging_strategy="no",
-        report_to="none",
+        report_to=list(recipe.report_to),
+        run_name=f"{recipe.name}-{stage.name}",
         remove_unused_columns=False,
         dataloader_num_workers=recipe.workers,
         dataloader_persistent_workers=False,
@@ -406,6 +422,10 @@ def train_stage(
             processing_class=processor,
             callbacks=[recorder] if handle is None else [SparsightCallback(handle), recorder],
         )
+        if recipe.report_to:  # not by Trainer.log, which would keep every step's record in every checkpoint
+            recorder.track = lambda record: trainer.callback_handler.on_log(
+                trainer.args, trainer.state, trainer.control, record
+            )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         if resume:  # without a checkpoint, too: steps that are in the log, but not in the weights, do not count

@@ -1,0 +1,125 @@
+"""A run in the terminal while it goes on, read from its log alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from sparsight.reporting.comparison import decimals, duration, human, share
+from sparsight.reporting.runlog import LogReader, Run, StageRun, number_in, step_seconds
+
+_RECENT = 20  # steps that rates are means over
+_STAGES = 4  # the last ones, side by side
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def watch(path: Path, console: Console, every: float = 1.0) -> Run:
+    """Show a run until it ends; one that has ended is printed once. Ctrl-C ends it, too.
+
+    Args:
+        path: the run's folder or log.
+        every: seconds between looks at the log.
+
+    Raises:
+        FileNotFoundError: there is no log.
+        ValueError: the log has no header.
+    """
+    reader = LogReader(path)
+    with Live(console=console, auto_refresh=False) as live:
+        try:
+            while True:
+                if reader.file.stat().st_size < reader.offset:  # the run was started anew
+                    reader = LogReader(path)
+                reader.follow()
+                run = reader.run()
+                live.update(render(run, time.time() - reader.file.stat().st_mtime, console.width), refresh=True)
+                if run.ended:
+                    break
+                time.sleep(every)
+        except KeyboardInterrupt:
+            pass
+    return run
+
+
+def render(run: Run, silence: float, width: int) -> RenderableType:
+    """What `watch` shows of a run whose log was last written to ``silence`` seconds ago."""
+    state = "ended" if run.ended else f"last record {duration(silence)} ago"
+    parts: list[RenderableType] = []
+    if run.stages:
+        stage = run.stages[-1]
+        done = stage.steps[-1]["step"] if stage.steps else 0
+        bar = Table.grid(padding=(0, 1))
+        planned = stage.planned_steps
+        bar.add_row(Text(stage.name, "bold"), ProgressBar(planned, done, width=30), f"{done} of {planned or '?'} steps")
+        curve = sparkline([number_in(step, "loss") for step in stage.steps], max(10, min(width, 100) - 16))
+        parts += [
+            bar,
+            Text(f"loss {curve}") if curve else Text("no step yet"),
+            _figures(run.stages[-_STAGES:], run.ended),
+        ]
+    else:
+        parts.append(Text("no stage has begun"))
+    if run.scores:
+        parts.append(Text(f"score: {100 * fmean(run.scores.values()):.1f}%, the mean of {len(run.scores)} tasks"))
+    parts += [Text(f"! {problem}", "yellow") for problem in run.problems]
+    return Panel(Group(*parts), title=Text(f"{run.name}: {state}"), title_align="left", width=min(width, 100))
+
+
+def _figures(stages: Sequence[StageRun], ended: bool) -> Table:
+    """A column for each stage, a row for each figure."""
+    table = Table("", box=None, pad_edge=False)
+    for stage in stages:
+        table.add_column(Text(stage.name), justify="right")
+    columns = [figures(stage) for stage in stages]
+    for name in columns[0]:
+        table.add_row(name, *(Text(column[name]) for column in columns))
+    return table
+
+
+def figures(stage: StageRun) -> dict[str, str]:
+    """Name and value of what is shown of a stage: totals since it began, rates of its last `_RECENT` steps."""
+    last = stage.steps[-_RECENT:]
+    newest = last[-1] if last else {}
+    seconds = sum(step_seconds(step) for step in last)
+
+    def total(key: str) -> float:
+        return sum(number_in(step, key) or 0 for step in last)
+
+    def of(part: float, whole: float, unit: str = "") -> str:
+        return f"{part:.1f}{unit}".replace(".0", "") + f" of {whole:g}" if whole else "-"
+
+    waited = sum(number_in(step.get("seconds"), "data") or 0 for step in last)
+    left = (stage.planned_steps - newest["step"]) * seconds / len(last) if last and stage.planned_steps else None
+    samples, layers = total("samples"), number_in(newest, "layers") or 0
+    kept = total("visual_tokens_kept" if "visual_tokens_kept" in newest else "visual_tokens")
+    return {
+        "loss": decimals(number_in(newest, "loss")),
+        "samples/s": f"{samples / seconds:.1f}" if seconds else "-",
+        "data wait": share(waited / seconds if seconds else None),
+        "executed so far": human(stage.executed_flops, "FLOP"),
+        "memory": human(number_in(newest, "memory_bytes"), "B"),
+        "layers run": of(total("layers_run") / max(len(last), 1), layers),
+        "visual tokens kept, a sample": of(kept / samples, total("visual_tokens") / samples) if samples else "-",
+        "time so far": duration(stage.seconds),
+        "time left": "finished" if stage.finished else "-" if left is None else duration(left),
+    }
+
+
+def sparkline(values: Sequence[float | None], width: int) -> str:
+    """The means of ``width`` equal parts, or all values if there are fewer, as a curve of blocks."""
+    known = [value for value in values if value is not None]
+    count = min(width, len(known))
+    bounds = [len(known) * part // count for part in range(count + 1)] if count else []
+    means = [fmean(known[start:end]) for start, end in pairwise(bounds)]
+    low, high = min(means, default=0.0), max(means, default=0.0)
+    return "".join(_BARS[round((value - low) / (high - low) * 7) if high > low else 0] for value in means)
