@@ -431,9 +431,7 @@ def train_stage(
         if resume:  # without a checkpoint, too: steps that are in the log, but not in the weights, do not count
             log.write("resume", stage=stage.name, step=began)
         try:
-            by_sample = (
-                stage.packing and stage.compressor is None
-            )  # which finds its own boundaries where tokens are gone
+            by_sample = stage.packing and stage.compressor is None  # a compressor keeps samples apart itself
             packed = attention_for_packed_rows(model.model.language_model) if by_sample else nullcontext()
             with packed, _ctrl_c(recorder, console):
                 trainer.train(resume_from_checkpoint=checkpoint)
