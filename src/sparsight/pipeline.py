@@ -307,14 +307,16 @@ def _run_stage(
         total_parameters=sum(part.total for part in plan),
         trains={part.part: part.trainable for part in plan if part.trainable},
     )
+    if stage.gradient_checkpointing:
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
     encoder_flops = count_flops(model.model.vision_tower, stage.image_size, config.vision_levels)
     encoding = Encoding(0.0, 0.0)
     if stage.cache_features:
         data.cache, encoding = _cached(session, stage, model, processor, source, encoder_flops)
-    rates = stage.learning_rate.parts()
-    trains = Trains("vision" in rates, "bridge" in rates, "language" in rates, stage.lora.rank if stage.lora else 0)
     start = time.perf_counter()
-    counter = StepCounter(model, trains, encoder_flops)
+    counter = StepCounter(model, Trains.of(stage), encoder_flops)
     quarantine = Quarantine(session.out / "quarantine.jsonl", recipe.max_bad, session.main)
     began = train_stage(
         model, processor, data, steps, recipe, stage, folder, log, counter, console, session.resume, quarantine

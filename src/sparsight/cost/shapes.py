@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from sparsight.config import ScratchLanguage, bridge_settings
+from sparsight.config import ScratchLanguage, Stage, bridge_settings
 
 Maps = list[tuple[int, int]]  # (in, out) of linear maps
 
@@ -23,6 +23,12 @@ class Trains:
     language: bool = True
     lora_rank: int = 0
     recompute: bool = False
+
+    @classmethod
+    def of(cls, stage: Stage) -> Trains:
+        """What a stage of a recipe updates."""
+        rates, rank = stage.learning_rate.parts(), stage.lora.rank if stage.lora else 0
+        return cls("vision" in rates, "bridge" in rates, "language" in rates, rank, stage.gradient_checkpointing)
 
     @property
     def flows_back(self) -> bool:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from sparsight.cost.shapes import LITE0, pick_levels
+from sparsight.counting import flop_counter
 from sparsight.modeling.configuration import EfficientNetLiteConfig
 
 @dataclass
@@ -316,25 +317,11 @@ def count_flops(encoder: Any, image_size: int, levels: Sequence[int] | None = No
 
     The backward pass is in it if parameters of the encoder train: it runs only below the last feature level.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
     parameter = next(encoder.parameters())
     pixels = torch.zeros(1, 3, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
-    # The counter sees nothing of fused attention on CPU.
-    fused = isinstance(encoder, PreTrainedModel) and encoder._supports_sdpa
-    attention = getattr(encoder.config, "_attn_implementation", "sdpa")
-    was_training = encoder.training
-    encoder.eval()
-    if fused:
-        encoder.set_attn_implementation("eager")
     trained = [p for p in encoder.parameters() if p.requires_grad]
-    try:
-        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(bool(trained)):
-            outputs = feature_levels(encoder, pixels, levels)
-            if trained:
-                torch.autograd.grad([level.sum() for level in outputs], trained, allow_unused=True)
-    finally:
-        if fused:
-            encoder.set_attn_implementation(attention)
-        encoder.train(was_training)
+    with flop_counter(encoder) as counter, torch.set_grad_enabled(bool(trained)):
+        outputs = feature_levels(encoder, pixels, levels)
+        if trained:
+            torch.autograd.grad([level.sum() for level in outputs], trained, allow_unused=True)
     return float(counter.get_total_flops())

@@ -106,6 +106,7 @@ class StepCounter:
         )
         for part, flops in parts.items():
             self.flops[part] += flops
+        self.last_flops = sum(parts.values())
         filled = info["filled"]
         self.counts["samples"] += len(info["ids"])
         self.counts["visual_tokens"] += visual
@@ -186,6 +187,10 @@ class SparsightTrainer(Trainer):
             self.model.model.vision_tower.eval()  # frozen is frozen: its batch norms keep their statistics too
         # Without a cache of keys and values: with one, transformers does not look for packed samples.
         return super().compute_loss(model, {**inputs, "loss_only": True, "use_cache": False}, *args, **kwargs)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """FLOPs of the last pass, as counted; HF's own count sees neither dropped tokens nor skipped layers."""
+        return self.counter.last_flops
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         start = time.perf_counter()
