@@ -23,8 +23,20 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, PreTrainedConfig
 
-from sparsight.config import Comparison, ConversationData, Data, Evaluation, Recipe, SceneData, ScratchLanguage, Stage
+from sparsight.config import (
+    Comparison,
+    ConversationData,
+    Data,
+    Evaluation,
+    Recipe,
+    Resampler,
+    SceneData,
+    ScratchLanguage,
+    Stage,
+)
 from sparsight.cost import Trains
+from sparsight.cost.devices import keep_measurement, measurements
+from sparsight.cost.forecast import calibration_key, forecast
 from sparsight.data.cache import FeatureCache, build_cache, picture_rows
 from sparsight.data.check import check_rows
 from sparsight.data.collate import TrainingSet
@@ -54,6 +66,7 @@ from sparsight.reporting import (
 from sparsight.reporting.comparison import write_atomic
 from sparsight.reporting.runlog import step_seconds
 from sparsight.sparse.analysis import Analysis, measure, suggest
+from sparsight.training.calibrate import SECONDS, calibrate
 from sparsight.training.quarantine import Quarantine
 from sparsight.training.stages import PartPlan, add_lora, merge_lora, select_trainable
 from sparsight.training.trainer import StepCounter, plan_stage, train_stage
@@ -217,6 +230,21 @@ def enter_stage(
         )
     except OSError as error:
         raise _not_loaded(recipe, error) from None
+
+
+def calibrate_recipe(recipe: Recipe, console: Console) -> None:
+    """Half a minute of real steps of a recipe's costliest stage, for `sparsight plan`. The file is named."""
+    cost = max(forecast(recipe), key=lambda cost: sum(cost.flops.values()))
+    model, _ = enter_stage(recipe, cost.stage, None, None, console)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    most = max(each.tokens for each in forecast(recipe))
+    own = {key: getattr(cost.stage.bridge, key) for key in ("width", "heads", "mlp_ratio") if hasattr(cost.stage.bridge, key)}
+    bridges = [Resampler(tokens=tokens, **own) for tokens in sorted({16, most // 3 + 1, 2 * most // 3 + 1, most})]
+    with console.status(f"calibrating on stage {cost.stage.name}, about {SECONDS:.0f} s"):
+        found = calibrate(model, cost, bridges)
+    before = measurements().get("calibrations", {})
+    file = keep_measurement(calibrations=before | {calibration_key(recipe): found})
+    console.print(f"calibrated on [bold]{found['device']}[/]; kept in {file}")
 
 
 def _not_loaded(recipe: Recipe, error: OSError) -> ValueError:

@@ -1,0 +1,72 @@
+"""Several values for keys of a recipe: ``layout=cos-32,cos-80 skipper.alpha=0,0.5`` -> a recipe for each combination."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+from sparsight.config import Recipe, load_recipe
+
+_SCALE = re.compile(r"\s*\d+\s*:\s*\d+\s*")
+MOST = 100
+
+
+def sweep(path: str | Path, overrides: list[str]) -> list[tuple[dict[str, str], Recipe]]:
+    """({key: value} of what differs, recipe) for each combination of the values that commas part.
+
+    Keys are those of overrides, or short: ``layout`` is that of all stages but the last (of the only one),
+    ``compressor.*`` belongs to the first stage and ``skipper.*`` to the last. Scales beside one another (``1:16,4:4``)
+    are one layout; where two such stand side by side, part them by a semicolon.
+
+    Raises:
+        ValueError: no key has several values, or there are too many combinations, or a recipe is wrong.
+    """
+    pairs = [override.partition("=") for override in overrides]
+    values = {key: _split(text) for key, equals, text in pairs if equals}
+    fixed = [override for override in overrides if len(values.get(override.partition("=")[0], "")) < 2]
+    varied = {key: found for key, found in values.items() if len(found) > 1}
+    count = 1
+    for found in varied.values():
+        count *= len(found)
+    if not 1 < count <= MOST:
+        raise ValueError(
+            f"--sweep: {count} combinations; expected 2 to {MOST}, such as layout=cos-32,cos-80 skipper.alpha=0,0.5"
+        )
+    names = [stage.name for stage in load_recipe(path, _long(fixed, [])).stages] if _short(varied) else []
+    recipes = []
+    for combination in itertools.product(*varied.values()):
+        chosen = dict(zip(varied, combination, strict=True))
+        recipes.append((chosen, load_recipe(path, _long(fixed + [f"{k}={v}" for k, v in chosen.items()], names))))
+    return recipes
+
+
+def _short(keys: object) -> bool:
+    return any(key == "layout" or key.startswith(("compressor.", "skipper.")) for key in keys)  # type: ignore[attr-defined]
+
+
+def _split(text: str) -> list[str]:
+    if text.startswith(("[", "{")):
+        return [text]
+    if ";" in text:
+        return text.split(";")
+    found: list[str] = []
+    for part in text.split(","):
+        if found and _SCALE.fullmatch(part) and _SCALE.fullmatch(found[-1].rpartition(",")[2]):
+            found[-1] += "," + part
+        else:
+            found.append(part)
+    return found
+
+
+def _long(overrides: list[str], names: list[str]) -> list[str]:
+    """Overrides with the short keys written out, for the stages of these names."""
+    found = []
+    for override in overrides:
+        if not names or not _short([override.partition("=")[0]]):
+            found.append(override)
+        elif override.startswith("layout="):
+            found += [f"stages.{name}.bridge.{override}" for name in names[:-1] or names]
+        else:
+            found.append(f"stages.{names[0 if override.startswith('compressor.') else -1]}.{override}")
+    return found
