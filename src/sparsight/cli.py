@@ -237,12 +237,19 @@ def check(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    measure_peak: Annotated[bool, typer.Option("--measure-peak", help="time matrix products, for plan and MFU")] = False,
+) -> None:
     """Show versions, devices and assets, what is missing, and the command that mends it."""
     from rich.console import Console
 
     from sparsight.doctor import diagnose, render
 
+    if measure_peak:
+        from sparsight import counting
+        from sparsight.cost.devices import keep_measurement
+
+        keep_measurement(peak=counting.measure_peak(counting.default_device()))
     checks = diagnose()
     render(checks, Console())
     if any(check.status == "missing" for check in checks):

@@ -1,14 +1,17 @@
-"""FLOPs counted by torch on real modules, for parts that no closed form is at hand for."""
+"""What torch counts and times: FLOPs of real modules, for which no closed form is at hand, and a device's peak."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from sparsight.cost.devices import cpu_name
 
 
 @contextmanager
@@ -31,3 +34,37 @@ def flop_counter(encoder: Any) -> Iterator[FlopCounterMode]:
         if foreign:
             encoder.set_attn_implementation(kernel)
         encoder.train(was_training)
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """As its maker calls it; of a CPU also the number of threads, as its peak is theirs."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def timed(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds, with the device's queue empty before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure_peak(device: torch.device) -> dict[str, Any]:
+    """FLOP/s of the fastest of a few square matrix products, best of five each, in ``bf16`` and ``fp32``."""
+    found: dict[str, Any] = {"device": device_name(device)}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        found[name] = 0.0
+        for side in (512, 1024, 2048) if device.type == "cpu" else (2048, 4096, 8192):
+            a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+            fastest = min(timed(lambda a=a, b=b: a @ b, device) for _ in range(6))  # type: ignore[misc]
+            found[name] = max(found[name], 2 * side**3 / fastest)
+    return found

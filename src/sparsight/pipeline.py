@@ -37,6 +37,7 @@ from sparsight.config import (
 from sparsight.cost import Trains
 from sparsight.cost.devices import keep_measurement, measurements
 from sparsight.cost.forecast import calibration_key, forecast
+from sparsight.counting import default_device
 from sparsight.data.cache import FeatureCache, build_cache, picture_rows
 from sparsight.data.check import check_rows
 from sparsight.data.collate import TrainingSet
@@ -236,12 +237,12 @@ def calibrate_recipe(recipe: Recipe, console: Console) -> None:
     """Half a minute of real steps of a recipe's costliest stage, for `sparsight plan`. The file is named."""
     cost = max(forecast(recipe), key=lambda cost: sum(cost.flops.values()))
     model, _ = enter_stage(recipe, cost.stage, None, None, console)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(default_device())
     most = max(each.tokens for each in forecast(recipe))
     own = {key: getattr(cost.stage.bridge, key) for key in ("width", "heads", "mlp_ratio") if hasattr(cost.stage.bridge, key)}
     bridges = [Resampler(tokens=tokens, **own) for tokens in sorted({16, most // 3 + 1, 2 * most // 3 + 1, most})]
     with console.status(f"calibrating on stage {cost.stage.name}, about {SECONDS:.0f} s"):
-        found = calibrate(model, cost, bridges)
+        found = calibrate(model, cost, bridges, SECONDS)
     before = measurements().get("calibrations", {})
     file = keep_measurement(calibrations=before | {calibration_key(recipe): found})
     console.print(f"calibrated on [bold]{found['device']}[/]; kept in {file}")
@@ -344,7 +345,7 @@ def _run_stage(
     if stage.cache_features:
         data.cache, encoding = _cached(session, stage, model, processor, source, encoder_flops)
     start = time.perf_counter()
-    counter = StepCounter(model, Trains.of(stage), encoder_flops)
+    counter = StepCounter(model, Trains.of(stage), encoder_flops, recipe.precision)
     quarantine = Quarantine(session.out / "quarantine.jsonl", recipe.max_bad, session.main)
     began = train_stage(
         model, processor, data, steps, recipe, stage, folder, log, counter, console, session.resume, quarantine
@@ -641,7 +642,7 @@ def _load_any(name: str) -> tuple[Any, Any]:
         raise ValueError(f"{name} cannot be loaded as a vision-language model of transformers: {reason:.300}") from None
     if not hasattr(processor, "image_processor"):
         raise ValueError(f"{name}: expected a processor for pictures and text, found {type(processor).__name__}")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    return model.to(default_device()), processor
 
 
 def _inputs(sample: Sample, source: Source, processor: Any) -> Any:

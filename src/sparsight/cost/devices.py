@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ DEVICES: dict[str, tuple[float, float]] = {
     "RTX 3090": (71e12, 24),
 }
 MFU = 0.4  # share of the peak that `plan` assumes where nothing was calibrated
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def known_device(name: str) -> tuple[str, float, float]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from pathlib import Path
 
 from sparsight.config import Recipe, load_recipe
 
+_SHORT = re.compile(r"layout=|(compressor|skipper)\.")
 _SCALE = re.compile(r"\s*\d+\s*:\s*\d+\s*")
 MOST = 100
 
@@ -22,27 +24,21 @@ def sweep(path: str | Path, overrides: list[str]) -> list[tuple[dict[str, str], 
     Raises:
         ValueError: no key has several values, or there are too many combinations, or a recipe is wrong.
     """
-    pairs = [override.partition("=") for override in overrides]
-    values = {key: _split(text) for key, equals, text in pairs if equals}
-    fixed = [override for override in overrides if len(values.get(override.partition("=")[0], "")) < 2]
+    values = {key: _split(text) for key, _, text in (override.partition("=") for override in overrides)}
     varied = {key: found for key, found in values.items() if len(found) > 1}
-    count = 1
-    for found in varied.values():
-        count *= len(found)
+    fixed = [override for override in overrides if override.partition("=")[0] not in varied]
+    count = math.prod(map(len, varied.values()))
     if not 1 < count <= MOST:
         raise ValueError(
             f"--sweep: {count} combinations; expected 2 to {MOST}, such as layout=cos-32,cos-80 skipper.alpha=0,0.5"
         )
-    names = [stage.name for stage in load_recipe(path, _long(fixed, [])).stages] if _short(varied) else []
+    names = [stage.name for stage in load_recipe(path, [each for each in fixed if not _SHORT.match(each)]).stages]
     recipes = []
     for combination in itertools.product(*varied.values()):
         chosen = dict(zip(varied, combination, strict=True))
-        recipes.append((chosen, load_recipe(path, _long(fixed + [f"{k}={v}" for k, v in chosen.items()], names))))
+        overrides = fixed + [f"{key}={value}" for key, value in chosen.items()]
+        recipes.append((chosen, load_recipe(path, [long for each in overrides for long in _long(each, names)])))
     return recipes
-
-
-def _short(keys: object) -> bool:
-    return any(key == "layout" or key.startswith(("compressor.", "skipper.")) for key in keys)  # type: ignore[attr-defined]
 
 
 def _split(text: str) -> list[str]:
@@ -59,14 +55,10 @@ def _split(text: str) -> list[str]:
     return found
 
 
-def _long(overrides: list[str], names: list[str]) -> list[str]:
-    """Overrides with the short keys written out, for the stages of these names."""
-    found = []
-    for override in overrides:
-        if not names or not _short([override.partition("=")[0]]):
-            found.append(override)
-        elif override.startswith("layout="):
-            found += [f"stages.{name}.bridge.{override}" for name in names[:-1] or names]
-        else:
-            found.append(f"stages.{names[0 if override.startswith('compressor.') else -1]}.{override}")
-    return found
+def _long(override: str, names: list[str]) -> list[str]:
+    """An override with a short key written out, for the stages of these names."""
+    if not _SHORT.match(override):
+        return [override]
+    if override.startswith("layout"):
+        return [f"stages.{name}.bridge.{override}" for name in names[:-1] or names]
+    return [f"stages.{names[0 if override.startswith('compressor') else -1]}.{override}"]

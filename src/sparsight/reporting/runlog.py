@@ -21,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from sparsight.cost.devices import cpu_name
+
 VERSION = 1
 FILE_NAME = "run.jsonl"
 _PACKAGES = (
@@ -134,7 +136,7 @@ def environment() -> dict[str, Any]:
         "commit": commit,
         "dirty": dirty,
         "versions": versions,
-        "hardware": {"cpu": _cpu(), "cores": cores, "threads": threads, "memory_bytes": memory, "gpus": gpus},
+        "hardware": {"cpu": cpu_name(), "cores": cores, "threads": threads, "memory_bytes": memory, "gpus": gpus},
         "platform": platform.platform(),
     }
 
@@ -151,14 +153,6 @@ def _git(file: Path) -> tuple[str | None, bool | None]:
         return ask("rev-parse", "HEAD"), bool(ask("status", "--porcelain", "--", "."))
     except (OSError, subprocess.SubprocessError):
         return None, None
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 @dataclass(frozen=True)

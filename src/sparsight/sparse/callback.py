@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sparsight.cost.devices import peak_flops
+from sparsight.counting import device_name
 from sparsight.sparse.attach import SparseHandle
 from sparsight.sparse.executed import figures
 
@@ -23,7 +26,8 @@ class SparsightCallback(TrainerCallback):
 
     Logged beside the loss, over the steps since the last log: ``visual_tokens_in`` and ``visual_tokens_out``,
     ``layers_run`` (share of all), ``language_flops`` (executed by the language model, forward and backward),
-    ``language_flops_ratio`` (to what the plain model would have executed), ``flops`` (all parts) and ``keep``. With ``dense_probe`` also
+    ``language_flops_ratio`` (to what the plain model would have executed), ``flops`` (all parts), ``mfu`` (share
+    of the device's peak, where that is known) and ``keep``. With ``dense_probe`` also
     ``loss_dense`` and ``loss_sparse`` of the same batch in eval mode: where they meet, training and inference do.
 
     Args:
@@ -36,6 +40,7 @@ class SparsightCallback(TrainerCallback):
             raise ValueError(f"dense_probe {dense_probe}: expected a number of steps of at least 1")
         self.handle, self.dense_probe = handle, dense_probe
         self.probe: dict[str, float] = {}
+        self.since = time.perf_counter()
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one before."""
@@ -56,6 +61,7 @@ class SparsightCallback(TrainerCallback):
         Raises:
             ValueError: the message says why, or what differs.
         """
+        self.since = time.perf_counter()
         if self.handle.skipper is not None:
             _refuse_engine(self.handle.model)
         self.handle.step(state.global_step, _progress(state))
@@ -91,6 +97,10 @@ class SparsightCallback(TrainerCallback):
         if logs is None or "loss" not in logs:  # an evaluation, or the end
             return
         found = figures(self.handle, self.handle.take_passes()) | self.probe
+        peak = peak_flops(device_name(args.device), "bf16" if args.bf16 else "fp32")
+        since, self.since = self.since, time.perf_counter()
+        if peak is not None and "flops" in found:
+            found["mfu"] = found["flops"] / (self.since - since) / peak
         logs |= found  # for the trackers and bars that come after
         if state.log_history:
             state.log_history[-1] |= found

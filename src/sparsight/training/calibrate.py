@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import platform
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,26 +16,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from sparsight.bridges import build_bridge
 from sparsight.config import Stage
 from sparsight.cost.forecast import StageCost
+from sparsight.counting import device_name, timed
 from sparsight.modeling import SparsightForConditionalGeneration
 from sparsight.training.stages import add_lora, merge_lora, select_trainable
 
 SECONDS = 30.0
 TERMS = ("pass", "linear", "attention")
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-
-
-def timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds, with the device's queue empty before and after."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 class Passes:
@@ -87,7 +71,7 @@ class Passes:
 
 
 def calibrate(
-    model: SparsightForConditionalGeneration, cost: StageCost, bridges: list[Any], seconds: float = SECONDS
+    model: SparsightForConditionalGeneration, cost: StageCost, bridges: list[Any], seconds: float
 ) -> dict[str, Any]:
     """Seconds of a pass, of each FLOP of linear maps and of attention, of the encoder's, and of each parameter's update.
 

@@ -35,6 +35,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from sparsight.config import Recipe, SceneData, Stage
 from sparsight.cost import LanguageShape, Trains, step_flops
+from sparsight.cost.devices import peak_flops
+from sparsight.counting import default_device, device_name
 from sparsight.data.batching import RankBatches, Step, plan_steps
 from sparsight.data.collate import Collator, TrainingSet
 from sparsight.distributed import any_rank, several_ranks
@@ -59,14 +61,17 @@ class Interrupted(Exception):
 class StepCounter:
     """What the steps since the last record executed, counted from the batches themselves.
 
-    ``encoder_flops``: of one picture's pass through the encoder (``encoders.count_flops``).
+    ``encoder_flops``: of one picture's pass through the encoder (``encoders.count_flops``). ``precision``: bf16 or fp32,
+    whose peak the share of the device's (``mfu``) is taken of, where that is known.
     """
 
     model: SparsightForConditionalGeneration
     trains: Trains
     encoder_flops: float
+    precision: str = "bf16"
 
     def __post_init__(self) -> None:
+        self.peak = peak_flops(device_name(default_device()), self.precision)
         self.shape = LanguageShape.from_config(self.model.config.text_config)
         self.layers_run = self.shape.layers
         self.clear()
@@ -126,6 +131,7 @@ class StepCounter:
             numbers = dict(zip(numbers, everyone.tolist(), strict=True))
             numbers["loss"] /= torch.distributed.get_world_size()
         flops = {part: numbers[f"flops {part}"] for part in self.flops}
+        reached = sum(flops.values()) / PartialState().num_processes / max(sum(self.seconds.values()), 1e-9)
         return {
             **{name: round(numbers[name]) for name in self.counts},
             "replaced": len(self.replaced),
@@ -134,6 +140,7 @@ class StepCounter:
             "layers": self.shape.layers,
             "flops": sum(flops.values()),
             "flops_by_part": flops,
+            **({} if self.peak is None else {"mfu": reached / self.peak}),
             "seconds": dict(self.seconds),
             "memory_bytes": _memory(),
         }
