@@ -33,11 +33,12 @@ from tiny import clip_config, make_language, make_vlm
 SURFACE = {
     "demo": ["--out", "--recipe", "--resume", "overrides"],
     "train": ["recipe", "overrides", "--out", "--resume"],
+    "plan": ["recipe", "overrides", "--device", "--mfu", "--memory", "--sweep", "--calibrate", "--out"],
     "eval": ["checkpoint", "--items", "--split"],
     "scale": ["checkpoint", "--out", "--layout", "--image-size", "--levels", "--source"],
     "inspect": ["checkpoint", "--image", "--out"],
     "analyze": ["model", "--data", "--images", "--samples", "--out"],
-    "doctor": [],
+    "doctor": ["--measure-peak"],
     "data preview": ["recipe", "overrides", "--out", "--n"],
     "data check": ["recipe", "overrides", "--out", "--workers"],
 }

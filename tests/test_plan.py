@@ -45,7 +45,9 @@ def paper() -> Recipe:
 
 
 def test_in_under_a_second_without_torch():
-    code = "import sys; from sparsight.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules, 'torch'"
+    code = (
+        "import sys; from sparsight.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules, 'torch'"
+    )
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", code, "plan", str(PAPER), "--device", "H100"], capture_output=True, text=True
@@ -137,7 +139,9 @@ def test_what_fits(paper):
     assert sum(cost.memory(most).values()) <= limit < sum(cost.memory(most + 1).values())
     full = changed(paper, 1, lora=None)
     cost = StageCost(full, full.stages[1])
-    with pytest.raises(ValueError, match="stage 'finetune' needs .* at a micro-batch of 4.*largest part.*What would fit: "):
+    with pytest.raises(
+        ValueError, match="stage 'finetune' needs .* at a micro-batch of 4.*largest part.*What would fit: "
+    ):
         check_fits(cost, 40e9)
     assert all(line.startswith(("lora", "gradient")) for line in remedies(cost, 40e9))
     with pytest.raises(ValueError, match="Nothing that is tried here fits: take a smaller model"):

@@ -75,7 +75,10 @@ def test_published_totals():
 
 
 BRIDGES = [Linear(), Mlp(), PixelShuffle(factor=3), Resampler(tokens=5, width=32, heads=2, depth=2)]
-BRIDGES += [ChainOfSight("1:4,2:2,4:1", width=48, heads=2), ChainOfSight("1:2,3:2", width=16, heads=2, shared_queries=True)]
+BRIDGES += [
+    ChainOfSight("1:4,2:2,4:1", width=48, heads=2),
+    ChainOfSight("1:2,3:2", width=16, heads=2, shared_queries=True),
+]
 
 
 @pytest.mark.parametrize("settings", BRIDGES, ids=lambda settings: settings.kind)
@@ -125,7 +128,9 @@ VITS = {
 @pytest.mark.parametrize("name", VITS)
 def test_encoder_flops(name, trains):
     kind, values = VITS[name]
-    config = AutoConfig.for_model(kind, **({k: v for k, v in SMALL.items() if kind != "dinov2" or "inter" not in k} | values))
+    config = AutoConfig.for_model(
+        kind, **({k: v for k, v in SMALL.items() if kind != "dinov2" or "inter" not in k} | values)
+    )
     model = AutoModel.from_config(config).requires_grad_(trains)
     shape = encoder_of(config)
     assert shape.parameters == parameters(model)

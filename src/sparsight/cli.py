@@ -99,7 +99,9 @@ def plan(
     mfu: Annotated[float | None, typer.Option(help="share of the device's peak; 0.4 if not given")] = None,
     memory: Annotated[str | None, typer.Option(help="such as 80GB: what fits; the device's if not given")] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="values parted by commas: layout=cos-32,cos-80")] = False,
-    calibrate: Annotated[bool, typer.Option("--calibrate", help="half a minute of real steps on this computer")] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="half a minute of real steps on this computer")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="HTML page to write")] = None,
 ) -> None:
     """Forecast what a recipe costs, without weights: FLOPs, memory, hours, and what would make it cheaper."""
@@ -238,7 +240,9 @@ def check(
 
 @app.command()
 def doctor(
-    measure_peak: Annotated[bool, typer.Option("--measure-peak", help="time matrix products, for plan and MFU")] = False,
+    measure_peak: Annotated[
+        bool, typer.Option("--measure-peak", help="time matrix products, for plan and MFU")
+    ] = False,
 ) -> None:
     """Show versions, devices and assets, what is missing, and the command that mends it."""
     from rich.console import Console

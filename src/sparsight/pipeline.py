@@ -36,7 +36,7 @@ from sparsight.config import (
 )
 from sparsight.cost import Trains
 from sparsight.cost.devices import keep_measurement, measurements
-from sparsight.cost.forecast import calibration_key, forecast
+from sparsight.cost.forecast import calibration_key, forecast, inner_sizes
 from sparsight.counting import default_device
 from sparsight.data.cache import FeatureCache, build_cache, picture_rows
 from sparsight.data.check import check_rows
@@ -239,7 +239,7 @@ def calibrate_recipe(recipe: Recipe, console: Console) -> None:
     model, _ = enter_stage(recipe, cost.stage, None, None, console)
     model = model.to(default_device())
     most = max(each.tokens for each in forecast(recipe))
-    own = {key: getattr(cost.stage.bridge, key) for key in ("width", "heads", "mlp_ratio") if hasattr(cost.stage.bridge, key)}
+    own = inner_sizes(cost.stage.bridge)
     bridges = [Resampler(tokens=tokens, **own) for tokens in sorted({16, most // 3 + 1, 2 * most // 3 + 1, most})]
     with console.status(f"calibrating on stage {cost.stage.name}, about {SECONDS:.0f} s"):
         found = calibrate(model, cost, bridges, SECONDS)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import batch_of, made
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from families import batch_of, made
 from sparsight.config import LayerSkipper, Linear, Lora, Stage, VisualTokenCompressor
 from sparsight.cost import Trains
 from sparsight.data.collate import Collator
@@ -132,7 +132,7 @@ def test_a_step_of_an_attached_model(name, frozen):
         batch = batch_of(name, model, images)
         model(**batch)  # measures the tower, once
         handle.take_passes()
-        measured = counted(lambda: model(**batch).loss.backward())
+        measured = counted(lambda batch=batch: model(**batch).loss.backward())
         flops = SparsightCallback(handle).floating_point_ops(batch)
         assert figures(handle, handle.take_passes())["flops"] == flops
         assert_close(flops, measured)

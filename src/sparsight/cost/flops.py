@@ -14,7 +14,9 @@ from sparsight.cost.shapes import LanguageShape, Maps, Trains
 from sparsight.layouts import Layout, absorbs
 
 
-def language_flops(shape: LanguageShape, batch: int, positions: float, labels: float, trains: Trains) -> dict[str, float]:
+def language_flops(
+    shape: LanguageShape, batch: float, positions: float, labels: float, trains: Trains
+) -> dict[str, float]:
     """Executed FLOPs of the language model, forward and backward.
 
     Args:
@@ -46,7 +48,7 @@ def language_flops(shape: LanguageShape, batch: int, positions: float, labels: f
 
 
 def bridge_flops(
-    settings: Any, level_widths: Sequence[int], out_width: int, map_size: tuple[int, int], images: int, trains: Trains
+    settings: Any, level_widths: Sequence[int], out_width: int, map_size: tuple[int, int], images: float, trains: Trains
 ) -> float:
     """Executed FLOPs of a bridge for ``images`` pictures, forward and backward."""
     bridge = bridge_settings(settings)
@@ -64,7 +66,7 @@ def _windowed(
     level_widths: Sequence[int],
     out_width: int,
     map_size: tuple[int, int],
-    images: int,
+    images: float,
     trains: Trains,
 ) -> float:
     width, hidden = bridge.width, int(bridge.width * bridge.mlp_ratio)
@@ -114,10 +116,10 @@ def step_flops(
     level_widths: Sequence[int],
     map_size: tuple[int, int],
     encoder_flops: float,
-    batch: int,
+    batch: float,
     positions: float,
     labels: float,
-    images: int,
+    images: float,
     trains: Trains,
 ) -> dict[str, float]:
     """Executed FLOPs of one forward and backward pass, by part.

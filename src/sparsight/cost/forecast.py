@@ -8,7 +8,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from sparsight.config import ChainOfSight, LayerSkipper, Lora, Recipe, Resampler, SceneData, Stage, VisualTokenCompressor
+from sparsight.config import (
+    ChainOfSight,
+    LayerSkipper,
+    Lora,
+    Recipe,
+    Resampler,
+    SceneData,
+    Stage,
+    VisualTokenCompressor,
+)
 from sparsight.cost.flops import step_flops
 from sparsight.cost.memory import (
     Parts,
@@ -74,14 +83,13 @@ class StageCost:
     def flops(self) -> dict[str, float]:
         """Executed FLOPs of the stage by part; schedules are averaged over its course."""
         encoder, total = self.shapes[0], Counter[str]()
-        pass_ = encoder.flops(self.stage.image_size, self.recipe.vision_levels, self.trains)
-        courses = list(self._course())
-        for share, keep, layers in courses:
+        picture = encoder.flops(self.stage.image_size, self.recipe.vision_levels, self.trains)
+        for share, keep, layers in self._course():
             for part, flops in self.micro_batch_flops(keep, layers).items():
                 total[part] += share * flops * self.stage.samples / self.micro_batch
         cached = self.stage.cache_features
-        images = max(0, self.pictures - self.cached_before) if cached else self.stage.samples * self.images_each
-        return {"encoder": pass_ * images} | dict(total)
+        images: float = max(0, self.pictures - self.cached_before) if cached else self.stage.samples * self.images_each
+        return {"encoder": picture * images} | dict(total)
 
     @property
     def images_each(self) -> float:
@@ -144,8 +152,10 @@ class StageCost:
         keep = max(keep for _, keep, _ in self._course())
         rows, positions = self._rows(count, keep)
         eager = not isinstance(self.recipe.language, str)  # what `build` takes for small models on a CPU
-        sizes = (positions, trains, bf16, eager)
-        layer = language_activations(replace(language, layers=1), rows, *sizes[:1], replace(trains, recompute=False), bf16, eager)
+        held = language_activations(language, rows, positions, trains, bf16, eager)
+        layer = language_activations(
+            replace(language, layers=1), rows, positions, replace(trains, recompute=False), bf16, eager
+        )
         copies = 0.0
         if bf16 and language.weight_bytes == 4 and trains.flows_back:
             copies = 2.0 * language.parameters
@@ -157,7 +167,7 @@ class StageCost:
             self.stage.bridge, encoder.level_widths(levels), language.hidden, self.map_size, images, bf16
         )
         logits = count * self.stage.conversation.learnt * language.vocabulary * (10 if bf16 else 8)
-        kept = language_activations(language, rows, *sizes) + bridge + copies + logits + tower * trains.vision
+        kept = held + bridge + copies + logits + tower * trains.vision
         return step_memory(self.parts, kept, tower, layer, count < self.stage.batch_size)
 
     def fits(self, limit: float) -> int:
@@ -189,16 +199,23 @@ def total_flops(stages: list[StageCost]) -> float:
     return sum(sum(cost.flops.values()) for cost in stages)
 
 
+def inner_sizes(bridge: Any) -> dict[str, Any]:
+    """Width and its like of a bridge with queries; nothing of another."""
+    return {key: getattr(bridge, key) for key in ("width", "heads", "mlp_ratio", "depth") if hasattr(bridge, key)}
+
+
 def standard(recipe: Recipe) -> Recipe:
     """The standard way to train on the same samples: in every stage a single-scale resampler with as many tokens as the
     recipe's largest stage has, of the stage's own width, every token and every layer in every step."""
     tokens = max(StageCost(recipe, stage).tokens for stage in recipe.stages)
 
     def plain(stage: Stage) -> Stage:
-        own = stage.bridge.model_dump() if hasattr(stage.bridge, "width") else {}
-        values = {key: own[key] for key in ("width", "heads", "mlp_ratio", "depth") if key in own}
         return stage.model_copy(
-            update={"bridge": Resampler(tokens=tokens, **values), "compressor": None, "skipper": None}
+            update={
+                "bridge": Resampler(tokens=tokens, **inner_sizes(stage.bridge)),
+                "compressor": None,
+                "skipper": None,
+            }
         )
 
     return recipe.model_copy(update={"stages": tuple(map(plain, recipe.stages))})
@@ -212,8 +229,7 @@ def levers(recipe: Recipe) -> list[tuple[str, float]]:
         cost, last = StageCost(recipe, stage), number + 1 == len(recipe.stages)
         changes: dict[str, dict[str, Any]] = {}
         if not last and cost.tokens > 32 and min(cost.map_size) >= 4:
-            own = {key: getattr(stage.bridge, key) for key in ("width", "heads", "mlp_ratio") if hasattr(stage.bridge, key)}
-            changes["bridge: cos-32"] = {"bridge": ChainOfSight("cos-32", **own)}
+            changes["bridge: cos-32"] = {"bridge": ChainOfSight("cos-32", **inner_sizes(stage.bridge))}
         if not last and stage.compressor is None:
             changes["compressor: {keep: 0.25}"] = {"compressor": VisualTokenCompressor()}
         if last and stage.skipper is None:

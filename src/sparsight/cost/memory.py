@@ -44,7 +44,7 @@ class Parts:
 
 
 def language_activations(
-    shape: LanguageShape, batch: int, positions: float, trains: Trains, bf16: bool, eager: bool
+    shape: LanguageShape, batch: float, positions: float, trains: Trains, bf16: bool, eager: bool
 ) -> float:
     """Bytes that the layers keep for the backward pass."""
     if not trains.flows_back:

@@ -360,7 +360,9 @@ def language_shape(language: str | ScratchLanguage, layers: int | None = None) -
     try:
         return LanguageShape.from_config(SimpleNamespace(**values))
     except AttributeError as error:
-        raise ValueError(f"language '{language}': its config.json lacks '{error.name}', found {sorted(values)}") from None
+        raise ValueError(
+            f"language '{language}': its config.json lacks '{error.name}', found {sorted(values)}"
+        ) from None
 
 
 def encoder_shape(name: str) -> EncoderShape:

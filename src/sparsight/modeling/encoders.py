@@ -22,6 +22,7 @@ from sparsight.cost.shapes import LITE0, pick_levels
 from sparsight.counting import flop_counter
 from sparsight.modeling.configuration import EfficientNetLiteConfig
 
+
 @dataclass
 class FeatureMaps(ModelOutput):
     """``feature_maps``: one (B, C, H, W) for each level."""

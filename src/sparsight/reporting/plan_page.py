@@ -31,13 +31,13 @@ from sparsight.reporting.page import write_page
 
 HEADINGS = ("stage", "visual tokens", "layers", "length", "batch", "steps", "FLOPs", "memory")
 STANDARD = (
-    "The standard recipe: the same samples and stages, with a single-scale resampler of {tokens} tokens (the most that a "
-    "stage here has) throughout, every token and every layer in every step."
+    "The standard recipe: the same samples and stages, with a single-scale resampler of {tokens} tokens (the most that "
+    "a stage here has) throughout, every token and every layer in every step."
 )
 ASSUMED = (
     "Reckoned with {text:g} text tokens a conversation, {learnt:g} of them learnt, and {images:g} pictures "
-    "(stages.{name}.conversation), no padding; FLOPs of matrix products and attention, backward pass included; memory of "
-    "AdamW and PyTorch on one device, without what the allocator wastes."
+    "(stages.{name}.conversation), no padding; FLOPs of matrix products and attention, backward pass included; memory "
+    "of AdamW and PyTorch on one device, without what the allocator wastes."
 )
 Rows = list[list[str]]
 
@@ -57,13 +57,18 @@ def speed_of(recipe: Recipe, device: str | None, mfu: float | None) -> tuple[Spe
         name, peak, _ = known_device(device)
         if recipe.precision != "bf16":
             raise ValueError(f"--device {device}: its peak is known for bf16, but precision is {recipe.precision}")
-        return at_peak(peak, share), f"Time on one {name}: its peak is {human(peak, 'FLOP/s')}, and a run does {assumed}."
+        return at_peak(
+            peak, share
+        ), f"Time on one {name}: its peak is {human(peak, 'FLOP/s')}, and a run does {assumed}."
     if mfu is None and (found := known.get("calibrations", {}).get(calibration_key(recipe))):
         return calibrated(found), f"Time as calibrated on this computer ({found['device']})."
     if peak := known.get("peak", {}).get(recipe.precision):
         where = f"{known['peak']['device']}, {recipe.precision}"
         return at_peak(peak, share), f"Time on this computer: {human(peak, 'FLOP/s')} measured ({where}), {assumed}."
-    return None, "No time: name a --device, or measure this computer with --calibrate or `sparsight doctor --measure-peak`."
+    return (
+        None,
+        "No time: name a --device, or measure this computer with --calibrate or `sparsight doctor --measure-peak`.",
+    )
 
 
 def memory_of(text: str | None, device: str | None) -> float | None:
@@ -125,8 +130,8 @@ def notes(recipe: Recipe, stages: Sequence[StageCost], speed: Speed | None) -> l
     if ratios := paper_ratios(recipe):
         shown = ", ".join(f"{name} {flops:.2f} ({clock:.2f})" for name, (flops, clock) in ratios.items())
         lines.append(
-            f"FLOPs of stage {recipe.stages[0].name} relative to 336 tokens, and in brackets the pre-training time that "
-            f"Chain-of-Sight reports for its own set-up: {shown}."
+            f"FLOPs of stage {recipe.stages[0].name} relative to 336 tokens, and in brackets the pre-training time "
+            f"that Chain-of-Sight reports for its own set-up: {shown}."
         )
     conversations = {cost.stage.conversation: cost.stage.name for cost in stages}
     lines += [ASSUMED.format(name=name, **c.model_dump()) for c, name in conversations.items()]
@@ -139,7 +144,9 @@ def part_rows(stages: Sequence[StageCost]) -> Rows:
         [f"parameters: {part}", *(f"{human(c.parts.trains[part])} of {human(c.parts.total[part])}" for c in stages)]
         for part in stages[0].parts.total
     ]
-    rows += [[part.replace("_", " "), *(human(cost.flops[part], "FLOP") for cost in stages)] for part in stages[0].flops]
+    rows += [
+        [part.replace("_", " "), *(human(cost.flops[part], "FLOP") for cost in stages)] for part in stages[0].flops
+    ]
     memories = [cost.memory() for cost in stages]
     return rows + [[f"memory: {part}", *(gigabytes(memory[part]) for memory in memories)] for part in memories[0]]
 
@@ -179,11 +186,17 @@ def check_fits(cost: StageCost, limit: float) -> None:
     raise ValueError(
         f"stage '{cost.stage.name}' needs {gigabytes(size)} at a micro-batch of {cost.micro_batch}, but there are "
         f"{gigabytes(limit)}: the largest part is {part} ({gigabytes(memory[part])}). "
-        + (f"What would fit: {'; or '.join(found)}" if found else "Nothing that is tried here fits: take a smaller model")
+        + (
+            f"What would fit: {'; or '.join(found)}"
+            if found
+            else "Nothing that is tried here fits: take a smaller model"
+        )
     )
 
 
-def sweep_rows(found: Sequence[tuple[Mapping[str, str], Recipe]], speed: Speed | None) -> tuple[list[str], Rows, list[float]]:
+def sweep_rows(
+    found: Sequence[tuple[Mapping[str, str], Recipe]], speed: Speed | None
+) -> tuple[list[str], Rows, list[float]]:
     """Headings, a row for each recipe, and their FLOPs."""
     rows, flops = [], []
     for chosen, recipe in found:
@@ -230,7 +243,10 @@ def _bar(name: str, x: list[str], y: list[float], colour: int) -> dict[str, Any]
 def _write(
     path: Path, name: str, bars: list[dict[str, Any]], tables: list[Any], lines: list[str], mode: str = "stack"
 ) -> None:
-    axes = {"xaxis": {"type": "category", "fixedrange": True}, "yaxis": {"title": {"text": "FLOPs"}, "fixedrange": True}}
+    axes = {
+        "xaxis": {"type": "category", "fixedrange": True},
+        "yaxis": {"title": {"text": "FLOPs"}, "fixedrange": True},
+    }
     layout = axes | {"height": 400, "barmode": mode}
     figure = {"id": "flops", "data": bars, "layout": layout}
     write_page(path, "plan.html.j2", [figure], name=name, tables=tables, notes=lines)

@@ -45,6 +45,7 @@ def figures(handle: SparseHandle, passes: Sequence[Pass]) -> dict[str, float]:
 def vision_flops(handle: SparseHandle) -> float:
     """FLOPs of tower and projector for each value of ``pixel_values``, forward and backward, measured once on the first
     batch. Exact for pictures of one size; at native resolution, attention within pictures of other sizes differs."""
+    assert handle.image_call is not None
     args, kwargs, pixels = handle.image_call
     inside = tuple(f"{path}." for path in (handle.parts.decoder, handle.parts.head))
     trained = [p for name, p in handle.model.named_parameters() if p.requires_grad and not name.startswith(inside)]

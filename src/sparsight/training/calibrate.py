@@ -1,4 +1,4 @@
-"""How fast this computer runs a recipe's model: real steps at a few numbers of visual tokens, and a line through them."""
+"""How fast this computer runs a recipe's model: real steps at a few numbers of visual tokens, and a line through."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Passes:
 def calibrate(
     model: SparsightForConditionalGeneration, cost: StageCost, bridges: list[Any], seconds: float
 ) -> dict[str, Any]:
-    """Seconds of a pass, of each FLOP of linear maps and of attention, of the encoder's, and of each parameter's update.
+    """Seconds of a pass, of a FLOP of linear maps, of attention and of the encoder, and of a parameter's update.
 
     Args:
         model: of the recipe, which is not used afterwards.

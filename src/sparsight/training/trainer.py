@@ -61,8 +61,8 @@ class Interrupted(Exception):
 class StepCounter:
     """What the steps since the last record executed, counted from the batches themselves.
 
-    ``encoder_flops``: of one picture's pass through the encoder (``encoders.count_flops``). ``precision``: bf16 or fp32,
-    whose peak the share of the device's (``mfu``) is taken of, where that is known.
+    ``encoder_flops``: of one picture's pass through the encoder (``encoders.count_flops``). ``precision``: bf16 or
+    fp32, of whose peak on this device the share (``mfu``) is taken, where that is known.
     """
 
     model: SparsightForConditionalGeneration
