@@ -1,7 +1,7 @@
 """How well `sparsight plan --calibrate` forecasts the time of a step, on layouts that it was not calibrated on.
 
-The model of a recipe is calibrated as the command does it, with single-scale resamplers; then Chain-of-Sight's layouts are
-timed in turn: forward and backward behind the encoder.
+The model of a recipe is calibrated as the command does it, with single-scale resamplers; then Chain-of-Sight's layouts
+are timed in turn: forward and backward behind the encoder.
 
     python benchmarks/plan.py [--device cuda] [--rounds 5] [--out FILE]
 """

@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-# FLOP/s of dense bf16 matrix products with fp32 sums, and GB of memory. The first name that a device's name holds counts.
+# FLOP/s of dense bf16 matrix products with fp32 sums, and GB of memory. The first that a device's name holds counts.
 DEVICES: dict[str, tuple[float, float]] = {
     "B200": (2250e12, 180),
     "GH200": (989e12, 96),

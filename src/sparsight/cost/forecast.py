@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -37,7 +37,7 @@ PAPER_CLOCK = {"cos-32": 0.27, "cos-48": 0.35, "cos-80": 0.42, "cos-336": 1.0}
 
 @dataclass(frozen=True)
 class StageCost:
-    """One stage of a recipe, forecast. FLOPs are those of the whole stage; bytes those of a step's peak on one device."""
+    """One stage of a recipe, forecast. FLOPs are those of the whole stage; bytes those of a step's peak."""
 
     recipe: Recipe
     stage: Stage
@@ -82,14 +82,14 @@ class StageCost:
     @cached_property
     def flops(self) -> dict[str, float]:
         """Executed FLOPs of the stage by part; schedules are averaged over its course."""
-        encoder, total = self.shapes[0], Counter[str]()
+        encoder, total = self.shapes[0], defaultdict[str, float](float)
         picture = encoder.flops(self.stage.image_size, self.recipe.vision_levels, self.trains)
         for share, keep, layers in self._course():
             for part, flops in self.micro_batch_flops(keep, layers).items():
                 total[part] += share * flops * self.stage.samples / self.micro_batch
         cached = self.stage.cache_features
-        images: float = max(0, self.pictures - self.cached_before) if cached else self.stage.samples * self.images_each
-        return {"encoder": picture * images} | dict(total)
+        images = float(self.pictures - self.cached_before) if cached else self.stage.samples * self.images_each
+        return {"encoder": picture * max(0.0, images)} | dict(total)
 
     @property
     def images_each(self) -> float:

@@ -1,4 +1,4 @@
-"""Several values for keys of a recipe: ``layout=cos-32,cos-80 skipper.alpha=0,0.5`` -> a recipe for each combination."""
+"""Several values for keys of a recipe: ``layout=cos-32,cos-80 skipper.alpha=0,0.5`` -> a recipe for each pair."""
 
 from __future__ import annotations
 
