@@ -1,14 +1,13 @@
 """How well `sparsight plan --calibrate` forecasts the time of a step, on layouts that it was not calibrated on.
 
-The model of a recipe is calibrated as the command does it, with single-scale resamplers; then Chain-of-Sight's layouts
-are timed in turn: forward and backward behind the encoder.
+The model of a recipe is calibrated as the command does it, with single-scale resamplers. Chain-of-Sight's layouts take
+turns with them in one process: forward and backward behind the encoder.
 
-    python benchmarks/plan.py [--device cuda] [--rounds 5] [--out FILE]
+    python benchmarks/plan.py [--device cuda] [--rounds 2] [--out FILE]
 """
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
 import torch
@@ -18,10 +17,9 @@ from rich.table import Table
 
 from sparsight.config import ChainOfSight, Recipe, Resampler
 from sparsight.cost.forecast import StageCost, pass_seconds
-from sparsight.counting import device_name, timed
+from sparsight.counting import device_name
 from sparsight.pipeline import enter_stage
-from sparsight.training.calibrate import SECONDS, Passes, calibrate
-from sparsight.training.stages import add_lora, select_trainable
+from sparsight.training.calibrate import SECONDS, fit, in_turn, ready
 
 SCRATCH = {"hidden": 192, "layers": 4, "heads": 3, "intermediate": 512}
 BRIDGE = {"width": 192, "heads": 3, "mlp_ratio": 2}
@@ -40,26 +38,19 @@ def recipe_of(language: Any, **stage: Any) -> Recipe:
     return Recipe.model_validate({"language": language, "data": data, "stages": [values | stage]})
 
 
-def measure(recipe: Recipe, device: torch.device, rounds: int, console: Console) -> list[dict[str, Any]]:
+def measure(recipe: Recipe, device: torch.device, seconds: float, console: Console) -> list[dict[str, Any]]:
     cost = StageCost(recipe, recipe.stages[0])
     model, _ = enter_stage(recipe, cost.stage, None, None, console)
+    passes = ready(model.to(device), cost)
     bridges = [Resampler(tokens=tokens, **BRIDGE) for tokens in CALIBRATED]
-    found = calibrate(model.to(device), cost, bridges, SECONDS)
-    add_lora(model, cost.stage, 0)
-    select_trainable(model, cost.stage)
-    passes = Passes(model.train(), cost)
-    times: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
-    forecasts = {}
-    for turn in range(rounds + 1):  # the first one warms up
-        for layout in LAYOUTS:
-            forecasts[layout] = pass_seconds(found, passes.set_bridge(ChainOfSight(layout, **BRIDGE)))
-            seconds = timed(passes.run, passes.device)
-            times[layout] += [seconds] if turn else []
+    bridges += [ChainOfSight(layout, **BRIDGE) for layout in LAYOUTS]
+    taken = in_turn(passes, bridges, seconds)
+    found = fit(*zip(*taken[: len(CALIBRATED)], strict=True))
     rows = []
-    for layout, forecast in forecasts.items():
-        seconds = statistics.median(times[layout])
-        row = {"layout": layout, "tokens": ChainOfSight(layout).scales.tokens, "forecast": forecast, "seconds": seconds}
-        rows.append(row | {"ratio": forecast / seconds, "spread": [min(times[layout]), max(times[layout])]})
+    for layout, (_, median) in zip(LAYOUTS, taken[len(CALIBRATED) :], strict=True):
+        forecast = pass_seconds(found, passes.set_bridge(ChainOfSight(layout, **BRIDGE)))
+        row = {"layout": layout, "tokens": ChainOfSight(layout).scales.tokens, "forecast": forecast, "seconds": median}
+        rows.append(row | {"ratio": forecast / median})
     return rows
 
 
@@ -69,7 +60,7 @@ def main() -> None:
     result: dict[str, Any] = {"device": device_name(device), "calibrated_on": CALIBRATED, "models": {}}
     table = Table("model", "layout", "seconds", "forecast", "ratio")
     for name, values in MODELS.items():
-        rows = measure(recipe_of(**values), device, options.rounds, console)
+        rows = measure(recipe_of(**values), device, SECONDS * options.rounds, console)
         result["models"][name] = rows
         for row in rows:
             figures = (f"{row['seconds']:.3f}", f"{row['forecast']:.3f}", f"{row['ratio']:.2f}")

@@ -106,6 +106,13 @@ def test_methods_over_their_course(paper):
     assert skipped.flops["vocabulary"] == plain[1].flops["vocabulary"]
 
 
+def test_a_layout_that_does_not_fit(paper):
+    with pytest.raises(ValueError, match="a grid of 16 windows per side needs at least 16 patches per side"):
+        forecast(changed(paper, 1, image_size=196))
+    with pytest.raises(ValueError, match="vision 'clip-xxl': its sizes are not known here"):
+        forecast(paper.model_copy(update={"vision": "clip-xxl"}))
+
+
 def test_cached_pictures_are_encoded_once():
     stage = stage_values() | {"cache_features": True, "samples": 400}
     stages = [stage | {"name": "a"}, stage | {"name": "b"}]

@@ -27,6 +27,7 @@ from sparsight.cost.memory import (
     step_memory,
 )
 from sparsight.cost.shapes import Trains, encoder_shape, language_shape
+from sparsight.layouts import window_bounds
 from sparsight.schedules import anneal, kept_tokens, skip_probabilities
 
 POINTS = 32  # places in a stage's course at which schedules are looked at
@@ -188,7 +189,8 @@ def forecast(recipe: Recipe) -> list[StageCost]:
     stages, cached = [], Counter[int]()
     for stage in recipe.stages:
         cost = StageCost(recipe, stage, cached[stage.image_size])
-        cost.flops  # noqa: B018 - fails here rather than later
+        for scale in stage.bridge.scales.scales if hasattr(stage.bridge, "scales") else ():
+            window_bounds(min(cost.map_size), scale.grid)
         if stage.cache_features:
             cached[stage.image_size] = max(cached[stage.image_size], cost.pictures)
         stages.append(cost)

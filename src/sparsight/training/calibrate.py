@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +14,10 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from sparsight.bridges import build_bridge
-from sparsight.config import Stage
 from sparsight.cost.forecast import StageCost
 from sparsight.counting import device_name, timed
 from sparsight.modeling import SparsightForConditionalGeneration
-from sparsight.training.stages import add_lora, merge_lora, select_trainable
+from sparsight.training.stages import add_lora, select_trainable
 
 SECONDS = 30.0
 TERMS = ("pass", "linear", "attention")
@@ -70,41 +69,52 @@ class Passes:
         self.model.zero_grad(set_to_none=True)
 
 
-def calibrate(
-    model: SparsightForConditionalGeneration, cost: StageCost, bridges: list[Any], seconds: float
-) -> dict[str, Any]:
-    """Seconds of a pass, of a FLOP of linear maps, of attention and of the encoder, and of a parameter's update.
-
-    Args:
-        model: of the recipe, which is not used afterwards.
-        cost: the stage to run.
-        bridges: settings to run it with, from few tokens to many.
-        seconds: about how long.
-    """
-    stage: Stage = cost.stage
-    lora = add_lora(model, stage, seed=0)
-    select_trainable(model, stage)
-    model.train()
-    model.model.vision_tower.eval()
-    passes = Passes(model, cost)
-    times: dict[int, list[float]] = defaultdict(list)
-    costs, end = {}, time.perf_counter() + seconds
+def in_turn(passes: Passes, bridges: Sequence[Any], seconds: float) -> list[tuple[dict[str, float], float]]:
+    """FLOPs by part of a pass with each bridge, and its median seconds; bridges take turns, at least three times, for
+    about so many seconds in all."""
+    times: list[list[float]] = [[] for _ in bridges]
+    flops: list[dict[str, float]] = [{} for _ in bridges]
+    end = time.perf_counter() + seconds
     for turn in itertools.count():
         for number, bridge in enumerate(bridges):
-            costs[number] = passes.set_bridge(bridge)
+            flops[number] = passes.set_bridge(bridge).micro_batch_flops()
             if turn == 0:
                 passes.run()
             times[number].append(timed(passes.run, passes.device))
         if time.perf_counter() > end and turn >= 2:
-            break
+            return [(parts, statistics.median(taken)) for parts, taken in zip(flops, times, strict=True)]
+    raise AssertionError
+
+
+def ready(model: SparsightForConditionalGeneration, cost: StageCost) -> Passes:
+    """A model as the stage trains it."""
+    add_lora(model, cost.stage, seed=0)
+    select_trainable(model, cost.stage)
+    model.train().model.vision_tower.eval()
+    if cost.stage.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Passes(model, cost)
+
+
+def calibrate(
+    model: SparsightForConditionalGeneration, cost: StageCost, bridges: Sequence[Any], seconds: float
+) -> dict[str, Any]:
+    """Seconds of a pass, of a FLOP of linear maps, of attention and of the encoder, and of a parameter's update.
+
+    Args:
+        model: of the recipe; it is used up.
+        cost: the stage to run.
+        bridges: settings to run it with, from few tokens to many.
+        seconds: about how long.
+    """
+    passes = ready(model, cost)
+    taken = in_turn(passes, bridges, seconds)
     with torch.no_grad(), passes.autocast():
         encoder = min(timed(passes.encode, passes.device) for _ in range(3)) / passes.images
-    pass_flops = cost.shapes[0].flops(stage.image_size, cost.recipe.vision_levels, replace(cost.trains, vision=False))
-    medians = [statistics.median(times[number]) for number in costs]
-    found = dict(zip(TERMS, fit([costs[n].micro_batch_flops() for n in costs], medians), strict=True))
-    found |= {"encoder": encoder / pass_flops, "optimizer": _update(model, passes.device)}
-    merge_lora(lora)
-    return found | {"device": device_name(passes.device), "measured": medians}
+    frozen = replace(cost.trains, vision=False)
+    encoder /= cost.shapes[0].flops(cost.stage.image_size, cost.recipe.vision_levels, frozen)
+    found = fit(*zip(*taken, strict=True)) | {"encoder": encoder, "optimizer": _update(model, passes.device)}
+    return found | {"device": device_name(passes.device), "measured": [median for _, median in taken]}
 
 
 def _update(model: Any, device: torch.device) -> float:
@@ -117,7 +127,7 @@ def _update(model: Any, device: torch.device) -> float:
     return min(timed(optimizer.step, device) for _ in range(3)) / sum(p.numel() for p in trained)
 
 
-def fit(parts: list[dict[str, float]], seconds: list[float]) -> list[float]:
+def fit(parts: Sequence[dict[str, float]], seconds: Sequence[float]) -> dict[str, float]:
     """Seconds of a pass, and of each FLOP of linear maps and of attention: no negative ones, least relative squares."""
     attention = np.array([part["language_attention"] for part in parts])
     linear = np.array([sum(part.values()) for part in parts]) - attention
@@ -132,4 +142,4 @@ def fit(parts: list[dict[str, float]], seconds: list[float]) -> list[float]:
                 best, least = [0.0] * 3, error
                 for column, value in zip(columns, solution, strict=True):
                     best[column] = float(value)
-    return best
+    return dict(zip(TERMS, best, strict=True))
