@@ -13,9 +13,7 @@ import pytest
 
 ALL = {"bridge": 1e-3, "language": 1e-3}
 CASES = {
-    "full": ({"bridge": {"kind": "mlp"}, "learning_rate": ALL}, "fp32"),
     "full, bf16": ({"bridge": {"kind": "mlp"}, "learning_rate": ALL}, "bf16"),
-    "bridge alone": ({"bridge": {"kind": "mlp"}, "learning_rate": {"bridge": 1e-3}}, "fp32"),
     "lora": ({"bridge": {"kind": "mlp"}, "learning_rate": ALL, "lora": {"rank": 8}}, "fp32"),
     "checkpointing": ({"bridge": {"kind": "mlp"}, "learning_rate": ALL, "gradient_checkpointing": True}, "fp32"),
     "few tokens, encoder too": (
