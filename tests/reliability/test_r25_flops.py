@@ -6,14 +6,19 @@ models and the families to the last FLOP, but for one case of a family (+1.5%).
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from families import batch_of, made
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from small_runs import one_stage, train
 from sparsight.config import LayerSkipper, Linear, Lora, Stage, VisualTokenCompressor
 from sparsight.cost import Trains
+from sparsight.cost.devices import keep_measurement
+from sparsight.counting import default_device, device_name
 from sparsight.data.collate import Collator
 from sparsight.modeling.encoders import count_flops
 from sparsight.sparse.attach import attach
@@ -137,3 +142,17 @@ def test_a_step_of_an_attached_model(name, frozen):
         assert figures(handle, handle.take_passes())["flops"] == flops
         assert_close(flops, measured)
         model.zero_grad()
+
+
+def test_the_trainer_sums_up_what_was_counted(tmp_path, monkeypatch):
+    """``total_flos`` of the checkpoint, and the share of a peak that is known."""
+    monkeypatch.setenv("SPARSIGHT_CACHE", str(tmp_path / "cache"))
+    keep_measurement(peak={"device": device_name(default_device()), "bf16": 1e12, "fp32": 1e12})
+    recipe, stage = one_stage(checkpoints=1, compressor={"keep": 0.25})
+    model, processor = make_vlm()
+    select_trainable(model, stage)
+    steps = train(model, processor, recipe, stage, tmp_path / "run").steps()
+    state = json.loads(next((tmp_path / "run").rglob("trainer_state.json")).read_text())
+    assert state["total_flos"] == pytest.approx(sum(step["flops"] for step in steps.values()))
+    for step in steps.values():
+        assert step["mfu"] == pytest.approx(step["flops"] / sum(step["seconds"].values()) / 1e12)
