@@ -127,9 +127,7 @@ def train(
     """`train_stage` with all that goes around it; parameters must have been selected."""
     log = Records() if log is None else log
     data = data or training_set(processor, recipe, stage)
-    rates = stage.learning_rate.parts()
-    trains = Trains("vision" in rates, "bridge" in rates, "language" in rates, stage.lora.rank if stage.lora else 0)
-    counter = StepCounter(model, trains, 1e6)
+    counter = StepCounter(model, Trains.of(stage), 1e6)
     plan = plan_stage(data, recipe, stage, folder, quiet())
     train_stage(model, processor, data, plan, recipe, stage, folder, log, counter, quiet(), resume)
     return log

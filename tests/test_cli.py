@@ -35,11 +35,12 @@ SURFACE = {
     "train": ["recipe", "overrides", "--out", "--resume"],
     "compare": ["runs", "--out"],
     "watch": ["run"],
+    "plan": ["recipe", "overrides", "--device", "--mfu", "--memory", "--sweep", "--calibrate", "--out"],
     "eval": ["checkpoint", "--items", "--split"],
     "scale": ["checkpoint", "--out", "--layout", "--image-size", "--levels", "--source"],
     "inspect": ["checkpoint", "--image", "--out"],
     "analyze": ["model", "--data", "--images", "--samples", "--out"],
-    "doctor": [],
+    "doctor": ["--measure-peak"],
     "data preview": ["recipe", "overrides", "--out", "--n"],
     "data check": ["recipe", "overrides", "--out", "--workers"],
 }

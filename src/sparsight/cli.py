@@ -114,6 +114,45 @@ def watch(run: Annotated[Path, typer.Argument(help="folder of a run, such as run
     show(run, Console())
 
 
+@app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe")],
+    overrides: Overrides = None,
+    device: Annotated[str | None, typer.Option(help="such as H100; this computer if it was measured")] = None,
+    mfu: Annotated[float | None, typer.Option(help="share of the device's peak; 0.4 if not given")] = None,
+    memory: Annotated[str | None, typer.Option(help="such as 80GB: what fits; the device's if not given")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="values parted by commas: layout=cos-32,cos-80")] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="half a minute of real steps on this computer")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="HTML page to write")] = None,
+) -> None:
+    """Forecast what a recipe costs, without weights: FLOPs, memory, hours, and what would make it cheaper."""
+    from rich.console import Console
+
+    from sparsight.config import load_recipe
+    from sparsight.cost.sweep import sweep as swept
+    from sparsight.reporting import plan_page
+
+    console, found = Console(), swept(recipe, overrides or []) if sweep else []
+    settings = found[0][1] if found else load_recipe(recipe, overrides)
+    if calibrate:
+        from sparsight.pipeline import calibrate_recipe
+
+        calibrate_recipe(settings, _console())
+    speed, said = plan_page.speed_of(settings, device, mfu)
+    limit = plan_page.memory_of(memory, device)
+    if found:
+        heads, rows, _ = plan_page.sweep_rows(found, speed)
+        console.print(plan_page.table(settings.name, heads, rows))
+    console.print(said, highlight=False, markup=False)
+    if out is not None:
+        plan_page.write_sweep(out, found, speed) if found else plan_page.write_plan(out, settings, speed, limit)
+        console.print(f"wrote [bold]{out}[/]")
+    if not found:
+        plan_page.print_plan(settings, speed, limit, console)
+
+
 @app.command(name="eval")
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="folder of a model, such as runs/NAME/finetune/model")],
@@ -223,12 +262,21 @@ def check(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    measure_peak: Annotated[
+        bool, typer.Option("--measure-peak", help="time matrix products, for plan and MFU")
+    ] = False,
+) -> None:
     """Show versions, devices and assets, what is missing, and the command that mends it."""
     from rich.console import Console
 
     from sparsight.doctor import diagnose, render
 
+    if measure_peak:
+        from sparsight import counting
+        from sparsight.cost.devices import keep_measurement
+
+        keep_measurement(peak=counting.measure_peak(counting.default_device()))
     checks = diagnose()
     render(checks, Console())
     if any(check.status == "missing" for check in checks):

@@ -272,6 +272,14 @@ class Lora(Settings):
     dropout: float = Field(0.0, ge=0, lt=1)
 
 
+class Conversation(Settings):
+    """A conversation of the data, on average. It is what `sparsight plan` reckons with: it does not read data."""
+
+    text: float = Field(64, gt=0, description="text tokens, those of the chat template included")
+    learnt: float = Field(32, gt=0, description="text tokens that are learnt")
+    images: float = Field(1, ge=0)
+
+
 class LearningRates(Settings):
     """Peak learning rate of each part; a part that is not named is frozen."""
 
@@ -305,6 +313,10 @@ class Stage(Settings):
     packing: bool = Field(False, description="conversations share rows, without attention across them")
     pack_length: int | None = Field(None, ge=1, description="length of a packed row; that of the longest if not given")
     lora: Lora | None = None
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, more FLOPs"
+    )
+    conversation: Conversation = Field(Conversation(), description="what `plan` reckons with; training counts")
     compressor: VisualTokenCompressor | None = Field(None, description="fewer visual tokens, in training alone")
     skipper: LayerSkipper | None = Field(None, description="layers that are off, in training alone")
     warmup: float = Field(0.03, ge=0, le=1, description="share of the steps")

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from sparsight.cost.devices import measurements
+
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
     from rich.console import Console
@@ -53,6 +55,7 @@ def diagnose() -> list[Check]:
         *_packages(),
         _torchvision(),
         _device(),
+        _peak(),
         _memory(),
         _disk(Path.cwd()),
         _git(),
@@ -146,6 +149,14 @@ def _device() -> Check:
     fast = " and ".join(label for feature, label in BF16_FEATURES.items() if feature in features)
     bf16 = f"{fast}: bfloat16 is fast" if fast else "no bfloat16 instructions: float32 is faster"
     return Check("device", "ok", f"CPU, {torch.get_num_threads()} threads, {bf16}")
+
+
+def _peak() -> Check:
+    """What matrix products reached here, if it was measured: `plan` and the run log's MFU rest on it."""
+    found = measurements().get("peak")
+    if found is None:
+        return Check("peak", "ok", "not measured (sparsight doctor --measure-peak)")
+    return Check("peak", "ok", f"{found['device']}: {found['bf16']:.3g} FLOP/s bf16, {found['fp32']:.3g} fp32")
 
 
 def _cpu_features() -> set[str]:

@@ -23,8 +23,21 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, PreTrainedConfig
 
-from sparsight.config import Comparison, ConversationData, Data, Evaluation, Recipe, SceneData, ScratchLanguage, Stage
+from sparsight.config import (
+    Comparison,
+    ConversationData,
+    Data,
+    Evaluation,
+    Recipe,
+    Resampler,
+    SceneData,
+    ScratchLanguage,
+    Stage,
+)
 from sparsight.cost import Trains
+from sparsight.cost.devices import keep_measurement, measurements
+from sparsight.cost.forecast import calibration_key, forecast, inner_sizes
+from sparsight.counting import default_device
 from sparsight.data.cache import FeatureCache, build_cache, picture_rows
 from sparsight.data.check import check_rows
 from sparsight.data.collate import TrainingSet
@@ -54,6 +67,7 @@ from sparsight.reporting import (
 from sparsight.reporting.comparison import write_atomic
 from sparsight.reporting.runlog import step_seconds
 from sparsight.sparse.analysis import Analysis, measure, suggest
+from sparsight.training.calibrate import SECONDS, calibrate
 from sparsight.training.quarantine import Quarantine
 from sparsight.training.stages import PartPlan, add_lora, merge_lora, select_trainable
 from sparsight.training.trainer import StepCounter, plan_stage, train_stage
@@ -223,6 +237,21 @@ def enter_stage(
         raise _not_loaded(recipe, error) from None
 
 
+def calibrate_recipe(recipe: Recipe, console: Console) -> None:
+    """Half a minute of real steps of a recipe's costliest stage, for `sparsight plan`. The file is named."""
+    cost = max(forecast(recipe), key=lambda cost: sum(cost.flops.values()))
+    model, _ = enter_stage(recipe, cost.stage, None, None, console)
+    model = model.to(default_device())
+    most = max(each.tokens for each in forecast(recipe))
+    own = inner_sizes(cost.stage.bridge)
+    bridges = [Resampler(tokens=tokens, **own) for tokens in sorted({16, most // 3 + 1, 2 * most // 3 + 1, most})]
+    with console.status(f"calibrating on stage {cost.stage.name}, about {SECONDS:.0f} s"):
+        found = calibrate(model, cost, bridges, SECONDS)
+    before = measurements().get("calibrations", {})
+    file = keep_measurement(calibrations=before | {calibration_key(recipe): found})
+    console.print(f"calibrated on [bold]{found['device']}[/]; kept in {file}")
+
+
 def _not_loaded(recipe: Recipe, error: OSError) -> ValueError:
     """transformers does not say which name it could not find."""
     language = recipe.language
@@ -311,14 +340,16 @@ def _run_stage(
         total_parameters=sum(part.total for part in plan),
         trains={part.part: part.trainable for part in plan if part.trainable},
     )
+    if stage.gradient_checkpointing:
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
     encoder_flops = count_flops(model.model.vision_tower, stage.image_size, config.vision_levels)
     encoding = Encoding(0.0, 0.0)
     if stage.cache_features:
         data.cache, encoding = _cached(session, stage, model, processor, source, encoder_flops)
-    rates = stage.learning_rate.parts()
-    trains = Trains("vision" in rates, "bridge" in rates, "language" in rates, stage.lora.rank if stage.lora else 0)
     start = time.perf_counter()
-    counter = StepCounter(model, trains, encoder_flops)
+    counter = StepCounter(model, Trains.of(stage), encoder_flops, recipe.precision)
     quarantine = Quarantine(session.out / "quarantine.jsonl", recipe.max_bad, session.main)
     began = train_stage(
         model, processor, data, steps, recipe, stage, folder, log, counter, console, session.resume, quarantine
@@ -620,7 +651,7 @@ def _load_any(name: str) -> tuple[Any, Any]:
         raise ValueError(f"{name} cannot be loaded as a vision-language model of transformers: {reason:.300}") from None
     if not hasattr(processor, "image_processor"):
         raise ValueError(f"{name}: expected a processor for pictures and text, found {type(processor).__name__}")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    return model.to(default_device()), processor
 
 
 def _inputs(sample: Sample, source: Source, processor: Any) -> Any:

@@ -29,6 +29,17 @@ def anneal(kind: Anneal, start: float, end: float, progress: float) -> float:
     return start + (end - start) * share
 
 
+def kept_tokens(tokens: int, keep: float) -> int:
+    """How many of ``tokens`` stay, at least one. The one function that counts them.
+
+    Raises:
+        ValueError: ``keep`` lies outside (0, 1].
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep {keep}: expected a share above 0 and up to 1")
+    return max(1, round(tokens * keep))
+
+
 def skip_probabilities(
     layers: int,
     progress: float,

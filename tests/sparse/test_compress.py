@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from sparsight.sparse.compress import METHODS, compress, kept_tokens, redundancy
+from sparsight.schedules import kept_tokens
+from sparsight.sparse.compress import METHODS, compress, redundancy
 
 
 def made(batch=2, tokens=24, width=6, seed=0):

@@ -18,18 +18,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from sparsight.cost.shapes import LITE0, pick_levels
+from sparsight.counting import flop_counter
 from sparsight.modeling.configuration import EfficientNetLiteConfig
-
-# Expansion, kernel, stride, repeats, channels out (EfficientNet-lite0).
-_LITE0 = (
-    (1, 3, 1, 1, 16),
-    (6, 3, 2, 2, 24),
-    (6, 5, 2, 2, 40),
-    (6, 3, 2, 3, 80),
-    (6, 5, 1, 3, 112),
-    (6, 5, 2, 4, 192),
-    (6, 3, 1, 1, 320),
-)
 
 
 @dataclass
@@ -85,7 +76,7 @@ class EfficientNetLiteModel(PreTrainedModel):
         super().__init__(config)
         self.stem = _conv_norm(3, 32, 3, 2, 1, True)
         blocks, inside = [], 32
-        for expand, kernel, stride, repeats, outside in _LITE0:
+        for expand, kernel, stride, repeats, outside in LITE0:
             for repeat in range(repeats):
                 blocks.append(_MbConv(inside, outside, expand, kernel, 1 if repeat else stride))
                 inside = outside
@@ -215,17 +206,6 @@ def _run(encoder: Any, pixel_values: torch.Tensor) -> Any:
     return encoder(pixel_values, **extra)
 
 
-def _pick_levels(count: int, maps: bool, levels: Sequence[int] | None, name: str) -> list[int]:
-    """The feature levels that are meant, as indices from 0: see `feature_levels`."""
-    depth = count - 1
-    if levels is None:
-        return sorted({max(depth - 1, 0), depth} if maps else {max(1, 2 * depth // 3), max(1, depth - 1)})
-    wrong = [level for level in levels if not -count <= level < count]
-    if wrong:
-        raise ValueError(f"{name} has no feature level {wrong}: it has 0 to {depth}")
-    return [level % count for level in levels]
-
-
 def feature_levels(
     encoder: nn.Module,
     pixel_values: torch.Tensor,
@@ -249,7 +229,7 @@ def feature_levels(
         ValueError: the encoder gives no spatial features, or has no such level.
     """
     states, maps = _states(encoder, pixel_values, image_grid_thw)
-    picked = [states[level] for level in _pick_levels(len(states), maps, levels, type(encoder).__name__)]
+    picked = [states[level] for level in pick_levels(len(states), maps, levels, type(encoder).__name__)]
     picked = [_spatial(state, encoder, pixel_values) for state in picked]
     height, width = (max(x.shape[axis] for x in picked) for axis in (1, 2))
     return [_stretch(x_BHWC, height, width) for x_BHWC in picked]
@@ -279,7 +259,7 @@ def level_numbers(encoder: nn.Module, image_size: int, *choices: Sequence[int] |
     parameter = next(encoder.parameters())
     pixels = torch.zeros(1, 3, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
     states, maps = _states(encoder, pixels, None)
-    return [_pick_levels(len(states), maps, levels, type(encoder).__name__) for levels in choices]
+    return [pick_levels(len(states), maps, levels, type(encoder).__name__) for levels in choices]
 
 
 def _spatial(x: torch.Tensor, encoder: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -338,25 +318,11 @@ def count_flops(encoder: Any, image_size: int, levels: Sequence[int] | None = No
 
     The backward pass is in it if parameters of the encoder train: it runs only below the last feature level.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
     parameter = next(encoder.parameters())
     pixels = torch.zeros(1, 3, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
-    # The counter sees nothing of fused attention on CPU.
-    fused = isinstance(encoder, PreTrainedModel) and encoder._supports_sdpa
-    attention = getattr(encoder.config, "_attn_implementation", "sdpa")
-    was_training = encoder.training
-    encoder.eval()
-    if fused:
-        encoder.set_attn_implementation("eager")
     trained = [p for p in encoder.parameters() if p.requires_grad]
-    try:
-        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(bool(trained)):
-            outputs = feature_levels(encoder, pixels, levels)
-            if trained:
-                torch.autograd.grad([level.sum() for level in outputs], trained, allow_unused=True)
-    finally:
-        if fused:
-            encoder.set_attn_implementation(attention)
-        encoder.train(was_training)
+    with flop_counter(encoder) as counter, torch.set_grad_enabled(bool(trained)):
+        outputs = feature_levels(encoder, pixels, levels)
+        if trained:
+            torch.autograd.grad([level.sum() for level in outputs], trained, allow_unused=True)
     return float(counter.get_total_flops())

@@ -24,6 +24,8 @@ from statistics import fmean
 from types import TracebackType
 from typing import Any, Self
 
+from sparsight.cost.devices import cpu_name
+
 VERSION = 1
 FILE_NAME = "run.jsonl"
 MOST_PROBLEMS = 20  # of a log, told one by one
@@ -138,7 +140,7 @@ def environment() -> dict[str, Any]:
         "commit": commit,
         "dirty": dirty,
         "versions": versions,
-        "hardware": {"cpu": _cpu(), "cores": cores, "threads": threads, "memory_bytes": memory, "gpus": gpus},
+        "hardware": {"cpu": cpu_name(), "cores": cores, "threads": threads, "memory_bytes": memory, "gpus": gpus},
         "platform": platform.platform(),
     }
 
@@ -155,14 +157,6 @@ def _git(file: Path) -> tuple[str | None, bool | None]:
         return ask("rev-parse", "HEAD"), bool(ask("status", "--porcelain", "--", "."))
     except (OSError, subprocess.SubprocessError):
         return None, None
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ class Parts:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass in which the methods were on: rows, their length before and after, layers run, visual tokens."""
+    """One forward pass in which the methods were on: rows, their length before and after, layers run, visual tokens,
+    and values of the pictures' ``pixel_values``."""
 
     rows: int
     length_in: int
@@ -54,6 +55,7 @@ class Pass:
     layers_run: int
     visual_in: int
     visual_out: int
+    pixels: int = 0
 
 
 def find_parts(model: Any) -> tuple[Parts, Any, list[nn.Module], Any]:
@@ -176,7 +178,10 @@ class SparseHandle:
         self._kept: Kept | None = None
         self._images: list[int] = []
         self._grid_inputs: dict[str, Any] = {}
-        self._splicer = _splicer(model, parts.vision)
+        self.splicer = _splicer(model, parts.vision)
+        self.pixel_flops: float | None = None
+        self.image_call: tuple[Any, dict[str, Any], int] | None = None  # the first one, to be measured on
+        self._pixels = 0
         self._pictures, self._embeds_due, self._probing = True, False, False
         self._idle = {"compressor": 0, "skipper": 0}
         self._patched: list[tuple[Any, str, Any, Any]] = []  # owner, attribute, ours, what stood on the instance
@@ -312,13 +317,17 @@ class SparseHandle:
             found = plain(*args, **kwargs)
             features = getattr(found, "pooler_output", found)
             self._images = [int(image.shape[-2]) for image in features] if features is not None else []
+            given = kwargs.get("pixel_values", args[0] if args else None)
+            if isinstance(given, torch.Tensor) and self.active():
+                self._pixels += given.numel()
+                self.image_call = self.image_call or (args, kwargs, given.numel())
             return found
 
-        if hasattr(self._splicer, "get_image_features"):
-            self._patch(self._splicer, "get_image_features", get_image_features)
+        if hasattr(self.splicer, "get_image_features"):
+            self._patch(self.splicer, "get_image_features", get_image_features)
 
     def _before(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._kept, self._images = None, []
+        self._kept, self._images, self._pixels = None, [], 0
         self._grid_inputs = {key: kwargs.get(key) for key in ("image_grid_thw", "image_sizes")}
         ids = kwargs.get("input_ids", args[0] if args else None)
         if self.model.training:
@@ -337,9 +346,9 @@ class SparseHandle:
         first, self._embeds_due = self._embeds_due, False
         if not first or not several_ranks() or not (self._probing or (self.model.training and torch.is_grad_enabled())):
             return embeds
-        alone = hasattr(self._splicer, "_without_pictures") and self.model.training  # ours does so by itself
+        alone = hasattr(self.splicer, "_without_pictures") and self.model.training  # ours does so by itself
         if not (self._pictures or alone):
-            embeds = embeds + 0.0 * blank_features(self._splicer, embeds).to(embeds.dtype)
+            embeds = embeds + 0.0 * blank_features(self.splicer, embeds).to(embeds.dtype)
         inside = self.parts.decoder + ".", self.parts.head + "."
         return touched(embeds, (p for name, p in self.model.named_parameters() if not name.startswith(inside)))
 
@@ -374,11 +383,12 @@ class SparseHandle:
         run = self.parts.layers - sum(self.off)
         self._drawn += 1
         if self.keep == 1.0 or visual == 0:
-            self.passes.append(Pass(rows, length, length, run, visual, visual))
+            self.passes.append(Pass(rows, length, length, run, visual, visual, self._pixels))
             return plain(*args, **kwargs)
         embeds, keep_BT = self._compressed(embeds, visual_BT, kwargs.get("attention_mask"))
         kept = self._kept = Kept.of(keep_BT)
-        self.passes.append(Pass(rows, length, kept.index_BK.shape[1], run, visual, int((keep_BT & visual_BT).sum())))
+        after, left = kept.index_BK.shape[1], int((keep_BT & visual_BT).sum())
+        self.passes.append(Pass(rows, length, after, run, visual, left, self._pixels))
         renumbered = self.compressor is not None and self.compressor.positions == "renumbered"
         kwargs = gather_inputs(kwargs, kept, keep_BT, renumbered, self.decoder.config)
         output = plain(*args, **(kwargs | {"inputs_embeds": kept.gather(embeds, 1)}))
@@ -452,7 +462,7 @@ class SparseHandle:
     def _grids(self, runs: Sequence[int]) -> list[tuple[int, int] | None]:
         """Rows and columns of each image's tokens; None where they stand in no grid: queries, tiles, videos."""
         config: Any = self.model.config
-        if not getattr(self._splicer, "tokens_on_grid", not hasattr(config, "image_grid_pinpoints")):
+        if not getattr(self.splicer, "tokens_on_grid", not hasattr(config, "image_grid_pinpoints")):
             return [None] * len(runs)
         vision, inputs = getattr(config, "vision_config", None), self._grid_inputs
         if (patches := inputs.get("image_grid_thw")) is not None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,10 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sparsight.cost import LanguageShape, Trains, language_flops
-from sparsight.sparse.attach import Pass, SparseHandle
+from sparsight.cost.devices import peak_flops
+from sparsight.counting import device_name
+from sparsight.sparse.attach import SparseHandle
+from sparsight.sparse.executed import figures
 
 STATE_FILE = "sparsight_sparse.json"
 
@@ -25,7 +26,8 @@ class SparsightCallback(TrainerCallback):
 
     Logged beside the loss, over the steps since the last log: ``visual_tokens_in`` and ``visual_tokens_out``,
     ``layers_run`` (share of all), ``language_flops`` (executed by the language model, forward and backward),
-    ``language_flops_ratio`` (to what the plain model would have executed) and ``keep``. With ``dense_probe`` also
+    ``language_flops_ratio`` (to what the plain model would have executed), ``flops`` (all parts), ``mfu`` (share
+    of the device's peak, where that is known) and ``keep``. With ``dense_probe`` also
     ``loss_dense`` and ``loss_sparse`` of the same batch in eval mode: where they meet, training and inference do.
 
     Args:
@@ -38,6 +40,7 @@ class SparsightCallback(TrainerCallback):
             raise ValueError(f"dense_probe {dense_probe}: expected a number of steps of at least 1")
         self.handle, self.dense_probe = handle, dense_probe
         self.probe: dict[str, float] = {}
+        self.since = time.perf_counter()
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one before."""
@@ -46,12 +49,19 @@ class SparsightCallback(TrainerCallback):
             "seed": self.handle.seed
         }
 
+    def floating_point_ops(self, inputs: Any) -> float:
+        """FLOPs of the last pass. The Trainer's own count, which ends up in ``total_flos``, sees neither dropped tokens
+        nor skipped layers: set ``trainer.floating_point_ops = callback.floating_point_ops``."""
+        found = figures(self.handle, self.handle.passes[-1:])
+        return found.get("flops", found["language_flops"])
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Refuse an engine that cannot skip, and other settings than those of the run that is resumed.
 
         Raises:
             ValueError: the message says why, or what differs.
         """
+        self.since = time.perf_counter()
         if self.handle.skipper is not None:
             _refuse_engine(self.handle.model)
         self.handle.step(state.global_step, _progress(state))
@@ -90,6 +100,10 @@ class SparsightCallback(TrainerCallback):
         if not passes:  # somebody else counts them
             return
         found = figures(self.handle, passes) | self.probe
+        peak = peak_flops(device_name(args.device), "bf16" if args.bf16 else "fp32")
+        since, self.since = self.since, time.perf_counter()
+        if peak is not None and "flops" in found:
+            found["mfu"] = found["flops"] / (self.since - since) / peak
         logs |= found  # for the trackers and bars that come after
         if state.log_history:
             state.log_history[-1] |= found
@@ -129,41 +143,6 @@ def _reload_if_renamed(model: Any, folder: Path) -> None:
             names |= set(file.keys())
     if names and not names <= model.state_dict().keys() and hasattr(type(model), "from_pretrained"):
         model.load_state_dict(type(model).from_pretrained(folder).state_dict())
-
-
-def figures(handle: SparseHandle, passes: Sequence[Pass]) -> dict[str, float]:
-    """What passes executed, as it stands in the log."""
-    config: Any = handle.model.config
-    shape = LanguageShape.from_config(config.get_text_config())
-    trains = _trains(handle)
-
-    def flops(layers: int, rows: int, length: int) -> float:
-        return sum(language_flops(replace(shape, layers=layers), rows, length, rows * length, trains).values())
-
-    executed = sum(flops(done.layers_run, done.rows, done.length) for done in passes)
-    plain = sum(flops(handle.parts.layers, done.rows, done.length_in) for done in passes)
-    return {
-        "keep": handle.keep,
-        "visual_tokens_in": sum(done.visual_in for done in passes),
-        "visual_tokens_out": sum(done.visual_out for done in passes),
-        "layers_run": sum(done.layers_run for done in passes) / max(1, len(passes) * handle.parts.layers),
-        "language_flops": executed,
-        "language_flops_ratio": executed / plain if plain else 1.0,
-    }
-
-
-def _trains(handle: SparseHandle) -> Trains:
-    """Which parts have parameters that train, by where they stand."""
-    found, rank = set(), 0
-    for name, parameter in handle.model.named_parameters():
-        if parameter.requires_grad:
-            in_vision, in_language = (name.startswith(p + ".") for p in (handle.parts.vision, handle.parts.decoder))
-            found.add(
-                "vision" if in_vision else "language" if in_language or name.startswith(handle.parts.head) else "bridge"
-            )
-            if "lora_A" in name and in_language:
-                rank = parameter.shape[0]
-    return Trains("vision" in found, "bridge" in found, "language" in found, rank)
 
 
 def _progress(state: TrainerState) -> float:

@@ -11,18 +11,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from sparsight.schedules import kept_tokens
+
 Compressed = tuple[torch.Tensor, torch.Tensor]
-
-
-def kept_tokens(tokens: int, keep: float) -> int:
-    """How many of ``tokens`` stay, at least one. The one function that counts them.
-
-    Raises:
-        ValueError: ``keep`` lies outside (0, 1].
-    """
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep {keep}: expected a share above 0 and up to 1")
-    return max(1, round(tokens * keep))
 
 
 def compress(

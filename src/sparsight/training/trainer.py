@@ -34,6 +34,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from sparsight.config import Recipe, SceneData, Stage
 from sparsight.cost import LanguageShape, Trains, step_flops
+from sparsight.cost.devices import peak_flops
+from sparsight.counting import default_device, device_name
 from sparsight.data.batching import RankBatches, Step, micro_batches, plan_steps
 from sparsight.data.collate import Collator, TrainingSet
 from sparsight.distributed import any_rank, process_state, several_ranks
@@ -59,14 +61,17 @@ class Interrupted(Exception):
 class StepCounter:
     """What the steps since the last record executed, counted from the batches themselves.
 
-    ``encoder_flops``: of one picture's pass through the encoder (``encoders.count_flops``).
+    ``encoder_flops``: of one picture's pass through the encoder (``encoders.count_flops``). ``precision``: bf16 or
+    fp32, of whose peak on this device the share (``mfu``) is taken, where that is known.
     """
 
     model: SparsightForConditionalGeneration
     trains: Trains
     encoder_flops: float
+    precision: str = "bf16"
 
     def __post_init__(self) -> None:
+        self.peak = peak_flops(device_name(default_device()), self.precision)
         self.shape = LanguageShape.from_config(self.model.config.text_config)
         self.layers_run = self.shape.layers
         self.clear()
@@ -108,6 +113,7 @@ class StepCounter:
         )
         for part, flops in parts.items():
             self.flops[part] += flops
+        self.last_flops = sum(parts.values())
         filled = info["filled"]
         self.counts["samples"] += len(info["ids"])
         self.counts["visual_tokens"] += visual
@@ -127,6 +133,7 @@ class StepCounter:
             numbers = dict(zip(numbers, everyone.tolist(), strict=True))
             numbers["loss"] /= torch.distributed.get_world_size()
         flops = {part: numbers[f"flops {part}"] for part in self.flops}
+        reached = sum(flops.values()) / process_state().num_processes / max(sum(self.seconds.values()), 1e-9)
         return {
             **{name: round(numbers[name]) for name in self.counts},
             "replaced": len(self.replaced),
@@ -135,6 +142,7 @@ class StepCounter:
             "layers": self.shape.layers,
             "flops": sum(flops.values()),
             "flops_by_part": flops,
+            **({} if self.peak is None else {"mfu": reached / self.peak}),
             "seconds": dict(self.seconds),
             "memory_bytes": _memory(),
         }
@@ -188,6 +196,10 @@ class SparsightTrainer(Trainer):
             self.model.model.vision_tower.eval()  # frozen is frozen: its batch norms keep their statistics too
         # Without a cache of keys and values: with one, transformers does not look for packed samples.
         return super().compute_loss(model, {**inputs, "loss_only": True, "use_cache": False}, *args, **kwargs)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """FLOPs of the last pass, as counted; HF's own count sees neither dropped tokens nor skipped layers."""
+        return self.counter.last_flops
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         start = time.perf_counter()

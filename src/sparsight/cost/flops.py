@@ -7,95 +7,48 @@ One multiply-add is two FLOPs; matrix products and attention are counted, elemen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from sparsight.config import bridge_settings
+from sparsight.cost.shapes import LanguageShape, Maps, Trains
 from sparsight.layouts import Layout, absorbs
 
 
-@dataclass(frozen=True)
-class LanguageShape:
-    """Sizes of a decoder-only language model."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocabulary: int
-    gated: bool = True
-
-    @classmethod
-    def from_config(cls, config: Any) -> LanguageShape:
-        """Read a transformers text config; names differ between families."""
-        heads = config.num_attention_heads
-        hidden = config.hidden_size
-        named = (getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
-        intermediate = next((size for size in named if size), 4 * hidden)
-        return cls(
-            layers=config.num_hidden_layers,
-            hidden=hidden,
-            heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or hidden // heads,
-            intermediate=intermediate,
-            vocabulary=config.vocab_size,
-            gated=hasattr(config, "rms_norm_eps") or getattr(config, "hidden_act", "") in ("silu", "swish"),
-        )
-
-    def linear_maps(self) -> list[tuple[int, int]]:
-        """(in, out) of each linear map of a layer."""
-        attention = self.heads * self.head_dim
-        key_value = self.kv_heads * self.head_dim
-        mlp = [(self.hidden, self.intermediate)] * (2 if self.gated else 1) + [(self.intermediate, self.hidden)]
-        return [
-            (self.hidden, attention),
-            (self.hidden, key_value),
-            (self.hidden, key_value),
-            (attention, self.hidden),
-            *mlp,
-        ]
-
-
-@dataclass(frozen=True)
-class Trains:
-    """What a step updates."""
-
-    vision: bool = False
-    bridge: bool = True
-    language: bool = True
-    lora_rank: int = 0
-
-
-def language_flops(shape: LanguageShape, batch: int, positions: int, labels: int, trains: Trains) -> dict[str, float]:
+def language_flops(
+    shape: LanguageShape, batch: float, positions: float, labels: float, trains: Trains
+) -> dict[str, float]:
     """Executed FLOPs of the language model, forward and backward.
 
     Args:
         batch: rows; positions: tokens in a row, padding included; labels: positions put on the vocabulary.
     """
-    tokens = batch * positions
+    tokens, rank = batch * positions, trains.lora_rank * trains.language
     # Backward costs one forward for the input's gradient and one more for the weights'.
-    flows_back = trains.language or trains.bridge or trains.vision
-    full = trains.language and not trains.lora_rank
-    linear = sum(2 * a * b for a, b in shape.linear_maps()) * tokens * shape.layers
-    adapters = sum(2 * trains.lora_rank * (a + b) for a, b in shape.linear_maps()) * tokens * shape.layers
-    first = 0
-    if trains.language and trains.lora_rank and not (trains.bridge or trains.vision):
+    flows_back = trains.flows_back
+    full = trains.language and not rank
+    again = trains.recompute and flows_back
+
+    def maps(sizes: Maps) -> float:
+        linear = sum(2 * a * b for a, b in sizes) * (1 + flows_back + full + again)
+        return tokens * shape.layers * (linear + sum(2 * rank * (a + b) for a, b in sizes) * (3 + again))
+
+    projections, mlp = maps(shape.attention_maps()), maps(shape.mlp_maps())
+    if rank and not (trains.bridge or trains.vision):
         # Nothing trains below the first layer: its queries, keys and values pass no gradient on.
-        first = sum(2 * (a * b + trains.lora_rank * a) for a, b in shape.linear_maps()[:3]) * tokens
-    attention = 4 * batch * positions**2 * shape.heads * shape.head_dim * shape.layers
-    vocabulary = 2 * labels * shape.hidden * shape.vocabulary
+        projections -= sum(2 * (a * b + rank * a) for a, b in shape.attention_maps()[:3]) * tokens
+    if again:  # recomputation stops where nothing more is needed: before the layer's last product
+        mlp -= 2 * shape.hidden * (rank or shape.intermediate) * tokens * shape.layers
+    scores = 4 * batch * positions**2 * shape.heads * shape.head_dim * shape.layers
     return {
-        "language_linear": linear * (1 + flows_back + full) + adapters * 3 * trains.language - first,
-        "language_attention": attention * (3 if flows_back else 1),
-        "vocabulary": vocabulary * (1 + flows_back + full),
+        "language_projections": projections,
+        "language_attention": scores * (3 if flows_back else 1) + scores * again,
+        "language_mlp": mlp,
+        "vocabulary": 2 * labels * shape.hidden * shape.vocabulary * (1 + flows_back + full),
     }
 
 
 def bridge_flops(
-    settings: Any, level_widths: Sequence[int], out_width: int, map_size: tuple[int, int], images: int, trains: Trains
+    settings: Any, level_widths: Sequence[int], out_width: int, map_size: tuple[int, int], images: float, trains: Trains
 ) -> float:
     """Executed FLOPs of a bridge for ``images`` pictures, forward and backward."""
     bridge = bridge_settings(settings)
@@ -113,13 +66,15 @@ def _windowed(
     level_widths: Sequence[int],
     out_width: int,
     map_size: tuple[int, int],
-    images: int,
+    images: float,
     trains: Trains,
 ) -> float:
     width, hidden = bridge.width, int(bridge.width * bridge.mlp_ratio)
-    linear = 2.0 * images * layout.tokens * width * out_width
-    queries = attention = frozen = 0.0
+    out = 2.0 * images * layout.tokens * width * out_width
+    linear = 0.0
+    queries = attention = frozen = last = 0.0
     flows_back = trains.bridge or trains.vision
+    again = trains.recompute and flows_back
     for scale in layout.scales:
         # Windows of unequal size are padded to the largest.
         seen = -(-map_size[0] // scale.grid) * -(-map_size[1] // scale.grid)
@@ -130,6 +85,7 @@ def _windowed(
             else:  # the first level's queries are the same for every picture and projected once
                 queries += query
             linear += 2 * images * scale.tokens * (width * width + 2 * width * hidden)
+            last += 2 * images * scale.tokens * width * hidden
             if absorbs(scale.queries, seen, width // bridge.heads):
                 # Queries go through the key's weights, what they took through the value's; the first level's go once.
                 if number:
@@ -144,11 +100,13 @@ def _windowed(
             else:
                 linear += 2 * images * map_size[0] * map_size[1] * level * 2 * width
                 attention += 4 * images * scale.tokens * seen * width
+    recomputed = linear + queries + attention - last if again else 0.0  # see `language_flops`
     return (
-        linear * (1 + flows_back + trains.bridge)
+        (linear + out) * (1 + flows_back + trains.bridge)
         + queries * (3 if trains.bridge else 1)
         + attention * (3 if flows_back else 1)
         - frozen
+        + recomputed
     )
 
 
@@ -158,10 +116,10 @@ def step_flops(
     level_widths: Sequence[int],
     map_size: tuple[int, int],
     encoder_flops: float,
-    batch: int,
-    positions: int,
-    labels: int,
-    images: int,
+    batch: float,
+    positions: float,
+    labels: float,
+    images: float,
     trains: Trains,
 ) -> dict[str, float]:
     """Executed FLOPs of one forward and backward pass, by part.

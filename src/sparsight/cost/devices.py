@@ -1,0 +1,91 @@
+"""What devices can do: dense bf16 peaks from their makers' data sheets, and what was measured on this computer."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+# FLOP/s of dense bf16 matrix products with fp32 sums, and GB of memory. The first that a device's name holds counts.
+DEVICES: dict[str, tuple[float, float]] = {
+    "B200": (2250e12, 180),
+    "GH200": (989e12, 96),
+    "H200": (989e12, 141),
+    "H100 PCIe": (756e12, 80),
+    "H100 NVL": (835e12, 94),
+    "H100": (989e12, 80),
+    "A100-SXM4-40GB": (312e12, 40),
+    "A100-PCIE-40GB": (312e12, 40),
+    "A100": (312e12, 80),
+    "A10G": (70e12, 24),
+    "A10": (125e12, 24),
+    "A40": (150e12, 48),
+    "RTX A6000": (155e12, 48),
+    "L40S": (362e12, 48),
+    "L40": (181e12, 48),
+    "L4": (121e12, 24),
+    "RTX 6000 Ada": (364e12, 48),
+    "RTX 5090": (210e12, 32),
+    "RTX 4090": (165e12, 24),
+    "RTX 3090": (71e12, 24),
+}
+MFU = 0.4  # share of the peak that `plan` assumes where nothing was calibrated
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def known_device(name: str) -> tuple[str, float, float]:
+    """(name, FLOP/s, bytes) of a device in the table.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    for known, (peak, memory) in DEVICES.items():
+        if known.lower() in name.lower():
+            return known, peak, memory * 1e9
+    raise ValueError(f"device '{name}' is not known; expected one of {', '.join(DEVICES)}")
+
+
+def measurements_file() -> Path:
+    """What `doctor --measure-peak` and `plan --calibrate` found: ``$SPARSIGHT_CACHE``, else ``~/.cache/sparsight``."""
+    folder = os.environ.get("SPARSIGHT_CACHE") or Path.home() / ".cache" / "sparsight"
+    return Path(folder).expanduser() / "measurements.json"
+
+
+def measurements() -> dict[str, Any]:
+    """``peak``: device, bf16 and fp32 in FLOP/s; ``calibrations`` by model. Empty where nothing was measured."""
+    file = measurements_file()
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error}); delete it and measure again") from None
+
+
+def keep_measurement(**found: Any) -> Path:
+    """Add to the file, atomically."""
+    file = measurements_file()
+    values = measurements() | found
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.tmp")
+    partial.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    partial.replace(file)
+    return file
+
+
+def peak_flops(device: str, precision: str) -> float | None:
+    """FLOP/s that a device reaches at most: measured here, else from the table (bf16 alone); None if unknown."""
+    measured = measurements().get("peak", {})
+    if measured.get("device") == device:
+        return measured.get(precision)
+    try:
+        return known_device(device)[1] if precision == "bf16" else None
+    except ValueError:
+        return None

@@ -1,0 +1,64 @@
+"""Several values for keys of a recipe: ``layout=cos-32,cos-80 skipper.alpha=0,0.5`` -> a recipe for each pair."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from pathlib import Path
+
+from sparsight.config import Recipe, load_recipe
+
+_SHORT = re.compile(r"layout=|(compressor|skipper)\.")
+_SCALE = re.compile(r"\s*\d+\s*:\s*\d+\s*")
+MOST = 100
+
+
+def sweep(path: str | Path, overrides: list[str]) -> list[tuple[dict[str, str], Recipe]]:
+    """({key: value} of what differs, recipe) for each combination of the values that commas part.
+
+    Keys are those of overrides, or short: ``layout`` is that of all stages but the last (of the only one),
+    ``compressor.*`` belongs to the first stage and ``skipper.*`` to the last. Scales beside one another (``1:16,4:4``)
+    are one layout; where two such stand side by side, part them by a semicolon.
+
+    Raises:
+        ValueError: no key has several values, or there are too many combinations, or a recipe is wrong.
+    """
+    values = {key: _split(text) for key, _, text in (override.partition("=") for override in overrides)}
+    varied = {key: found for key, found in values.items() if len(found) > 1}
+    fixed = [override for override in overrides if override.partition("=")[0] not in varied]
+    count = math.prod(map(len, varied.values()))
+    if not 1 < count <= MOST:
+        raise ValueError(
+            f"--sweep: {count} combinations; expected 2 to {MOST}, such as layout=cos-32,cos-80 skipper.alpha=0,0.5"
+        )
+    names = [stage.name for stage in load_recipe(path, [each for each in fixed if not _SHORT.match(each)]).stages]
+    recipes = []
+    for combination in itertools.product(*varied.values()):
+        chosen = dict(zip(varied, combination, strict=True))
+        overrides = fixed + [f"{key}={value}" for key, value in chosen.items()]
+        recipes.append((chosen, load_recipe(path, [long for each in overrides for long in _long(each, names)])))
+    return recipes
+
+
+def _split(text: str) -> list[str]:
+    if text.startswith(("[", "{")):
+        return [text]
+    if ";" in text:
+        return text.split(";")
+    found: list[str] = []
+    for part in text.split(","):
+        if found and _SCALE.fullmatch(part) and _SCALE.fullmatch(found[-1].rpartition(",")[2]):
+            found[-1] += "," + part
+        else:
+            found.append(part)
+    return found
+
+
+def _long(override: str, names: list[str]) -> list[str]:
+    """An override with a short key written out, for the stages of these names."""
+    if not _SHORT.match(override):
+        return [override]
+    if override.startswith("layout"):
+        return [f"stages.{name}.bridge.{override}" for name in names[:-1] or names]
+    return [f"stages.{names[0 if override.startswith('compressor') else -1]}.{override}"]

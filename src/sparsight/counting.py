@@ -1,0 +1,70 @@
+"""What torch counts and times: FLOPs of real modules, for which no closed form is at hand, and a device's peak."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsight.cost.devices import cpu_name
+
+
+@contextmanager
+def flop_counter(encoder: Any) -> Iterator[FlopCounterMode]:
+    """Count what runs inside, and leave no trace of it in ``encoder`` or in the random generators.
+
+    Attention is taken apart: the counter does not see into fused kernels on CPU. Modules are in eval mode, but where
+    they recompute activations, which they do in training alone.
+    """
+    config, was_training = getattr(encoder, "config", None), encoder.training
+    kernel = getattr(config, "_attn_implementation", None)
+    foreign = kernel not in (None, "eager", "sdpa") and hasattr(encoder, "set_attn_implementation")
+    encoder.train(was_training and bool(getattr(encoder, "is_gradient_checkpointing", False)))
+    if foreign:
+        encoder.set_attn_implementation("eager")
+    try:
+        with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            yield counter
+    finally:
+        if foreign:
+            encoder.set_attn_implementation(kernel)
+        encoder.train(was_training)
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """As its maker calls it; of a CPU also the number of threads, as its peak is theirs."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def timed(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds, with the device's queue empty before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure_peak(device: torch.device) -> dict[str, Any]:
+    """FLOP/s of the fastest of a few square matrix products, best of five each, in ``bf16`` and ``fp32``."""
+    found: dict[str, Any] = {"device": device_name(device)}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        found[name] = 0.0
+        for side in (512, 1024, 2048) if device.type == "cpu" else (2048, 4096, 8192):
+            a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+            fastest = min(timed(lambda a=a, b=b: a @ b, device) for _ in range(6))  # type: ignore[misc]
+            found[name] = max(found[name], 2 * side**3 / fastest)
+    return found

@@ -1,0 +1,252 @@
+"""What `sparsight plan` forecasts, as tables and as a page."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sparsight.config import Recipe
+from sparsight.cost.devices import MFU, known_device, measurements
+from sparsight.cost.forecast import (
+    Speed,
+    StageCost,
+    at_peak,
+    calibrated,
+    calibration_key,
+    forecast,
+    levers,
+    paper_ratios,
+    remedies,
+    standard,
+    total_flops,
+)
+from sparsight.reporting.comparison import duration, human
+from sparsight.reporting.page import write_page
+
+HEADINGS = ("stage", "visual tokens", "layers", "length", "batch", "steps", "FLOPs", "memory")
+STANDARD = (
+    "The standard recipe: the same samples and stages, with a single-scale resampler of {tokens} tokens (the most that "
+    "a stage here has) throughout, every token and every layer in every step."
+)
+ASSUMED = (
+    "Reckoned with {text:g} text tokens a conversation, {learnt:g} of them learnt, and {images:g} pictures "
+    "(stages.{name}.conversation), no padding; FLOPs of matrix products and attention, backward pass included; memory "
+    "of AdamW and PyTorch on one device, without what the allocator wastes."
+)
+Rows = list[list[str]]
+
+
+def speed_of(recipe: Recipe, device: str | None, mfu: float | None) -> tuple[Speed | None, str]:
+    """How long stages take: on a named device, else as calibrated here, else from the peak measured here; and on what
+    that rests.
+
+    Raises:
+        ValueError: the device is not known, or ``mfu`` is no share.
+    """
+    if mfu is not None and not 0 < mfu <= 1:
+        raise ValueError(f"--mfu {mfu}: expected a share of the peak above 0 and up to 1")
+    share, known = mfu or MFU, measurements()
+    assumed = f"{share:.0%} of it ({'given' if mfu else 'assumed'})"
+    if device is not None:
+        name, peak, _ = known_device(device)
+        if recipe.precision != "bf16":
+            raise ValueError(f"--device {device}: its peak is known for bf16, but precision is {recipe.precision}")
+        return at_peak(
+            peak, share
+        ), f"Time on one {name}: its peak is {human(peak, 'FLOP/s')}, and a run does {assumed}."
+    if mfu is None and (found := known.get("calibrations", {}).get(calibration_key(recipe))):
+        return calibrated(found), f"Time as calibrated on this computer ({found['device']})."
+    if peak := known.get("peak", {}).get(recipe.precision):
+        where = f"{known['peak']['device']}, {recipe.precision}"
+        return at_peak(peak, share), f"Time on this computer: {human(peak, 'FLOP/s')} measured ({where}), {assumed}."
+    return (
+        None,
+        "No time: name a --device, or measure this computer with --calibrate or `sparsight doctor --measure-peak`.",
+    )
+
+
+def memory_of(text: str | None, device: str | None) -> float | None:
+    """Bytes of ``80GB``, else of the device.
+
+    Raises:
+        ValueError: it is no such size.
+    """
+    if text is None:
+        return None if device is None else known_device(device)[2]
+    number = text.upper().removesuffix("B").removesuffix("G").strip()
+    try:
+        size = float(number) * 1e9
+    except ValueError:
+        size = 0.0
+    if size <= 0:
+        raise ValueError(f"--memory {text}: expected gigabytes, such as 80GB")
+    return size
+
+
+def stage_rows(stages: Sequence[StageCost], speed: Speed | None, limit: float | None) -> Rows:
+    """A row for each stage under `headings`."""
+    rows = []
+    for cost in stages:
+        kept, layers, most = cost.mean("tokens"), cost.mean("layers"), cost.shapes[1].layers
+        tokens = f"{cost.tokens}" if kept == cost.tokens else f"{cost.tokens}, {kept:.0f} kept"
+        count = f"{layers:.1f} of {most}" if layers < most - 1e-9 else f"{most}"
+        row = [cost.stage.name, tokens, count, f"{cost.length():.0f}", f"{cost.micro_batch}", f"{cost.stage.steps}"]
+        row += [human(sum(cost.flops.values())), gigabytes(sum(cost.memory().values()))]
+        if limit is not None:
+            row.append(str(cost.fits(limit)))
+        rows.append(row + ([] if speed is None else [duration(speed(cost))]))
+    return rows
+
+
+def headings(speed: Speed | None, limit: float | None) -> list[str]:
+    return [*HEADINGS, *([] if limit is None else ["fits"]), *([] if speed is None else ["time"])]
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.3g} GB"
+
+
+def notes(recipe: Recipe, stages: Sequence[StageCost], speed: Speed | None) -> list[str]:
+    """What the table does not say: the ratio to the standard recipe, what dominates, which lever helps most."""
+    plain, now = forecast(standard(recipe)), total_flops(list(stages))
+    ratio = now / total_flops(plain)
+    line = f"In all {human(now, 'FLOP')}: {ratio:.2f}x of the standard recipe"
+    if speed is not None:
+        seconds, full = (sum(map(speed, costs)) for costs in (stages, plain))
+        line += f"; {duration(seconds)}: {seconds / full:.2f}x"
+    shares = Counter({(cost.stage.name, part): f / now for cost in stages for part, f in cost.flops.items()})
+    (stage, part), share = shares.most_common(1)[0]
+    lines = [f"{line}. " + STANDARD.format(tokens=plain[0].tokens)]
+    lines.append(f"{share:.0%} of the FLOPs are {part.replace('_', ' ')} in stage {stage}.")
+    if found := levers(recipe):
+        best = "; ".join(f"{change} -> {after:.2f}x" for change, after in found[:3])
+        lines.append(f"What would save most FLOPs (and may cost quality: see docs/methods): {best} of this recipe's.")
+    if ratios := paper_ratios(recipe):
+        shown = ", ".join(f"{name} {flops:.2f} ({clock:.2f})" for name, (flops, clock) in ratios.items())
+        lines.append(
+            f"FLOPs of stage {recipe.stages[0].name} relative to 336 tokens, and in brackets the pre-training time "
+            f"that Chain-of-Sight reports for its own set-up: {shown}."
+        )
+    conversations = {cost.stage.conversation: cost.stage.name for cost in stages}
+    lines += [ASSUMED.format(name=name, **c.model_dump()) for c, name in conversations.items()]
+    return lines
+
+
+def part_rows(stages: Sequence[StageCost]) -> Rows:
+    """Parameters that train of all, FLOPs and bytes, a row for each part; after its name a column for each stage."""
+    rows = [
+        [f"parameters: {part}", *(f"{human(c.parts.trains[part])} of {human(c.parts.total[part])}" for c in stages)]
+        for part in stages[0].parts.total
+    ]
+    rows += [
+        [part.replace("_", " "), *(human(cost.flops[part], "FLOP") for cost in stages)] for part in stages[0].flops
+    ]
+    memories = [cost.memory() for cost in stages]
+    return rows + [[f"memory: {part}", *(gigabytes(memory[part]) for memory in memories)] for part in memories[0]]
+
+
+def table(title: str, heads: Sequence[str], rows: Rows) -> Table:
+    built = Table(title=Text(title))
+    for number, head in enumerate(heads):
+        built.add_column(head, justify="right" if number else "left")
+    for row in rows:
+        built.add_row(*map(Text, row))
+    return built
+
+
+def print_plan(recipe: Recipe, speed: Speed | None, limit: float | None, console: Console) -> list[StageCost]:
+    """Tables and notes of one recipe.
+
+    Raises:
+        ValueError: a stage does not fit into ``limit`` bytes; what is too large, and what would fit.
+    """
+    stages = forecast(recipe)
+    console.print(table(recipe.name, headings(speed, limit), stage_rows(stages, speed, limit)))
+    console.print(table("by part", ["", *(cost.stage.name for cost in stages)], part_rows(stages)))
+    for line in notes(recipe, stages, speed):
+        console.print(Text(line))
+    for cost in stages if limit is not None else ():
+        check_fits(cost, limit)  # type: ignore[arg-type]
+    return stages
+
+
+def check_fits(cost: StageCost, limit: float) -> None:
+    """Raises ValueError if a stage's step needs more than ``limit`` bytes."""
+    memory = cost.memory()
+    if (size := sum(memory.values())) <= limit:
+        return
+    part = max(memory, key=memory.__getitem__)
+    found = remedies(cost, limit)
+    raise ValueError(
+        f"stage '{cost.stage.name}' needs {gigabytes(size)} at a micro-batch of {cost.micro_batch}, but there are "
+        f"{gigabytes(limit)}: the largest part is {part} ({gigabytes(memory[part])}). "
+        + (
+            f"What would fit: {'; or '.join(found)}"
+            if found
+            else "Nothing that is tried here fits: take a smaller model"
+        )
+    )
+
+
+def sweep_rows(
+    found: Sequence[tuple[Mapping[str, str], Recipe]], speed: Speed | None
+) -> tuple[list[str], Rows, list[float]]:
+    """Headings, a row for each recipe, and their FLOPs."""
+    rows, flops = [], []
+    for chosen, recipe in found:
+        stages = forecast(recipe)
+        flops.append(total_flops(stages))
+        row = [*chosen.values(), ", ".join(str(cost.tokens) for cost in stages), human(flops[-1])]
+        row += [f"{flops[-1] / flops[0]:.2f}x", f"{flops[-1] / total_flops(forecast(standard(recipe))):.2f}x"]
+        row.append(gigabytes(max(sum(cost.memory().values()) for cost in stages)))
+        rows.append(row + ([] if speed is None else [duration(sum(map(speed, stages)))]))
+    heads = [*found[0][0], "visual tokens", "FLOPs", "of the first", "of standard", "memory"]
+    return heads + ([] if speed is None else ["time"]), rows, flops
+
+
+def write_plan(path: Path, recipe: Recipe, speed: Speed | None, limit: float | None) -> None:
+    """One recipe as a self-contained page."""
+    stages = forecast(recipe)
+    bars = [
+        _bar(part.replace("_", " "), [c.stage.name for c in stages], [c.flops[part] for c in stages], number % 5)
+        for number, part in enumerate(stages[0].flops)
+    ]
+    tables = [(headings(speed, limit), stage_rows(stages, speed, limit))]
+    tables.append((["", *(cost.stage.name for cost in stages)], part_rows(stages)))
+    _write(path, recipe.name, bars, tables, notes(recipe, stages, speed))
+
+
+def write_sweep(path: Path, found: Sequence[tuple[Mapping[str, str], Recipe]], speed: Speed | None) -> None:
+    """Several recipes as a self-contained page: FLOPs over the first key, a group of bars for each of the others."""
+    heads, rows, flops = sweep_rows(found, speed)
+    groups: dict[str, tuple[list[str], list[float]]] = {}
+    for (chosen, _), value in zip(found, flops, strict=True):
+        first, *others = chosen.items()
+        names, values = groups.setdefault(", ".join("=".join(pair) for pair in others), ([], []))
+        names.append("=".join(first))
+        values.append(value)
+    bars = [_bar(name or "FLOPs", *values, n % 5) for n, (name, values) in enumerate(groups.items())]
+    _write(path, found[0][1].name, bars, [(heads, rows)], [], "group")
+
+
+def _bar(name: str, x: list[str], y: list[float], colour: int) -> dict[str, Any]:
+    marker = {"color": {"$css": f"--run-{colour}"}}
+    return {"type": "bar", "name": name, "x": x, "y": y, "marker": marker, "hovertemplate": "%{x}: %{y:.3s}FLOP"}
+
+
+def _write(
+    path: Path, name: str, bars: list[dict[str, Any]], tables: list[Any], lines: list[str], mode: str = "stack"
+) -> None:
+    axes = {
+        "xaxis": {"type": "category", "fixedrange": True},
+        "yaxis": {"title": {"text": "FLOPs"}, "fixedrange": True},
+    }
+    layout = axes | {"height": 400, "barmode": mode}
+    figure = {"id": "flops", "data": bars, "layout": layout}
+    write_page(path, "plan.html.j2", [figure], name=name, tables=tables, notes=lines)

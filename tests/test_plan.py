@@ -1,0 +1,228 @@
+"""`sparsight plan`: a forecast without weights, its honesty about what it assumes, and what it says about mistakes."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from small_runs import quiet, recipe_values, save_encoder, stage_values
+from sparsight import cli
+from sparsight.config import ChainOfSight, LayerSkipper, Recipe, VisualTokenCompressor, load_recipe
+from sparsight.cost.devices import keep_measurement, known_device, peak_flops
+from sparsight.cost.forecast import (
+    StageCost,
+    at_peak,
+    calibrated,
+    forecast,
+    levers,
+    paper_ratios,
+    remedies,
+    standard,
+    total_flops,
+)
+from sparsight.cost.sweep import sweep
+from sparsight.reporting.plan_page import check_fits, memory_of, print_plan, speed_of, write_plan, write_sweep
+from sparsight.schedules import skip_probabilities
+
+PAPER = Path(__file__).parents[1] / "recipes" / "paper-7b.yaml"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSIGHT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def paper() -> Recipe:
+    return load_recipe(PAPER)
+
+
+def test_in_under_a_second_without_torch():
+    code = (
+        "import sys; from sparsight.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules, 'torch'"
+    )
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code, "plan", str(PAPER), "--device", "H100"], capture_output=True, text=True
+    )
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0, done.stderr
+    assert seconds < 1.0, seconds  # measured: 0.45
+    text = " ".join(done.stdout.split())
+    assert "one H100: its peak is 989 TFLOP/s, and a run does 40% of it (assumed)" in text
+    assert "a single-scale resampler of 336 tokens" in text and "cos-32 0.16 (0.27)" in text
+    assert "23 text tokens a conversation" in text and "What would save most FLOPs" in text
+
+
+def test_paper_ratios(paper):
+    """FLOPs allow more than the paper's clock shows; the order is the paper's."""
+    ratios = paper_ratios(paper)
+    assert {name: clock for name, (_, clock) in ratios.items()} == {
+        "cos-32": 0.27, "cos-48": 0.35, "cos-80": 0.42, "cos-336": 1.0
+    }  # fmt: skip
+    flops = [flops for flops, _ in ratios.values()]
+    assert flops == sorted(flops) and flops[-1] == 1
+    assert all(0.5 * clock < flops <= clock for flops, clock in ratios.values())
+
+
+def test_by_hand(paper):
+    """Stage one: LM forward, its gradient, LoRA thrice; encoder forward alone; all of it times samples."""
+    cost = forecast(paper)[0]
+    tokens = (23 + 32) * paper.stages[0].samples
+    maps = 4 * 4096**2 + 3 * 4096 * 11008
+    adapters = 64 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    linear = 32 * tokens * (2 * 2 * maps + 3 * 2 * adapters)
+    assert cost.flops["language_projections"] + cost.flops["language_mlp"] == pytest.approx(linear)
+    assert cost.flops["encoder"] == cost.shapes[0].flops(224, (16, 23), cost.trains) * paper.stages[0].samples
+    assert cost.parts.trains == {"vision": 0, "bridge": 54_614_016, "language": 159_907_840}
+    assert at_peak(1e15, 0.5)(cost) == pytest.approx(sum(cost.flops.values()) / 5e14)
+
+
+def changed(recipe: Recipe, number: int = 0, **values) -> Recipe:
+    stages = list(recipe.stages)
+    stages[number] = stages[number].model_copy(update=values)
+    return recipe.model_copy(update={"stages": tuple(stages)})
+
+
+def test_methods_over_their_course(paper):
+    plain = forecast(paper)
+    kept = forecast(changed(paper, compressor=VisualTokenCompressor(keep=0.25, final=0.75)))[0]
+    assert kept.mean("tokens") == pytest.approx(16, abs=0.2) and kept.length(0.25) == 23 + 8
+    dense = forecast(changed(paper, compressor=VisualTokenCompressor(keep=0.25, dense_every=2)))[0]
+    assert dense.mean("tokens") == pytest.approx((8 + 32) / 2)
+    skipper = LayerSkipper(alpha=0.6, epsilon=0.3)
+    skipped = forecast(changed(paper, 1, skipper=skipper))[1]
+    off = [sum(skip_probabilities(32, (n + 0.5) / 500, 0.6, 0.3)) for n in range(500)]
+    assert skipped.mean("layers") == pytest.approx(32 - sum(off) / 500, rel=1e-3)
+    share = skipped.mean("layers") / 32
+    assert skipped.flops["language_mlp"] == pytest.approx(share * plain[1].flops["language_mlp"])
+    assert skipped.flops["vocabulary"] == plain[1].flops["vocabulary"]
+
+
+def test_a_layout_that_does_not_fit(paper):
+    with pytest.raises(ValueError, match="a grid of 16 windows per side needs at least 16 patches per side"):
+        forecast(changed(paper, 1, image_size=196))
+    with pytest.raises(ValueError, match="vision 'clip-xxl': its sizes are not known here"):
+        forecast(paper.model_copy(update={"vision": "clip-xxl"}))
+
+
+def test_cached_pictures_are_encoded_once():
+    stage = stage_values() | {"cache_features": True, "samples": 400}
+    stages = [stage | {"name": "a"}, stage | {"name": "b"}]
+    data = {"kind": "scenes", "scenes": 100}
+    recipe = Recipe.model_validate(recipe_values("efficientnet-lite0") | {"stages": stages, "data": data})
+    first, second = forecast(recipe)
+    assert first.flops["encoder"] == 100 * first.shapes[0].flops(first.stage.image_size, None, first.trains)
+    assert second.flops["encoder"] == 0
+
+
+def test_standard_is_plain_and_costs_more(paper):
+    plain = standard(changed(paper, compressor=VisualTokenCompressor()))
+    assert {(s.bridge.kind, s.bridge.tokens, s.bridge.width) for s in plain.stages} == {("resampler", 336, 1024)}
+    assert all(stage.compressor is None for stage in plain.stages)
+    assert total_flops(forecast(paper)) < 0.3 * total_flops(forecast(plain))
+
+
+def test_levers_do_what_they_say(paper):
+    (change, after), *_ = found = levers(standard(paper))
+    assert change == "stages.pretrain.bridge: cos-32"
+    wide = {key: getattr(paper.stages[0].bridge, key) for key in ("width", "heads", "mlp_ratio")}
+    few = changed(standard(paper), bridge=ChainOfSight("cos-32", **wide))
+    assert after == pytest.approx(total_flops(forecast(few)) / total_flops(forecast(standard(paper))))
+    assert [share for _, share in found] == sorted(share for _, share in found)
+
+
+def test_what_fits(paper):
+    cost = forecast(paper)[1]
+    limit = known_device("NVIDIA H100 80GB HBM3")[2]
+    most = cost.fits(limit)
+    assert sum(cost.memory(most).values()) <= limit < sum(cost.memory(most + 1).values())
+    full = changed(paper, 1, lora=None)
+    cost = StageCost(full, full.stages[1])
+    with pytest.raises(
+        ValueError, match="stage 'finetune' needs .* at a micro-batch of 4.*largest part.*What would fit: "
+    ):
+        check_fits(cost, 40e9)
+    assert all(line.startswith(("lora", "gradient")) for line in remedies(cost, 40e9))
+    with pytest.raises(ValueError, match="Nothing that is tried here fits: take a smaller model"):
+        check_fits(cost, 5e9)
+    print_plan(paper, None, limit, quiet())
+
+
+def test_sweep(paper, tmp_path):
+    overrides = ["layout=cos-32,1:16,4:4", "skipper.alpha=0,0.5,0.9", "skipper.epsilon=0.1", "seed=3"]
+    found = sweep(PAPER, overrides)
+    assert len(found) == 6 and found[0][0] == {"layout": "cos-32", "skipper.alpha": "0"}
+    last = found[-1][1]
+    assert last.seed == 3 and last.stages[0].bridge.layout == "1:16,4:4" and last.stages[1].skipper.alpha == 0.9
+    assert last.stages[1].bridge == paper.stages[1].bridge and last.stages[0].skipper is None
+    flops = [total_flops(forecast(recipe)) for _, recipe in found]
+    assert flops[2] < flops[1] < flops[0] < flops[3]
+    write_sweep(tmp_path / "sweep.html", found, None)
+    page = (tmp_path / "sweep.html").read_text()
+    figures = json.loads(page.split('id="figures">')[1].split("</script>")[0])
+    assert [bar["name"] for bar in figures[0]["data"]] == [f"skipper.alpha={a}" for a in ("0", "0.5", "0.9")]
+    assert figures[0]["data"][0]["y"] == [flops[0], flops[3]]
+    for wrong in (["seed=3"], ["seed=" + ",".join(map(str, range(200)))]):
+        with pytest.raises(ValueError, match="--sweep: .* combinations; expected 2 to 100"):
+            sweep(PAPER, wrong)
+
+
+def test_page(paper, tmp_path):
+    named = paper.model_copy(update={"name": "paper"})
+    write_plan(tmp_path / "plan.html", named, at_peak(1e15, 0.4), 80e9)
+    assert "language mlp" in (tmp_path / "plan.html").read_text()
+
+
+def test_time_rests_on_what_is_said(paper):
+    speed, said = speed_of(paper, None, None)
+    assert speed is None and "No time: name a --device" in said
+    keep_measurement(peak={"device": "a CPU, 2 threads", "bf16": 2e11, "fp32": 1e11})
+    assert peak_flops("a CPU, 2 threads", "fp32") == 1e11 and peak_flops("another", "fp32") is None
+    speed, said = speed_of(paper, None, 0.25)
+    assert "200 GFLOP/s measured (a CPU, 2 threads, bf16), 25% of it (given)" in said
+    cost = forecast(paper)[0]
+    assert speed(cost) == pytest.approx(sum(cost.flops.values()) / 5e10)
+    assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989e12 and peak_flops("NVIDIA H100 80GB HBM3", "fp32") is None
+    with pytest.raises(ValueError, match="device 'abacus' is not known; expected one of B200"):
+        speed_of(paper, "abacus", None)
+    with pytest.raises(ValueError, match="--mfu 40"):
+        speed_of(paper, "H100", 40)
+    with pytest.raises(ValueError, match="--memory lots: expected gigabytes, such as 80GB"):
+        memory_of("lots", None)
+    assert memory_of("24 gb", "H100") == 24e9 and memory_of(None, "H100") == 80e9 and memory_of(None, None) is None
+
+
+def test_calibrated_time_by_hand(paper):
+    found = {"pass": 0.5, "linear": 1e-12, "attention": 2e-12, "encoder": 3e-12, "optimizer": 1e-9, "device": "x"}
+    cost = forecast(paper)[0]
+    flops, passes = cost.flops, cost.stage.samples / 32
+    linear = sum(flops.values()) - flops["encoder"] - flops["language_attention"]
+    seconds = passes * 0.5 + linear * 1e-12 + flops["language_attention"] * 2e-12 + flops["encoder"] * 3e-12
+    seconds += cost.stage.steps * 1e-9 * (54_614_016 + 159_907_840)
+    assert calibrated(found)(cost) == pytest.approx(seconds)
+
+
+def test_calibration_of_a_small_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sparsight.pipeline.SECONDS", 1.0)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe_values(str(save_encoder(tmp_path / "encoder")))))
+    monkeypatch.setattr(sys, "argv", ["sparsight", "plan", str(file), "--calibrate", "--out", str(tmp_path / "p.html")])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0 and "Time as calibrated on this computer" in shown
+    assert (tmp_path / "p.html").is_file()
+
+
+def test_console_is_narrow_enough(paper):
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_plan(paper, at_peak(1e15, 0.4), None, console)
+    assert all(len(line) <= 80 for line in console.export_text().splitlines())

@@ -1,0 +1,169 @@
+"""Closed-form parameters and encoder FLOPs against real modules of the same configurations."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from sparsight.bridges import build_bridge
+from sparsight.config import ChainOfSight, Linear, Mlp, PixelShuffle, Resampler, ScratchLanguage
+from sparsight.cost.flops import language_flops
+from sparsight.cost.shapes import (
+    ENCODERS,
+    LANGUAGES,
+    LanguageShape,
+    LiteShape,
+    Trains,
+    bridge_parameters,
+    encoder_shape,
+    language_shape,
+)
+from sparsight.modeling.configuration import EfficientNetLiteConfig
+from sparsight.modeling.encoders import EfficientNetLiteModel, count_flops, feature_levels
+from tiny import make_vlm
+
+SMALL = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+TEXT = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 128, "pad_token_id": 0}
+WITH_RMS_NORM = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "granite")
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def on_meta(config, auto):
+    with torch.device("meta"):
+        return auto.from_config(config)
+
+
+@pytest.mark.parametrize("name", [name for name in ENCODERS if name != "efficientnet-lite0"])
+def test_encoder_parameters(name):
+    values = dict(ENCODERS[name])
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    assert encoder_shape(name).parameters == parameters(on_meta(config, AutoModel))
+
+
+def test_lite_parameters():
+    for blocks in ((10, 15), (2, 10), (4,)):
+        model = EfficientNetLiteModel(EfficientNetLiteConfig(out_blocks=blocks))
+        assert LiteShape(blocks).parameters == parameters(model)
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_language_parameters(name):
+    values = dict(LANGUAGES[name])
+    model = on_meta(AutoConfig.for_model(values.pop("model_type"), **values), AutoModelForCausalLM)
+    assert language_shape(name).parameters == parameters(model)
+
+
+@pytest.mark.parametrize("family", [*WITH_RMS_NORM, "olmo2", "phi", "starcoder2", "gpt_neox", "stablelm"])
+def test_language_parameters_of_each_family(family):
+    """Exact with RMSNorm; else within what biases and norms weigh, which is little at real sizes."""
+    config = AutoConfig.for_model(family, **TEXT)
+    real = parameters(on_meta(config, AutoModelForCausalLM))
+    ours = LanguageShape.from_config(config).parameters
+    assert ours == real if family in WITH_RMS_NORM else abs(ours / real - 1) < 0.06
+
+
+def test_published_totals():
+    """As their authors give them."""
+    assert language_shape("vicuna-7b").parameters == 6_738_415_616
+    assert language_shape("qwen2.5-7b").parameters == 7_615_616_512
+    assert language_shape("smollm2-135m").parameters == 134_515_008
+    assert language_shape("vicuna-7b").lora_parameters(64) == 159_907_840
+
+
+BRIDGES = [Linear(), Mlp(), PixelShuffle(factor=3), Resampler(tokens=5, width=32, heads=2, depth=2)]
+BRIDGES += [
+    ChainOfSight("1:4,2:2,4:1", width=48, heads=2),
+    ChainOfSight("1:2,3:2", width=16, heads=2, shared_queries=True),
+]
+
+
+@pytest.mark.parametrize("settings", BRIDGES, ids=lambda settings: settings.kind)
+def test_bridge_parameters(settings):
+    assert bridge_parameters(settings, (24, 40), 56) == parameters(build_bridge(settings, (24, 40), 56))
+
+
+def test_paper_bridge_parameters():
+    """Chain-of-Sight's bridges of 80 and of 1296 tokens: 54.7 M and 81.1 M."""
+    counts = [bridge_parameters(ChainOfSight(name), (1024, 1024), 4096) / 1e6 for name in ("cos-80", "cos-1296")]
+    assert [round(count, 1) for count in counts] == [54.7, 81.1]
+
+
+def test_parameters_of_a_whole_model():
+    model, processor = make_vlm()
+    shape = language_shape(
+        ScratchLanguage(hidden=32, layers=2, heads=2, intermediate=64, vocabulary=len(processor.tokenizer))
+    )
+    assert shape == LanguageShape.from_config(model.config.text_config)
+    encoder = encoder_of(model.config.vision_config)
+    bridge = bridge_parameters(model.config.bridge_config, model.config.level_widths, shape.hidden)
+    assert shape.parameters + encoder.parameters + bridge == parameters(model)
+    assert tuple(model.config.map_size) == encoder.map_size(64)
+    assert list(model.config.level_widths) == encoder.level_widths(None)
+
+
+def encoder_of(config, folder=None):
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as where:
+        (Path(where) / "config.json").write_text(json.dumps(config.to_dict()))
+        return encoder_shape(where)
+
+
+VITS = {
+    "clip": ("clip_vision_model", {"patch_size": 8, "image_size": 32}),
+    "siglip": ("siglip_vision_model", {"patch_size": 8, "image_size": 32}),
+    "siglip without a head": ("siglip_vision_model", {"patch_size": 8, "image_size": 32, "vision_use_head": False}),
+    "dinov2": ("dinov2", {"patch_size": 8, "image_size": 32, "mlp_ratio": 2}),
+    "dinov2 giant": ("dinov2", {"patch_size": 8, "image_size": 32, "mlp_ratio": 4, "use_swiglu_ffn": True}),
+    "vit": ("vit", {"patch_size": 8, "image_size": 32}),
+}
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trains"])
+@pytest.mark.parametrize("name", VITS)
+def test_encoder_flops(name, trains):
+    kind, values = VITS[name]
+    config = AutoConfig.for_model(
+        kind, **({k: v for k, v in SMALL.items() if kind != "dinov2" or "inter" not in k} | values)
+    )
+    model = AutoModel.from_config(config).requires_grad_(trains)
+    shape = encoder_of(config)
+    assert shape.parameters == parameters(model)
+    for side, levels in ((32, None), (64, [1, 2])):
+        computed, measured = shape.flops(side, levels, Trains(vision=trains)), count_flops(model, side, levels)
+        assert abs(computed / measured - 1) < 0.01, (computed, measured)
+
+
+def test_lite_flops():
+    model = EfficientNetLiteModel(EfficientNetLiteConfig()).requires_grad_(False)
+    shape = encoder_shape("efficientnet-lite0")
+    for side in (64, 100, 256):
+        assert shape.flops(side, None, Trains()) == count_flops(model, side)
+        levels = feature_levels(model.eval(), torch.zeros(1, 3, side, side))
+        assert shape.map_size(side) == tuple(levels[0].shape[1:3])
+        assert shape.level_widths(None) == [level.shape[3] for level in levels]
+
+
+def test_unknown_names_say_what_there_is(tmp_path):
+    with pytest.raises(ValueError, match="language 'gpt-5': its sizes are not known.*vicuna-7b"):
+        language_shape("gpt-5")
+    (tmp_path / "config.json").write_text('{"model_type": "convnext"}')
+    with pytest.raises(ValueError, match="an encoder of type 'convnext' has no closed form"):
+        encoder_shape(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 8}')
+    with pytest.raises(ValueError, match="lacks 'num_attention_heads'"):
+        language_shape(str(tmp_path))
+
+
+def test_a_folder_is_read_as_its_model_is(tmp_path):
+    config = AutoConfig.for_model("qwen2", **TEXT, num_key_value_heads=2, intermediate_size=96)
+    config.save_pretrained(tmp_path)
+    assert language_shape(str(tmp_path)) == LanguageShape.from_config(config)
+    assert language_shape(str(tmp_path), layers=1).layers == 1
+    parts = language_flops(language_shape(str(tmp_path)), 2, 10, 3, Trains())
+    assert set(parts) == {"language_projections", "language_attention", "language_mlp", "vocabulary"}
