@@ -130,27 +130,35 @@ def plan(
     """Forecast what a recipe costs, without weights: FLOPs, memory, hours, and what would make it cheaper."""
     from rich.console import Console
 
-    from sparsight.config import load_recipe
+    from sparsight.config import load_recipes
     from sparsight.cost.sweep import sweep as swept
     from sparsight.reporting import plan_page
 
-    console, found = Console(), swept(recipe, overrides or []) if sweep else []
-    settings = found[0][1] if found else load_recipe(recipe, overrides)
+    console = Console()
+    found, refused = swept(recipe, overrides or []) if sweep else ([], [])
+    recipes = [found[0][1]] if found else load_recipes(recipe, overrides)
     if calibrate:
         from sparsight.pipeline import calibrate_recipe
 
-        calibrate_recipe(settings, _console())
-    speed, said = plan_page.speed_of(settings, device, mfu)
+        calibrate_recipe(recipes[0], _console())
+    speed, said = plan_page.speed_of(recipes[0], device, mfu)
     limit = plan_page.memory_of(memory, device)
+    console.print(said, highlight=False, markup=False)
     if found:
         heads, rows, _ = plan_page.sweep_rows(found, speed)
-        console.print(plan_page.table(settings.name, heads, rows))
-    console.print(said, highlight=False, markup=False)
-    if out is not None:
-        plan_page.write_sweep(out, found, speed) if found else plan_page.write_plan(out, settings, speed, limit)
-        console.print(f"wrote [bold]{out}[/]")
-    if not found:
+        console.print(plan_page.table(recipes[0].name, heads, rows))
+        for line in refused:
+            console.print(line, style="yellow", markup=False, soft_wrap=True)
+        if out is not None:
+            plan_page.write_sweep(out, found, speed)
+    for settings in recipes if not found else ():
+        if out is not None:
+            plan_page.write_plan(
+                out.with_stem(f"{out.stem}-{settings.name}") if len(recipes) > 1 else out, settings, speed, limit
+            )
         plan_page.print_plan(settings, speed, limit, console)
+    if out is not None:
+        console.print(f"wrote [bold]{out}[/]")
 
 
 @app.command(name="eval")

@@ -433,6 +433,13 @@ def load_comparison(path: str | Path, overrides: list[str] | None = None) -> Com
         raise ValueError(f"{path}: {readable(error)}") from None
 
 
+def load_recipes(path: str | Path, overrides: list[str] | None = None) -> list[Recipe]:
+    """The recipe of a YAML file, or those of a comparison; overrides and errors as in `load_recipe`."""
+    if "runs" in _read_yaml(Path(path), None):
+        return load_comparison(path, overrides).recipes()
+    return [load_recipe(path, overrides)]
+
+
 def _read_yaml(file: Path, overrides: list[str] | None) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"no recipe at {file.absolute()}")

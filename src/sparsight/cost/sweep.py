@@ -14,15 +14,19 @@ _SCALE = re.compile(r"\s*\d+\s*:\s*\d+\s*")
 MOST = 100
 
 
-def sweep(path: str | Path, overrides: list[str]) -> list[tuple[dict[str, str], Recipe]]:
-    """({key: value} of what differs, recipe) for each combination of the values that commas part.
+Swept = list[tuple[dict[str, str], Recipe]]
+
+
+def sweep(path: str | Path, overrides: list[str]) -> tuple[Swept, list[str]]:
+    """({key: value} of what differs, recipe) for each combination of the values that commas part, and what is wrong
+    with combinations that make no recipe.
 
     Keys are those of overrides, or short: ``layout`` is that of all stages but the last (of the only one),
     ``compressor.*`` belongs to the first stage and ``skipper.*`` to the last. Scales beside one another (``1:16,4:4``)
     are one layout; where two such stand side by side, part them by a semicolon.
 
     Raises:
-        ValueError: no key has several values, or there are too many combinations, or a recipe is wrong.
+        ValueError: no key has several values, or there are too many combinations, or none of them is a recipe.
     """
     values = {key: _split(text) for key, _, text in (override.partition("=") for override in overrides)}
     varied = {key: found for key, found in values.items() if len(found) > 1}
@@ -33,12 +37,18 @@ def sweep(path: str | Path, overrides: list[str]) -> list[tuple[dict[str, str], 
             f"--sweep: {count} combinations; expected 2 to {MOST}, such as layout=cos-32,cos-80 skipper.alpha=0,0.5"
         )
     names = [stage.name for stage in load_recipe(path, [each for each in fixed if not _SHORT.match(each)]).stages]
-    recipes = []
+    recipes: Swept = []
+    refused = []
     for combination in itertools.product(*varied.values()):
         chosen = dict(zip(varied, combination, strict=True))
         overrides = fixed + [f"{key}={value}" for key, value in chosen.items()]
-        recipes.append((chosen, load_recipe(path, [long for each in overrides for long in _long(each, names)])))
-    return recipes
+        try:
+            recipes.append((chosen, load_recipe(path, [long for each in overrides for long in _long(each, names)])))
+        except ValueError as error:
+            refused.append(f"{', '.join(map('='.join, chosen.items()))}: {error}")
+    if not recipes:
+        raise ValueError("--sweep: no combination is a recipe: " + "; ".join(refused))
+    return recipes, refused
 
 
 def _split(text: str) -> list[str]:

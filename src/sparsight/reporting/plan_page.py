@@ -29,7 +29,7 @@ from sparsight.cost.forecast import (
 from sparsight.reporting.comparison import duration, human
 from sparsight.reporting.page import write_page
 
-HEADINGS = ("stage", "visual tokens", "layers", "length", "batch", "steps", "FLOPs", "memory")
+HEADINGS = ("stage", "tokens", "layers", "length", "batch", "steps", "FLOPs", "memory")
 STANDARD = (
     "The standard recipe: the same samples and stages, with a single-scale resampler of {tokens} tokens (the most that "
     "a stage here has) throughout, every token and every layer in every step."
@@ -96,7 +96,7 @@ def stage_rows(stages: Sequence[StageCost], speed: Speed | None, limit: float | 
         kept, layers, most = cost.mean("tokens"), cost.mean("layers"), cost.shapes[1].layers
         tokens = f"{cost.tokens}" if kept == cost.tokens else f"{cost.tokens}, {kept:.0f} kept"
         count = f"{layers:.1f} of {most}" if layers < most - 1e-9 else f"{most}"
-        row = [cost.stage.name, tokens, count, f"{cost.length():.0f}", f"{cost.micro_batch}", f"{cost.stage.steps}"]
+        row = [cost.stage.name, tokens, count, f"{cost.length():.0f}", f"{cost.micro_batch}", f"{cost.stage.steps:,}"]
         row += [human(sum(cost.flops.values())), gigabytes(sum(cost.memory().values()))]
         if limit is not None:
             row.append(str(cost.fits(limit)))
@@ -154,7 +154,7 @@ def part_rows(stages: Sequence[StageCost]) -> Rows:
 def table(title: str, heads: Sequence[str], rows: Rows) -> Table:
     built = Table(title=Text(title))
     for number, head in enumerate(heads):
-        built.add_column(head, justify="right" if number else "left")
+        built.add_column(Text(head, overflow="fold"), justify="right" if number else "left", overflow="fold")
     for row in rows:
         built.add_row(*map(Text, row))
     return built
@@ -206,7 +206,7 @@ def sweep_rows(
         row += [f"{flops[-1] / flops[0]:.2f}x", f"{flops[-1] / total_flops(forecast(standard(recipe))):.2f}x"]
         row.append(gigabytes(max(sum(cost.memory().values()) for cost in stages)))
         rows.append(row + ([] if speed is None else [duration(sum(map(speed, stages)))]))
-    heads = [*found[0][0], "visual tokens", "FLOPs", "of the first", "of standard", "memory"]
+    heads = [*found[0][0], "tokens", "FLOPs", "of the first", "of standard", "memory"]
     return heads + ([] if speed is None else ["time"]), rows, flops
 
 
