@@ -29,7 +29,7 @@ from sparsight.cost.forecast import (
 from sparsight.reporting.comparison import duration, human
 from sparsight.reporting.page import write_page
 
-HEADINGS = ("stage", "tokens", "layers", "length", "batch", "steps", "FLOPs", "memory")
+HEADINGS = ("stage", "visual tokens", "layers run", "length", "micro-batch", "steps", "FLOPs", "memory")
 STANDARD = (
     "The standard recipe: the same samples and stages, with a single-scale resampler of {tokens} tokens (the most that "
     "a stage here has) throughout, every token and every layer in every step."
@@ -105,7 +105,7 @@ def stage_rows(stages: Sequence[StageCost], speed: Speed | None, limit: float | 
 
 
 def headings(speed: Speed | None, limit: float | None) -> list[str]:
-    return [*HEADINGS, *([] if limit is None else ["fits"]), *([] if speed is None else ["time"])]
+    return [*HEADINGS, *([] if limit is None else ["micro-batch that fits"]), *([] if speed is None else ["time"])]
 
 
 def gigabytes(size: float) -> str:
@@ -151,10 +151,10 @@ def part_rows(stages: Sequence[StageCost]) -> Rows:
     return rows + [[f"memory: {part}", *(gigabytes(memory[part]) for memory in memories)] for part in memories[0]]
 
 
-def table(title: str, heads: Sequence[str], rows: Rows) -> Table:
+def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     built = Table(title=Text(title))
     for number, head in enumerate(heads):
-        built.add_column(Text(head, overflow="fold"), justify="right" if number else "left", overflow="fold")
+        built.add_column(Text(head, overflow="fold"), justify="right" if number else "left")
     for row in rows:
         built.add_row(*map(Text, row))
     return built
@@ -167,8 +167,12 @@ def print_plan(recipe: Recipe, speed: Speed | None, limit: float | None, console
         ValueError: a stage does not fit into ``limit`` bytes; what is too large, and what would fit.
     """
     stages = forecast(recipe)
-    console.print(table(recipe.name, headings(speed, limit), stage_rows(stages, speed, limit)))
-    console.print(table("by part", ["", *(cost.stage.name for cost in stages)], part_rows(stages)))
+    (_, *names), *figures = zip(headings(speed, limit), *stage_rows(stages, speed, limit), strict=True)
+    built = table(recipe.name, ["", *names], figures)
+    built.add_section()
+    for row in part_rows(stages):
+        built.add_row(*map(Text, row))
+    console.print(built)
     for line in notes(recipe, stages, speed):
         console.print(Text(line))
     for cost in stages if limit is not None else ():
