@@ -111,6 +111,8 @@ class StageCost:
             self.micro_batch * self.stage.conversation.learnt,
             self.micro_batch * self.images_each,
             self.trains,
+            # Packed, each conversation's attention is by itself; not so with a compressor.
+            self.micro_batch * self.length() ** 2 if self.stage.packing and self.stage.compressor is None else None,
         )
         del parts["encoder"]
         return parts

@@ -7,7 +7,7 @@ samples of various lengths (flash attention), that is better still, and left alo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,21 @@ class _Rows(torch.autograd.Function):
         return torch.where(inside.view(-1, *[1] * (found.ndim - 1)), found, 0), None, None, None
 
 
+def segments(position_ids: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """First place, end, and longest, of samples that begin where ``position_ids`` (B or 1, T) are 0, in flat rows."""
+    starts_S = (position_ids.expand(rows, -1).reshape(-1) == 0).nonzero()[:, 0]
+    ends_S = torch.cat([starts_S[1:], starts_S.new_tensor([rows * position_ids.shape[1]])])
+    return starts_S, ends_S, int((ends_S - starts_S).max())
+
+
+def compared(language_model: PreTrainedModel, inputs: Mapping[str, Any]) -> float | None:
+    """Positions that attention compares with one another; None for those of whole rows."""
+    if language_model.config._attn_implementation != NAME:
+        return None
+    starts_S, _, longest = segments(inputs["position_ids"], len(inputs["input_ids"]))
+    return float(len(starts_S) * longest**2)
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -54,9 +69,7 @@ def packed_attention(
     """
     assert position_ids is not None and attention_mask is None
     batch, heads, length, width = query.shape
-    starts_S = (position_ids.expand(batch, -1).reshape(-1) == 0).nonzero()[:, 0]
-    ends_S = torch.cat([starts_S[1:], starts_S.new_tensor([batch * length])])
-    longest = int((ends_S - starts_S).max())
+    starts_S, ends_S, longest = segments(position_ids, batch)
     places_SL = starts_S[:, None] + torch.arange(longest, device=query.device)
     inside_SL = places_SL < ends_S[:, None]
     places_SL = torch.where(inside_SL, places_SL, starts_S[:, None])

@@ -40,7 +40,7 @@ from sparsight.data.batching import RankBatches, Step, micro_batches, plan_steps
 from sparsight.data.collate import Collator, TrainingSet
 from sparsight.distributed import any_rank, process_state, several_ranks
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
-from sparsight.modeling.packed import attention_for_packed_rows
+from sparsight.modeling.packed import attention_for_packed_rows, compared
 from sparsight.sparse.attach import Pass, SparseHandle, attach
 from sparsight.sparse.callback import SparsightCallback
 from sparsight.training.quarantine import Quarantine
@@ -110,6 +110,7 @@ class StepCounter:
             labels,
             visual // config.num_image_tokens,
             self.trains,
+            compared(self.model.model.language_model, inputs),
         )
         for part, flops in parts.items():
             self.flops[part] += flops
