@@ -131,6 +131,22 @@ def shards_table(name: str, result: dict) -> str:
     )
 
 
+def plan_table(name: str, result: dict) -> str:
+    """Forecast over measured time of layouts that `plan` was not calibrated on."""
+    lines = [
+        f"**{name}**: forecast time of a step over the measured one, of layouts that were not calibrated on; they and "
+        f"the calibrating ones took turns ({result['device']}; `benchmarks/results/{result['file']}`)",
+        "",
+        "| model | layout | seconds a step | forecast | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for model, rows in result["models"].items():
+        for row in rows:
+            figures = f"{row['seconds']:.2f} | {row['forecast']:.2f} | {row['ratio']:.2f}"
+            lines.append(f"| {model} | `{row['layout']}` | {figures} |")
+    return "\n".join(lines)
+
+
 def newest(folder: Path) -> dict[str, dict]:
     """The newest result of each name: NAME-DATE.json, DATE as in 2026-11-21 or 2026-11-21T0829."""
     files = {file.name[: file.name.index("-20")]: file for file in sorted(folder.glob("*-????-??-??*.json"))}
@@ -142,6 +158,7 @@ Show = Callable[[str, dict], str]
 PAGES: dict[str, list[tuple[str, Show]]] = {
     "README.md": [("demo", table), ("scenes-60min", table)],
     "docs/chain-of-sight.md": [("bridge-", bridge_table), ("scaling", scaling_table)],
+    "docs/cost.md": [("plan-", plan_table)],
     "docs/data.md": [("data-", data_table), ("shards", shards_table)],
     "docs/methods/chain-of-sight.md": [("scenes-60min", table)],
     "docs/methods/compressor.md": [("sparse-c", sparse_table), ("sparse-scenes", table)],
