@@ -384,7 +384,7 @@ def _run_stage(
     )
     if stage.gradient_checkpointing:
         model.train().gradient_checkpointing_enable({"use_reentrant": False})
-    else:
+    elif model.is_gradient_checkpointing:
         model.gradient_checkpointing_disable()
     encoder_flops = count_flops(model.model.vision_tower, stage.image_size, config.vision_levels)
     encoding = Encoding(0.0, 0.0)
