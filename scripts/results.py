@@ -158,7 +158,7 @@ Show = Callable[[str, dict], str]
 PAGES: dict[str, list[tuple[str, Show]]] = {
     "README.md": [("demo", table), ("scenes-60min", table)],
     "docs/chain-of-sight.md": [("bridge-", bridge_table), ("scaling", scaling_table)],
-    "docs/cost.md": [("plan-", plan_table)],
+    "docs/cost.md": [("plan", plan_table)],
     "docs/data.md": [("data-", data_table), ("shards", shards_table)],
     "docs/methods/chain-of-sight.md": [("scenes-60min", table)],
     "docs/methods/compressor.md": [("sparse-c", sparse_table), ("sparse-scenes", table)],
