@@ -12,8 +12,6 @@ from contextlib import nullcontext
 import pytest
 import torch
 from families import batch_of, made
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from small_runs import one_stage, train
 from sparsight.config import LayerSkipper, Linear, Lora, Stage, VisualTokenCompressor
@@ -28,24 +26,13 @@ from sparsight.sparse.callback import SparsightCallback
 from sparsight.sparse.executed import figures
 from sparsight.training.stages import add_lora, select_trainable
 from sparsight.training.trainer import StepCounter
+from test_cost import assert_close, counted
 from tiny import make_vlm
 
-TOLERANCE = 0.02
 ALL = {"vision": 1e-3, "bridge": 1e-3, "language": 1e-3}
 FROZEN = {"bridge": 1e-3, "language": 1e-3}
 ALIGN = {"bridge": 1e-3}
 COMPRESSOR, SKIPPER = VisualTokenCompressor(keep=0.25), LayerSkipper(alpha=0.5)
-
-
-def counted(run):
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
-def assert_close(computed, measured):
-    error = computed / measured - 1
-    assert abs(error) <= TOLERANCE, f"computed {computed:.6g}, measured {measured:.6g}, error {error:+.2%}"
 
 
 def items(model, images, texts):
@@ -113,9 +100,7 @@ def test_a_step_of_our_own_model(name, bridge):
         items(model, case["images"], case["texts"])
     )
     info = inputs.pop("info")
-    # By sample, attention is torch's own: of plain products, as the counter sees no others on a CPU.
-    by_sample = attention_for_packed_rows(model.model.language_model) if "by_sample" in case else nullcontext()
-    with by_sample, sdpa_kernel(SDPBackend.MATH):
+    with attention_for_packed_rows(model.model.language_model) if "by_sample" in case else nullcontext():
         measured = counted(lambda: model(**inputs, loss_only=True, use_cache=False).loss.backward())
         counter.add(inputs, info, handle.take_passes()[0])
     assert_close(sum(counter.flops.values()), measured)
