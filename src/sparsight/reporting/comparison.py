@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sparsight.reporting.runlog import Run, StageRun, step_seconds
+from sparsight.reporting.runlog import Run, StageRun
 
 Comparison = dict[str, Any]
 _COSTS = ("seconds", "executed_flops")
@@ -78,7 +78,7 @@ def _stage_entry(stage: StageRun) -> dict[str, Any]:
     keys = ("name", "seconds", "executed_flops", "visual_tokens", "samples", "bridge", "layout", "finished")
     return {key: getattr(stage, key) for key in keys} | {
         "peak_memory_bytes": stage.highest("memory_bytes"),
-        "data_wait": _ratio(stage.seconds_of("data"), sum(step_seconds(step) for step in stage.steps)),
+        "data_wait": stage.data_wait,
         "loss": stage.curve.final,
     }
 

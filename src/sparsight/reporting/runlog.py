@@ -213,6 +213,12 @@ class StageRun:
         """Seconds that the steps spent on "data" (waiting for it), "compute" or "optimizer"."""
         return math.fsum(number_in(step.get("seconds"), part) or 0.0 for step in self.steps)
 
+    @property
+    def data_wait(self) -> float | None:
+        """Share of the steps' seconds spent waiting for data; None where there are none."""
+        seconds = sum(step_seconds(step) for step in self.steps)
+        return self.seconds_of("data") / seconds if seconds else None
+
     def highest(self, key: str) -> float | None:
         """The highest number that a step has under ``key``."""
         return max((value for step in self.steps if (value := number_in(step, key)) is not None), default=None)

@@ -41,6 +41,7 @@ class SparsightCallback(TrainerCallback):
         self.handle, self.dense_probe = handle, dense_probe
         self.probe: dict[str, float] = {}
         self.since = time.perf_counter()
+        self.peak: float | None = None
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one before."""
@@ -64,6 +65,7 @@ class SparsightCallback(TrainerCallback):
         self.since = time.perf_counter()
         if self.handle.skipper is not None:
             _refuse_engine(self.handle.model)
+        self.peak = peak_flops(device_name(args.device), "bf16" if args.bf16 else "fp32")
         self.handle.step(state.global_step, _progress(state))
         folders = (args.resume_from_checkpoint, f"{args.output_dir}/checkpoint-{state.global_step}")
         files = [Path(folder) / STATE_FILE for folder in folders if isinstance(folder, str)]
@@ -100,10 +102,9 @@ class SparsightCallback(TrainerCallback):
         if not passes:  # somebody else counts them
             return
         found = figures(self.handle, passes) | self.probe
-        peak = peak_flops(device_name(args.device), "bf16" if args.bf16 else "fp32")
         since, self.since = self.since, time.perf_counter()
-        if peak is not None and "flops" in found:
-            found["mfu"] = found["flops"] / (self.since - since) / peak
+        if self.peak is not None and "flops" in found:
+            found["mfu"] = found["flops"] / (self.since - since) / self.peak
         logs |= found  # for the trackers and bars that come after
         if state.log_history:
             state.log_history[-1] |= found
