@@ -18,6 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from sparsight.config import ChainOfSight, Recipe
+from sparsight.cost.forecast import pass_seconds
 from sparsight.counting import device_name
 from sparsight.pipeline import CALIBRATED, TimedSteps, timed_steps
 from sparsight.training.calibrate import fit
@@ -52,9 +53,7 @@ def measure(recipe: Recipe, rounds: int, console: Console) -> list[dict[str, Any
     seen = [best[layout] for layout in CALIBRATED]
     found, rows = fit([each.flops for each in seen], [each.seconds for each in seen]), []
     for layout in LAYOUTS:
-        attention = best[layout].flops["language_attention"]
-        linear = sum(best[layout].flops.values()) - attention
-        forecast = found["pass"] + found["linear"] * linear + found["attention"] * attention
+        forecast = pass_seconds(found, best[layout].flops)
         row = {"layout": layout, "forecast": forecast, "seconds": best[layout].seconds}
         rows.append(row | {"ratio": forecast / best[layout].seconds})
     return rows

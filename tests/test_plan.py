@@ -13,7 +13,7 @@ from rich.console import Console
 
 from small_runs import quiet, recipe_values, save_encoder, stage_values
 from sparsight import cli
-from sparsight.config import ChainOfSight, LayerSkipper, Recipe, VisualTokenCompressor, load_recipe, load_recipes
+from sparsight.config import ChainOfSight, LayerSkipper, Recipe, Stage, VisualTokenCompressor, load_recipe, load_recipes
 from sparsight.cost.devices import keep_measurement, known_device, peak_flops
 from sparsight.cost.forecast import (
     StageCost,
@@ -207,6 +207,15 @@ def test_time_rests_on_what_is_said(paper):
     with pytest.raises(ValueError, match="--memory lots: expected gigabytes, such as 80GB"):
         memory_of("lots", None)
     assert memory_of("24 gb", "H100") == 24e9 and memory_of(None, "H100") == 80e9 and memory_of(None, None) is None
+
+
+def test_steps_of_token_budgets(paper):
+    """A step is one micro-batch: of 10,000 tokens, as many conversations of 55 as fit."""
+    values = paper.stages[0].model_dump(exclude_unset=True, exclude={"batch_size", "micro_batch_size"})
+    stage = Stage.model_validate(values | {"batch_tokens": 10_000})
+    cost = forecast(paper.model_copy(update={"stages": (stage,)}))[0]
+    assert cost.length() == 55 and cost.micro_batch == cost.batch == 181
+    assert cost.steps == -(-stage.samples // 181) != stage.steps
 
 
 def test_calibrated_time_by_hand(paper):

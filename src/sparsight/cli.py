@@ -123,7 +123,7 @@ def plan(
     memory: Annotated[str | None, typer.Option(help="such as 80GB: what fits; the device's if not given")] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="values parted by commas: layout=cos-32,cos-80")] = False,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="half a minute of real steps on this computer")
+        bool, typer.Option("--calibrate", help="about a minute of real steps on this computer")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="HTML page to write")] = None,
 ) -> None:

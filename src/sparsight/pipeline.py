@@ -258,7 +258,7 @@ def calibrate_recipe(recipe: Recipe, console: Console) -> dict[str, Any]:
             timed_steps(recipe, cost.stage, bridge, Path(name))
             for bridge in track(bridges, f"calibrating on stage {cost.stage.name}", console=console)
         ]
-    passes = cost.stage.batch_size // cost.micro_batch if cost.stage.batch_tokens is None else 1
+    passes = cost.batch // cost.micro_batch
     parts = [{part: value / passes for part, value in each.flops.items()} for each in done]
     found: dict[str, Any] = fit(parts, [each.seconds / passes for each in done])
     found |= {"encoder": done[0].encoder or found["linear"], "device": device_name(default_device())}
@@ -355,18 +355,7 @@ def _run_stage(
     plan = select_trainable(model, stage)
     config = model.config
     _print_stage(stage, plan, config.num_image_tokens, console)
-    quarantined = recipe.on_bad_sample == "quarantine"
-    source = open_source(stage_data(recipe, stage), offset + stage.samples, stage.image_size, strict=not quarantined)
-    data = TrainingSet(
-        source,
-        processor,
-        stage.samples,
-        offset=offset,
-        max_length=max_length(stage, config.text_config),
-        drop_too_long=stage.on_too_long == "drop_sample",
-        replace_bad=quarantined,
-        seed=recipe.seed,
-    )
+    data = _training_set(recipe, stage, offset, processor, config.text_config)
     folder = session.out / stage.name / "checkpoints"
     steps = plan_stage(data, recipe, stage, folder, console)
     log.write(
@@ -389,7 +378,7 @@ def _run_stage(
     encoder_flops = count_flops(model.model.vision_tower, stage.image_size, config.vision_levels)
     encoding = Encoding(0.0, 0.0)
     if stage.cache_features:
-        data.cache, encoding = _cached(session, stage, model, processor, source, encoder_flops)
+        data.cache, encoding = _cached(session, stage, model, processor, data.source, encoder_flops)
     start = time.perf_counter()
     counter = StepCounter(model, Trains.of(stage), encoder_flops, recipe.precision)
     quarantine = Quarantine(session.out / "quarantine.jsonl", recipe.max_bad, session.main)
@@ -400,10 +389,10 @@ def _run_stage(
     merge_lora(lora)
     if not session.main:
         return
-    done = next(logged.steps for logged in read_run(log.path).stages if logged.name == stage.name)
+    logged = next(logged for logged in read_run(log.path).stages if logged.name == stage.name)
+    done, waiting = logged.steps, logged.data_wait or 0.0
     # A resumed stage also took what its steps before the checkpoint took.
     seconds += sum(step_seconds(step) for step in done if step["step"] <= began)
-    waiting = sum(step["seconds"]["data"] for step in done) / sum(step_seconds(step) for step in done)
     advice = ": raise workers, or cache_features for a frozen encoder" if waiting > WAITING else ""
     console.print(f"{waiting:.1%} of the time waiting for data{advice}", style="yellow" if advice else None)
     log.write(
@@ -414,6 +403,23 @@ def _run_stage(
         encoding_seconds=encoding.seconds,
         samples=stage.samples,
         data_wait=waiting,
+    )
+
+
+def _training_set(
+    recipe: Recipe, stage: Stage, offset: int, processor: SparsightProcessor, language: PreTrainedConfig
+) -> TrainingSet:
+    """A stage's data, behind the ``offset`` conversations of earlier stages."""
+    quarantined = recipe.on_bad_sample == "quarantine"
+    return TrainingSet(
+        open_source(stage_data(recipe, stage), offset + stage.samples, stage.image_size, strict=not quarantined),
+        processor,
+        stage.samples,
+        offset=offset,
+        max_length=max_length(stage, language),
+        drop_too_long=stage.on_too_long == "drop_sample",
+        replace_bad=quarantined,
+        seed=recipe.seed,
     )
 
 

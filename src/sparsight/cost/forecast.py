@@ -74,6 +74,15 @@ class StageCost:
             return max(1, int(self.stage.batch_tokens // self.length()))
         return self.stage.micro_batch_size or self.stage.batch_size
 
+    @property
+    def batch(self) -> int:
+        """Conversations in an optimizer step; with ``batch_tokens``, a step is one micro-batch."""
+        return self.stage.batch_size if self.stage.batch_tokens is None else self.micro_batch
+
+    @property
+    def steps(self) -> int:
+        return -(-self.stage.samples // self.batch)
+
     @cached_property
     def pictures(self) -> int:
         """Different pictures, as far as the recipe says."""
@@ -171,7 +180,7 @@ class StageCost:
         )
         logits = count * self.stage.conversation.learnt * language.vocabulary * (10 if bf16 else 8)
         kept = held + bridge + copies + logits + tower * trains.vision
-        return step_memory(self.parts, kept, tower, layer, count < self.stage.batch_size)
+        return step_memory(self.parts, kept, tower, layer, count < self.batch)
 
     def fits(self, limit: float) -> int:
         """The largest micro-batch whose step fits into ``limit`` bytes; 0 if none does."""
@@ -252,8 +261,8 @@ def remedies(cost: StageCost, limit: float) -> list[str]:
     stage = cost.stage
     rate = stage.learning_rate
     options: dict[str, dict[str, Any]] = {}
-    if fits := min(cost.fits(limit), stage.batch_size):
-        divisor = max(n for n in range(1, fits + 1) if stage.batch_size % n == 0)
+    if fits := min(cost.fits(limit), cost.batch):
+        divisor = max(n for n in range(1, fits + 1) if cost.batch % n == 0)
         options[f"micro_batch_size: {divisor}"] = {"micro_batch_size": divisor, "batch_tokens": None}
     one = {"micro_batch_size": 1, "batch_tokens": None}
     options["gradient_checkpointing: true"] = {"gradient_checkpointing": True}
@@ -307,16 +316,15 @@ def calibrated(found: dict[str, Any]) -> Speed:
     optimizer's step, and of a FLOP of linear maps, of attention, and of the encoder."""
 
     def seconds(cost: StageCost) -> float:
-        total = cost.flops["encoder"] * found["encoder"]
+        total, passes = cost.flops["encoder"] * found["encoder"], cost.stage.samples / cost.micro_batch
         for share, keep, layers in cost._course():
-            total += share * cost.stage.samples / cost.micro_batch * pass_seconds(found, cost, keep, layers)
+            total += share * passes * pass_seconds(found, cost.micro_batch_flops(keep, layers))
         return total
 
     return seconds
 
 
-def pass_seconds(found: dict[str, Any], cost: StageCost, keep: float = 1.0, layers: float | None = None) -> float:
-    """Seconds of one forward and backward pass behind the encoder."""
-    parts = cost.micro_batch_flops(keep, layers)
-    attention = parts.pop("language_attention")
-    return found["pass"] + found["linear"] * sum(parts.values()) + found["attention"] * attention
+def pass_seconds(found: dict[str, Any], parts: dict[str, float]) -> float:
+    """Seconds of one forward and backward pass from its FLOPs by part, without those of the encoder."""
+    attention = parts["language_attention"]
+    return found["pass"] + found["linear"] * (sum(parts.values()) - attention) + found["attention"] * attention

@@ -96,7 +96,7 @@ def stage_rows(stages: Sequence[StageCost], speed: Speed | None, limit: float | 
         kept, layers, most = cost.mean("tokens"), cost.mean("layers"), cost.shapes[1].layers
         tokens = f"{cost.tokens}" if kept == cost.tokens else f"{cost.tokens}, {kept:.0f} kept"
         count = f"{layers:.1f} of {most}" if layers < most - 1e-9 else f"{most}"
-        row = [cost.stage.name, tokens, count, f"{cost.length():.0f}", f"{cost.micro_batch}", f"{cost.stage.steps:,}"]
+        row = [cost.stage.name, tokens, count, f"{cost.length():.0f}", f"{cost.micro_batch}", f"{cost.steps:,}"]
         row += [human(sum(cost.flops.values())), gigabytes(sum(cost.memory().values()))]
         if limit is not None:
             row.append(str(cost.fits(limit)))
