@@ -67,7 +67,7 @@ from sparsight.reporting import (
     write_check,
     write_inspection,
 )
-from sparsight.reporting.comparison import write_atomic
+from sparsight.reporting.comparison import percent, write_atomic
 from sparsight.reporting.runlog import step_seconds
 from sparsight.sparse.analysis import Analysis, measure, suggest
 from sparsight.training.calibrate import fit
@@ -528,6 +528,9 @@ def _score(
         shuffled=result.shuffled,
         chance=guess,
         items=result.items,
+        points=result.points,
+        pictures=result.pictures,
+        questions=result.questions,
         seconds=time.perf_counter() - start,
     )
     scenes = _test_scenes(data, settings, model.config.image_size)
@@ -581,11 +584,12 @@ def evaluate_checkpoint(folder: Path, items: int, split: str, console: Console) 
     settings = Evaluation.model_validate({"items": items, "split": split})
     result, guess = ask_scenes(model, processor, _own_scenes(folder), settings, precision, console)
     table = Table(title=f"{folder}: {split} split, scores in %", title_justify="left")
-    for column in ("task", "items", "score", "chance", "shuffled pictures"):
+    for column in ("task", "items", "score", "95% interval", "chance", "shuffled pictures"):
         table.add_column(column, justify="left" if column == "task" else "right")
-    for task, value in result.scores.items():
-        shares = (f"{100 * share:.1f}" for share in (value, guess[task], result.shuffled[task]))
-        table.add_row(task, str(result.items[task]), *shares)
+    for task, found in result.estimates().items():
+        interval = f"{percent(found.low)} to {percent(found.high)}"
+        controls = (percent(shares.get(task)) for shares in (guess, result.shuffled))
+        table.add_row(task, str(result.items.get(task, "")), percent(found.mean), interval, *controls)
     console.print(table)
     return result
 

@@ -22,7 +22,7 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from sparsight.cost.devices import cpu_name
 
@@ -224,6 +224,14 @@ class StageRun:
         return max((value for step in self.steps if (value := number_in(step, key)) is not None), default=None)
 
 
+class Points(NamedTuple):
+    """Items of one task: scores in [0, 1], what picture each is about, and a hash, equal where the same was asked."""
+
+    scores: list[float]
+    pictures: list[int]
+    questions: str
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run log says. `problems` names what could not be read, or does not add up, and where."""
@@ -237,6 +245,7 @@ class Run:
     items: dict[str, int]
     examples: list[dict[str, Any]]
     problems: list[str]
+    points: dict[str, Points] = field(default_factory=dict)  # by task; older logs have none
 
     @property
     def ended(self) -> bool:
@@ -306,8 +315,25 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 def _numbers(values: object) -> dict[str, Any]:
     """The entries of a mapping that are finite numbers."""
-    items = values.items() if isinstance(values, dict) else ()
+    items = _mapping(values).items()
     return {key: value for key, value in items if type(value) in (int, float) and abs(value) <= sys.float_info.max}
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _fit(scores: object, pictures: object, questions: object, mean: float) -> bool:
+    """Whether these are `Points` with that mean."""
+    if not (isinstance(scores, list) and isinstance(pictures, list) and isinstance(questions, str)):
+        return False
+    numbers = [list(_numbers(dict(enumerate(part))).values()) for part in (scores, pictures)]
+    return (
+        numbers == [scores, pictures]
+        and len(scores) == len(pictures) > 0
+        and all(0 <= score <= 1 for score in scores)
+        and math.isclose(fmean(scores), mean, abs_tol=1e-6)
+    )
 
 
 @dataclass
@@ -413,6 +439,14 @@ class LogReader:
             self.evaluation = {"checkpoint": record.get("checkpoint")}
         for key in ("scores", "shuffled", "chance", "items"):
             self.evaluation[key] = self.evaluation.get(key, {}) | _numbers(record.get(key))
+        points = self.evaluation.setdefault("points", {})
+        for task, score in _numbers(record["scores"]).items():
+            points.pop(task, None)
+            found = [_mapping(record.get(key)).get(task) for key in ("points", "pictures", "questions")]
+            if _fit(*found, score):
+                points[task] = Points(*found)
+            elif any(part is not None for part in found):
+                self.problems.append(f"line {number}: points of {task} do not fit its pictures or its score; left out")
 
     def _example(self, number: int, record: dict[str, Any]) -> None:
         self.examples[example_key(record)] = record
@@ -433,7 +467,7 @@ class LogReader:
         stages = [self._stage_run(name, problems) for name in dict.fromkeys([*self.starts, *self.steps, *self.ends])]
         if len(problems) > MOST_PROBLEMS:
             problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS} more of the kind"]
-        tables = {key: self.evaluation.get(key, {}) for key in ("scores", "shuffled", "chance", "items")}
+        tables = {key: self.evaluation.get(key, {}) for key in ("scores", "shuffled", "chance", "items", "points")}
         examples = list(self.examples.values())
         return Run(self.header["run"], self.header, stages, examples=examples, problems=problems, **tables)
 
