@@ -122,7 +122,8 @@ def _totals(points: ArrayLike, weights: ArrayLike | None, pictures: Labels, task
     for name, labels in (("pictures", pictures), ("tasks", tasks)):
         if labels is not None and len(labels) != items:
             raise ValueError(f"{len(labels)} {name} for {items} items: expected one for each")
-    task_I, picture_I = _places(tasks or [0] * items), _places(pictures or range(items))
+    task_I = _places([0] * items if tasks is None else tasks)
+    picture_I = _places(range(items) if pictures is None else pictures)
     totals = np.zeros((2, len(points_SI), max(task_I) + 1, max(picture_I) + 1))
     for item, place in enumerate(zip(task_I, picture_I, strict=True)):
         totals[(..., *place)] += points_SI[:, item], weights_SI[:, item]

@@ -323,17 +323,14 @@ def _mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _fit(scores: object, pictures: object, questions: object, mean: float) -> bool:
-    """Whether these are `Points` with that mean."""
+def _points(parts: list[Any], mean: float) -> Points | None:
+    """Scores, pictures and questions as `Points`; None if they do not fit each other or that mean."""
+    scores, pictures, questions = parts
     if not (isinstance(scores, list) and isinstance(pictures, list) and isinstance(questions, str)):
-        return False
+        return None
     numbers = [list(_numbers(dict(enumerate(part))).values()) for part in (scores, pictures)]
-    return (
-        numbers == [scores, pictures]
-        and len(scores) == len(pictures) > 0
-        and all(0 <= score <= 1 for score in scores)
-        and math.isclose(fmean(scores), mean, abs_tol=1e-6)
-    )
+    fit = numbers == [scores, pictures] and len(scores) == len(pictures) > 0 and all(0 <= each <= 1 for each in scores)
+    return Points(*parts) if fit and math.isclose(fmean(scores), mean, abs_tol=1e-6) else None
 
 
 @dataclass
@@ -442,10 +439,10 @@ class LogReader:
         points = self.evaluation.setdefault("points", {})
         for task, score in _numbers(record["scores"]).items():
             points.pop(task, None)
-            found = [_mapping(record.get(key)).get(task) for key in ("points", "pictures", "questions")]
-            if _fit(*found, score):
-                points[task] = Points(*found)
-            elif any(part is not None for part in found):
+            parts = [_mapping(record.get(key)).get(task) for key in ("points", "pictures", "questions")]
+            if (found := _points(parts, score)) is not None:
+                points[task] = found
+            elif any(part is not None for part in parts):
                 self.problems.append(f"line {number}: points of {task} do not fit its pictures or its score; left out")
 
     def _example(self, number: int, record: dict[str, Any]) -> None:
