@@ -68,7 +68,7 @@ def test_a_95_percent_interval_covers_the_truth_in_about_95_percent_of_trials() 
 
 
 def test_seeds_and_items_count_together() -> None:
-    """Ten seeds: the interval covers the truth in 94%; of three it did in 88%, and a single one's in 54%."""
+    """Of ten seeds: the interval covers the truth in 93.5%; of three it did in 88%, and a single one's in 53.5%."""
     rng = np.random.default_rng(1)
     covered = np.zeros(2)
     for _ in range(200):

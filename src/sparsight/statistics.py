@@ -4,7 +4,7 @@ Items that share a picture are not independent, so whole pictures are resampled,
 bootstrap), and whole pictures change sides in the test. Everything is seeded. Sources: Efron & Tibshirani, "An
 Introduction to the Bootstrap" (1993), percentile intervals; Phipson & Smyth (2010), p-values that are never zero.
 
-Shapes: S seeds, I items, T tasks, C pictures.
+Shapes: S seeds, I items, T tasks, C pictures, D draws.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ def bootstrap(
     seeds, _, count = sums_STC.shape
     rng = np.random.default_rng(seed)
     drawn = []
-    for _ in range(draws):
-        rows = rng.integers(seeds, size=seeds)
-        times_C = np.bincount(rng.integers(count, size=count), minlength=count)
-        drawn.append(_means(sums_STC[rows] @ times_C, sizes_STC[rows] @ times_C).mean())
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    for size in _blocks(draws, count):
+        times_DC, times_DS = _resample(count, size, rng), _resample(seeds, size, rng)
+        means_DS = _means(*(np.tensordot(times_DC, totals, (1, 2)) for totals in (sums_STC, sizes_STC)))
+        drawn.append((means_DS * times_DS).sum(1) / seeds)
+    low, high = np.quantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2])
     means_S = _means(sums_STC.sum(-1), sizes_STC.sum(-1))
     deviation = float(means_S.std(ddof=1)) if seeds > 1 else None
     return Estimate(float(means_S.mean()), float(low), float(high), deviation)
@@ -135,8 +135,20 @@ def _places(labels: Sequence[Hashable]) -> list[int]:
     return [place[label] for label in labels]
 
 
+def _blocks(draws: int, count: int) -> list[int]:
+    """Draws of `count` numbers at once, so that they fit into memory."""
+    block = max(1, 2**20 // count)
+    return [min(block, draws - start) for start in range(0, draws, block)]
+
+
+def _resample(count: int, size: int, rng: np.random.Generator) -> NDArray[np.intp]:
+    """How often each of `count` comes (size, count), when as many are drawn with replacement, `size` times."""
+    drawn = rng.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
+    return np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)
+
+
 def _means(sums_ST: Floats, sizes_ST: Floats) -> Floats:
-    """Each seed's mean (S,) over the tasks that have any weight; 0 where none has."""
+    """Means (..., S) over the tasks that have any weight, of (..., S, T); 0 where none has."""
     some_ST = sizes_ST > 0
     ratios_ST = np.divide(sums_ST, sizes_ST, out=np.zeros_like(sums_ST), where=some_ST)
     means_S: Floats = ratios_ST.sum(-1) / np.maximum(some_ST.sum(-1), 1)
@@ -153,6 +165,5 @@ def _sign_flip(shares_C: Floats, permutations: int, rng: np.random.Generator) ->
 
     if 2**count <= permutations:
         return extreme(np.arange(2**count)[:, None] >> np.arange(count) & 1) / 2**count
-    block = max(1, 2**20 // count)
-    sizes = [min(block, permutations - start) for start in range(0, permutations, block)]
-    return (1 + sum(extreme(rng.integers(0, 2, (size, count))) for size in sizes)) / (1 + permutations)
+    found = sum(extreme(rng.integers(0, 2, (size, count))) for size in _blocks(permutations, count))
+    return (1 + found) / (1 + permutations)
