@@ -74,7 +74,7 @@ class Scores:
             said = np.array([reads_yes(answer) for _, answer in pairs], float)
             true = np.array([item.truth == "yes" for item, _ in pairs], float)
             found["existence F1"] = bootstrap(2 * said * true, pictures["existence"], weights=said + true)
-            found["existence yes-ratio"] = bootstrap(said, pictures["existence"])
+            found["yes-ratio"] = bootstrap(said, pictures["existence"])
         return found
 
     def _of(self, task: str) -> list[tuple[Item, str]]:
