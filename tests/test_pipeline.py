@@ -432,7 +432,7 @@ def test_a_checkpoint_is_asked_about_its_own_scenes(compared: tuple[Path, Compar
     assert logged.items == result.items == dict.fromkeys(TASKS, 2)
     parts = (result.points, result.pictures, result.questions)
     assert logged.points == {task: tuple(part[task] for part in parts) for task in TASKS} and not logged.problems
-    assert list(compared[1]["tests"]["sparsight"]) == [*TASKS, "mean"]
+    assert list(compared[2]["tests"]["sparsight"]) == [*TASKS, "mean"]
     with pytest.raises(ValueError, match="no model there"):
         evaluate_checkpoint(out, 2, "test", quiet())
     with pytest.raises(ValueError, match="validation"):
