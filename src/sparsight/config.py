@@ -224,7 +224,7 @@ class SceneData(Settings):
     noise: float = Field(0.5, ge=0, le=1)
     questions: int = Field(6, ge=1)
     tasks: dict[str, float] | None = Field(None, description="weight of each task; all alike if not given")
-    cutouts: Literal["auto", "emoji", "shapes"] = "auto"
+    cutouts: Literal["auto", "emoji", "shapes", "families"] = "auto"
     seed: int = 0
 
 
