@@ -101,10 +101,7 @@ def fingerprint(config: SceneConfig) -> str:
 
 def test_same_bytes_in_another_process(config: SceneConfig) -> None:
     folders = [str(Path(scenes.__file__).parents[2]), str(Path(__file__).parent)]
-    code = (
-        f"import sys; sys.path[:0] = {folders!r}; import test_scenes as t; "
-        f"print(t.fingerprint(t.{config!r}))"
-    )
+    code = f"import sys; sys.path[:0] = {folders!r}; import test_scenes as t; print(t.fingerprint(t.{config!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == fingerprint(config)
 

@@ -370,7 +370,8 @@ def _source(cutouts: str) -> Path | None:
 def _master(folder: Path | None, picture: str) -> Image.Image:
     """The cut-out at full size, RGBA, trimmed to what is visible."""
     if folder is None:
-        image = _draw_shape(*picture.split(" "))
+        colour, shape = picture.split(" ")
+        image = _draw_shape(colour, shape)
     else:
         with Image.open(folder / f"{picture}.webp") as file:
             image = file.convert("RGBA")
