@@ -321,6 +321,9 @@ class Stage(Settings):
     skipper: LayerSkipper | None = Field(None, description="layers that are off, in training alone")
     warmup: float = Field(0.03, ge=0, le=1, description="share of the steps")
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: for the matrices inside, adamw for all else; the same learning rates"
+    )
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     checkpoints: int = Field(4, ge=0, description="checkpoints written in the course of the stage")

@@ -43,6 +43,7 @@ from sparsight.modeling import SparsightForConditionalGeneration, SparsightProce
 from sparsight.modeling.packed import attention_for_packed_rows, compared
 from sparsight.sparse.attach import Pass, SparseHandle, attach
 from sparsight.sparse.callback import SparsightCallback
+from sparsight.training.optimizer import MuonAdamW, optimizer_flops
 from sparsight.training.quarantine import Quarantine
 from sparsight.training.stages import parameter_groups
 
@@ -183,7 +184,8 @@ class SparsightTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:  # type: ignore[has-type]
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = cls(parameter_groups(self.model, self.stage), **options)
+            groups = parameter_groups(self.model, self.stage)
+            self.optimizer = MuonAdamW(groups, **options) if self.stage.optimizer == "muon" else cls(groups, **options)
         return self.optimizer
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -251,6 +253,8 @@ class _Recorder(TrainerCallback):
     def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
         # Here, and not at the step's end: by then the schedule has moved to the next step's.
         self.rates = {group["part"]: group["lr"] for group in kwargs["optimizer"].param_groups}
+        if self.stage.optimizer == "muon":
+            self.counter.flops["optimizer"] += optimizer_flops(kwargs["optimizer"])
         self.started = time.perf_counter()
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
