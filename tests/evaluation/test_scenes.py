@@ -11,7 +11,16 @@ from sparsight.config import SceneData
 from sparsight.data.scenes import TASKS, SceneConfig, ScenesDataset, format_box, make_scene
 from sparsight.data.sources import scene_config
 from sparsight.evaluation import scenes as evaluation
-from sparsight.evaluation.scenes import Item, answer_all, evaluate_scenes, make_items, score_answer, visual_tokens
+from sparsight.evaluation.metrics import yes_no_scores
+from sparsight.evaluation.scenes import (
+    Item,
+    Scores,
+    answer_all,
+    evaluate_scenes,
+    make_items,
+    score_answer,
+    visual_tokens,
+)
 from tiny import ask
 
 CONFIG = SceneConfig(cutouts="shapes", numbers=1.0)
@@ -111,6 +120,39 @@ def test_the_control_asks_every_question_about_another_picture(
     assert result.items == dict.fromkeys(TASKS, 2)
     assert [item for item, _ in result.answers] == items
     assert all(0 <= value <= 1 for value in [*result.scores.values(), *result.shuffled.values()])
+
+
+def test_points_stand_item_by_item(tiny_vlm, data: ScenesDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the answers right, by hand: points, means, intervals and what existence adds follow from them."""
+    model, processor = tiny_vlm()
+    items = make_items(data, 6)
+    given = [item.truth if place % 2 else "nothing" for place, item in enumerate(items)]
+    monkeypatch.setattr(evaluation, "answer_all", lambda *rest: given)
+    result = evaluate_scenes(model, processor, data, 6)
+    for task in TASKS:
+        own = [place for place, item in enumerate(items) if item.task == task]
+        assert result.points[task] == result.shuffled_points[task] == [float(place % 2) for place in own]
+        assert result.pictures[task] == [items[place].picture for place in own]
+    estimates = result.estimates()
+    assert list(estimates) == [*TASKS, "existence F1", "yes-ratio"]
+    assert all(estimates[task].mean == result.scores[task] == 0.5 for task in TASKS)
+    assert all(found.low < found.mean < found.high for found in estimates.values())
+    pairs = [(answer, item.truth) for item, answer in result.answers if item.task == "existence"]
+    expected = yes_no_scores(*zip(*pairs, strict=True))
+    assert estimates["existence F1"].mean == pytest.approx(expected["f1"])
+    assert estimates["yes-ratio"].mean == pytest.approx(expected["yes_ratio"])
+
+
+def test_the_same_questions_have_the_same_hash(data: ScenesDataset) -> None:
+    def asked(data: ScenesDataset, count: int) -> dict[str, str]:
+        items = make_items(data, count)
+        return Scores([(item, "") for item in items], {task: [0.0] for task in TASKS}).questions
+
+    other = ScenesDataset(data.config, "test", scenes=30, seed=1)
+    first = asked(data, 3)
+    assert first == asked(data, 3) and len(set(first.values())) == len(TASKS)
+    assert all(first[task] != asked(data, 4)[task] for task in TASKS)
+    assert all(first[task] != asked(other, 3)[task] for task in ("existence", "position", "grounding"))
 
 
 def test_without_the_control_nothing_is_shuffled(tiny_vlm, data: ScenesDataset) -> None:

@@ -90,6 +90,24 @@ def write_run(folder: Path, name: str, steps: int = 60, **header: Any) -> Path:
     return folder
 
 
+def write_points(folder: Path, better: float = 0.0, items: int = 60, **questions: str) -> Path:
+    """Add each item's points to a run's log: of pictures that all tasks share, some easy and some hard for any run."""
+    rng = random.Random(str(better))
+    hard = [random.Random(number).random() for number in range(items)]
+    points = {task: [float(0.3 * rng.random() + 0.7 * (1 - each) + better > 0.5) for each in hard] for task in TASKS}
+    with RunLog(folder / "run.jsonl", append=True) as log:
+        log.write(
+            "eval",
+            checkpoint="finetune",
+            scores={task: sum(own) / items for task, own in points.items()},
+            items=dict.fromkeys(TASKS, items),
+            points=points,
+            pictures={task: list(range(items)) for task in TASKS},
+            questions=dict.fromkeys(TASKS, "a1b2") | questions,
+        )
+    return folder
+
+
 def make_steps(rng: random.Random, stage: str, tokens: int, steps: int, standard: bool) -> Iterator[dict[str, Any]]:
     """Step records whose cost grows with the tokens and whose loss falls."""
     start, end = (4.3, 0.9) if stage == "pretrain" else (2.2, 0.7)

@@ -1,14 +1,24 @@
 import io
 import json
 from dataclasses import replace
+from math import comb
 from statistics import fmean
 
 import numpy as np
 import pytest
 from rich.console import Console
-from synthetic import ENVIRONMENT, OURS, STANDARD, TASKS, write_run
+from synthetic import ENVIRONMENT, OURS, STANDARD, TASKS, write_points, write_run
 
-from sparsight.reporting import compare, read_run, read_runs, render_table, report, verdict, write_comparison
+from sparsight.reporting import (
+    compare,
+    read_run,
+    read_runs,
+    render_table,
+    report,
+    verdict,
+    write_comparison,
+    write_report,
+)
 from sparsight.reporting.comparison import duration, human, score_rows, speed_up
 
 
@@ -43,7 +53,7 @@ def test_figures_equal_those_recomputed_from_the_lines(tmp_path, runs):
 
 def test_the_form_is_the_contract(runs):
     result = compare(runs)
-    assert list(result) == ["runs", "chance", "items", "ratios", "to_loss", "differences", "warnings", "env"]
+    assert list(result) == ["runs", "chance", "items", "ratios", "tests", "to_loss", "differences", "warnings", "env"]
     assert [entry["name"] for entry in result["runs"]] == ["standard", "sparsight"]
     keys = {"name", "stages", "scores", "shuffled", "seconds", "executed_flops", "peak_memory_bytes"}
     assert set(result["runs"][0]) == keys
@@ -114,6 +124,70 @@ def test_the_interval_is_that_of_two_proportions(runs):
     assert rows["count"]["points"] == pytest.approx([0, -3.0])
     parts = [rows[task]["interval"][1] for task in TASKS]
     assert rows["mean"]["interval"][1] == pytest.approx(sum(part**2 for part in parts) ** 0.5 / len(TASKS))
+
+
+def test_the_paired_test_is_that_of_the_points_in_the_log(tmp_path, tested):
+    """Straight from the lines, by other code: McNemar's test, for points that are 0 or 1."""
+    result = compare(tested)
+    tests = result["tests"]["mine"]
+    assert list(tests) == [*TASKS, "mean"]
+    lines = [
+        json.loads((tmp_path / "tested" / name / "run.jsonl").read_text().splitlines()[-1])
+        for name in ("mine", "standard")
+    ]
+    drawn = 0
+    for task in TASKS:
+        gains = [a - b for a, b in zip(*(line["points"][task] for line in lines), strict=True)]
+        won, lost = gains.count(1), gains.count(-1)
+        tail = sum(comb(won + lost, k) for k in range(max(won, lost), won + lost + 1)) / 2 ** (won + lost)
+        assert tests[task]["p_value"] == pytest.approx(min(1, 2 * tail), abs=0 if won + lost < 14 else 0.02)
+        drawn += won + lost >= 14
+        assert tests[task]["difference"] == pytest.approx(100 * fmean(gains))
+        assert tests[task]["interval"][0] <= tests[task]["difference"] <= tests[task]["interval"][1]
+    assert drawn < len(TASKS)
+    rows = {row["task"]: row for row in score_rows(result)}
+    for task, test in tests.items():
+        assert rows[task]["points"][1] == pytest.approx(test["difference"])
+        assert rows[task]["interval"][1] == pytest.approx((test["interval"][1] - test["interval"][0]) / 2)
+        assert rows[task]["p_value"] == [None, test["p_value"]]
+    # half of the interval that takes the runs for independent, or so: both find the same pictures hard
+    scores = rows["count"]["scores"]
+    unpaired = 196 * sum(p * (1 - p) / 60 for p in scores) ** 0.5
+    assert rows["count"]["interval"][1] < 0.8 * unpaired
+
+
+def test_the_mean_is_tested_with_whole_pictures(tested):
+    """All tasks are about the same pictures: the mean is as sure as so many pictures let it be, not so many items."""
+    ours, theirs = ([run.points[task].scores for task in TASKS] for run in tested)
+    by_picture = [fmean(a) - fmean(b) for a, b in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True)]
+    expected = 1.96 * np.std(by_picture) / len(by_picture) ** 0.5
+    low, high = compare(tested)["tests"]["mine"]["mean"]["interval"]
+    assert (high - low) / 2 == pytest.approx(100 * expected, rel=0.1)
+
+
+def test_p_values_stand_in_table_and_page(tmp_path, tested):
+    result = compare(tested)
+    write_report(result, tested, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    for task, test in result["tests"]["mine"].items():
+        shown = f"{test['p_value']:.3f}" if test["p_value"] >= 0.001 else "<0.001"
+        assert shown in next(line for line in printed(result).splitlines() if f" {task} " in line)
+        assert f'<td class="quiet">{shown.replace("<", "&lt;")}</td>' in page
+    assert "paired permutation test" in page and "p: paired test" in " ".join(printed(result).split())
+
+
+def test_only_the_same_items_are_tested(tmp_path, runs, tested):
+    """Other questions, other pictures, or logs without points: no test; the figures stay."""
+    assert compare(runs)["tests"] == {"sparsight": {}} and " p " not in printed(compare(runs))
+    other = read_run(write_points(write_run(tmp_path / "other", "other"), 0.1, count="ffff"))
+    result = compare([tested[1], other])
+    assert list(result["tests"]["other"]) == [task for task in TASKS if task != "count"]  # nor the mean of all
+    assert "other: questions of task count is ffff, but a1b2 in standard" in result["warnings"]
+    row = next(row for row in score_rows(result) if row["task"] == "count")
+    assert row["p_value"] == [None, None] and row["interval"][1] > 0
+    fewer = read_run(write_points(write_run(tmp_path / "fewer", "fewer"), 0.1, items=50))
+    assert compare([tested[1], fewer])["tests"] == {"fewer": {}}
+    assert compare([tested[1], runs[0]])["tests"] == {"sparsight": {}}
 
 
 def test_the_verdict_hides_nothing(runs):

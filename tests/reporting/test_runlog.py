@@ -221,6 +221,33 @@ def test_the_last_checkpoint_evaluated_counts(tmp_path):
     assert read_run(path).scores == {"a": 0.2, "c": 0.3}
 
 
+def test_points_are_read_where_they_fit(tmp_path):
+    def scored(**changes):
+        record = {"type": "eval", "checkpoint": "1", "scores": {"a": 0.5}, "points": {"a": [0, 1.0]}}
+        return record | {"pictures": {"a": [3, 4]}, "questions": {"a": "ff"}} | changes
+
+    run = read_run(started(tmp_path / "whole", scored()))
+    assert run.points == {"a": ([0, 1.0], [3, 4], "ff")} and run.problems == []
+    older = read_run(started(tmp_path / "older", scored(), {"type": "eval", "checkpoint": "1", "scores": {"a": 0.7}}))
+    assert older.points == {} and older.scores == {"a": 0.7} and older.problems == []
+    wrong = (
+        {"scores": {"a": 0.6}},
+        {"points": {"a": [0, 1, 0.5]}},
+        {"points": {"a": [-1, 2]}},
+        {"points": {"a": [0, None]}},
+        {"points": {"a": [False, True]}},
+        {"points": {"a": []}, "pictures": {"a": []}},
+        {"pictures": {}},
+        {"pictures": {"a": ["x", "y"]}},
+        {"questions": 5},
+        {"points": "attack"},
+    )
+    for number, changes in enumerate(wrong):
+        run = read_run(started(tmp_path / str(number), scored(**changes)))
+        assert run.points == {} and run.scores
+        assert run.problems == ["line 2: points of a do not fit its pictures or its score; left out"]
+
+
 def test_questions_on_one_picture_are_several_examples(tmp_path):
     def asked(question, answer):
         return {"type": "example", "id": "scenes/test/3", "task": "count", "question": question, "answer": answer}

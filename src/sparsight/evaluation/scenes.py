@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from sparsight.data.scenes import TASKS, Scene, ScenesDataset, caption_recall, iou, parse_box, single_question
+from sparsight.data.scenes import TASKS, Scene, ScenesDataset, caption_recall, single_question
+from sparsight.evaluation.metrics import box_match, exact_match, reads_yes
+from sparsight.statistics import Estimate, bootstrap
 
 
 @dataclass(frozen=True)
@@ -26,12 +31,54 @@ class Item:
 
 @dataclass
 class Scores:
-    """Scores by task in [0, 1]; ``shuffled`` is the control in which each question gets another picture."""
+    """Answers, and what each is worth in [0, 1], by task in the order of the items.
 
-    scores: dict[str, float] = field(default_factory=dict)
-    shuffled: dict[str, float] = field(default_factory=dict)
-    items: dict[str, int] = field(default_factory=dict)
+    ``shuffled_points`` are of the control, in which each question gets another picture; empty without it.
+    """
+
     answers: list[tuple[Item, str]] = field(default_factory=list)
+    points: dict[str, list[float]] = field(default_factory=dict)
+    shuffled_points: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Mean points by task."""
+        return {task: fmean(points) for task, points in self.points.items()}
+
+    @property
+    def shuffled(self) -> dict[str, float]:
+        """Mean points of the control by task."""
+        return {task: fmean(points) for task, points in self.shuffled_points.items()}
+
+    @property
+    def items(self) -> dict[str, int]:
+        """How many questions were asked, by task."""
+        return {task: len(self._of(task)) for task in TASKS}
+
+    @property
+    def pictures(self) -> dict[str, list[int]]:
+        """What picture each point is about, by task."""
+        return {task: [item.picture for item, _ in self._of(task)] for task in self.points}
+
+    @property
+    def questions(self) -> dict[str, str]:
+        """A hash by task of pictures and questions: equal where the same was asked."""
+        asked = {task: repr([(item.picture, item.question) for item, _ in self._of(task)]) for task in self.points}
+        return {task: hashlib.sha256(text.encode()).hexdigest()[:16] for task, text in asked.items()}
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Each task's score with its 95% interval; of existence also POPE's F1 and share of yes."""
+        pictures = self.pictures
+        found = {task: bootstrap(points, pictures[task]) for task, points in self.points.items()}
+        if pairs := self._of("existence"):
+            said = np.array([reads_yes(answer) for _, answer in pairs], float)
+            true = np.array([item.truth == "yes" for item, _ in pairs], float)
+            found["existence F1"] = bootstrap(2 * said * true, pictures["existence"], weights=said + true)
+            found["yes-ratio"] = bootstrap(said, pictures["existence"])
+        return found
+
+    def _of(self, task: str) -> list[tuple[Item, str]]:
+        return [pair for pair in self.answers if pair[0].task == task]
 
 
 def make_items(data: ScenesDataset, per_task: int) -> list[Item]:
@@ -54,10 +101,8 @@ def score_answer(task: str, answer: str, truth: str, scene: Scene) -> float:
     if task == "caption":
         return caption_recall(answer, scene)
     if task == "grounding":
-        box, true_box = parse_box(answer), parse_box(truth)
-        assert true_box is not None
-        return float(box is not None and iou(box, true_box) >= 0.5)
-    return float(answer.strip().lower() == truth.strip().lower())
+        return box_match(answer, truth)
+    return exact_match(answer, truth)
 
 
 @torch.no_grad()
@@ -139,20 +184,18 @@ def evaluate_scenes(
     visual_INE = visual_tokens(model, processor, [data.image(picture) for picture in used], batch_size)
     own = torch.tensor([row[item.picture] for item in items], device=visual_INE.device)
     other = (own + max(1, len(used) // 2)) % len(used)  # always another picture, when there are two or more
-    result = Scores(items={task: sum(item.task == task for item in items) for task in TASKS})
+    result = Scores()
     total = len(items) * (1 + control)
     for shuffled, rows in ((False, own), (True, other))[: 1 + control]:
         done = len(items) * shuffled
         answers = answer_all(
             model, processor, items, visual_INE[rows], batch_size, partial(_report, progress, done, total)
         )
-        points: dict[str, list[float]] = {}
+        points = result.shuffled_points if shuffled else result.points
         for item, answer in zip(items, answers, strict=True):
             points.setdefault(item.task, []).append(
                 score_answer(item.task, answer, item.truth, data.scene(item.picture))
             )
-        target = result.shuffled if shuffled else result.scores
-        target.update({task: sum(values) / len(values) for task, values in points.items()})
         if not shuffled:
             result.answers = list(zip(items, answers, strict=True))
     model.train(was_training)

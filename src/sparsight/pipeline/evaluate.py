@@ -20,6 +20,7 @@ from sparsight.data.sources import scene_config
 from sparsight.evaluation.scenes import Scores, evaluate_scenes, score_answer
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.pipeline.files import Session, load, own_scenes, trained_by
+from sparsight.reporting.comparison import percent
 
 EXAMPLES = 8
 
@@ -45,6 +46,9 @@ def score_run(
         shuffled=result.shuffled,
         chance=guess,
         items=result.items,
+        points=result.points,
+        pictures=result.pictures,
+        questions=result.questions,
         seconds=time.perf_counter() - start,
     )
     scenes = _test_scenes(data, settings, model.config.image_size)
@@ -98,11 +102,12 @@ def evaluate_checkpoint(folder: Path, items: int, split: str, console: Console) 
     settings = Evaluation.model_validate({"items": items, "split": split})
     result, guess = ask_scenes(model, processor, own_scenes(folder), settings, precision, console)
     table = Table(title=f"{folder}: {split} split, scores in %", title_justify="left")
-    for column in ("task", "items", "score", "chance", "shuffled pictures"):
+    for column in ("task", "items", "score", "95% interval", "chance", "shuffled pictures"):
         table.add_column(column, justify="left" if column == "task" else "right")
-    for task, value in result.scores.items():
-        shares = (f"{100 * share:.1f}" for share in (value, guess[task], result.shuffled[task]))
-        table.add_row(task, str(result.items[task]), *shares)
+    for task, found in result.estimates().items():
+        interval = f"{percent(found.low)} to {percent(found.high)}"
+        controls = (percent(shares.get(task)) for shares in (guess, result.shuffled))
+        table.add_row(task, str(result.items.get(task, "")), percent(found.mean), interval, *controls)
     console.print(table)
     return result
 

@@ -3,7 +3,8 @@
 Ratios are run / baseline: below 1 is cheaper. The ratio of executed FLOPs is the ratio of seconds that a perfect
 machine would reach, so the speed-up had is shown next to the one possible; a stage that is not finished has no ratio.
 Losses are running means (`Curve`). Scores are fractions of 1; differences are in points (hundredths), with the half
-width of the 95% interval that the number of items leaves.
+width of the 95% interval that the number of items leaves. Where both logs hold the points of the same items, it is that
+of a paired bootstrap, and a paired permutation test stands beside it (`sparsight.statistics`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsight.reporting.runlog import Run, StageRun
+from sparsight.statistics import paired_test
 
 Comparison = dict[str, Any]
 _COSTS = ("seconds", "executed_flops")
@@ -52,6 +54,7 @@ def compare(runs: list[Run], baseline: str | None = None) -> Comparison:
         "chance": {task: value for run in (*others, base) for task, value in run.chance.items()},
         "items": {task: count for run in (*others, base) for task, count in run.items.items()},
         "ratios": ratios,
+        "tests": {run.name: _tests(run, base, _common([base, *others])) for run in others},
         "to_loss": _to_loss([base, *others]),
         "differences": _differences([base, *others]),
         "warnings": [text for run in (base, *others) for text in _own_warnings(run)]
@@ -134,6 +137,33 @@ def _ratios(entry: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     return ratios | {"score": _ratio(*means)}
 
 
+def _common(runs: list[Run]) -> list[str]:
+    """The tasks that all runs have, in the first one's order."""
+    return [task for task in runs[0].scores if all(task in run.scores for run in runs)]
+
+
+def _tests(run: Run, base: Run, common: list[str]) -> dict[str, dict[str, Any]]:
+    """Paired tests by task, where both runs have points of the same items; "mean" if so for all tasks in common.
+
+    `difference` and `interval` (95%) are in points, run minus baseline. Pictures are what is resampled.
+    """
+    same = [
+        task
+        for task, points in run.points.items()
+        if task in base.points and points[1:] == base.points[task][1:]  # pictures and questions
+    ]
+    groups = {task: [task] for task in same} | ({"mean": common} if common and set(common) <= set(same) else {})
+    tests = {}
+    for name, tasks in groups.items():
+        ours, theirs = ([score for task in tasks for score in each.points[task].scores] for each in (run, base))
+        pictures = [picture for task in tasks for picture in base.points[task].pictures]
+        labels = [task for task in tasks for _ in base.points[task].scores]
+        found = paired_test(ours, theirs, pictures, labels)
+        interval = [100 * found.low, 100 * found.high]
+        tests[name] = {"difference": 100 * found.difference, "interval": interval, "p_value": found.p_value}
+    return tests
+
+
 def _whole(entry: dict[str, Any]) -> bool:
     """Whether a stage is finished, or a run has stages and all are."""
     stages = entry.get("stages", [entry])
@@ -182,6 +212,8 @@ def _pair_warnings(run: Run, base: Run) -> Iterator[str]:
     yield from differences("task", *tasks)
     yield from differences("items of task", run.items, base.items)
     yield from differences("chance of task", run.chance, base.chance)
+    asked = [{task: each.points[task].questions for task in run.points if task in base.points} for each in (run, base)]
+    yield from differences("questions of task", *asked)
 
 
 def _too_fast(ratios: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -220,10 +252,12 @@ def stage_rows(comparison: Comparison) -> list[dict[str, Any]]:
 def score_rows(comparison: Comparison) -> list[dict[str, Any]]:
     """A row for each task, then the mean over the tasks that all runs have.
 
-    `scores`, `shuffled`, `points` (difference from the baseline) and `interval` (its 95% half width in points, from
-    the number of items; seeds would add to it) hold one value a run, the baseline first, None where there is none.
+    `scores`, `shuffled`, `points` (difference from the baseline), `interval` (its 95% half width in points: half the
+    paired interval, or from the number of items; seeds would add to it) and `p_value` (of the paired test) hold one
+    value a run, the baseline first, None where there is none.
     """
     runs, chance, items = comparison["runs"], comparison["chance"], comparison["items"]
+    tests = [comparison["tests"].get(run["name"], {}) for run in runs]
     rows: list[dict[str, Any]] = []
     for task in dict.fromkeys(task for run in runs for task in run["scores"]):
         scores = [run["scores"].get(task) for run in runs]
@@ -245,6 +279,11 @@ def score_rows(comparison: Comparison) -> list[dict[str, Any]]:
         spread = row.pop("variance")
         row["points"] = [_points(score, row["scores"][0]) for score in row["scores"]]
         row["interval"] = [None if None in (v, spread[0]) else 196 * (v + spread[0]) ** 0.5 for v in spread]
+        row["p_value"] = [own.get(row["task"], {}).get("p_value") for own in tests]
+        for index, own in enumerate(tests):
+            if row["task"] in own:
+                low, high = own[row["task"]]["interval"]
+                row["interval"][index] = (high - low) / 2
     return rows
 
 
@@ -325,6 +364,10 @@ def signed(points: float | None, interval: float | None) -> str:
     return shown if points is None or interval is None else f"{shown} ±{interval:.1f}"
 
 
+def p_value(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if value >= 0.001 else "<0.001"
+
+
 def render_table(comparison: Comparison, console: Console) -> None:
     """Print cost by stage, time to the baseline's loss, scores by task, what differs, the verdict, and the warnings."""
     wide = console.width >= 150
@@ -396,7 +439,10 @@ def _score_table(comparison: Comparison, wide: bool) -> Table:
     table.caption = "points: difference from the baseline" + (
         ", with its 95% interval; shuffled: with wrong pictures, in the same order" if few else ""
     )
-    compared = [heading for name in names[1:] for heading in (name, "points")]
+    tested = few and any(comparison["tests"].values())
+    if tested:
+        table.caption += "; p: paired test on the same items, of each task by itself"
+    compared = [heading for name in names[1:] for heading in (name, "points", *(["p"] if tested else []))]
     for heading in [*(["items"] if wide else []), "chance", names[0], *compared, *(["shuffled"] if few else [])]:
         table.add_column(Text(heading), justify="right", overflow="fold")
     for row in score_rows(comparison):
@@ -409,6 +455,7 @@ def _score_table(comparison: Comparison, wide: bool) -> Table:
                 points = row["points"][index]
                 style = "bold red" if points is not None and round(points, 1) < 0 else "green"
                 cells.append(Text(signed(points, row["interval"][index] if few else None), style=style))
+                cells += [Text(p_value(row["p_value"][index]))] if tested else []
         if few:
             cells.append(Text(" / ".join(percent(value) for value in row["shuffled"]), style="dim"))
         table.add_row(*cells)

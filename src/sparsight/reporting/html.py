@@ -48,7 +48,7 @@ def write_report(comparison: Comparison, runs: Iterable[Run], path: str | Path, 
         raise ValueError(f"write_report needs the runs of the comparison; missing: {missing}")
     ordered = [by_name[entry["name"]] for entry in comparison["runs"]]
     examples = _examples(ordered)
-    filters = ("human", "duration", "times", "speed_up", "percent", "signed", "share", "decimals")
+    filters = ("human", "duration", "times", "speed_up", "percent", "signed", "share", "decimals", "p_value")
     write_page(
         path,
         "report.html.j2",
@@ -60,6 +60,7 @@ def write_report(comparison: Comparison, runs: Iterable[Run], path: str | Path, 
         cards=_cards(comparison),
         stages=figures_of.stage_rows(comparison),
         scores=score_rows(comparison),
+        tested=any(comparison["tests"].values()),
         windows=_windows(ordered),
         examples=examples[:max_examples],
         examples_left_out=max(0, len(examples) - max_examples),

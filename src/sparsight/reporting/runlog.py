@@ -22,7 +22,7 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from sparsight.cost.devices import cpu_name
 
@@ -224,6 +224,14 @@ class StageRun:
         return max((value for step in self.steps if (value := number_in(step, key)) is not None), default=None)
 
 
+class Points(NamedTuple):
+    """Items of one task: scores in [0, 1], what picture each is about, and a hash, equal where the same was asked."""
+
+    scores: list[float]
+    pictures: list[int]
+    questions: str
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run log says. `problems` names what could not be read, or does not add up, and where."""
@@ -237,6 +245,7 @@ class Run:
     items: dict[str, int]
     examples: list[dict[str, Any]]
     problems: list[str]
+    points: dict[str, Points] = field(default_factory=dict)  # by task; older logs have none
 
     @property
     def ended(self) -> bool:
@@ -306,8 +315,22 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 def _numbers(values: object) -> dict[str, Any]:
     """The entries of a mapping that are finite numbers."""
-    items = values.items() if isinstance(values, dict) else ()
+    items = _mapping(values).items()
     return {key: value for key, value in items if type(value) in (int, float) and abs(value) <= sys.float_info.max}
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _points(parts: list[Any], mean: float) -> Points | None:
+    """Scores, pictures and questions as `Points`; None if they do not fit each other or that mean."""
+    scores, pictures, questions = parts
+    if not (isinstance(scores, list) and isinstance(pictures, list) and isinstance(questions, str)):
+        return None
+    numbers = [list(_numbers(dict(enumerate(part))).values()) for part in (scores, pictures)]
+    fit = numbers == [scores, pictures] and len(scores) == len(pictures) > 0 and all(0 <= each <= 1 for each in scores)
+    return Points(*parts) if fit and math.isclose(fmean(scores), mean, abs_tol=1e-6) else None
 
 
 @dataclass
@@ -413,6 +436,14 @@ class LogReader:
             self.evaluation = {"checkpoint": record.get("checkpoint")}
         for key in ("scores", "shuffled", "chance", "items"):
             self.evaluation[key] = self.evaluation.get(key, {}) | _numbers(record.get(key))
+        points = self.evaluation.setdefault("points", {})
+        for task, score in _numbers(record["scores"]).items():
+            points.pop(task, None)
+            parts = [_mapping(record.get(key)).get(task) for key in ("points", "pictures", "questions")]
+            if (found := _points(parts, score)) is not None:
+                points[task] = found
+            elif any(part is not None for part in parts):
+                self.problems.append(f"line {number}: points of {task} do not fit its pictures or its score; left out")
 
     def _example(self, number: int, record: dict[str, Any]) -> None:
         self.examples[example_key(record)] = record
@@ -433,7 +464,7 @@ class LogReader:
         stages = [self._stage_run(name, problems) for name in dict.fromkeys([*self.starts, *self.steps, *self.ends])]
         if len(problems) > MOST_PROBLEMS:
             problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS} more of the kind"]
-        tables = {key: self.evaluation.get(key, {}) for key in ("scores", "shuffled", "chance", "items")}
+        tables = {key: self.evaluation.get(key, {}) for key in ("scores", "shuffled", "chance", "items", "points")}
         examples = list(self.examples.values())
         return Run(self.header["run"], self.header, stages, examples=examples, problems=problems, **tables)
 

@@ -1,0 +1,153 @@
+"""Metrics of answers, item by item, as their benchmarks define them. No torch.
+
+Scores are in [0, 1], CIDEr-D's in [0, 10]. How sure a mean of them is: `sparsight.statistics`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from math import exp, hypot, log
+
+from sparsight.data.scenes import iou, parse_box
+
+_DIGITS = {"none": "0"} | {
+    word: str(number)
+    for number, word in enumerate("zero one two three four five six seven eight nine ten".split())  # noqa: SIM905
+}
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+# Contractions that lack one apostrophe get it back. Those with a capital in the official list never match.
+_WHOLE = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
+how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
+oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's
+they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
+where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
+y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+"""
+_CONTRACTIONS = {"somebody'd": "somebodyd"} | {
+    word[:place] + word[place + 1 :]: word for word in _WHOLE.split() for place, sign in enumerate(word) if sign == "'"
+}
+
+
+_LONGEST, _SIGMA = 4, 6.0  # CIDEr-D's longest n-gram, and width of its penalty for another length, in words
+_Weights = dict[tuple[str, ...], float]
+
+
+def normalise_answer(answer: str) -> str:
+    """An answer as VQA's official evaluation reads it: no punctuation and articles, digits, whole contractions.
+
+    Source: Antol et al. 2015, as in the evaluation server's processor, slips of the official code included.
+    """
+    answer = re.sub(r"[\n\t]", " ", answer).strip()
+    bare = answer
+    for sign in _PUNCTUATION:
+        removed = f"{sign} " in answer or f" {sign}" in answer or re.search(r"\d,+\d", answer)
+        bare = bare.replace(sign, "" if removed else " ")
+    bare = re.sub(r"\.(?!\d)", "", bare, count=32)  # 32: the official code passes a flag as the count
+    words = [_DIGITS.get(word, word) for word in bare.lower().split()]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def exact_match(answer: str, truth: str, normalise: bool = False) -> float:
+    """1 if the answer is the truth but for case and space around it; with ``normalise``, for `normalise_answer`."""
+    if normalise:
+        return float(normalise_answer(answer) == normalise_answer(truth))
+    return float(answer.strip().lower() == truth.strip().lower())
+
+
+def vqa_accuracy(answer: str, humans: Sequence[str]) -> float:
+    """VQA's accuracy: the mean of min(1, matches / 3) over all ways to leave one human out (ten are asked).
+
+    Answers are normalised always, as by the evaluation server. Raises ValueError for fewer than two humans.
+    """
+    if len(humans) < 2:
+        raise ValueError(f"{len(humans)} human answers: expected ten, or at least two, as one at a time is left out")
+    same = [normalise_answer(human) for human in humans].count(normalise_answer(answer))
+    return (same * min(1, (same - 1) / 3) + (len(humans) - same) * min(1, same / 3)) / len(humans)
+
+
+def reads_yes(answer: str) -> bool:
+    """Whether POPE takes an answer for a yes: no word of its first sentence is "no", "No" or "not" (Li et al. 2023)."""
+    return not {"No", "no", "not"} & set(answer.partition(".")[0].replace(",", "").split(" "))
+
+
+def yes_no_scores(answers: Sequence[str], truths: Sequence[str]) -> dict[str, float]:
+    """POPE's accuracy, precision, recall, F1 (of "yes"), and the share of yes among the answers; 0 for 0 / 0.
+
+    Raises ValueError if there are no answers, not as many as truths, or a truth is neither "yes" nor "no".
+    """
+    if not answers or len(answers) != len(truths) or not set(truths) <= {"yes", "no"}:
+        raise ValueError(
+            f"{len(answers)} answers and {len(truths)} truths of {sorted(set(truths))}: expected as many truths, at "
+            "least one, each 'yes' or 'no'"
+        )
+    pairs = Counter((reads_yes(answer), truth == "yes") for answer, truth in zip(answers, truths, strict=True))
+    hits, said, true = pairs[True, True], pairs[True, True] + pairs[True, False], pairs[True, True] + pairs[False, True]
+    return {
+        "accuracy": (hits + pairs[False, False]) / len(answers),
+        "precision": hits / max(said, 1),
+        "recall": hits / max(true, 1),
+        "f1": 2 * hits / max(said + true, 1),
+        "yes_ratio": said / len(answers),
+    }
+
+
+def box_match(answer: str, truth: str, threshold: float = 0.5) -> float:
+    """1 if the answer is a box that overlaps the true one with an IoU of at least ``threshold``, else 0.
+
+    Boxes are texts that `parse_box` reads. Raises ValueError if the truth is none.
+    """
+    box, true_box = parse_box(answer), parse_box(truth)
+    if true_box is None:
+        raise ValueError(f"the true box is {truth!r}, expected four integers of 0 to 99, such as '12 40 33 61'")
+    return float(box is not None and iou(box, true_box) >= threshold)
+
+
+def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """CIDEr-D of each caption, 0 to 10 (Vedantam et al. 2015, section 5, as in the official scorer).
+
+    Words are what stands between spaces: take off case and punctuation first. Weights of n-grams come from all the
+    references, so that a score depends on which captions are scored with it; of one picture alone all are 0.
+
+    Args:
+        references: for each caption, those that people wrote.
+
+    Raises:
+        ValueError: not one list of references, with at least one in it, for each caption.
+    """
+    if len(candidates) != len(references) or not all(references):
+        raise ValueError(
+            f"{len(candidates)} captions and {[len(texts) for texts in references]} references: expected at least one "
+            "reference for each caption"
+        )
+    documents = Counter(gram for texts in references for gram in {gram for text in texts for gram in _grams(text)})
+
+    def weigh(text: str) -> list[_Weights]:
+        """Weights of the n-grams of each length."""
+        weights: list[_Weights] = [{} for _ in range(_LONGEST)]
+        for gram, count in _grams(text).items():
+            weights[len(gram) - 1][gram] = count * (log(len(references)) - log(max(1, documents[gram])))
+        return weights
+
+    scores = []
+    for text, texts in zip(candidates, references, strict=True):
+        ours, total = weigh(text), 0.0
+        for reference in texts:
+            longer = max(1, len(text.split())) - max(1, len(reference.split()))  # officially, in pairs of words
+            total += exp(-(longer**2) / (2 * _SIGMA**2)) * sum(map(_clipped_cosine, ours, weigh(reference)))
+        scores.append(10 * total / _LONGEST / len(texts))
+    return scores
+
+
+def _grams(text: str) -> Counter[tuple[str, ...]]:
+    words = text.split()
+    lengths = range(1, _LONGEST + 1)
+    return Counter(tuple(words[at : at + size]) for size in lengths for at in range(len(words) - size + 1))
+
+
+def _clipped_cosine(ours: _Weights, theirs: _Weights) -> float:
+    both = sum(min(weight, theirs[gram]) * theirs[gram] for gram, weight in ours.items() if gram in theirs)
+    return both / (hypot(*ours.values()) * hypot(*theirs.values())) if both else 0.0

@@ -1,0 +1,169 @@
+"""How sure a score is: bootstrap intervals, and the paired test of two models. Imports no torch.
+
+Items that share a picture are not independent, so whole pictures are resampled, each with all its items (the cluster
+bootstrap), and whole pictures change sides in the test. Everything is seeded. Sources: Efron & Tibshirani, "An
+Introduction to the Bootstrap" (1993), percentile intervals; Phipson & Smyth (2010), p-values that are never zero.
+
+Shapes: S seeds, I items, T tasks, C pictures, D draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Labels = Sequence[Hashable] | None
+Floats = NDArray[np.float64]
+
+
+class Estimate(NamedTuple):
+    """A mean, the interval around it, and the standard deviation of the seeds' means (None for one seed)."""
+
+    mean: float
+    low: float
+    high: float
+    deviation: float | None
+
+
+class PairedTest(NamedTuple):
+    """Mean of ours minus theirs, the interval around it, and the two-sided p-value of no difference."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+
+
+def bootstrap(
+    points: ArrayLike,
+    pictures: Labels = None,
+    tasks: Labels = None,
+    weights: ArrayLike | None = None,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Mean of points and its percentile interval, over pictures and, where there are several, seeds together.
+
+    With few pictures or seeds the interval is too narrow: of one it is a point, and three seeds tell little of seeds.
+
+    Args:
+        points: (I,), or (S, I) for the same items by S seeds; seeds and pictures are then resampled side by side.
+        pictures: (I,) what each item is about; each item by itself if not given.
+        tasks: (I,) the mean is that of the tasks' means; one task if not given. A task of which nothing was drawn is
+            left out of that draw's mean.
+        weights: of the shape of points: the mean is sum of points / sum of weights, 0 where that is 0 / 0; ones if
+            not given. F1 is such a ratio, of 2 TP and 2 TP + FP + FN.
+        level: of the interval, 0 to 1.
+
+    Raises:
+        ValueError: no points, points that are not finite, or labels, weights, level or draws that do not fit.
+    """
+    if not 0 < level < 1 or draws < 1:
+        raise ValueError(f"level={level}, draws={draws}: expected a level between 0 and 1 and at least 1 draw")
+    sums_STC, sizes_STC = _totals(points, weights, pictures, tasks)
+    seeds, _, count = sums_STC.shape
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for size in _blocks(draws, count):
+        times_DC, times_DS = _resample(count, size, rng), _resample(seeds, size, rng)
+        means_DS = _means(*(np.tensordot(times_DC, totals, (1, 2)) for totals in (sums_STC, sizes_STC)))
+        drawn.append((means_DS * times_DS).sum(1) / seeds)
+    low, high = np.quantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2])
+    means_S = _means(sums_STC.sum(-1), sizes_STC.sum(-1))
+    deviation = float(means_S.std(ddof=1)) if seeds > 1 else None
+    return Estimate(float(means_S.mean()), float(low), float(high), deviation)
+
+
+def paired_test(
+    ours: ArrayLike,
+    theirs: ArrayLike,
+    pictures: Labels = None,
+    tasks: Labels = None,
+    level: float = 0.95,
+    draws: int = 2000,
+    permutations: int = 10_000,
+    seed: int = 0,
+) -> PairedTest:
+    """Two models on the same items: does one do better? Arguments as in `bootstrap`; (S, I) pairs seed by seed.
+
+    The p-value is that of the sign-flip permutation test: if the models were alike, they could as well change sides
+    on any picture. All ways to do so are counted where they are no more than `permutations`, else so many are drawn.
+    It takes the seeds as they are; the interval resamples them.
+
+    Raises:
+        ValueError: ours and theirs of different shapes, and what `bootstrap` raises.
+    """
+    ours_SI, theirs_SI = np.atleast_2d(np.asarray(ours, float)), np.atleast_2d(np.asarray(theirs, float))
+    if ours_SI.shape != theirs_SI.shape or permutations < 1:
+        raise ValueError(
+            f"a paired test takes the same items of both models and at least 1 permutation; got points of shapes "
+            f"{ours_SI.shape} and {theirs_SI.shape}, permutations={permutations}"
+        )
+    estimate = bootstrap(ours_SI - theirs_SI, pictures, tasks, None, level, draws, seed)
+    sums_STC, sizes_STC = _totals(ours_SI - theirs_SI, None, pictures, tasks)
+    shares_C = (sums_STC / sizes_STC.sum(-1, keepdims=True)).mean((0, 1))  # what each picture adds to the difference
+    p_value = _sign_flip(shares_C[shares_C != 0], permutations, np.random.default_rng(seed))
+    return PairedTest(estimate.mean, estimate.low, estimate.high, p_value)
+
+
+def _totals(points: ArrayLike, weights: ArrayLike | None, pictures: Labels, tasks: Labels) -> tuple[Floats, Floats]:
+    """Sums of points and of weights (S, T, C)."""
+    points_SI = np.atleast_2d(np.asarray(points, float))
+    weights_SI = np.ones_like(points_SI) if weights is None else np.atleast_2d(np.asarray(weights, float))
+    items = points_SI.shape[-1]
+    if points_SI.ndim > 2 or points_SI.size == 0 or weights_SI.shape != points_SI.shape:
+        raise ValueError(f"points {points_SI.shape}, weights {weights_SI.shape}: expected (I,) or (S, I)")
+    if not (np.isfinite(points_SI).all() and np.isfinite(weights_SI).all() and (weights_SI >= 0).all()):
+        raise ValueError("points and weights must be finite, and weights at least 0")
+    for name, labels in (("pictures", pictures), ("tasks", tasks)):
+        if labels is not None and len(labels) != items:
+            raise ValueError(f"{len(labels)} {name} for {items} items: expected one for each")
+    task_I = _places([0] * items if tasks is None else tasks)
+    picture_I = _places(range(items) if pictures is None else pictures)
+    totals = np.zeros((2, len(points_SI), max(task_I) + 1, max(picture_I) + 1))
+    for item, place in enumerate(zip(task_I, picture_I, strict=True)):
+        totals[(..., *place)] += points_SI[:, item], weights_SI[:, item]
+    return totals[0], totals[1]
+
+
+def _places(labels: Sequence[Hashable]) -> list[int]:
+    place = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    return [place[label] for label in labels]
+
+
+def _blocks(draws: int, count: int) -> list[int]:
+    """Draws of `count` numbers at once, so that they fit into memory."""
+    block = max(1, 2**20 // count)
+    return [min(block, draws - start) for start in range(0, draws, block)]
+
+
+def _resample(count: int, size: int, rng: np.random.Generator) -> NDArray[np.intp]:
+    """How often each of `count` comes (size, count), when as many are drawn with replacement, `size` times."""
+    drawn = rng.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
+    return np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)
+
+
+def _means(sums_ST: Floats, sizes_ST: Floats) -> Floats:
+    """Means (..., S) over the tasks that have any weight, of (..., S, T); 0 where none has."""
+    some_ST = sizes_ST > 0
+    ratios_ST = np.divide(sums_ST, sizes_ST, out=np.zeros_like(sums_ST), where=some_ST)
+    means_S: Floats = ratios_ST.sum(-1) / np.maximum(some_ST.sum(-1), 1)
+    return means_S
+
+
+def _sign_flip(shares_C: Floats, permutations: int, rng: np.random.Generator) -> float:
+    """Share of the flips of signs whose sum is at least as far from 0 as the sum is."""
+    count, total = len(shares_C), shares_C.sum()
+    least = abs(total) - 1e-9 * abs(shares_C).sum()  # sums that are equal but for rounding are equal
+
+    def extreme(flipped_PC: NDArray[np.integer]) -> int:
+        return int(np.count_nonzero(abs(total - 2 * (flipped_PC @ shares_C)) >= least))
+
+    if 2**count <= permutations:
+        return extreme(np.arange(2**count)[:, None] >> np.arange(count) & 1) / 2**count
+    found = sum(extreme(rng.integers(0, 2, (size, count))) for size in _blocks(permutations, count))
+    return (1 + found) / (1 + permutations)
