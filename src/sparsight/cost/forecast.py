@@ -87,7 +87,8 @@ class StageCost:
     def pictures(self) -> int:
         """Different pictures, as far as the recipe says."""
         seen = round(self.stage.samples * self.stage.conversation.images)
-        return min(self.recipe.data.scenes, seen) if isinstance(self.recipe.data, SceneData) else seen
+        data = self.recipe.data_of(self.stage)
+        return min(data.scenes, seen) if isinstance(data, SceneData) else seen
 
     @cached_property
     def flops(self) -> dict[str, float]:

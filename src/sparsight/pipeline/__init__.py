@@ -7,7 +7,7 @@ from sparsight.pipeline.compare import builtin_recipe, run_comparison
 from sparsight.pipeline.evaluate import EXAMPLES, ask_scenes, autocast, evaluate_checkpoint
 from sparsight.pipeline.files import RECIPE_FILE, load, samples_hash
 from sparsight.pipeline.inspect import inspect_checkpoint
-from sparsight.pipeline.train import enter_stage, max_length, run, stage_data
+from sparsight.pipeline.train import enter_stage, max_length, run
 
 __all__ = [
     "CALIBRATED",
@@ -28,6 +28,5 @@ __all__ = [
     "run",
     "run_comparison",
     "samples_hash",
-    "stage_data",
     "timed_steps",
 ]

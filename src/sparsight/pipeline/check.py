@@ -17,15 +17,18 @@ from sparsight.data.collate import TrainingSet
 from sparsight.data.sources import Sample, Source, open_source
 from sparsight.modeling.build import build_processor, language_folder, scratch_tokenizer
 from sparsight.pipeline.evaluate import EXAMPLES, png
-from sparsight.pipeline.train import not_loaded, stage_data, texts
+from sparsight.pipeline.train import not_loaded, texts
 from sparsight.reporting import check_table, environment, write_check
 from sparsight.reporting.comparison import write_atomic
 
 
-def check_data(recipe: Recipe, out: Path, workers: int, console: Console) -> dict[str, Any]:
+def check_data(
+    recipe: Recipe, out: Path, workers: int, console: Console, stage_name: str | None = None
+) -> dict[str, Any]:
     """Look at every sample as the stage with most visual tokens would see it; no language model is built.
 
     Args:
+        stage_name: the stage whose data to look at; needed where stages have data of their own.
         out: gets ``check.json`` and ``index.html``.
         workers: processes that look at samples.
 
@@ -33,12 +36,17 @@ def check_data(recipe: Recipe, out: Path, workers: int, console: Console) -> dic
         What ``check.json`` holds: ``bad`` samples with reasons, those ``too_long`` for the language model, lengths.
 
     Raises:
-        ValueError: the encoder or the tokenizer cannot be loaded, or the data cannot be opened at all.
+        ValueError: the encoder or the tokenizer cannot be loaded, the data cannot be opened at all, or no such stage.
     """
+    names = [stage.name for stage in recipe.stages]
+    if stage_name not in (None, *names) or (stage_name is None and len(recipe.all_data()) > 1):
+        raise ValueError(f"--stage {stage_name}: the stages have data of their own; expected one of {names}")
     recipe = recipe.model_copy(update={"on_bad_sample": "quarantine"})  # bad rows are to be told, all of them
     tokenizer, context = _tokenizer(recipe, recipe.stages[0])
     made = []
     for stage in recipe.stages:
+        if stage_name not in (None, stage.name):
+            continue
         try:
             processor = build_processor(
                 recipe.vision,
@@ -52,8 +60,9 @@ def check_data(recipe: Recipe, out: Path, workers: int, console: Console) -> dic
             raise not_loaded(recipe, error) from None
         made.append((processor.num_image_tokens, stage, processor))
     _, stage, processor = max(made, key=lambda each: each[0])
-    conversations = sum(each.samples for each in recipe.stages)
-    source = open_source(stage_data(recipe, stage), conversations, stage.image_size, strict=False)
+    same = [each for each in recipe.stages if (each.data or recipe.data) == (stage.data or recipe.data)]
+    conversations = sum(each.samples for each in same)
+    source = open_source(recipe.data_of(stage), conversations, stage.image_size, strict=False)
     with Progress(console=console) as bar:
         task = bar.add_task("looking at samples", total=len(source))
         data = TrainingSet(source, processor, len(source))

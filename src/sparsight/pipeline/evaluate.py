@@ -34,7 +34,7 @@ def score_run(
 ) -> None:
     """Ask the embedded test split, log scores, the shuffled control and examples."""
     recipe, log, console = session.recipe, session.log, session.console
-    data = recipe.data if isinstance(recipe.data, SceneData) else SceneData()
+    data = recipe.scenes() or SceneData()
     settings = recipe.evaluation
     start = time.perf_counter()
     result, guess = ask_scenes(model, processor, data, settings, recipe.precision, console)

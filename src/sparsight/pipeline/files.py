@@ -63,7 +63,10 @@ def samples_hash(recipe: Recipe) -> str:
     seen = {
         "data": recipe.data.model_dump(mode="json"),
         "seed": recipe.seed,
-        "stages": [(stage.samples, stage.batch_size, stage.batch_tokens, stage.tasks) for stage in recipe.stages],
+        "stages": [
+            (stage.samples, stage.batch_size, stage.batch_tokens, stage.tasks, stage.data and stage.data.model_dump())
+            for stage in recipe.stages
+        ],
     }
     return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -105,4 +108,4 @@ def trained_by(folder: Path) -> Recipe | None:
 
 def own_scenes(folder: Path) -> SceneData:
     recipe = trained_by(folder)
-    return recipe.data if recipe is not None and isinstance(recipe.data, SceneData) else SceneData()
+    return (recipe.scenes() if recipe is not None else None) or SceneData()

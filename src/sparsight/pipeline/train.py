@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedConfig
 
-from sparsight.config import Data, Recipe, SceneData, ScratchLanguage, Stage
+from sparsight.config import Recipe, ScratchLanguage, Stage
 from sparsight.cost import Trains
 from sparsight.data.collate import TrainingSet
 from sparsight.data.sources import open_source
@@ -59,7 +59,6 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache
     session = Session(recipe, out, log, console, resume, cache_root or out / "cache", main)
     model: SparsightForConditionalGeneration | None = None
     processor: SparsightProcessor | None = None
-    offset = 0
     with session.log:
         for stage in recipe.stages:
             ranks.wait_for_everyone()
@@ -69,10 +68,9 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache
                 model, processor = load(saved)
             else:
                 model, processor = enter_stage(recipe, stage, model, processor, console)
-                _run_stage(session, stage, offset, model, processor)
+                _run_stage(session, stage, model, processor)
                 if main:
                     save(model, processor, session, saved)
-            offset += stage.samples
         assert model is not None and processor is not None
         final = out / recipe.stages[-1].name / "model"
         if main and recipe.evaluation.kind == "scenes":
@@ -121,21 +119,6 @@ def not_loaded(recipe: Recipe, error: OSError) -> ValueError:
     return ValueError(f"{names} cannot be loaded: {error}")
 
 
-def stage_data(recipe: Recipe, stage: Stage) -> Data:
-    """The recipe's data, with the tasks that this stage asks.
-
-    Raises:
-        ValueError: the stage names tasks, but the data are not scenes.
-    """
-    if stage.tasks is None:
-        return recipe.data
-    if not isinstance(recipe.data, SceneData):
-        raise ValueError(
-            f"stage '{stage.name}' names tasks, which only scenes have; found data of kind '{recipe.data.kind}'"
-        )
-    return recipe.data.model_copy(update={"tasks": stage.tasks})
-
-
 def max_length(stage: Stage, language: PreTrainedConfig) -> int | None:
     """Tokens that a sample may have: the stage's, or the language model's context; None if that has no end.
 
@@ -152,21 +135,21 @@ def max_length(stage: Stage, language: PreTrainedConfig) -> int | None:
 
 def texts(recipe: Recipe, stage: Stage) -> list[str]:
     """What a scratch language model's tokenizer is learnt from; bad samples are told where they are trained on."""
-    source = open_source(recipe.data, 3000, stage.image_size, strict=recipe.on_bad_sample == "error")
     texts = []
-    for index in range(min(3000, len(source))):
-        try:
-            messages = source[index].messages
-        except ValueError:
-            continue
-        texts += [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+    for data in recipe.all_data():
+        source = open_source(data, 3000, stage.image_size, strict=recipe.on_bad_sample == "error")
+        for index in range(min(3000, len(source))):
+            try:
+                messages = source[index].messages
+            except ValueError:
+                continue
+            texts += [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
     return texts
 
 
 def _run_stage(
     session: Session,
     stage: Stage,
-    offset: int,
     model: SparsightForConditionalGeneration,
     processor: SparsightProcessor,
 ) -> None:
@@ -175,7 +158,7 @@ def _run_stage(
     plan = select_trainable(model, stage)
     config = model.config
     _print_stage(stage, plan, config.num_image_tokens, console)
-    data = _training_set(recipe, stage, offset, processor, config.text_config)
+    data = _training_set(recipe, stage, processor, config.text_config)
     folder = session.out / stage.name / "checkpoints"
     steps = plan_stage(data, recipe, stage, folder, console)
     log.write(
@@ -227,12 +210,12 @@ def _run_stage(
 
 
 def _training_set(
-    recipe: Recipe, stage: Stage, offset: int, processor: SparsightProcessor, language: PreTrainedConfig
+    recipe: Recipe, stage: Stage, processor: SparsightProcessor, language: PreTrainedConfig
 ) -> TrainingSet:
-    """A stage's data, behind the ``offset`` conversations of earlier stages."""
-    quarantined = recipe.on_bad_sample == "quarantine"
+    """A stage's data, behind the conversations that earlier stages have had of the same."""
+    quarantined, offset = recipe.on_bad_sample == "quarantine", recipe.samples_before(stage)
     return TrainingSet(
-        open_source(stage_data(recipe, stage), offset + stage.samples, stage.image_size, strict=not quarantined),
+        open_source(recipe.data_of(stage), offset + stage.samples, stage.image_size, strict=not quarantined),
         processor,
         stage.samples,
         offset=offset,

@@ -317,7 +317,7 @@ def plan_stage(data: TrainingSet, recipe: Recipe, stage: Stage, folder: Path, co
         ValueError: the batch cannot be dealt out to the ranks, or a sample cannot be read.
     """
     ranks, sizes = process_state().num_processes, None
-    alike = isinstance(recipe.data, SceneData)  # where they need not be dealt out, sizes need not be known
+    alike = isinstance(recipe.data_of(stage), SceneData)  # where they need not be dealt out, sizes need not be known
     if ranks * micro_batches(stage, ranks) > 1 or stage.packing or stage.batch_tokens or not alike:
         with process_state().main_process_first(), Progress(console=console) as bar:
             task = bar.add_task("measuring samples", total=len(data))
