@@ -98,13 +98,10 @@ class StageCost:
         for share, keep, layers in self._course():
             for part, flops in self.micro_batch_flops(keep, layers).items():
                 total[part] += share * flops * self.stage.samples / self.micro_batch
-        cached = self.stage.cache_features
-        images = float(self.pictures - self.cached_before) if cached else self.stage.samples * self.images_each
+        images = self.stage.samples * self.stage.conversation.images
+        if self.stage.cache_features:
+            images = float(self.pictures - self.cached_before)
         return {"encoder": picture * max(0.0, images)} | dict(total)
-
-    @property
-    def images_each(self) -> float:
-        return self.stage.conversation.images
 
     def micro_batch_flops(self, keep: float = 1.0, layers: float | None = None) -> dict[str, float]:
         """Of one forward and backward pass behind the encoder."""
@@ -119,7 +116,7 @@ class StageCost:
             rows,
             positions,
             self.micro_batch * self.stage.conversation.learnt,
-            self.micro_batch * self.images_each,
+            self.micro_batch * self.stage.conversation.images,
             self.trains,
             # Packed, each conversation's attention is by itself; not so with a compressor.
             self.micro_batch * self.length() ** 2 if self.stage.packing and self.stage.compressor is None else None,
@@ -172,7 +169,7 @@ class StageCost:
         copies = 0.0
         if bf16 and language.weight_bytes == 4 and trains.flows_back:
             copies = 2.0 * language.parameters
-        levels, images = self.recipe.vision_levels, count * self.images_each
+        levels, images = self.recipe.vision_levels, count * self.stage.conversation.images
         tower = 0.0
         if not self.stage.cache_features:
             tower = encoder_activations(encoder, self.stage.image_size, levels, images, trains, bf16)
@@ -224,13 +221,8 @@ def standard(recipe: Recipe) -> Recipe:
     tokens = max(StageCost(recipe, stage).tokens for stage in recipe.stages)
 
     def plain(stage: Stage) -> Stage:
-        return stage.model_copy(
-            update={
-                "bridge": Resampler(tokens=tokens, **inner_sizes(stage.bridge)),
-                "compressor": None,
-                "skipper": None,
-            }
-        )
+        bridge = Resampler(tokens=tokens, **inner_sizes(stage.bridge))
+        return stage.model_copy(update={"bridge": bridge, "compressor": None, "skipper": None})
 
     return recipe.model_copy(update={"stages": tuple(map(plain, recipe.stages))})
 

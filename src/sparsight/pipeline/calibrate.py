@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 from dataclasses import dataclass
@@ -69,11 +68,10 @@ def timed_steps(recipe: Recipe, stage: Stage, bridge: Any, folder: Path) -> Time
     update = {"stages": (stage.model_copy(update=plain),), "evaluation": Evaluation(kind="none"), "report_to": ()}
     with tempfile.TemporaryDirectory(dir=folder) as out:
         run(recipe.model_copy(update=update), Path(out), Console(quiet=True), cache_root=folder / "cache")
-        steps = read_run(Path(out)).stages[0].steps[2:]  # the first ones warm up
-        lines = (Path(out) / "run.jsonl").read_text(encoding="utf-8").splitlines()
-    cached = [json.loads(line) for line in lines if line.startswith('{"type": "cache"')]
+        logged = read_run(Path(out))
+    steps = logged.stages[0].steps[2:]  # the first ones warm up
     flops = {
         part: statistics.median(step["flops_by_part"][part] for step in steps) for part in steps[0]["flops_by_part"]
     }
-    encoder = cached[0]["seconds"] / cached[0]["flops"] if cached else 0.0
+    encoder = next((cache["seconds"] / cache["flops"] for cache in logged.caches.values()), 0.0)
     return TimedSteps(flops, statistics.median(map(step_seconds, steps)), encoder)

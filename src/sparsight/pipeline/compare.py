@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from sparsight.config import Comparison
 from sparsight.pipeline.train import run
 from sparsight.reporting import Run, read_run, read_runs, report
+from sparsight.reporting.page import table
 
 
 def builtin_recipe(name: str) -> Path:
@@ -57,12 +56,7 @@ def run_comparison(comparison: Comparison, out: Path, console: Console, resume: 
 
 
 def _print_examples(runs: list[Run], console: Console) -> None:
-    table = Table(title="Examples (pictures in the report)", title_justify="left")
-    for column in ("picture", "question", "truth", *(each.name for each in runs)):
-        table.add_column(column)
-    for rows in zip(*(each.examples for each in runs), strict=True):
-        first = rows[0]
-        table.add_row(
-            *(Text(str(v)) for v in (first["id"], first["question"], first["truth"], *(r["answer"] for r in rows)))
-        )
-    console.print(table)
+    heads = ("picture", "question", "truth", *(each.name for each in runs))
+    examples = zip(*(each.examples for each in runs), strict=True)
+    rows = [(*(rows[0][key] for key in ("id", "question", "truth")), *(r["answer"] for r in rows)) for rows in examples]
+    console.print(table("Examples (pictures in the report)", heads, rows, left=len(heads)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from sparsight.distributed import process_state
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.pipeline.evaluate import autocast
 from sparsight.pipeline.files import Session
+from sparsight.reporting import read_run
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,8 @@ def cached_features(
     if not session.main:
         return cache, Encoding(0.0, 0.0)
     # Every run is charged once for what its cache took, also when another run has built it: alone, it would have to.
-    lines = log.path.read_text(encoding="utf-8").splitlines()
-    logged = [json.loads(line) for line in lines if line.startswith('{"type": "cache"') and line.endswith("}")]
-    paid = any(record.get("folder") == str(folder) and record.get("stage") != stage.name for record in logged)
+    others = {name: cache["folder"] for name, cache in read_run(log.path).caches.items() if name != stage.name}
+    paid = str(folder) in others.values()
     cost = Encoding(0.0, 0.0) if paid else Encoding(cache.seconds, encoder_flops * pictures)
     log.write("cache", stage=stage.name, folder=str(folder), pictures=pictures, seconds=cost.seconds, flops=cost.flops)
     return cache, cost

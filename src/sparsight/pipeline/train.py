@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedConfig
 
@@ -27,6 +26,7 @@ from sparsight.pipeline.evaluate import score_run
 from sparsight.pipeline.features import Encoding, cached_features
 from sparsight.pipeline.files import Session, load, open_log, save
 from sparsight.reporting import RunLog, read_run, write_card
+from sparsight.reporting.page import table
 from sparsight.reporting.runlog import step_seconds
 from sparsight.training.quarantine import Quarantine
 from sparsight.training.stages import PartPlan, add_lora, merge_lora, select_trainable
@@ -227,10 +227,9 @@ def _training_set(
 
 
 def _print_stage(stage: Stage, plan: list[PartPlan], tokens: int, console: Console) -> None:
-    table = Table(title=f"stage {stage.name}: {tokens} visual tokens, {stage.image_size} px, {stage.samples} samples")
-    for column in ("part", "trains", "of", "learning rate"):
-        table.add_column(column, justify="right" if column != "part" else "left")
+    rows = []
     for part in plan:
         rate = f"{part.learning_rate:g}" + (" (LoRA)" if part.lora else "") if part.learning_rate else "frozen"
-        table.add_row(part.part, f"{part.trainable:,}", f"{part.total:,}", rate)
-    console.print(table)
+        rows.append((part.part, f"{part.trainable:,}", f"{part.total:,}", rate))
+    title = f"stage {stage.name}: {tokens} visual tokens, {stage.image_size} px, {stage.samples} samples"
+    console.print(table(title, ("part", "trains", "of", "learning rate"), rows))
