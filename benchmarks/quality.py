@@ -1,18 +1,19 @@
 """Quality at equal samples: the standard pipeline, Chain-of-Sight, the Sparse Training Scheme, both, and ablations.
 
-Every row sees the same samples in the same order (`quality.yaml`), and differs in bridges and methods alone. Models are
-picked on the validation split and scored on the test split, whose drawings training has never seen. Rows that begin alike
-share those stages. What is done is kept in the work folder, and a row that is in the results file is not run again: run
-it in slices.
+Every row sees the same samples in the same order (`quality.yaml`), and differs in bridges and methods alone. Settings
+are picked on the validation split, scores are those of the test split, and neither's drawings are seen in training. Rows
+that begin alike share those stages. What is done is kept in the work folder, and a row that is in the results file is
+not run again: run it in slices, several at once if there are cores.
 
     python benchmarks/quality.py --rows core --seeds 0 1 2 --out benchmarks/results/quality-DATE.json
-    python benchmarks/quality.py --clock --out FILE     # seconds of each row's steps, taking turns, nothing else running
+    python benchmarks/quality.py --clock --out FILE   # seconds of the rows' steps, taking turns, with nothing beside
     python benchmarks/quality.py --list
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -125,7 +126,7 @@ def recipe_of(row: Row, seed: int, settings: dict[str, Any]) -> Recipe:
 
 
 def train(recipe: Recipe, work: Path, console: Console, fresh: bool = False) -> Path:
-    """The folder of a recipe's run; stages that another run of ``work`` has had in the same way are taken from there."""
+    """The folder of a recipe's run; stages that another run in ``work`` has had alike are taken from there."""
     before = None
     for count in range(1, len(recipe.stages) + 1):
         part = recipe.model_copy(update={"stages": recipe.stages[:count]})
@@ -133,7 +134,6 @@ def train(recipe: Recipe, work: Path, console: Console, fresh: bool = False) -> 
         values = part.model_dump(mode="json", exclude={"name"}) | {"fresh": anew}
         out = work / hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
         if not (out / "done").is_file():
-            shutil.rmtree(out / "start", ignore_errors=True)
             if before is not None and not out.is_dir():
                 _begin(out, before, part, anew)
             run(part, out, console, resume=out.is_dir(), cache_root=work / "cache")
@@ -159,12 +159,13 @@ def _begin(out: Path, before: Path, recipe: Recipe, fresh: bool) -> None:
 def _start_anew(folder: Path, stage: Stage, seed: int) -> None:
     """Scale a model to a stage's layout, but give the scales that come their start values in place of weights."""
     model, processor = load(folder)
-    before = set(model.model.multi_modal_projector.scales)
+    before = set(model.model.multi_modal_projector.scales)  # type: ignore[arg-type]
     scale_tokens(model, processor, stage.bridge, stage.image_size)
+    scales: Any = model.model.multi_modal_projector.scales
     torch.manual_seed(seed)
-    bridge = build_bridge(stage.bridge, model.config.level_widths, model.config.text_config.hidden_size)
-    for grid in set(bridge.scales) - before:
-        model.model.multi_modal_projector.scales[grid].load_state_dict(bridge.scales[grid].state_dict())
+    anew: Any = build_bridge(stage.bridge, model.config.level_widths, model.config.text_config.hidden_size).scales
+    for grid in set(anew) - before:
+        scales[grid].load_state_dict(anew[grid].state_dict())
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -172,8 +173,10 @@ def _start_anew(folder: Path, stage: Stage, seed: int) -> None:
 def score(folder: Path, recipe: Recipe, split: str) -> dict[str, Any]:
     """Scores of a run's last model by task; for the test split every item's points, and with pictures shuffled."""
     model, processor = load(folder / recipe.stages[-1].name / "model")
-    scenes = scene_config(recipe.data, model.config.image_size)
-    data = ScenesDataset(scenes, split, scenes=4 * ITEMS[split], seed=recipe.data.seed)
+    shown = recipe.scenes()
+    assert shown is not None
+    scenes = scene_config(shown, model.config.image_size)
+    data = ScenesDataset(scenes, split, scenes=4 * ITEMS[split], seed=shown.seed)
     with autocast(recipe.precision, model.device):
         found = evaluate_scenes(model, processor, data, ITEMS[split], control=split == "test")
     result: dict[str, Any] = {"items": ITEMS[split], "scores": found.scores}
@@ -193,13 +196,23 @@ class Results:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"rows": [], "clock": []}
+        self.read()
 
-    def add(self, **changes: Any) -> None:
-        base = yaml.safe_load((HERE / "quality.yaml").read_text(encoding="utf-8"))
-        self.values |= {"env": environment(), "recipe": base, **changes}
+    def read(self) -> None:
+        text = self.file.read_text(encoding="utf-8") if self.file.is_file() else '{"rows": []}'
+        self.values: dict[str, Any] = json.loads(text)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Put a row in, or in the place of itself; other processes add theirs."""
+        key = ("row", "seed", "settings")
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.file, json.dumps(self.values, indent=1) + "\n")
+        with open(self.file.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.read()
+            others = [each for each in self.values["rows"] if any(each[name] != row[name] for name in key)]
+            base = yaml.safe_load((HERE / "quality.yaml").read_text(encoding="utf-8"))
+            self.values |= {"env": environment(), "recipe": base, "rows": [*others, row]}
+            write_atomic(self.file, json.dumps(self.values) + "\n")
 
     def entry(self, **key: Any) -> dict[str, Any] | None:
         same = (row for row in self.values["rows"] if all(row[name] == value for name, value in key.items()))
@@ -233,10 +246,9 @@ def work_through(options: argparse.Namespace, results: Results, console: Console
                 done = entry or {"row": name, "seed": seed, "settings": settings, "stages": costs(folder)}
                 if entry is None:
                     done["validation"] = score(folder, recipe, "validation")
-                    results.values["rows"].append(done)
                 if not options.tune:
                     done["test"] = score(folder, recipe, "test")
-                results.add()
+                results.add(done)
                 shown = done.get("test", done["validation"])["scores"]
                 console.print(name, seed, settings, {task: round(100 * value) for task, value in shown.items()})
 
