@@ -52,6 +52,7 @@ from sparsight.config import LayerSkipper, Resampler, ScratchLanguage, Stage, Vi
 from sparsight.data.collate import Collator
 from sparsight.modeling.build import language_folder, scratch_tokenizer
 from sparsight.modeling.packed import attention_for_packed_rows
+from sparsight.modeling.short import attention
 from sparsight.sparse.attach import SparseHandle, attach
 from sparsight.sparse.gather import Kept
 from sparsight.training.stages import add_lora, select_trainable
@@ -209,10 +210,14 @@ def ours(
     value: Loss = lambda: model(**batch, loss_only=loss == "labelled").loss  # noqa: E731
     if loss == "fused":
         value = fused_loss(model, batch)
-    inside = partial(around, model)
-    if compiled:
-        inside = compiled_layers(bench, model.model.language_model.layers)
-    return Step([value], [optimizer, *bench.language_optimizers], inside)
+    inside = compiled_layers(bench, model) if compiled else partial(around, model)
+
+    @contextmanager
+    def as_trained() -> Iterator[SparseHandle | None]:
+        with attention(model.model.language_model), inside() as handle:
+            yield handle
+
+    return Step([value], [optimizer, *bench.language_optimizers], as_trained)
 
 
 def fused_loss(model: Any, batch: dict[str, Any]) -> Loss:
@@ -231,10 +236,10 @@ def fused_loss(model: Any, batch: dict[str, Any]) -> Loss:
     return value
 
 
-def compiled_layers(bench: Bench, layers: Any) -> Callable[[], AbstractContextManager[None]]:
+def compiled_layers(bench: Bench, model: Any) -> Callable[[], AbstractContextManager[None]]:
     if bench.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise LeftOut("torch.compile on a CPU needs a C++ compiler (g++, or what CXX names), and there is none")
-    compiled = []
+    layers, compiled = model.model.language_model.layers, []
     for layer in layers:  # compiled at the first call; all layers share the code, so once
         layer.compile()
         compiled.append(layer._compiled_call_impl)
@@ -281,8 +286,8 @@ def batched(bench: Bench, way: str) -> Step:
         features = BaseModelOutputWithPooling(hidden_states=tuple(level.to(bench.device) for level in features))
         batch |= {"mm_encoder_outputs": {"image": features}, "loss_only": True, "use_cache": False}
         losses.append(lambda batch=batch: model(**batch).loss)
-    packed = partial(attention_for_packed_rows, model.model.language_model)
-    return Step(losses, [optimizer, *bench.language_optimizers], packed if way == "one row" else nullcontext)
+    rows = attention_for_packed_rows if way == "one row" else attention
+    return Step(losses, [optimizer, *bench.language_optimizers], partial(rows, model.model.language_model))
 
 
 # -------------------------------------------------------------------------------------------------------------- peers
@@ -395,10 +400,15 @@ VARIANTS = [
     *(Variant("methods", name, "dense", partial(ours, around=around)) for name, around in METHODS.items()),
     Variant("idle", "dense, one sample", "dense, one sample", partial(ours, rows=1)),
     Variant("idle", "attached, idle, one sample", "dense, one sample", partial(ours, rows=1, around=sparse)),
-    *(Variant("packing", way, "padded", partial(batched, way=way)) for way in ("padded", "sorted by length", "one row")),
+    *(
+        Variant("packing", way, "padded", partial(batched, way=way))
+        for way in ("padded", "sorted by length", "one row")
+    ),
     *pairs("cache", "encoder in the step", "cached features", pixels=(True, False)),
     *pairs("loss", "logits of all positions", "of labelled ones", loss=("all", "labelled")),
-    Variant("loss", "336 tokens, liger's fused loss", "336 tokens, logits of all positions", partial(ours, loss="fused")),
+    Variant(
+        "loss", "336 tokens, liger's fused loss", "336 tokens, logits of all positions", partial(ours, loss="fused")
+    ),
     *pairs("compile", "plain", "compiled layers", compiled=(False, True)),
     *(Variant("peers", LLAVA.format(n), LLAVA.format(576), partial(llava, tokens=n)) for n in (576, 256)),
     *(
