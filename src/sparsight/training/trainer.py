@@ -9,7 +9,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -41,6 +41,7 @@ from sparsight.data.collate import Collator, TrainingSet
 from sparsight.distributed import any_rank, process_state, several_ranks
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.modeling.packed import attention_for_packed_rows, compared
+from sparsight.modeling.short import attention
 from sparsight.sparse.attach import Pass, SparseHandle, attach
 from sparsight.sparse.callback import SparsightCallback
 from sparsight.training.optimizer import MuonAdamW, optimizer_flops
@@ -449,8 +450,8 @@ def train_stage(
             log.write("resume", stage=stage.name, step=began)
         try:
             by_sample = stage.packing and stage.compressor is None  # a compressor keeps samples apart itself
-            packed = attention_for_packed_rows(model.model.language_model) if by_sample else nullcontext()
-            with packed, _ctrl_c(recorder, console):
+            rows = attention_for_packed_rows if by_sample else attention
+            with rows(model.model.language_model), _ctrl_c(recorder, console):
                 trainer.train(resume_from_checkpoint=checkpoint)
         finally:
             if handle is not None:
