@@ -161,10 +161,10 @@ class StageCost:
         (encoder, language), bf16, trains = self.shapes, self.recipe.precision == "bf16", self.trains
         keep = max(keep for _, keep, _ in self._course())
         rows, positions = self._rows(count, keep)
-        eager = not isinstance(self.recipe.language, str)  # what `build` takes for small models on a CPU
-        held = language_activations(language, rows, positions, trains, bf16, eager)
+        plain = not isinstance(self.recipe.language, str)  # small models train on a CPU, see modeling/short.py
+        held = language_activations(language, rows, positions, trains, bf16, plain)
         layer = language_activations(
-            replace(language, layers=1), rows, positions, replace(trains, recompute=False), bf16, eager
+            replace(language, layers=1), rows, positions, replace(trains, recompute=False), bf16, plain
         )
         copies = 0.0
         if bf16 and language.weight_bytes == 4 and trains.flows_back:

@@ -99,7 +99,7 @@ class SceneConfig:
         numbers: probability of a printed number of `digits` (fewest, most) digits, font size `number_size`.
         noise: probability of a noisy ground, otherwise plain or a gradient.
         cutouts: "emoji", "shapes", or "auto" (emoji if they are installed); "families" are emoji with several pictures
-            of a kind: of every four, training has two, validation one and test one.
+            of a kind: the last one is for test, the one before it for validation, the others are for training.
         held_out: share of the (kind, cell) pairs that no training scene shows and each other scene does.
         questions: the most question turns of a conversation.
 
@@ -231,8 +231,7 @@ def pictures_of(config: SceneConfig, name: str, split: str) -> tuple[str, ...]:
     every = _PICTURES[config.resolved().cutouts][name]
     if len(every) == 1:
         return every
-    places = {"train": (0, 1), "validation": (2,), "test": (3,)}[split]
-    return tuple(picture for number, picture in enumerate(every) if number % 4 in places)
+    return {"train": every[:-2], "validation": every[-2:-1], "test": every[-1:]}[split]
 
 
 def cell_names(grid: int) -> tuple[str, ...]:

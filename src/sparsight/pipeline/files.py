@@ -8,10 +8,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
-from sparsight.config import Recipe, SceneData, ScratchLanguage
+from sparsight.config import Recipe, SceneData
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.reporting import RunLog, environment, read_run, write_card
 
@@ -94,10 +93,6 @@ def load(folder: Path) -> tuple[SparsightForConditionalGeneration, SparsightProc
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no model there; expected a folder with config.json")
     model = SparsightForConditionalGeneration.from_pretrained(folder)
-    recipe = trained_by(folder)
-    if recipe is not None and isinstance(recipe.language, ScratchLanguage) and not torch.cuda.is_available():
-        # As `scratch_language` chose. A checkpoint does not say it, and a resumed run must compute the same bits.
-        model.model.language_model.set_attn_implementation("eager")
     return model, SparsightProcessor.from_pretrained(folder)
 
 
