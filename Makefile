@@ -79,13 +79,13 @@ demo: setup assets ## train small models in two ways, compare them and write a r
 test: setup assets ## run the tests, for example: make test ARGS='tests/test_layouts.py -x'
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
-bench: setup assets ## time the bridge and the sparse methods on the CPU; writes to benchmarks/results
+bench: setup assets ## time the bridge, and training steps way by way, on the CPU; writes to benchmarks/results
 	@$(PY) benchmarks/bridge.py --device cpu $(ARGS)
-	@$(PY) benchmarks/sparse.py --device cpu $(ARGS)
+	@$(PY) benchmarks/speed.py --device cpu $(ARGS)
 
 bench-gpu: setup assets ## the same on a GPU (the installed torch must see one)
 	@$(PY) benchmarks/bridge.py --device cuda $(ARGS)
-	@$(PY) benchmarks/sparse.py --device cuda $(ARGS)
+	@$(PY) benchmarks/speed.py --device cuda $(ARGS)
 
 # All four run even when one fails, so that one run shows all there is to mend.
 lint: setup ## check style, formatting, types and import layers

@@ -15,12 +15,14 @@ from rich.console import Console
 from sparsight.reporting import environment
 
 
-def timing_options(doc: str) -> tuple[argparse.Namespace, torch.device]:
-    """``--device``, ``--rounds`` and ``--out``."""
+def timing_options(doc: str, **more: dict[str, Any]) -> tuple[argparse.Namespace, torch.device]:
+    """``--device``, ``--rounds``, ``--out``, and ``more``: what `add_argument` takes, by name."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
+    for name, argument in more.items():
+        parser.add_argument(f"--{name}", **argument)
     options = parser.parse_args()
     return options, torch.device(options.device)
 

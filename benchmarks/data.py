@@ -44,6 +44,20 @@ LAYOUTS = ("cos-32", "cos-80")
 WAYS = ("padded", "sorted by length", "rows of 256", "one row")
 
 
+def caption_items(processor: Any, levels: Any, samples: int) -> list[dict[str, Any]]:
+    """Samples with cached features, whose answers are as long as people's captions."""
+    words = np.random.default_rng(1).choice(len(CAPTIONS), samples, p=np.array(CAPTIONS) / sum(CAPTIONS))
+    items = []
+    for count in words:
+        talk = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe the image."}]},
+            {"role": "assistant", "content": " dog" * int(count)},
+        ]
+        encoded = encode_conversation(processor.tokenizer, talk, processor.image_token, processor.num_image_tokens)
+        items.append({"id": "", "input_ids": encoded.input_ids, "labels": encoded.labels, "features": levels})
+    return items
+
+
 def batches_of(way: str, lengths: np.ndarray) -> list[list[int]]:
     """Sample numbers of each batch."""
     if way == "padded":  # in random order, as many as fit
@@ -74,15 +88,7 @@ def packing(layout: str, rounds: int, device: torch.device, console: Console) ->
         levels = model.model.encode_images(torch.randn(1, 3, 256, 256, device=device))
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
-    words = np.random.default_rng(1).choice(len(CAPTIONS), SAMPLES, p=np.array(CAPTIONS) / sum(CAPTIONS))
-    items = []
-    for count in words:
-        talk = [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe the image."}]},
-            {"role": "assistant", "content": " dog" * int(count)},
-        ]
-        encoded = encode_conversation(processor.tokenizer, talk, processor.image_token, processor.num_image_tokens)
-        items.append({"id": "", "input_ids": encoded.input_ids, "labels": encoded.labels, "features": levels})
+    items = caption_items(processor, levels, SAMPLES)
     lengths = np.array([len(item["input_ids"]) for item in items])
 
     def step(way: str, indices: list[int]) -> tuple[float, int, int]:

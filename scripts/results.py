@@ -163,6 +163,7 @@ PAGES: dict[str, list[tuple[str, Show]]] = {
     "docs/methods/chain-of-sight.md": [("scenes-60min", table)],
     "docs/methods/compressor.md": [("sparse-c", sparse_table), ("sparse-scenes", table)],
     "docs/methods/skipper.md": [("sparse-c", sparse_table), ("sparse-scenes", table)],
+    "docs/tutorials/choosing-a-layout.md": [],  # for the trade-offs of quality-*.json
 }
 
 

@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from small_runs import SCENES, recipe_values, stage_values
 from sparsight.config import (
     BRIDGE_KINDS,
     ChainOfSight,
@@ -257,3 +260,21 @@ def test_visual_tokens(settings, map_size, tokens):
 @given(st.sampled_from(sorted(PRESETS)), st.tuples(st.integers(16, 64), st.integers(16, 64)))
 def test_a_layouts_tokens_do_not_depend_on_the_map(name, map_size):
     assert ChainOfSight(name).visual_tokens(map_size) == Layout.parse(name).tokens
+
+
+def test_stages_with_data_of_their_own(tmp_path: Path) -> None:
+    """Each source goes on where the last stage with the same data left it; scenes are found wherever they stand."""
+    own = {"kind": "json", "path": "chat.json"}
+    stages = [stage_values("a"), stage_values("b", data=own), stage_values("c"), stage_values("d", data=own)]
+    recipe = Recipe.model_validate(recipe_values(tmp_path, stages=stages))
+    assert [recipe.samples_before(stage) for stage in recipe.stages] == [0, 0, 16, 16]
+    assert [recipe.data_of(stage).kind for stage in recipe.stages] == ["scenes", "json", "scenes", "json"]
+    assert [data.kind for data in recipe.all_data()] == ["scenes", "json"]
+    assert recipe.scenes() == recipe.data
+    only = Recipe.model_validate(recipe_values(tmp_path, data=own, stages=[stage_values("a")]))
+    assert only.scenes() is None
+    part = {"kind": "mixture", "parts": [{"data": own}, {"data": SCENES}]}
+    assert Recipe.model_validate(recipe_values(tmp_path, data=own, stages=[stage_values(data=part)])).scenes()
+    wrong = Recipe.model_validate(recipe_values(tmp_path, stages=[stage_values(data=own, tasks={"caption": 1})]))
+    with pytest.raises(ValueError, match="stage 'pretrain' names tasks, .* found data of kind 'json'"):
+        wrong.data_of(wrong.stages[0])

@@ -23,6 +23,18 @@ ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
+def snippets_of(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def command_line(monkeypatch: pytest.MonkeyPatch, arguments: str) -> None:
+    """Runs `sparsight ARGUMENTS`, which must succeed."""
+    monkeypatch.setattr(sys, "argv", ["sparsight", *arguments.split()])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+
+
 def test_schema_is_current() -> None:
     written = json.loads((ROOT / "docs/recipe.schema.json").read_text(encoding="utf-8"))
     assert written == Recipe.model_json_schema(), "run: python scripts/export_schema.py"
@@ -73,10 +85,7 @@ def test_snippets_of_the_docs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     commands = re.findall(r"^sparsight (scale|inspect) (.*)$", text, re.MULTILINE)
     assert len(commands) == 2
     for command, arguments in commands:
-        monkeypatch.setattr(sys, "argv", ["sparsight", command, *arguments.split()])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        assert stopped.value.code == 0
+        command_line(monkeypatch, f"{command} {arguments}")
     assert (tmp_path / "my-vlm-336" / "config.json").is_file() and (tmp_path / "seen" / "index.html").is_file()
 
 
@@ -109,13 +118,57 @@ def test_the_page_on_analysis_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     commands = re.findall(r"^sparsight (.*)$", text, re.MULTILINE)
     assert len(commands) == 2
     for arguments in commands:
-        monkeypatch.setattr(sys, "argv", ["sparsight", *arguments.split()])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        assert stopped.value.code == 0
+        command_line(monkeypatch, arguments)
     assert Path("analysis/index.html").is_file() and Path("analysis-own/analysis.json").is_file()
     (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(compile(snippet, "analysis.md", "exec"), {"model": model, "inputs": ask(processor, picture(), "What?")})
+
+
+@pytest.mark.skipif(assets.efficientnet_lite0_weights() is None, reason="needs `make assets`")
+def test_the_tutorial_on_own_data_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few samples, so that nothing is learnt; its scores are shares all the same."""
+    monkeypatch.chdir(tmp_path)
+    page = "tutorials/own-data.md"
+    make, score = snippets_of(page, "python")
+    names: dict = {}
+    exec(compile(make.replace("range(144)", "range(32)").replace("120", "24"), page, "exec"), names)
+    (recipe,) = snippets_of(page, "yaml")
+    Path("mine.yaml").write_text(recipe, encoding="utf-8")
+    for line in "".join(snippets_of(page, "bash")).splitlines():
+        few = " stages.pretrain.samples=32 stages.finetune.samples=16" if "sparsight train" in line else ""
+        command_line(monkeypatch, line.removeprefix("sparsight ") + few)
+    assert Path("preview.png").is_file() and json.loads(Path("check/check.json").read_text())["bad"] == []
+    assert Path("comparison/report.html").is_file()
+    exec(compile(score, page, "exec"), names)
+    assert names["scores"].keys() == {"standard", "mine"}
+
+
+def test_the_tutorial_on_trl_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for snippet in snippets_of("tutorials/attach-trl.md", "python"):
+        exec(compile(snippet, "attach-trl.md", "exec"), names)
+    logged = [entry for entry in names["trainer"].state.log_history if "visual_tokens_in" in entry]
+    assert len(logged) == 8 and any("loss_dense" in entry for entry in logged)
+    assert all(entry["visual_tokens_out"] * 4 == entry["visual_tokens_in"] == 4 * 64 for entry in logged)
+    assert not names["handle"].attached and Path("trl-model/config.json").is_file()
+
+
+def test_the_tutorial_on_layouts_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    page, names = "tutorials/choosing-a-layout.md", {}
+    for snippet in snippets_of(page, "python"):
+        exec(compile(snippet, page, "exec"), names)
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    starts = re.findall(r"^\| `(cos-\d+)` .*?\| \d+ and \d+ \| (.*) \|$", text, re.MULTILINE)
+    assert len(starts) == 3
+    for start, targets in starts:
+        for target, tokens in re.findall(r"`([^`]+)`(?: \((\d+)\))?", targets):
+            assert Layout.parse(start).lineage(Layout.parse(target))
+            assert not tokens or Layout.parse(target).tokens == int(tokens)
+    monkeypatch.chdir(ROOT)
+    (command,) = snippets_of(page, "bash")
+    command_line(monkeypatch, command.removeprefix("sparsight "))
+    assert "cos-336" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -418,7 +419,7 @@ def test_a_card_names_what_has_a_name_on_the_hub(tmp_path: Path, recipe: Callabl
 def test_a_tracker_that_is_not_installed_stops_before_anything_is_done(
     tmp_path: Path, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"report_to: \['trackio'\] cannot be imported; pip install trackio"):
         run(recipe(report_to=["trackio"]), tmp_path / "r", quiet())
     assert not (tmp_path / "r").exists()

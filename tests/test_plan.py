@@ -228,8 +228,8 @@ def test_calibrated_time_by_hand(paper):
 
 
 def test_calibration_of_a_small_model(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sparsight.pipeline.CALIBRATION_STEPS", 5)
-    monkeypatch.setattr("sparsight.pipeline.CALIBRATED", ("1:2", "1:4", "1:4,2:1", "1:4,4:1"))
+    monkeypatch.setattr("sparsight.pipeline.calibrate.CALIBRATION_STEPS", 5)
+    monkeypatch.setattr("sparsight.pipeline.calibrate.CALIBRATED", ("1:2", "1:4", "1:4,2:1", "1:4,4:1"))
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps(recipe_values(str(save_encoder(tmp_path / "encoder")))))
     monkeypatch.setattr(sys, "argv", ["sparsight", "plan", str(file), "--calibrate", "--out", str(tmp_path / "p.html")])

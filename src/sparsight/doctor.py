@@ -31,11 +31,7 @@ MIN_DISK_GB = 5.0
 # Extras that only developers of Sparsight itself need are not reported.
 HIDDEN_EXTRAS = frozenset({"dev"})
 # CPU features that make bfloat16 autocast faster than float32.
-BF16_FEATURES = {
-    "avx512_bf16": "AVX512-BF16",
-    "amx_bf16": "AMX-BF16",
-    "bf16": "Arm BF16",
-}
+BF16_FEATURES = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16", "bf16": "Arm BF16"}
 
 
 @dataclass(frozen=True)
@@ -50,17 +46,8 @@ class Check:
 
 def diagnose() -> list[Check]:
     """Look at Python, packages, the device, memory, disk and assets. Downloads and changes nothing."""
-    return [
-        _python(),
-        *_packages(),
-        _torchvision(),
-        _device(),
-        _peak(),
-        _memory(),
-        _disk(Path.cwd()),
-        _git(),
-        *_assets(),
-    ]
+    machine = [_torchvision(), _device(), _peak(), _memory(), _disk(Path.cwd()), _git()]
+    return [_python(), *_packages(), *machine, *_assets()]
 
 
 def render(checks: list[Check], console: Console) -> None:
@@ -190,12 +177,8 @@ def _disk(folder: Path) -> Check:
     found = f"{free:.1f} GB free in {folder}"
     if free >= MIN_DISK_GB:
         return Check("disk", "ok", found)
-    return Check(
-        "disk",
-        "warning",
-        found,
-        f"Free {MIN_DISK_GB:.0f} GB, or work in another folder: checkpoints are large.",
-    )
+    remedy = f"Free {MIN_DISK_GB:.0f} GB, or work in another folder: checkpoints are large."
+    return Check("disk", "warning", found, remedy)
 
 
 def _git() -> Check:

@@ -30,13 +30,13 @@ from sparsight.data.scenes import (
     single_question,
 )
 
-CUTOUTS = ("emoji", "shapes") if assets.emoji_folder() else ("shapes",)
+CUTOUTS = ("emoji", "families", "shapes") if assets.emoji_folder() else ("shapes",)
 SHAPES = SceneConfig(cutouts="shapes")
 
 
 @pytest.fixture(params=CUTOUTS)
 def config(request: pytest.FixtureRequest) -> SceneConfig:
-    return SceneConfig(cutouts=request.param)
+    return SceneConfig(cutouts=request.param, kinds=13 if request.param == "families" else 32)
 
 
 def true_answer(scene: Scene, question: str) -> str:
@@ -101,10 +101,7 @@ def fingerprint(config: SceneConfig) -> str:
 
 def test_same_bytes_in_another_process(config: SceneConfig) -> None:
     folders = [str(Path(scenes.__file__).parents[2]), str(Path(__file__).parent)]
-    code = (
-        f"import sys; sys.path[:0] = {folders!r}; import test_scenes as t; "
-        f"print(t.fingerprint(t.SceneConfig(cutouts={config.cutouts!r})))"
-    )
+    code = f"import sys; sys.path[:0] = {folders!r}; import test_scenes as t; print(t.fingerprint(t.{config!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == fingerprint(config)
 
@@ -133,7 +130,7 @@ def test_no_global_generator_is_touched(config: SceneConfig) -> None:
 
 def test_held_out_pairs_are_never_in_train_and_always_elsewhere(config: SceneConfig) -> None:
     held = scenes.held_out_pairs(config)
-    assert len(held) == round(0.1 * 32 * 9)
+    assert len(held) == round(0.1 * config.kinds * 9)
     assert len({kind for kind, _ in held}) > 25 and len({cell for _, cell in held}) == 9
     for split in SPLITS:
         for index in range(400):
@@ -166,16 +163,31 @@ def test_only_the_boxes_are_drawn_on(config: SceneConfig) -> None:
 def test_boxes_keep_the_shape_of_the_cutout(config: SceneConfig) -> None:
     for index in range(50):
         for thing in make_scene(config, "train", index).things:
-            width, height = scenes._master(scenes._source(config.cutouts), thing.name).size
+            width, height = scenes._master(scenes._source(config.cutouts), thing.picture).size
             x1, y1, x2, y2 = thing.box
             assert 47 <= max(x2 - x1, y2 - y1) <= 84
             assert (x2 - x1) / (y2 - y1) == pytest.approx(width / height, rel=0.1)
 
 
 def test_every_kind_loads_and_differs(config: SceneConfig) -> None:
-    names = scenes.kind_names(replace(config, kinds=64))
-    pictures = {scenes._cutout(scenes._source(config.cutouts), name, 32, 32).tobytes() for name in names}
-    assert len(set(names)) == len(pictures) == 64
+    names = scenes.kind_names(replace(config, kinds=13 if config.cutouts == "families" else 64))
+    files = [file for name in names for split in scenes.SPLITS for file in scenes.pictures_of(config, name, split)]
+    drawn = {scenes._cutout(scenes._source(config.cutouts), file, 32, 32).tobytes() for file in files}
+    assert len(set(names)) == (13 if config.cutouts == "families" else 64)
+    assert len(drawn) == len(set(files))
+
+
+def test_families_hold_pictures_out() -> None:
+    """No picture of validation or test is seen in training, and each split has one of every kind."""
+    if "families" not in CUTOUTS:
+        pytest.skip("no emoji installed")
+    config = SceneConfig(cutouts="families", kinds=13)
+    seen = {split: set() for split in scenes.SPLITS}  # type: dict[str, set[str]]
+    for split, pictures in seen.items():
+        for index in range(300):
+            pictures |= {thing.picture for thing in make_scene(config, split, index).things}
+    assert not seen["train"] & (seen["validation"] | seen["test"]) and not seen["validation"] & seen["test"]
+    assert len(seen["test"]) >= 13 and len(seen["train"]) >= 2 * 13
 
 
 def test_a_number_can_be_told_by_its_pixels() -> None:
@@ -375,7 +387,7 @@ def test_shapes_stand_in_where_no_emoji_are(monkeypatch: pytest.MonkeyPatch, tmp
         ("digits", (2, 1), "fewest"),
         ("number_size", 60, "no wider than a cell of 85 px"),
         ("noise", -0.1, "probability"),
-        ("cutouts", "photos", "auto, emoji or shapes"),
+        ("cutouts", "photos", "auto, shapes, emoji or families"),
         ("held_out", 0.9, "0 to 0.5"),
         ("questions", 0, "at least 1"),
         ("grid", 4, "2 or 3"),

@@ -25,6 +25,7 @@ ALL = BRIDGE_AND_LANGUAGE | {"vision": 1e-3}
 KINDS: dict[str, dict[str, Any]] = {
     "pre-training": {"learning_rate": BRIDGE_AND_LANGUAGE},
     "all parts": {"learning_rate": ALL},
+    "Muon": {"learning_rate": BRIDGE_AND_LANGUAGE, "optimizer": "muon"},
     "LoRA": {"learning_rate": BRIDGE_AND_LANGUAGE, "lora": {"rank": 4, "dropout": 0.1}},
 }
 

@@ -87,7 +87,8 @@ class StageCost:
     def pictures(self) -> int:
         """Different pictures, as far as the recipe says."""
         seen = round(self.stage.samples * self.stage.conversation.images)
-        return min(self.recipe.data.scenes, seen) if isinstance(self.recipe.data, SceneData) else seen
+        data = self.recipe.data_of(self.stage)
+        return min(data.scenes, seen) if isinstance(data, SceneData) else seen
 
     @cached_property
     def flops(self) -> dict[str, float]:
@@ -97,13 +98,10 @@ class StageCost:
         for share, keep, layers in self._course():
             for part, flops in self.micro_batch_flops(keep, layers).items():
                 total[part] += share * flops * self.stage.samples / self.micro_batch
-        cached = self.stage.cache_features
-        images = float(self.pictures - self.cached_before) if cached else self.stage.samples * self.images_each
+        images = self.stage.samples * self.stage.conversation.images
+        if self.stage.cache_features:
+            images = float(self.pictures - self.cached_before)
         return {"encoder": picture * max(0.0, images)} | dict(total)
-
-    @property
-    def images_each(self) -> float:
-        return self.stage.conversation.images
 
     def micro_batch_flops(self, keep: float = 1.0, layers: float | None = None) -> dict[str, float]:
         """Of one forward and backward pass behind the encoder."""
@@ -118,7 +116,7 @@ class StageCost:
             rows,
             positions,
             self.micro_batch * self.stage.conversation.learnt,
-            self.micro_batch * self.images_each,
+            self.micro_batch * self.stage.conversation.images,
             self.trains,
             # Packed, each conversation's attention is by itself; not so with a compressor.
             self.micro_batch * self.length() ** 2 if self.stage.packing and self.stage.compressor is None else None,
@@ -163,15 +161,15 @@ class StageCost:
         (encoder, language), bf16, trains = self.shapes, self.recipe.precision == "bf16", self.trains
         keep = max(keep for _, keep, _ in self._course())
         rows, positions = self._rows(count, keep)
-        eager = not isinstance(self.recipe.language, str)  # what `build` takes for small models on a CPU
-        held = language_activations(language, rows, positions, trains, bf16, eager)
+        plain = not isinstance(self.recipe.language, str)  # small models train on a CPU, see modeling/short.py
+        held = language_activations(language, rows, positions, trains, bf16, plain)
         layer = language_activations(
-            replace(language, layers=1), rows, positions, replace(trains, recompute=False), bf16, eager
+            replace(language, layers=1), rows, positions, replace(trains, recompute=False), bf16, plain
         )
         copies = 0.0
         if bf16 and language.weight_bytes == 4 and trains.flows_back:
             copies = 2.0 * language.parameters
-        levels, images = self.recipe.vision_levels, count * self.images_each
+        levels, images = self.recipe.vision_levels, count * self.stage.conversation.images
         tower = 0.0
         if not self.stage.cache_features:
             tower = encoder_activations(encoder, self.stage.image_size, levels, images, trains, bf16)
@@ -223,13 +221,8 @@ def standard(recipe: Recipe) -> Recipe:
     tokens = max(StageCost(recipe, stage).tokens for stage in recipe.stages)
 
     def plain(stage: Stage) -> Stage:
-        return stage.model_copy(
-            update={
-                "bridge": Resampler(tokens=tokens, **inner_sizes(stage.bridge)),
-                "compressor": None,
-                "skipper": None,
-            }
-        )
+        bridge = Resampler(tokens=tokens, **inner_sizes(stage.bridge))
+        return stage.model_copy(update={"bridge": bridge, "compressor": None, "skipper": None})
 
     return recipe.model_copy(update={"stages": tuple(map(plain, recipe.stages))})
 

@@ -44,9 +44,9 @@ class Parts:
 
 
 def language_activations(
-    shape: LanguageShape, batch: float, positions: float, trains: Trains, bf16: bool, eager: bool
+    shape: LanguageShape, batch: float, positions: float, trains: Trains, bf16: bool, plain: bool
 ) -> float:
-    """Bytes that the layers keep for the backward pass."""
+    """Bytes that the layers keep for the backward pass; ``plain`` attention keeps its weights, too."""
     if not trains.flows_back:
         return 0.0
     narrow, wide = 2 if bf16 else 4, shape.weight_bytes
@@ -56,7 +56,7 @@ def language_activations(
     norms = 2 * shape.hidden * (wide + wide * full + narrow * trains.language)
     attention = narrow * 4 * heads
     mlp = narrow * shape.intermediate * (2 + shape.gated + (full or adapted) - (not shape.gated))
-    scores = (4 + (narrow if bf16 else 0)) * shape.heads * positions if eager else 4 * shape.heads
+    scores = narrow * shape.heads * positions if plain else 4 * shape.heads
     layer = norms + attention + mlp + scores
     tokens = batch * positions
     if trains.recompute:  # inputs of the layers, and one layer at work

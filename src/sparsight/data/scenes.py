@@ -30,22 +30,36 @@ WEIGHTS: Mapping[str, float] = {**dict.fromkeys(TASKS, 1.0), "caption": 3.0}
 # name, file, group; the first 16, 24 and 32 look as different as can be, and groups are of like size there,
 # so that the name in an adversarial question does not tell the answer
 _EMOJI = """
-apple 1f34e food|dog 1f436 animal|car 1f697 machine|key 1f511 machine|star 2b50 nature|tree 1f333 nature
-fish 1f41f animal|clock 23f0 home|ball 26bd toy|hat 1f3a9 wear|banana 1f34c food|phone 1f4f1 home
-bicycle 1f6b2 machine|crown 1f451 wear|snowflake 2744-fe0f nature|guitar 1f3b8 toy|frog 1f438 animal
-rainbow 1f308 nature|house 1f3e0 home|umbrella 2602-fe0f wear|robot 1f916 toy|grape 1f347 food
-magnet 1f9f2 machine|shirt 1f455 wear|piano 1f3b9 toy|cake 1f382 food|penguin 1f427 animal|balloon 1f388 toy
-heart 2764-fe0f toy|book 1f4d5 home|butterfly 1f98b animal|camera 1f4f7 home|gift 1f381 toy|pizza 1f355 food
-panda 1f43c animal|rocket 1f680 machine|anchor 2693 machine|carrot 1f955 food|elephant 1f418 animal
-train 1f682 machine|mushroom 1f344 nature|cactus 1f335 nature|crab 1f980 animal|dice 1f3b2 toy
-diamond 1f48e wear|moon 1f319 nature|boat 26f5 machine|hammer 1f528 machine|cow 1f42e animal
-glove 1f9e4 wear|burger 1f354 food|drum 1f941 toy|bus 1f68c machine|snail 1f40c animal|flower 1f33b nature
-trophy 1f3c6 toy|globe 1f30d nature|pumpkin 1f383 food|lion 1f981 animal|ladder 1fa9c machine
-plane 2708-fe0f machine|watermelon 1f349 food|tent 26fa home|fire 1f525 nature
+apple food 1f34e|dog animal 1f436|car machine 1f697|key machine 1f511|star nature 2b50|tree nature 1f333
+fish animal 1f41f|clock home 23f0|ball toy 26bd|hat wear 1f3a9|banana food 1f34c|phone home 1f4f1
+bicycle machine 1f6b2|crown wear 1f451|snowflake nature 2744-fe0f|guitar toy 1f3b8|frog animal 1f438
+rainbow nature 1f308|house home 1f3e0|umbrella wear 2602-fe0f|robot toy 1f916|grape food 1f347
+magnet machine 1f9f2|shirt wear 1f455|piano toy 1f3b9|cake food 1f382|penguin animal 1f427|balloon toy 1f388
+heart toy 2764-fe0f|book home 1f4d5|butterfly animal 1f98b|camera home 1f4f7|gift toy 1f381|pizza food 1f355
+panda animal 1f43c|rocket machine 1f680|anchor machine 2693|carrot food 1f955|elephant animal 1f418
+train machine 1f682|mushroom nature 1f344|cactus nature 1f335|crab animal 1f980|dice toy 1f3b2
+diamond wear 1f48e|moon nature 1f319|boat machine 26f5|hammer machine 1f528|cow animal 1f42e|glove wear 1f9e4
+burger food 1f354|drum toy 1f941|bus machine 1f68c|snail animal 1f40c|flower nature 1f33b|trophy toy 1f3c6
+globe nature 1f30d|pumpkin food 1f383|lion animal 1f981|ladder machine 1fa9c|plane machine 2708-fe0f
+watermelon food 1f349|tent home 26fa|fire nature 1f525
 """
-_FILES, _GROUPS = {}, {}
-for _name, _file, _group in (entry.split() for entry in _EMOJI.strip().replace("\n", "|").split("|")):
-    _FILES[_name], _GROUPS[_name] = _file, frozenset({_group})
+# families: several pictures of each kind, so that some can be held out
+_FAMILIES = """
+book print 1f4d5 1f4d7 1f4d3 1f4d9 1f4d8 1f4d4 1f4d2|heart sign 2764-fe0f 1f49b 1f49c 1f49a 1f90e 1f9e1 1f499 1f5a4
+clock round 1f550 1f553 1f556 1f559 1f55c 1f55f 1f562 1f565|cat body 1f63a 1f63b 1f63c 1f640 1f638 1f639 1f63d 1f63e
+car ride 1f697 1f699 1f695 1f693 1f698 1f694|ball round 26bd 1f3c0 1f3be 1f3d0 1f3c8 1f94e 26be 1f3c9
+flower plant 1f338 1f33b 1f337 1f33a 1f33c 1f339|hand body 1f44b 1f44d 270a 1f590-fe0f 270b 1f44a 1f44e 1f91a
+arrow sign 2b06-fe0f 2198-fe0f 2b05-fe0f 2197-fe0f 27a1-fe0f 2b07-fe0f|train ride 1f686 1f68a 1f684 1f687 1f685 1f69d
+moon round 1f312 1f314 1f316 1f318 1f313 1f317|tree plant 1f333 1f334 1f332 1f384
+mail print 2709-fe0f 1f4e7 1f4e8 1f4e9
+"""
+
+
+def _table(text: str) -> tuple[dict[str, tuple[str, ...]], dict[str, frozenset[str]]]:
+    """Pictures and group by name."""
+    rows = [entry.split() for entry in text.strip().replace("\n", "|").split("|")]
+    return {row[0]: tuple(row[2:]) for row in rows}, {row[0]: frozenset({row[1]}) for row in rows}
+
 
 _COLOURS: dict[str, Colour] = {
     "red": (222, 38, 44),
@@ -60,6 +74,12 @@ _COLOURS: dict[str, Colour] = {
 _SHAPES = ("circle", "star", "square", "heart", "triangle", "cross", "ring", "moon")
 # each block of eight shows every colour and every shape once
 _SHAPE_KINDS = tuple(f"{c} {_SHAPES[(i + 3 * b) % 8]}" for b in range(8) for i, c in enumerate(_COLOURS))
+
+# kind -> names of its pictures, and what a kind has in common with others: a group, or its colour and its shape
+_PICTURES: dict[str, dict[str, tuple[str, ...]]] = {"shapes": {name: (name,) for name in _SHAPE_KINDS}}
+_TRAITS = {"shapes": {name: frozenset(name.split(" ")) for name in _SHAPE_KINDS}}
+for _set, _text_of in (("emoji", _EMOJI), ("families", _FAMILIES)):
+    _PICTURES[_set], _TRAITS[_set] = _table(_text_of)
 
 _REPEAT = 0.35  # share of things that repeat a kind, so that counting is not always "1"
 _MAX_OF_A_KIND = 4
@@ -78,7 +98,8 @@ class SceneConfig:
         thing_size: smallest and largest longer side of a thing; it must fit into a cell (256 / grid).
         numbers: probability of a printed number of `digits` (fewest, most) digits, font size `number_size`.
         noise: probability of a noisy ground, otherwise plain or a gradient.
-        cutouts: "emoji", "shapes", or "auto" (emoji if they are installed).
+        cutouts: "emoji", "shapes", or "auto" (emoji if they are installed); "families" are emoji with several pictures
+            of a kind: the last one is for test, the one before it for validation, the others are for training.
         held_out: share of the (kind, cell) pairs that no training scene shows and each other scene does.
         questions: the most question turns of a conversation.
 
@@ -105,10 +126,11 @@ class SceneConfig:
         cell, most = 256 // self.grid if self.grid in (2, 3) else 0, self.grid**2
         low, high = self.thing_size if len(self.thing_size) == 2 else (0, 0)
         few, many = self.digits if len(self.digits) == 2 else (0, 0)
+        most_kinds = len(_PICTURES.get(self.cutouts, _SHAPE_KINDS))
         rules: dict[str, tuple[bool, str]] = {
             "grid": (self.grid in (2, 3), "2 or 3"),
             "image_size": (self.image_size >= 32, "at least 32"),
-            "kinds": (2 <= self.kinds <= 64, "2 to 64"),
+            "kinds": (2 <= self.kinds <= most_kinds, f"2 to {most_kinds}"),
             "min_things": (1 <= self.min_things <= self.max_things, f"1 to max_things ({self.max_things})"),
             "max_things": (
                 self.max_things <= 8 and self.max_things + (self.numbers > 0) <= most,
@@ -122,7 +144,7 @@ class SceneConfig:
                 f"at least 8, and {many} digits no wider than a cell of {cell} px",
             ),
             "noise": (0 <= self.noise <= 1, "a probability"),
-            "cutouts": (self.cutouts in ("auto", "emoji", "shapes"), "auto, emoji or shapes"),
+            "cutouts": (self.cutouts in ("auto", *_PICTURES), "auto, shapes, emoji or families"),
             "held_out": (0 <= self.held_out <= 0.5, "0 to 0.5"),
             "questions": (self.questions >= 1, "at least 1"),
         }
@@ -133,20 +155,21 @@ class SceneConfig:
     def resolved(self) -> SceneConfig:
         """The same with `cutouts` settled. Raises FileNotFoundError if emoji are asked for and absent."""
         found = assets.emoji_folder()
-        if self.cutouts == "emoji" and found is None:
+        if self.cutouts in ("emoji", "families") and found is None:
             raise FileNotFoundError(
-                f"cutouts='emoji', but {assets.assets_dir()}/fluent-emoji-3d lacks them: run `make assets`"
+                f"cutouts='{self.cutouts}', but {assets.assets_dir()}/fluent-emoji-3d lacks them: run `make assets`"
             )
         return replace(self, cutouts="emoji" if found else "shapes") if self.cutouts == "auto" else self
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One cut-out: kind, cell (0 = top left), and its tight box in pixels."""
+    """One cut-out: kind, cell (0 = top left), its tight box in pixels, and which picture of the kind it is."""
 
     name: str
     cell: int
     box: Box
+    picture: str
 
 
 @dataclass(frozen=True)
@@ -186,7 +209,7 @@ class Scene:
         picture = draw_ground(self.ground, self.image_size)
         for thing in self.things:
             x1, y1, x2, y2 = thing.box
-            cutout = _cutout(_source(self.config.cutouts), thing.name, x2 - x1, y2 - y1)
+            cutout = _cutout(_source(self.config.cutouts), thing.picture, x2 - x1, y2 - y1)
             picture.paste(cutout, (x1, y1), cutout)
         if self.number is not None and self.number_box is not None:
             x1, y1, x2, y2 = self.number_box
@@ -200,8 +223,15 @@ class Scene:
 
 def kind_names(config: SceneConfig) -> tuple[str, ...]:
     """The names of the kinds that occur, `config.kinds` of them."""
-    names = tuple(_FILES) if config.resolved().cutouts == "emoji" else _SHAPE_KINDS
-    return names[: config.kinds]
+    return tuple(_PICTURES[config.resolved().cutouts])[: config.kinds]
+
+
+def pictures_of(config: SceneConfig, name: str, split: str) -> tuple[str, ...]:
+    """The pictures of a kind that a split shows; of a kind with one alone, all splits show that."""
+    every = _PICTURES[config.resolved().cutouts][name]
+    if len(every) == 1:
+        return every
+    return {"train": every[:-2], "validation": every[-2:-1], "test": every[-1:]}[split]
 
 
 def cell_names(grid: int) -> tuple[str, ...]:
@@ -247,7 +277,7 @@ def make_scene(config: SceneConfig, split: str, index: int, seed: int = 0) -> Sc
     """Scene `index` of the endless stream (split, seed), not drawn. ValueError for an unknown split."""
     config, rng = config.resolved(), _rng(seed, split, index, 0)
     placed = _place(config, rng, split == "train")
-    things = tuple(Thing(name, cell, _thing_box(config, rng, name, cell)) for name, cell in placed)
+    things = tuple(_thing(config, rng, name, cell, split) for name, cell in placed)
     ground = _make_ground(config, rng)
     if rng.random() >= config.numbers:
         return Scene(config, split, seed, index, things, ground)
@@ -291,12 +321,15 @@ def _jitter(config: SceneConfig, rng: np.random.Generator, cell: int, width: int
     return x, y, x + width, y + height
 
 
-def _thing_box(config: SceneConfig, rng: np.random.Generator, name: str, cell: int) -> Box:
+def _thing(config: SceneConfig, rng: np.random.Generator, name: str, cell: int, split: str) -> Thing:
+    pictures = pictures_of(config, name, split)
+    picture = pictures[rng.integers(len(pictures))] if len(pictures) > 1 else pictures[0]
     low, high = config.thing_size
     size = (low + (high - low) * int(rng.integers(_SIZES)) / (_SIZES - 1)) * config.image_size / 256
-    width, height = _master(_source(config.cutouts), name).size
+    width, height = _master(_source(config.cutouts), picture).size
     scale = size / max(width, height)
-    return _jitter(config, rng, cell, max(1, int(width * scale)), max(1, int(height * scale)))
+    box = _jitter(config, rng, cell, max(1, int(width * scale)), max(1, int(height * scale)))
+    return Thing(name, cell, box, picture)
 
 
 def _make_ground(config: SceneConfig, rng: np.random.Generator) -> Ground:
@@ -329,25 +362,25 @@ def draw_ground(ground: Ground, size: int) -> Image.Image:
 
 def _source(cutouts: str) -> Path | None:
     """Folder of the emoji, or None for shapes. Part of the cache key: tests move it."""
-    return assets.emoji_folder() if cutouts == "emoji" else None
+    return None if cutouts == "shapes" else assets.emoji_folder()
 
 
 @lru_cache(maxsize=256)
-def _master(folder: Path | None, name: str) -> Image.Image:
+def _master(folder: Path | None, picture: str) -> Image.Image:
     """The cut-out at full size, RGBA, trimmed to what is visible."""
     if folder is None:
-        colour, shape = name.split(" ")
-        picture = _draw_shape(colour, shape)
+        colour, shape = picture.split(" ")
+        image = _draw_shape(colour, shape)
     else:
-        with Image.open(folder / f"{_FILES[name]}.webp") as file:
-            picture = file.convert("RGBA")
-    visible = picture.getchannel("A").point(lambda alpha: 255 * (alpha > 24))
-    return picture.crop(visible.getbbox())
+        with Image.open(folder / f"{picture}.webp") as file:
+            image = file.convert("RGBA")
+    visible = image.getchannel("A").point(lambda alpha: 255 * (alpha > 24))
+    return image.crop(visible.getbbox())
 
 
 @lru_cache(maxsize=1024)
-def _cutout(folder: Path | None, name: str, width: int, height: int) -> Image.Image:
-    return _master(folder, name).resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
+def _cutout(folder: Path | None, picture: str, width: int, height: int) -> Image.Image:
+    return _master(folder, picture).resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
 
 
 def _draw_shape(colour: str, shape: str, size: int = 256) -> Image.Image:
@@ -444,11 +477,6 @@ def _caption(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn |
     return _CAPTION, " , ".join(words for _, words in sorted(parts)), _CAPTION
 
 
-def _alike(scene: Scene, name: str) -> frozenset[str]:
-    """What a kind has in common with others: its group (emoji), or its colour and its shape."""
-    return _GROUPS[name] if scene.config.cutouts == "emoji" else frozenset(name.split(" "))
-
-
 def _existence(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | None:
     """Yes or no by a fair coin, and only where both can be asked, so that neither is more likely.
 
@@ -462,8 +490,9 @@ def _existence(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn
     if rng.random() < 0.5:
         name, answer = _pick(rng, present), "yes"
     else:
-        traits = frozenset[str]().union(*(_alike(scene, n) for n in here))
-        near = [n for n in absent if _alike(scene, n) & traits]
+        alike = _TRAITS[scene.config.cutouts]
+        traits = frozenset[str]().union(*(alike[n] for n in here))
+        near = [n for n in absent if alike[n] & traits]
         name, answer = _pick(rng, near if near and rng.random() < 0.5 else absent), "no"
     return f"is there {_with_article(name)} ?", answer, f"is {name}"
 

@@ -215,9 +215,8 @@ class SparsightModel(SparsightPreTrainedModel):
             raise ValueError(f"the samples hold {count} image placeholders, but there are no images")
         elif self.training:
             inputs_embeds = self._without_pictures(inputs_embeds)
-        if (
-            encoded is not None and self.training and several_ranks()
-        ):  # blocks above the last feature level get no gradient otherwise
+        if encoded is not None and self.training and several_ranks():
+            # Blocks above the last feature level get no gradient otherwise.
             inputs_embeds = touched(inputs_embeds, self.vision_tower.parameters())
         outputs = self.language_model(
             attention_mask=attention_mask,

@@ -7,13 +7,14 @@ samples of various lengths (flash attention), that is better still, and left alo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from sparsight.modeling.short import attention, short_attention
 
 NAME = "sparsight_packed"
 
@@ -82,7 +83,7 @@ def packed_attention(
         rows = _Rows.apply(x.transpose(1, 2).flatten(0, 1), there, back, real)
         return rows.view(*places_SL.shape, *rows.shape[1:]).transpose(1, 2)
 
-    out_SLHD, _ = sdpa_attention_forward(module, apart(query), apart(key), apart(value), None, is_causal=True, **kwargs)
+    out_SLHD, _ = short_attention(module, apart(query), apart(key), apart(value), None, is_causal=True, **kwargs)
     out = _Rows.apply(out_SLHD.flatten(0, 1), back, there, inside)
     return out.view(batch, length, heads, width), None
 
@@ -90,15 +91,6 @@ def packed_attention(
 AttentionInterface.register(NAME, packed_attention)
 
 
-@contextmanager
-def attention_for_packed_rows(language_model: PreTrainedModel) -> Iterator[None]:
+def attention_for_packed_rows(language_model: PreTrainedModel) -> AbstractContextManager[None]:
     """Within, ``language_model`` takes packed rows only; no change where it has attention over various lengths."""
-    before = language_model.config._attn_implementation
-    if before not in ("sdpa", "eager"):
-        yield
-        return
-    language_model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        language_model.set_attn_implementation(before)
+    return attention(language_model, NAME, of=("sdpa", "eager"))

@@ -23,6 +23,7 @@ from sparsight.layouts import window_bounds
 from sparsight.modeling.build import probe, set_image_size
 from sparsight.modeling.configuration import SparsightConfig
 from sparsight.modeling.encoders import level_numbers
+from sparsight.modeling.modeling import SparsightForConditionalGeneration
 from sparsight.modeling.processing import SparsightProcessor, resize_mode
 
 BRIDGE, TOWER = "model.multi_modal_projector.", "model.vision_tower."
@@ -55,15 +56,6 @@ class ScalingReport:
         return "\n".join([head, *(lines if self.born else [])])
 
 
-@dataclass(frozen=True)
-class _Scaled:
-    """The parts that change: the new bridge (None if it stays), and what the configuration says of it."""
-
-    bridge: WindowedResampler | None
-    config: dict[str, Any]
-    report: ScalingReport
-
-
 def scale_tokens(
     model: Any,
     processor: SparsightProcessor,
@@ -93,71 +85,59 @@ def scale_tokens(
             has no such level or cannot take the size. Nothing has changed then.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config, parts = model.config, model.model
-    scaled = _scale_parts(
-        config, parts.vision_tower, parts.multi_modal_projector, layout, image_size, sources, vision_levels
-    )
-    if scaled.bridge is not None:
-        parts.multi_modal_projector = scaled.bridge.train(model.training)
-    resize_positions(parts.vision_tower, scaled.config["image_size"])
-    _update(config, processor, scaled)
-    return scaled.report
-
-
-def _scale_parts(
-    config: SparsightConfig,
-    encoder: nn.Module,
-    bridge: nn.Module,
-    layout: Any,
-    image_size: int | None,
-    sources: Mapping[int, int] | None,
-    vision_levels: Sequence[int] | None,
-) -> _Scaled:
-    old = bridge_settings(config.bridge_config)
-    new = old if layout is None else bridge_settings(layout)
-    if isinstance(layout, str) and isinstance(new, ChainOfSight) and hasattr(old, "scales"):
-        own = old.model_dump(exclude={"kind", "tokens"})
-        new = ChainOfSight.model_validate(own | {"layout": new.layout})
-    side = image_size or config.image_size
+    config, encoder, bridge = model.config, model.model.vision_tower, model.model.multi_modal_projector
+    old, side = bridge_settings(config.bridge_config), image_size or config.image_size
+    new = _laid_out(old, layout)
     _check_side(encoder, side)
     wanted = config.vision_levels if vision_levels is None else list(vision_levels)
     levels = probe(encoder, side, wanted)
+    map_size, widths = (levels[0].shape[1], levels[0].shape[2]), [level.shape[3] for level in levels]
     for scale in new.scales.scales if hasattr(new, "scales") else ():
-        for length in levels[0].shape[1:3]:
-            window_bounds(length, scale.grid)  # a layout that does not fit the map fails here
+        window_bounds(min(map_size), scale.grid)  # a layout that does not fit the map fails here
     numbers = None if vision_levels is None else level_numbers(encoder, side, config.vision_levels, wanted)
-    target: WindowedResampler | None = None
     born: list[Born] = []
     if new != old or (numbers and numbers[0] != numbers[1]):
-        if not isinstance(bridge, WindowedResampler) or not isinstance(new, ChainOfSight | type(old)):
-            raise ValueError(
-                f"a bridge {old.kind} cannot become {new.kind} ({new.model_dump()}): only a resampler and "
-                "chain_of_sight can be scaled, to chain_of_sight"
-            )
-        weight = bridge.proj.weight
-        widths = [level.shape[3] for level in levels]
-        target = WindowedResampler(new, widths, bridge.proj.out_features).to(weight)
-        born = scale_bridge(bridge, target, sources, (numbers[0], numbers[1]) if numbers else None)
-    map_size = levels[0].shape[1], levels[0].shape[2]
-    values: dict[str, Any] = {
-        "bridge_config": new.model_dump(),
-        "vision_levels": wanted,
-        "level_widths": [level.shape[3] for level in levels],
-        "image_size": side,
-        "map_size": list(map_size),
-    }
+        bridge, born = _grown(bridge, old, new, widths, sources, numbers)
+        bridge.train(model.training)
     table, patches = _position_table(encoder), _patches(encoder, side)
-    moved = table is not None and table.side != patches
-    positions = f"{table.side}x{table.side} -> {patches}x{patches}" if moved and table else "as they are"
+    positions = (
+        f"{table.side}x{table.side} -> {patches}x{patches}" if table and table.side != patches else "as they are"
+    )
     tokens = config.num_image_tokens, new.visual_tokens(map_size)
-    return _Scaled(target, values, ScalingReport(tuple(born), tokens, (config.image_size, side), positions))
-
-
-def _update(config: SparsightConfig, processor: SparsightProcessor, scaled: _Scaled) -> None:
-    for key, value in scaled.config.items():
-        setattr(config, key, value)
+    report = ScalingReport(tuple(born), tokens, (config.image_size, side), positions)
+    model.model.multi_modal_projector = bridge
+    resize_positions(encoder, side)
+    config.bridge_config, config.vision_levels, config.level_widths = new.model_dump(), wanted, widths
+    config.image_size, config.map_size = side, list(map_size)
     processor.num_image_tokens = config.num_image_tokens
-    set_image_size(processor.image_processor, config.image_size, resize_mode(processor.image_processor))
+    set_image_size(processor.image_processor, side, resize_mode(processor.image_processor))
+    return report
+
+
+def _laid_out(old: Any, layout: Any) -> Any:
+    """Settings of the new bridge; a layout alone takes its width and heads from the old one."""
+    new = old if layout is None else bridge_settings(layout)
+    if isinstance(layout, str) and isinstance(new, ChainOfSight) and hasattr(old, "scales"):
+        return ChainOfSight.model_validate(old.model_dump(exclude={"kind", "tokens"}) | {"layout": new.layout})
+    return new
+
+
+def _grown(
+    bridge: nn.Module,
+    old: Any,
+    new: Any,
+    level_widths: Sequence[int],
+    sources: Mapping[int, int] | None,
+    numbers: Sequence[list[int]] | None,
+) -> tuple[WindowedResampler, list[Born]]:
+    """The new bridge, with the old one's weights. ``numbers``: old and new feature levels, where they may differ."""
+    if not isinstance(bridge, WindowedResampler) or not isinstance(new, ChainOfSight | type(old)):
+        raise ValueError(
+            f"a bridge {old.kind} cannot become {new.kind} ({new.model_dump()}): only a resampler and "
+            "chain_of_sight can be scaled, to chain_of_sight"
+        )
+    target = WindowedResampler(new, level_widths, bridge.proj.out_features).to(bridge.proj.weight)
+    return target, scale_bridge(bridge, target, sources, (numbers[0], numbers[1]) if numbers else None)
 
 
 # ------------------------------------------------------------------------------------- positions of the encoder
@@ -247,7 +227,7 @@ def scale_checkpoint(
     sources: Mapping[int, int] | None = None,
     vision_levels: Sequence[int] | None = None,
 ) -> ScalingReport:
-    """`scale_tokens` for a saved model, file by file: the language model is never built, and read one shard at a time.
+    """`scale_tokens` for a saved model, file by file: the language model is built without weights, and read by shards.
 
     Args:
         out: the new folder; written whole or not at all. A Trainer's optimizer state is left behind.
@@ -268,35 +248,34 @@ def scale_checkpoint(
     if wanted != own.keys():
         raise ValueError(f"{folder} lacks {sorted(wanted - own.keys())[:3]} and has {sorted(own.keys() - wanted)[:3]}")
     bridge.load_state_dict({name.removeprefix(BRIDGE): tensor for name, tensor in own.items()}, assign=True)
-    found = _position_table(encoder)
-    if found is not None:
-        name = f"{TOWER}{found.path}.{found.name}"
-        before = _read(folder, {name: where[name]})[name]
-        found.table.data = before
-    scaled = _scale_parts(config, encoder, bridge, layout, image_size, sources, vision_levels)
-    changed: dict[str, torch.Tensor] = {}
-    if scaled.bridge is not None:
-        changed |= {BRIDGE + name: tensor for name, tensor in scaled.bridge.state_dict().items()}
-    table = resize_positions(encoder, scaled.config["image_size"])
-    if table is not None:
-        changed[TOWER + table] = encoder.get_parameter(table).detach()
-    removed = own if scaled.bridge is not None else {}
-    if table is not None:
-        removed = removed | {name: before}
+    if (found := _position_table(encoder)) is not None:
+        table = f"{found.path}.{found.name}".lstrip(".")
+        before = found.table.data = _read(folder, {TOWER + table: where[TOWER + table]})[TOWER + table]
+    with torch.device("meta"):
+        model = SparsightForConditionalGeneration(config)
+    model.model.vision_tower, model.model.multi_modal_projector = encoder, bridge
+    report = scale_tokens(model, processor, layout, image_size, sources, vision_levels)
     config.vision_config = encoder.config
-    _update(config, processor, scaled)
+    removed: dict[str, torch.Tensor] = {}
+    added: dict[str, torch.Tensor] = {}
+    if (grown := model.model.multi_modal_projector) is not bridge:
+        removed = own
+        added = {BRIDGE + name: tensor for name, tensor in grown.state_dict().items()}
+    if found is not None and (after := encoder.get_parameter(table)).shape != before.shape:
+        removed = removed | {TOWER + table: before}
+        added[TOWER + table] = after.detach()
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write_files(folder, partial, where, removed, changed)
+        _write_files(folder, partial, where, removed, added)
         config.save_pretrained(partial)
         processor.save_pretrained(partial)
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return scaled.report
+    return report
 
 
 def _tensor_files(folder: Path) -> dict[str, str]:

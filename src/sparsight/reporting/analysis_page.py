@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
 from sparsight.reporting.inspection import RAMP
-from sparsight.reporting.page import write_page
+from sparsight.reporting.page import plot, table, write_page
 
 HEADINGS = ("layer", "similarity, visual", "similarity, text", "attention to visual", "if even", "importance")
 
@@ -35,13 +34,7 @@ def layer_table(record: Mapping[str, Any]) -> Table:
     """`layer_rows` for the terminal."""
     seen = record["analysis"]
     counts = (f"{seen[key]} {key.replace('_', ' ')}" for key in ("samples", "pictures", "visual_tokens", "text_tokens"))
-    title = f"{record['model']}: {', '.join(counts)}"
-    table = Table(title=Text(title), title_justify="left")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="right")
-    for row in layer_rows(record):
-        table.add_row(*row)
-    return table
+    return table(f"{record['model']}: {', '.join(counts)}", HEADINGS, layer_rows(record), left=0)
 
 
 def write_analysis(record: Mapping[str, Any], path: Path) -> None:
@@ -84,15 +77,14 @@ def _plots(seen: Mapping[str, Any]) -> list[dict[str, Any]]:
         heat = {"type": "heatmap", "z": seen["redundancy_map"], "colorscale": scale, "xgap": 1, "ygap": 1}
         heat |= {"hovertemplate": "row %{y}, column %{x}: %{z:.3f}<extra></extra>", "colorbar": {"thickness": 12}}
         square = {"autorange": "reversed", "scaleanchor": "x", "constrain": "domain", "showgrid": False}
-        axes = {"xaxis": {"constrain": "domain", "showgrid": False, "dtick": 1}, "yaxis": square | {"dtick": 1}}
-        plots.append({"id": "map", "data": [heat], "layout": axes | {"height": 360}})
+        wide = {"constrain": "domain", "showgrid": False, "dtick": 1}
+        plots.append(plot("map", [heat], wide, square | {"dtick": 1}))
     return plots
 
 
 def _plot(name: str, unit: str, lines: list[dict[str, Any]], axis: Mapping[str, Any] | None = None) -> dict[str, Any]:
     vertical = {"title": {"text": unit}, "fixedrange": True, **(axis or {})}
-    horizontal = {"title": {"text": "layer"}, "fixedrange": True}
-    return {"id": name, "data": lines, "layout": {"xaxis": horizontal, "yaxis": vertical, "height": 360}}
+    return plot(name, lines, {"title": {"text": "layer"}, "fixedrange": True}, vertical)
 
 
 def _line(layers: list[Mapping[str, Any]], key: str, name: str, colour: str, dash: str = "solid") -> dict[str, Any]:

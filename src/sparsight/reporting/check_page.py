@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
-from sparsight.reporting.page import write_page
+from sparsight.reporting.page import plot, table, write_page
 
 SHOWN = 500  # bad samples on the page; check.json has all
 
@@ -37,12 +36,8 @@ def figures_of(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def check_table(record: Mapping[str, Any]) -> Table:
     """`figures_of` for the terminal."""
-    table = Table(title=Text(f"{record['data']}, as stage {record['stage']} of {record['recipe']} sees it"))
-    table.add_column("")
-    table.add_column("", justify="right")
-    for what, figure in figures_of(record):
-        table.add_row(what, Text(figure))
-    return table
+    title = f"{record['data']}, as stage {record['stage']} of {record['recipe']} sees it"
+    return table(title, ("", ""), figures_of(record))
 
 
 def write_check(record: Mapping[str, Any], examples: Sequence[Mapping[str, str]], path: Path) -> None:
@@ -62,11 +57,11 @@ def write_check(record: Mapping[str, Any], examples: Sequence[Mapping[str, str]]
         "marker": {"color": {"$css": "--run-1"}},
         "hovertemplate": "%{x:.0f} tokens: %{y} samples<extra></extra>",
     }
-    axes = {"xaxis": {"title": {"text": "tokens of a sample"}}, "yaxis": {"title": {"text": "samples"}}}
+    across, up = ({"title": {"text": text}} for text in ("tokens of a sample", "samples"))
     write_page(
         path,
         "check.html.j2",
-        [{"id": "lengths", "data": [bars], "layout": axes | {"height": 360}}],
+        [plot("lengths", [bars], across, up)],
         record=record,
         rows=figures_of(record),
         bad=record["bad"][:SHOWN],

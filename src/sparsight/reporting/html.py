@@ -28,7 +28,7 @@ from sparsight.reporting.comparison import (
     times,
     write_comparison,
 )
-from sparsight.reporting.page import write_page
+from sparsight.reporting.page import plot, write_page
 from sparsight.reporting.runlog import Run, StageRun, example_key, number_in, read_runs, running_mean
 
 _COLOURS = 5  # --run-0 (the baseline) ... --run-4 in the template
@@ -153,11 +153,8 @@ def _share(part: float | None, whole: float | None) -> float | None:
 
 def _bar(index: int, run: Mapping[str, Any], hover: str, **fields: object) -> dict[str, Any]:
     shown = {"name": html.escape(run["name"]), "marker": {"color": _colour(index)}}
-    return (
-        {"type": "bar", "orientation": "h", "hovertemplate": f"{hover}<extra>%{{fullData.name}}</extra>"}
-        | shown
-        | fields
-    )
+    hover = f"{hover}<extra>%{{fullData.name}}</extra>"
+    return {"type": "bar", "orientation": "h", "hovertemplate": hover} | shown | fields
 
 
 def _bars(
@@ -173,14 +170,13 @@ def _bars(
         names, values = [html.escape(stage["name"]) for stage in run["stages"]], [stage[key] for stage in run["stages"]]
         traces.append(_bar(index, run, "%{y}: %{text}", y=names, x=values, text=[say(value) for value in values]))
     horizontal = {"title": {"text": unit}, "tickformat": "~s", "fixedrange": True, **(axis or {})}
-    axes = {"xaxis": horizontal, "yaxis": {"autorange": "reversed", "fixedrange": True}}
     height = 110 + 38 * sum(len(run["stages"]) for run in comparison["runs"])
-    layout = axes | {"bargap": 0.3, "bargroupgap": 0.08, "height": height}
-    return {"id": f"bars-{key}", "data": traces, "layout": layout}
+    vertical = {"autorange": "reversed", "fixedrange": True}
+    return plot(f"bars-{key}", traces, horizontal, vertical, height, bargap=0.3, bargroupgap=0.08)
 
 
 def _plot(
-    plot: str,
+    name: str,
     along: str,
     title: str,
     runs: list[Run],
@@ -196,16 +192,15 @@ def _plot(
     traces = []
     for index, run in enumerate(runs):
         points = _points(run, along, values)
-        name = html.escape(run.name)
-        line: dict[str, Any] = {"type": "scatter", "mode": "lines", "name": name, "legendgroup": str(index)}
+        of = html.escape(run.name)
+        line: dict[str, Any] = {"type": "scatter", "mode": "lines", "name": of, "legendgroup": str(index)}
         line["x"] = [x for x, *_ in points]
-        hover = f"%{{text}}<br>{title} %{{y:.4~r}} at %{{x:.4~s}} {along}<extra>{name}</extra>"
+        hover = f"%{{text}}<br>{title} %{{y:.4~r}} at %{{x:.4~s}} {along}<extra>{of}</extra>"
         faint = {"opacity": 0.28, "line": {"color": _colour(index), "width": 1}, "hoverinfo": "skip"}
         bold = {"line": {"color": _colour(index), "width": 2.5}, "hovertemplate": hover}
         traces.append(line | faint | {"y": [y for _, y, *_ in points], "showlegend": False})
         traces.append(line | bold | {"y": [y for *_, y, _ in points], "text": [text for *_, text in points]})
-    axes = {"xaxis": {"title": {"text": along}, "rangemode": "tozero"}, "yaxis": {"title": {"text": title}, **axis}}
-    return {"id": plot, "data": traces, "layout": axes | {"height": 360}}
+    return plot(name, traces, {"title": {"text": along}, "rangemode": "tozero"}, {"title": {"text": title}, **axis})
 
 
 def _points(
@@ -234,7 +229,7 @@ def _scores(comparison: Comparison) -> dict[str, Any]:
     count = len(comparison["runs"])
     width = 0.76 / count
     traces = []
-    shuffled, chance = _Marks(), _Marks()
+    shuffled: list[tuple[float | None, float, float]] = []  # share, centre and half length of a line
     for index, run in enumerate(comparison["runs"]):
         centres = [place + width * (index - (count - 1) / 2) for place in range(len(rows))]
         values = [None if row["scores"][index] is None else 100 * row["scores"][index] for row in rows]
@@ -242,41 +237,27 @@ def _scores(comparison: Comparison) -> dict[str, Any]:
         bar = {"y": centres, "x": values, "width": width * 0.92, "customdata": tasks}
         traces.append(_bar(index, run, "%{customdata}: %{x:.1f}%", **bar))
         for row, centre in zip(rows, centres, strict=True):
-            shuffled.add(row["shuffled"][index], centre, width * 0.46)
-    for place, row in enumerate(rows):
-        chance.add(row["chance"], place, 0.44)
-    traces += [shuffled.trace("shuffled pictures", 2.5, "solid"), chance.trace("chance", 1.5, "2px,2px")]
+            shuffled.append((row["shuffled"][index], centre, width * 0.46))
+    chance = [(row["chance"], float(place), 0.44) for place, row in enumerate(rows)]
+    traces += [_marks("shuffled pictures", shuffled, 2.5, "solid"), _marks("chance", chance, 1.5, "2px,2px")]
     ticks = {"tickvals": list(range(len(rows))), "ticktext": [html.escape(row["task"]) for row in rows]}
     vertical = {"range": [len(rows) - 0.4, -0.6], "fixedrange": True, "showgrid": False}
     horizontal = {"title": {"text": "%"}, "range": [0, 102], "fixedrange": True}
-    layout = {"xaxis": horizontal, "yaxis": ticks | vertical, "barmode": "overlay"}
-    return {"id": "scores", "data": traces, "layout": layout | {"height": 120 + len(rows) * (16 + 18 * count)}}
+    height = 120 + len(rows) * (16 + 18 * count)
+    return plot("scores", traces, horizontal, ticks | vertical, height, barmode="overlay")
 
 
-class _Marks:
-    """Short vertical lines at given values, as one trace with gaps."""
-
-    def __init__(self) -> None:
-        self.x: list[float | None] = []
-        self.y: list[float | None] = []
-
-    def add(self, value: float | None, centre: float, reach: float) -> None:
+def _marks(name: str, places: Iterable[tuple[float | None, float, float]], width: float, dash: str) -> dict[str, Any]:
+    """Short vertical lines at given shares, as one trace with gaps."""
+    x: list[float | None] = []
+    y: list[float | None] = []
+    for value, centre, reach in places:
         if value is not None:
-            self.x += [100 * value, 100 * value, None]
-            self.y += [centre - reach, centre + reach, None]
-
-    def trace(self, name: str, width: float, dash: str) -> dict[str, Any]:
-        line = {"color": {"$css": "--text"}, "width": width, "dash": dash}
-        hover = "%{x:.1f}%<extra>%{fullData.name}</extra>"
-        return {
-            "type": "scatter",
-            "mode": "lines",
-            "name": name,
-            "x": self.x,
-            "y": self.y,
-            "line": line,
-            "hovertemplate": hover,
-        }
+            x += [100 * value, 100 * value, None]
+            y += [centre - reach, centre + reach, None]
+    line = {"color": {"$css": "--text"}, "width": width, "dash": dash}
+    trace = {"type": "scatter", "mode": "lines", "name": name, "x": x, "y": y, "line": line}
+    return trace | {"hovertemplate": "%{x:.1f}%<extra>%{fullData.name}</extra>"}
 
 
 def _examples(runs: list[Run]) -> list[dict[str, Any]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sparsight.layouts import Scale, window_bounds
+from sparsight.reporting.page import write_page
 
 _SIDE, _GAP, _LINE = 208, 10, 22
 _COLUMNS = 6
@@ -28,8 +28,6 @@ def write_inspection(picture: Image.Image, looks: Mapping[Scale, np.ndarray], ti
     Returns:
         The page.
     """
-    from jinja2 import Environment, StrictUndefined
-
     out.mkdir(parents=True, exist_ok=True)
     entries = []
     for scale, maps_NHW in looks.items():
@@ -49,11 +47,8 @@ def write_inspection(picture: Image.Image, looks: Mapping[Scale, np.ndarray], ti
                 "image": base64.b64encode(file.read_bytes()).decode(),
             }
         )
-    template = resources.files("sparsight.reporting").joinpath("inspection.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    tokens = sum(scale.tokens for scale in looks)
-    page = out / "index.html"
-    page.write_text(environment.from_string(template).render(title=title, scales=entries, tokens=tokens), "utf-8")
+    page, tokens = out / "index.html", sum(scale.tokens for scale in looks)
+    write_page(page, "inspection.html.j2", [], heading=title, scales=entries, tokens=tokens)
     return page
 
 

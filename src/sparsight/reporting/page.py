@@ -1,17 +1,37 @@
-"""A page of plots in one self-contained file: it requests nothing, and nothing of the data becomes markup.
+"""A page in one self-contained file: it requests nothing, and nothing of the data becomes markup; and tables.
 
-Figures are plotly's JSON. A colour in them is {"$css": variable}, which the page looks up to follow its theme.
+Plots are plotly's JSON. A colour in them is {"$css": variable}, which the page looks up to follow its theme.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+from rich.text import Text
+
 from sparsight.reporting.comparison import write_atomic
+
+
+def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> Table:
+    """A table for the terminal, its first ``left`` columns ranged left; nothing in it is read as markup."""
+    built = Table(title=Text(title) if title else None, title_justify="left")
+    for number, head in enumerate(heads):
+        built.add_column(Text(head, overflow="fold"), justify="right" if number >= left else "left")
+    for row in rows:
+        built.add_row(*(Text(str(cell)) for cell in row))
+    return built
+
+
+def plot(
+    name: str, data: list[dict[str, Any]], x: Mapping[str, Any], y: Mapping[str, Any], height: int = 360, **layout: Any
+) -> dict[str, Any]:
+    """A figure for `write_page`: its place's id, its traces, and its axes."""
+    return {"id": name, "data": data, "layout": {"xaxis": x, "yaxis": y, "height": height, **layout}}
 
 
 def write_page(
@@ -24,7 +44,7 @@ def write_page(
     """Render a template that extends ``page.html.j2``, and write it, atomically.
 
     Args:
-        figures: {id, data, layout} of each plot; its place on the page has that id.
+        figures: from `plot`; a page without any is a page without scripts.
         values: what the template shows, escaped. Texts in figures are escaped by who makes them: plotly reads tags.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -37,5 +57,5 @@ def write_page(
     environment.filters |= filters or {}
     data = json.dumps(figures, allow_nan=False).replace("<", "\\u003c")
     nonce = hashlib.sha256(data.encode()).hexdigest()[:32]
-    page = environment.get_template(template).render(figures=data, plotly=get_plotlyjs(), nonce=nonce, **values)
-    write_atomic(path, page)
+    values |= {"figures": data, "plotly": get_plotlyjs() if figures else "", "nonce": nonce}
+    write_atomic(path, environment.get_template(template).render(values))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from sparsight.config import Recipe
@@ -27,7 +26,7 @@ from sparsight.cost.forecast import (
     total_flops,
 )
 from sparsight.reporting.comparison import duration, human
-from sparsight.reporting.page import write_page
+from sparsight.reporting.page import plot, table, write_page
 
 HEADINGS = ("stage", "visual tokens", "layers run", "length", "micro-batch", "steps", "FLOPs", "memory")
 STANDARD = (
@@ -57,18 +56,15 @@ def speed_of(recipe: Recipe, device: str | None, mfu: float | None) -> tuple[Spe
         name, peak, _ = known_device(device)
         if recipe.precision != "bf16":
             raise ValueError(f"--device {device}: its peak is known for bf16, but precision is {recipe.precision}")
-        return at_peak(
-            peak, share
-        ), f"Time on one {name}: its peak is {human(peak, 'FLOP/s')}, and a run does {assumed}."
+        said = f"Time on one {name}: its peak is {human(peak, 'FLOP/s')}, and a run does {assumed}."
+        return at_peak(peak, share), said
     if mfu is None and (found := known.get("calibrations", {}).get(calibration_key(recipe))):
         return calibrated(found), f"Time as calibrated on this computer ({found['device']})."
     if peak := known.get("peak", {}).get(recipe.precision):
         where = f"{known['peak']['device']}, {recipe.precision}"
         return at_peak(peak, share), f"Time on this computer: {human(peak, 'FLOP/s')} measured ({where}), {assumed}."
-    return (
-        None,
-        "No time: name a --device, or measure this computer with --calibrate or `sparsight doctor --measure-peak`.",
-    )
+    how = "name a --device, or measure this computer with --calibrate or `sparsight doctor --measure-peak`"
+    return None, f"No time: {how}."
 
 
 def memory_of(text: str | None, device: str | None) -> float | None:
@@ -151,15 +147,6 @@ def part_rows(stages: Sequence[StageCost]) -> Rows:
     return rows + [[f"memory: {part}", *(gigabytes(memory[part]) for memory in memories)] for part in memories[0]]
 
 
-def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    built = Table(title=Text(title))
-    for number, head in enumerate(heads):
-        built.add_column(Text(head, overflow="fold"), justify="right" if number else "left")
-    for row in rows:
-        built.add_row(*map(Text, row))
-    return built
-
-
 def print_plan(recipe: Recipe, speed: Speed | None, limit: float | None, console: Console) -> list[StageCost]:
     """Tables and notes of one recipe.
 
@@ -186,15 +173,11 @@ def check_fits(cost: StageCost, limit: float) -> None:
     if (size := sum(memory.values())) <= limit:
         return
     part = max(memory, key=memory.__getitem__)
-    found = remedies(cost, limit)
+    found = "; or ".join(remedies(cost, limit))
+    advice = f"What would fit: {found}" if found else "Nothing that is tried here fits: take a smaller model"
     raise ValueError(
         f"stage '{cost.stage.name}' needs {gigabytes(size)} at a micro-batch of {cost.micro_batch}, but there are "
-        f"{gigabytes(limit)}: the largest part is {part} ({gigabytes(memory[part])}). "
-        + (
-            f"What would fit: {'; or '.join(found)}"
-            if found
-            else "Nothing that is tried here fits: take a smaller model"
-        )
+        f"{gigabytes(limit)}: the largest part is {part} ({gigabytes(memory[part])}). {advice}"
     )
 
 
@@ -247,10 +230,6 @@ def _bar(name: str, x: list[str], y: list[float], colour: int) -> dict[str, Any]
 def _write(
     path: Path, name: str, bars: list[dict[str, Any]], tables: list[Any], lines: list[str], mode: str = "stack"
 ) -> None:
-    axes = {
-        "xaxis": {"type": "category", "fixedrange": True},
-        "yaxis": {"title": {"text": "FLOPs"}, "fixedrange": True},
-    }
-    layout = axes | {"height": 400, "barmode": mode}
-    figure = {"id": "flops", "data": bars, "layout": layout}
+    vertical = {"title": {"text": "FLOPs"}, "fixedrange": True}
+    figure = plot("flops", bars, {"type": "category", "fixedrange": True}, vertical, 400, barmode=mode)
     write_page(path, "plan.html.j2", [figure], name=name, tables=tables, notes=lines)

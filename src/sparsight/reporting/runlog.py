@@ -29,18 +29,7 @@ from sparsight.cost.devices import cpu_name
 VERSION = 1
 FILE_NAME = "run.jsonl"
 MOST_PROBLEMS = 20  # of a log, told one by one
-_PACKAGES = (
-    "sparsight",
-    "torch",
-    "transformers",
-    "accelerate",
-    "tokenizers",
-    "safetensors",
-    "numpy",
-    "pillow",
-    "peft",
-    "trl",
-)
+_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "pillow", "peft", "trl")
 _REQUIRED: dict[str, dict[str, type]] = {
     "header": {"version": int, "run": str},
     "stage": {"stage": str},
@@ -122,7 +111,7 @@ def environment() -> dict[str, Any]:
     and the number of threads come from torch, None when nothing has imported it yet.
     """
     versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in ("sparsight", *_PACKAGES):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -246,6 +235,7 @@ class Run:
     examples: list[dict[str, Any]]
     problems: list[str]
     points: dict[str, Points] = field(default_factory=dict)  # by task; older logs have none
+    caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # by stage: folder, and what this run paid
 
     @property
     def ended(self) -> bool:
@@ -253,11 +243,8 @@ class Run:
         recipe = self.header.get("recipe")
         asked = recipe if isinstance(recipe, dict) else {}
         stages = asked.get("stages")
-        names = (
-            {str(stage.get("name")) for stage in stages if isinstance(stage, dict)}
-            if isinstance(stages, list)
-            else set()
-        )
+        stages = stages if isinstance(stages, list) else []
+        names = {str(stage.get("name")) for stage in stages if isinstance(stage, dict)}
         names = names or {stage.name for stage in self.stages}
         evaluation = asked.get("evaluation")
         scored = not isinstance(evaluation, dict) or evaluation.get("kind") == "none" or bool(self.scores)
@@ -399,37 +386,41 @@ class LogReader:
         names = record.get("nonfinite")
         for name in names if isinstance(names, list) else ():
             self.nonfinite[f"{record['stage']} step" if kind == "step" else kind, str(name)].append(number)
-        getattr(self, f"_{kind}")(number, record)
+        self._apply(kind, number, record)
+
+    def _apply(self, kind: str, number: int, record: dict[str, Any]) -> None:
+        stage: str = record.get("stage", "")
+        match kind:
+            case "header":
+                self._header(number, record)
+            case "stage":
+                self.starts[stage] = record
+                self.ends.pop(stage, None)
+            case "step":
+                self.steps[stage][record["step"]] = record
+            case "stage_end":
+                self.ends[stage] = record
+            case "resume":  # steps after the checkpoint are not in the weights, whether they are redone or not
+                kept = {step: old for step, old in self.steps[stage].items() if step <= record["step"]}
+                self.steps[stage] = kept
+                self.ends.pop(stage, None)
+            case "cache":
+                self.caches[stage] = record  # its seconds and FLOPs are in the stage's end, too
+            case "eval":
+                self._eval(number, record)
+            case "example":
+                self.examples[example_key(record)] = record
 
     def _header(self, number: int, record: dict[str, Any]) -> None:
         if record["version"] != VERSION:
             self.problems.append(f"line {number}: version {record['version']} is unknown; read as {VERSION}")
-        if self.header:
-            same = all(record.get(key) == self.header.get(key) for key in ("run", "recipe", "samples_hash"))
-            self.stranger = 0 if same else number
-            if not same:
-                self.problems.append(f"line {number}: a second header that differs from the first; left out")
+        if not self.header:
+            self.header = record
             return
-        self.header = record
-
-    def _stage(self, number: int, record: dict[str, Any]) -> None:
-        self.starts[record["stage"]] = record
-        self.ends.pop(record["stage"], None)
-
-    def _step(self, number: int, record: dict[str, Any]) -> None:
-        self.steps[record["stage"]][record["step"]] = record
-
-    def _stage_end(self, number: int, record: dict[str, Any]) -> None:
-        self.ends[record["stage"]] = record
-
-    def _resume(self, number: int, record: dict[str, Any]) -> None:
-        # steps after the checkpoint are not in the weights, whether they are redone or not
-        kept = {step: old for step, old in self.steps[record["stage"]].items() if step <= record["step"]}
-        self.steps[record["stage"]] = kept
-        self.ends.pop(record["stage"], None)
-
-    def _cache(self, number: int, record: dict[str, Any]) -> None:
-        self.caches[record["stage"]] = record  # its seconds and FLOPs are in the stage's end, too
+        same = all(record.get(key) == self.header.get(key) for key in ("run", "recipe", "samples_hash"))
+        self.stranger = 0 if same else number
+        if not same:
+            self.problems.append(f"line {number}: a second header that differs from the first; left out")
 
     def _eval(self, number: int, record: dict[str, Any]) -> None:
         if record.get("checkpoint") != self.evaluation.get("checkpoint"):
@@ -444,9 +435,6 @@ class LogReader:
                 points[task] = found
             elif any(part is not None for part in parts):
                 self.problems.append(f"line {number}: points of {task} do not fit its pictures or its score; left out")
-
-    def _example(self, number: int, record: dict[str, Any]) -> None:
-        self.examples[example_key(record)] = record
 
     def run(self) -> Run:
         """What was read so far. Raises `ValueError` if no header was."""
@@ -465,8 +453,8 @@ class LogReader:
         if len(problems) > MOST_PROBLEMS:
             problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS} more of the kind"]
         tables = {key: self.evaluation.get(key, {}) for key in ("scores", "shuffled", "chance", "items", "points")}
-        examples = list(self.examples.values())
-        return Run(self.header["run"], self.header, stages, examples=examples, problems=problems, **tables)
+        tables |= {"examples": list(self.examples.values()), "problems": problems, "caches": dict(self.caches)}
+        return Run(self.header["run"], self.header, stages, **tables)
 
     def _stage_run(self, name: str, problems: list[str]) -> StageRun:
         if name not in self.starts:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsight.reporting.comparison import decimals, duration, human, share
+from sparsight.reporting.page import table
 from sparsight.reporting.runlog import LogReader, Run, StageRun, number_in, step_seconds
 
 _RECENT = 20  # steps that rates are means over
@@ -65,7 +66,7 @@ def render(run: Run, silence: float, width: int) -> RenderableType:
         parts += [
             bar,
             Text(f"loss {curve}") if curve else Text("no step yet"),
-            _figures(run.stages[-_STAGES:], run.ended),
+            _figures(run.stages[-_STAGES:]),
         ]
     else:
         parts.append(Text("no stage has begun"))
@@ -75,15 +76,13 @@ def render(run: Run, silence: float, width: int) -> RenderableType:
     return Panel(Group(*parts), title=Text(f"{run.name}: {state}"), title_align="left", width=min(width, 100))
 
 
-def _figures(stages: Sequence[StageRun], ended: bool) -> Table:
+def _figures(stages: Sequence[StageRun]) -> Table:
     """A column for each stage, a row for each figure."""
-    table = Table("", box=None, pad_edge=False)
-    for stage in stages:
-        table.add_column(Text(stage.name), justify="right")
     columns = [figures(stage) for stage in stages]
-    for name in columns[0]:
-        table.add_row(name, *(Text(column[name]) for column in columns))
-    return table
+    rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    built = table("", ["", *(stage.name for stage in stages)], rows)
+    built.box, built.pad_edge = None, False
+    return built
 
 
 def figures(stage: StageRun) -> dict[str, str]:

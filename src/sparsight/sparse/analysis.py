@@ -266,9 +266,8 @@ def _down(value: float) -> float:
 def _tilt(free: list[float], importance: tuple[float, ...]) -> tuple[dict[str, Any], str]:
     """Settings of `LayerSkipper` for the tilt, and why."""
     if max(free) - min(free) < FLAT:
-        return {
-            "epsilon": 0.0
-        }, f"The free layers' similarities ({fmean(free):.3f} on average) differ by less than {FLAT}."
+        alike = f"The free layers' similarities ({fmean(free):.3f} on average) differ by less than {FLAT}."
+        return {"epsilon": 0.0}, alike
     trend = correlation(free, range(len(free))) if len(free) > 3 else 0.0
     if abs(trend) >= TREND:
         where = "deep" if trend > 0 else "early"

@@ -25,7 +25,7 @@ def blank_features(owner: Any, like: torch.Tensor) -> torch.Tensor:
         raise ValueError(_NO_PICTURE.format(name=type(owner).__name__, error=error)) from error
     if hasattr(found, "pooler_output"):  # the tower's other outputs reach nothing, nor may they get gradients here
         found = [found.pooler_output, getattr(found, "deepstack_features", None)]
-    return torch.stack([tensor.float().sum() for tensor in _tensors(found)]).sum()
+    return torch.stack([tensor.float().sum() for tensor in tensors(found)]).sum()
 
 
 def blank_picture(owner: Any, like: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -50,7 +50,8 @@ def blank_picture(owner: Any, like: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"pixel_values": pixels}
 
 
-def _tensors(found: Any) -> list[torch.Tensor]:
+def tensors(found: Any) -> list[torch.Tensor]:
+    """The tensors in a nest of lists and tuples, in order."""
     if isinstance(found, (list, tuple)):
-        return [tensor for value in found for tensor in _tensors(value)]
+        return [tensor for value in found for tensor in tensors(value)]
     return [found] if isinstance(found, torch.Tensor) else []

@@ -46,9 +46,8 @@ class SparsightCallback(TrainerCallback):
     def settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one before."""
         parts = {"compressor": self.handle.compressor, "skipper": self.handle.skipper}
-        return {name: part and part.model_dump(mode="json") for name, part in parts.items()} | {
-            "seed": self.handle.seed
-        }
+        settings = {name: part and part.model_dump(mode="json") for name, part in parts.items()}
+        return settings | {"seed": self.handle.seed}
 
     def floating_point_ops(self, inputs: Any) -> float:
         """FLOPs of the last pass. The Trainer's own count, which ends up in ``total_flos``, sees neither dropped tokens
@@ -118,10 +117,8 @@ class SparsightCallback(TrainerCallback):
 def _refuse_engine(model: nn.Module) -> None:
     """Raises ValueError under an engine whose optimizer does not know layers."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):  # set by transformers and accelerate
-        engine, why = (
-            "DeepSpeed",
-            "updates flat shards of all layers: weight decay and moments reach those that are off",
-        )
+        engine = "DeepSpeed"
+        why = "updates flat shards of all layers: weight decay and moments reach those that are off"
     elif any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         engine, why = "FSDP version 1", "flattens parameters: a layer that is off cannot be left alone"
     else:

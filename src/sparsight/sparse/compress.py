@@ -50,13 +50,8 @@ def compress(
     kept = kept_tokens(tokens, keep)
     if kept == tokens:
         return tokens_BND, torch.arange(tokens, device=tokens_BND.device).expand(batch, -1)
-    given: dict[str, Any] = {
-        "grid": grid or (1, tokens),
-        "text": text_BTD,
-        "mask": text_mask_BT,
-        "generator": generator,
-    }
-    return METHODS[method](tokens_BND, kept, **given)
+    given: dict[str, Any] = {"text": text_BTD, "mask": text_mask_BT, "generator": generator}
+    return METHODS[method](tokens_BND, kept, grid=grid or (1, tokens), **given)
 
 
 def _pick(tokens_BND: torch.Tensor, index_BK: torch.Tensor) -> Compressed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from sparsight.cost import LanguageShape, Trains, language_flops
 from sparsight.counting import flop_counter
 from sparsight.distributed import several_ranks
 from sparsight.sparse.attach import Pass, SparseHandle
+from sparsight.sparse.blank import tensors
 
 
 def figures(handle: SparseHandle, passes: Sequence[Pass]) -> dict[str, float]:
@@ -53,18 +54,10 @@ def vision_flops(handle: SparseHandle) -> float:
     with flop_counter(tower) as counter, torch.set_grad_enabled(bool(trained)):
         found = handle.splicer.get_image_features(*args, **kwargs)
         parts = [getattr(found, key, None) for key in ("pooler_output", "deepstack_features")]
-        outputs = list(_tensors([found] if parts == [None, None] else parts))
+        outputs = tensors([found] if parts == [None, None] else parts)
         if trained:
             torch.autograd.grad([x.sum() for x in outputs if x.requires_grad], trained, allow_unused=True)
     return counter.get_total_flops() / pixels
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _trains(handle: SparseHandle) -> Trains:

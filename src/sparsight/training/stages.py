@@ -65,15 +65,27 @@ def select_trainable(model: SparsightForConditionalGeneration, stage: Stage) -> 
 
 
 def parameter_groups(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
-    """Optimizer groups: one for each part, with its learning rate; vectors (norms, biases) are not decayed."""
+    """Optimizer groups: one for each part, with its learning rate; vectors (norms, biases) are not decayed.
+
+    With Muon, the weights of linear maps are in groups that say ``muon``; without the output layer and adapters, as
+    Muon is for full matrices between layers.
+    """
     rates = stage.learning_rate.parts()
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    linear = {
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name and module.weight is not head.weight
+    }
+    groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((part_of(name), parameter.ndim >= 2), []).append(parameter)
+            inside = stage.optimizer == "muon" and parameter in linear
+            groups.setdefault((part_of(name), parameter.ndim >= 2, inside), []).append(parameter)
     return [
-        {"params": params, "lr": rates[part], "weight_decay": stage.weight_decay if decays else 0.0, "part": part}
-        for (part, decays), params in groups.items()
+        {"params": params, "lr": rates[part], "weight_decay": stage.weight_decay if decays else 0.0}
+        | {"part": part, "muon": inside}
+        for (part, decays, inside), params in groups.items()
     ]
 
 

@@ -9,7 +9,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -41,8 +41,10 @@ from sparsight.data.collate import Collator, TrainingSet
 from sparsight.distributed import any_rank, process_state, several_ranks
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.modeling.packed import attention_for_packed_rows, compared
+from sparsight.modeling.short import attention
 from sparsight.sparse.attach import Pass, SparseHandle, attach
 from sparsight.sparse.callback import SparsightCallback
+from sparsight.training.optimizer import MuonAdamW, optimizer_flops
 from sparsight.training.quarantine import Quarantine
 from sparsight.training.stages import parameter_groups
 
@@ -183,7 +185,8 @@ class SparsightTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:  # type: ignore[has-type]
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = cls(parameter_groups(self.model, self.stage), **options)
+            groups = parameter_groups(self.model, self.stage)
+            self.optimizer = MuonAdamW(groups, **options) if self.stage.optimizer == "muon" else cls(groups, **options)
         return self.optimizer
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -251,6 +254,8 @@ class _Recorder(TrainerCallback):
     def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
         # Here, and not at the step's end: by then the schedule has moved to the next step's.
         self.rates = {group["part"]: group["lr"] for group in kwargs["optimizer"].param_groups}
+        if self.stage.optimizer == "muon":
+            self.counter.flops["optimizer"] += optimizer_flops(kwargs["optimizer"])
         self.started = time.perf_counter()
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
@@ -317,7 +322,7 @@ def plan_stage(data: TrainingSet, recipe: Recipe, stage: Stage, folder: Path, co
         ValueError: the batch cannot be dealt out to the ranks, or a sample cannot be read.
     """
     ranks, sizes = process_state().num_processes, None
-    alike = isinstance(recipe.data, SceneData)  # where they need not be dealt out, sizes need not be known
+    alike = isinstance(recipe.data_of(stage), SceneData)  # where they need not be dealt out, sizes need not be known
     if ranks * micro_batches(stage, ranks) > 1 or stage.packing or stage.batch_tokens or not alike:
         with process_state().main_process_first(), Progress(console=console) as bar:
             task = bar.add_task("measuring samples", total=len(data))
@@ -445,8 +450,8 @@ def train_stage(
             log.write("resume", stage=stage.name, step=began)
         try:
             by_sample = stage.packing and stage.compressor is None  # a compressor keeps samples apart itself
-            packed = attention_for_packed_rows(model.model.language_model) if by_sample else nullcontext()
-            with packed, _ctrl_c(recorder, console):
+            rows = attention_for_packed_rows if by_sample else attention
+            with rows(model.model.language_model), _ctrl_c(recorder, console):
                 trainer.train(resume_from_checkpoint=checkpoint)
         finally:
             if handle is not None:

@@ -1,0 +1,277 @@
+"""Quality at equal samples: the standard pipeline, Chain-of-Sight, the Sparse Training Scheme, both, and ablations.
+
+Every row sees the same samples in the same order (`quality.yaml`), and differs in bridges and methods alone. Settings
+are picked on the validation split, scores are those of the test split, and neither's drawings are seen in training. Rows
+that begin alike share those stages. What is done is kept in the work folder, and a row that is in the results file is
+not run again: run it in slices, several at once if there are cores.
+
+    python benchmarks/quality.py --rows core --seeds 0 1 2 --out benchmarks/results/quality-DATE.json
+    python benchmarks/quality.py --clock --out FILE   # seconds of the rows' steps, taking turns, with nothing beside
+    python benchmarks/quality.py --list
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+
+from sparsight.bridges import build_bridge
+from sparsight.config import Recipe, Stage
+from sparsight.data.scenes import ScenesDataset
+from sparsight.data.sources import scene_config
+from sparsight.evaluation.scenes import evaluate_scenes
+from sparsight.modeling.scale import scale_tokens
+from sparsight.pipeline import autocast, load, run, samples_hash
+from sparsight.reporting import environment, read_run
+from sparsight.reporting.comparison import write_atomic
+
+HERE = Path(__file__).parent
+WIDTHS = {"width": 192, "heads": 3, "mlp_ratio": 2, "query_std": 1}
+ITEMS = {"validation": 120, "test": 300}
+
+
+def cos(layout: str, **changes: Any) -> dict[str, Any]:
+    return {"kind": "chain_of_sight", "layout": layout, **WIDTHS, **changes}
+
+
+def single(tokens: int) -> dict[str, Any]:
+    return {"kind": "resampler", "tokens": tokens, **WIDTHS}
+
+
+QUARTER, FALLING = {"keep": 0.25, "method": "uniform"}, {"alpha": 0.6, "epsilon": 0.3}
+GRID = [{"rate": rate, "late_rate": late} for rate in (1e-3, 2e-3) for late in (5e-4, 1e-3)]  # the first if not tuned
+FULL = "1:16,2:16,16:1"  # the 336 that 32 reaches
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pipeline. ``early`` holds for alignment and pre-training, ``late`` for fine-tuning.
+
+    ``first``, ``last``: further keys of those stages. ``fresh``: new scales start anew. ``share``: of the steps of
+    pre-training. ``groups``: what it belongs to.
+    """
+
+    early: dict[str, Any]
+    late: dict[str, Any] | None = None
+    first: dict[str, Any] = field(default_factory=dict)
+    last: dict[str, Any] = field(default_factory=dict)
+    fresh: bool = False
+    share: float = 1.0
+    groups: str = ""
+
+
+few, many = cos("cos-32"), cos(FULL)
+DOUBLE = {"image_size": 512}
+ROWS = {
+    "standard": Row(single(336), groups="core"),
+    "cos 32-336": Row(few, many, groups="core scaling"),
+    "cos 32-336 sts": Row(few, many, last={"skipper": FALLING}, groups="core sts"),
+    "cos 32-32": Row(few, groups="core scaling"),
+    "linear": Row({"kind": "mlp"}, groups="bridge"),
+    "standard, equal time": Row(single(336), share=0.2, groups="control"),
+    "single 80-80": Row(single(80), groups="scales"),
+    "cos 80-80": Row(cos("cos-80"), groups="scales"),
+    "cos 80-336": Row(cos("cos-80"), cos("cos-336"), groups="scaling"),
+    "cos 336-336": Row(cos("cos-336"), groups="scales"),
+    "cos 32-336 fresh": Row(few, many, fresh=True, groups="scaling"),
+    "cos 80-272 local": Row(cos("cos-80"), cos("1:16,8:4"), groups="scaling"),
+    "cos 80-144 global": Row(cos("cos-80"), cos("1:16,2:16,4:4"), groups="scaling"),
+    "cos 32-528 double": Row(few, cos("1:16,4:16,16:1"), last=DOUBLE, groups="double"),
+    "cos 48-784 double": Row(cos("cos-48"), cos("1:16,4:16,16:2"), last=DOUBLE, groups="double"),
+    "fine to coarse 80-80": Row(cos("cos-80", order="fine_to_coarse"), groups="order"),
+    "standard + compressor": Row(single(336), first={"compressor": QUARTER}, groups="sts"),
+    "standard + skipper": Row(single(336), last={"skipper": FALLING}, groups="sts"),
+    "standard + both": Row(single(336), first={"compressor": QUARTER}, last={"skipper": FALLING}, groups="sts"),
+    "linear + compressor": Row({"kind": "mlp"}, first={"compressor": QUARTER}, groups="sts"),
+    "cos 32-336 + compressor": Row(few, many, first={"compressor": {"keep": 0.5, "final": 1.0}}, groups="sts"),
+    "cos 32-336, dual": Row(few, many, last={"compressor": {"keep": 0.1, "dense_every": 10}}, groups="rivals"),
+    "standard, dual": Row(
+        single(336),
+        first={"compressor": {"keep": 0.1, "method": "uniform", "dense_every": 10}},
+        last={"compressor": {"keep": 0.1, "method": "uniform", "dense_every": 10}},
+        groups="rivals",
+    ),
+    "skipper constant": Row(few, many, last={"skipper": FALLING | {"alpha": 0.2, "course": "constant"}}, groups="skip"),
+    "skipper rising": Row(few, many, last={"skipper": FALLING | {"course": "rising"}}, groups="skip"),
+    "skipper epsilon -0.3": Row(few, many, last={"skipper": FALLING | {"epsilon": -0.3}}, groups="skip"),
+    "skipper epsilon 0": Row(few, many, last={"skipper": FALLING | {"epsilon": 0.0}}, groups="skip"),
+}
+
+
+def recipe_of(row: Row, seed: int, settings: dict[str, Any]) -> Recipe:
+    """A row's recipe: `quality.yaml`, the row's own keys, and what is tuned (``rate``, ``late_rate``, ``split``)."""
+    values = yaml.safe_load((HERE / "quality.yaml").read_text(encoding="utf-8")) | {"seed": seed}
+    align, pretrain, finetune = values["stages"]
+    for stage in (align, pretrain):
+        stage |= {"bridge": row.early} | row.first
+        stage["learning_rate"] = dict.fromkeys(("bridge", "language"), settings["rate"])
+    finetune |= {"bridge": row.late or row.early} | row.last
+    finetune["learning_rate"] = dict.fromkeys(("bridge", "language"), settings["late_rate"])
+    pretrain["samples"] = round(row.share * pretrain["samples"] / 32) * 32
+    finetune["samples"] = round(settings.get("split", 1) * finetune["samples"] / 32) * 32
+    return Recipe.model_validate(values)
+
+
+def train(recipe: Recipe, work: Path, console: Console, fresh: bool = False) -> Path:
+    """The folder of a recipe's run; stages that another run in ``work`` has had alike are taken from there."""
+    before = None
+    for count in range(1, len(recipe.stages) + 1):
+        part = recipe.model_copy(update={"stages": recipe.stages[:count]})
+        anew = fresh and count == len(recipe.stages)
+        values = part.model_dump(mode="json", exclude={"name"}) | {"fresh": anew}
+        out = work / hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+        if not (out / "done").is_file():
+            if before is not None and not out.is_dir():
+                _begin(out, before, part, anew)
+            run(part, out, console, resume=out.is_dir(), cache_root=work / "cache")
+            (out / "done").touch()
+        before = out
+    assert before is not None
+    return before
+
+
+def _begin(out: Path, before: Path, recipe: Recipe, fresh: bool) -> None:
+    """Put the stages of ``before`` into a new run's folder, as if it had trained them itself."""
+    partial = out.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(before, partial, ignore=shutil.ignore_patterns("done", "checkpoints"))
+    header, *lines = (before / "run.jsonl").read_text(encoding="utf-8").splitlines()
+    values = json.loads(header) | {"recipe": recipe.model_dump(mode="json"), "samples_hash": samples_hash(recipe)}
+    (partial / "run.jsonl").write_text("\n".join([json.dumps(values), *lines]) + "\n", encoding="utf-8")
+    if fresh:
+        _start_anew(partial / recipe.stages[-2].name / "model", recipe.stages[-1], recipe.seed)
+    partial.rename(out)
+
+
+def _start_anew(folder: Path, stage: Stage, seed: int) -> None:
+    """Scale a model to a stage's layout, but give the scales that come their start values in place of weights."""
+    model, processor = load(folder)
+    before = set(model.model.multi_modal_projector.scales)  # type: ignore[arg-type]
+    scale_tokens(model, processor, stage.bridge, stage.image_size)
+    scales: Any = model.model.multi_modal_projector.scales
+    torch.manual_seed(seed)
+    anew: Any = build_bridge(stage.bridge, model.config.level_widths, model.config.text_config.hidden_size).scales
+    for grid in set(anew) - before:
+        scales[grid].load_state_dict(anew[grid].state_dict())
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def score(folder: Path, recipe: Recipe, split: str) -> dict[str, Any]:
+    """Scores of a run's last model by task; for the test split every item's points, and with pictures shuffled."""
+    model, processor = load(folder / recipe.stages[-1].name / "model")
+    shown = recipe.scenes()
+    assert shown is not None
+    scenes = scene_config(shown, model.config.image_size)
+    data = ScenesDataset(scenes, split, scenes=4 * ITEMS[split], seed=shown.seed)
+    with autocast(recipe.precision, model.device):
+        found = evaluate_scenes(model, processor, data, ITEMS[split], control=split == "test")
+    result: dict[str, Any] = {"items": ITEMS[split], "scores": found.scores}
+    if split == "test":
+        result |= {"shuffled": found.shuffled, "points": found.points}
+    return result
+
+
+def costs(folder: Path) -> list[dict[str, Any]]:
+    """What each stage of a run took. Other runs went on beside it: for ratios of seconds, see ``--clock``."""
+    keys = ("name", "layout", "visual_tokens", "samples", "planned_steps", "seconds", "encoding_seconds")
+    return [{key: getattr(stage, key) for key in (*keys, "executed_flops")} for stage in read_run(folder).stages]
+
+
+class Results:
+    """The results file: rows are added, each as soon as it is there."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.read()
+
+    def read(self) -> None:
+        text = self.file.read_text(encoding="utf-8") if self.file.is_file() else '{"rows": []}'
+        self.values: dict[str, Any] = json.loads(text)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Put a row in, or in the place of itself; other processes add theirs."""
+        key = ("row", "seed", "settings")
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.file.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.read()
+            others = [each for each in self.values["rows"] if any(each[name] != row[name] for name in key)]
+            base = yaml.safe_load((HERE / "quality.yaml").read_text(encoding="utf-8"))
+            self.values |= {"env": environment(), "recipe": base, "rows": [*others, row]}
+            write_atomic(self.file, json.dumps(self.values) + "\n")
+
+    def entry(self, **key: Any) -> dict[str, Any] | None:
+        same = (row for row in self.values["rows"] if all(row[name] == value for name, value in key.items()))
+        return next(same, None)
+
+    def best(self, name: str, split: float) -> dict[str, Any]:
+        """The settings of a row that were best on the validation split, of those that were tried; else the first."""
+        tried = [r for r in self.values["rows"] if r["row"] == name and r["settings"]["split"] == split]
+        tried = [entry for entry in tried if entry["seed"] == 0]
+        mean = lambda entry: statistics.fmean(entry["validation"]["scores"].values())  # noqa: E731
+        return max(tried, key=mean)["settings"] if tried else GRID[0] | {"split": split}
+
+
+def work_through(options: argparse.Namespace, results: Results, console: Console) -> None:
+    """Train and score what was asked for and is not there yet, until the minutes are over."""
+    end = time.monotonic() + 60 * options.minutes
+    names = [n for n, row in ROWS.items() if n in options.rows or set(row.groups.split()) & set(options.rows)]
+    for seed in options.seeds:
+        for name in names:
+            found = results.best(name, options.split)
+            for settings in [grid | {"split": options.split} for grid in GRID] if options.tune else [found]:
+                entry = results.entry(row=name, seed=seed, settings=settings)
+                if entry is not None and (options.tune or "test" in entry):
+                    continue
+                if time.monotonic() > end:
+                    console.print("[yellow]the minutes are over; the same command goes on[/]")
+                    return
+                console.rule(f"[bold]{name}[/], seed {seed}, {settings}")
+                row, recipe = ROWS[name], recipe_of(ROWS[name], seed, settings)
+                folder = train(recipe, options.work, console, row.fresh)
+                done = entry or {"row": name, "seed": seed, "settings": settings, "stages": costs(folder)}
+                if entry is None:
+                    done["validation"] = score(folder, recipe, "validation")
+                if not options.tune:
+                    done["test"] = score(folder, recipe, "test")
+                results.add(done)
+                shown = done.get("test", done["validation"])["scores"]
+                console.print(name, seed, settings, {task: round(100 * value) for task, value in shown.items()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", nargs="+", default=["core"], help="rows or groups")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--split", type=float, default=1, help="fine-tuning, of a tenth of the standard run's time")
+    parser.add_argument("--tune", action="store_true", help="try the grid on the validation split")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start nothing new after these")
+    parser.add_argument("--work", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "quality.json")
+    parser.add_argument("--list", action="store_true", help="show the rows")
+    options = parser.parse_args()
+    console = Console()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    if options.list:
+        for name, row in ROWS.items():
+            console.print(f"[bold]{name}[/] ({row.groups})", highlight=False)
+        return
+    work_through(options, Results(options.out), console)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""One module for each command that runs models: they join data, model, training, evaluation and reports."""
+
+from sparsight.pipeline.analyze import analyze_checkpoint
+from sparsight.pipeline.calibrate import CALIBRATED, TimedSteps, calibrate_recipe, timed_steps
+from sparsight.pipeline.check import check_data
+from sparsight.pipeline.compare import builtin_recipe, run_comparison
+from sparsight.pipeline.evaluate import EXAMPLES, ask_scenes, autocast, evaluate_checkpoint
+from sparsight.pipeline.files import RECIPE_FILE, load, samples_hash
+from sparsight.pipeline.inspect import inspect_checkpoint
+from sparsight.pipeline.train import enter_stage, max_length, run
+
+__all__ = [
+    "CALIBRATED",
+    "EXAMPLES",
+    "RECIPE_FILE",
+    "TimedSteps",
+    "analyze_checkpoint",
+    "ask_scenes",
+    "autocast",
+    "builtin_recipe",
+    "calibrate_recipe",
+    "check_data",
+    "enter_stage",
+    "evaluate_checkpoint",
+    "inspect_checkpoint",
+    "load",
+    "max_length",
+    "run",
+    "run_comparison",
+    "samples_hash",
+    "timed_steps",
+]

@@ -1,0 +1,143 @@
+"""`sparsight analyze`: how layers and visual tokens of any VLM behave."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from inspect import cleandoc
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.text import Text
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from sparsight.config import ConversationData
+from sparsight.counting import default_device
+from sparsight.data.sources import Sample, Source, open_source
+from sparsight.pipeline.files import own_scenes
+from sparsight.reporting import environment, layer_table, write_analysis
+from sparsight.reporting.comparison import write_atomic
+from sparsight.sparse.analysis import Analysis, measure, suggest
+
+
+def analyze_checkpoint(
+    name: str, data: Path | None, images: Path | None, samples: int, out: Path, console: Console
+) -> dict[str, Any]:
+    """Measure how layers and visual tokens of a VLM of transformers behave, and suggest settings to start from.
+
+    Args:
+        name: a folder, or an id on the hub.
+        data: LLaVA JSON or messages; scenes of the model's own recipe, or the embedded ones, if not given.
+        images: folder of the data's pictures; the file's own if not given.
+        samples: conversations with pictures to look at, from the first one.
+        out: gets ``analysis.json`` and ``index.html``.
+
+    Returns:
+        What ``analysis.json`` holds.
+
+    Raises:
+        ValueError: the model or its processor cannot be loaded or measured, or no sample has a picture.
+    """
+    if images is not None and data is None:
+        raise ValueError(f"--images {images}: expected --data as well, the conversations about these pictures")
+    source = open_source(
+        ConversationData(path=str(data), images=str(images) if images else None) if data else own_scenes(Path(name)),
+        samples,
+        256,
+    )
+    chosen, without = _with_pictures(source, samples)
+    if not chosen:
+        raise ValueError(f"{data}: none of its {without} samples has a picture; visual tokens need some")
+    model, processor = _load_any(name)
+
+    def inputs() -> Iterator[Any]:
+        for sample in chosen:
+            yield _inputs(sample, source, processor).to(model.device, dtype=model.dtype)
+
+    with Progress(console=console) as bar:
+        measured = measure(model, bar.track(inputs(), total=len(chosen), description="looking at samples"))
+    settings = {"model": name, "data": str(data or "scenes"), "images": str(images) if images else None}
+    found = {"without_pictures": without, "environment": environment(), "analysis": asdict(measured)}
+    record = settings | found | {"suggestion": _suggestion(measured)}
+    write_atomic(out / "analysis.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
+    write_analysis(record, out / "index.html")
+    _print_analysis(record, out, console)
+    return record
+
+
+def _suggestion(measured: Analysis) -> dict[str, Any]:
+    advice = suggest(measured)
+    return {
+        "compressor": advice.compressor.model_dump(mode="json"),
+        "skipper": advice.skipper.model_dump(mode="json"),
+        "importance": advice.importance,
+        "reasons": advice.reasons,
+        "code": advice.code,
+        "rules": cleandoc(suggest.__doc__ or ""),
+    }
+
+
+def _with_pictures(source: Source, samples: int) -> tuple[list[Sample], int]:
+    """The first samples that have pictures, and how many without were passed over on the way."""
+    chosen: list[Sample] = []
+    for index in range(len(source)):
+        if len(chosen) == samples:
+            return chosen, index - samples
+        chosen += [sample for sample in [source[index]] if sample.images]
+    return chosen, len(source) - len(chosen)
+
+
+def _load_any(name: str) -> tuple[Any, Any]:
+    """A VLM of transformers with its attention weights to be seen, in eval mode, on the GPU if there is one, and its
+    processor.
+
+    Raises:
+        ValueError: there is none of that name, it is of another kind, or it has no processor for pictures.
+    """
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"{name}: no model there; expected a folder with config.json")
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(name, attn_implementation="eager")
+        processor = AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{name} cannot be loaded as a vision-language model of transformers: {reason:.300}") from None
+    if not hasattr(processor, "image_processor"):
+        raise ValueError(f"{name}: expected a processor for pictures and text, found {type(processor).__name__}")
+    return model.to(default_device()), processor
+
+
+def _inputs(sample: Sample, source: Source, processor: Any) -> Any:
+    """One conversation as the model's inputs, pictures put in where its messages have places for them."""
+    pictures = iter(sample.images)
+    messages = []
+    for message in sample.messages:
+        content = [
+            part | {"image": source.picture(next(pictures))} if part["type"] == "image" else part
+            for part in message["content"]
+        ]
+        messages.append(message | {"content": content})
+    try:
+        return processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    except ValueError as error:  # such as no chat template
+        raise ValueError(f"sample '{sample.id}': {error}") from None
+
+
+def _print_analysis(record: dict[str, Any], out: Path, console: Console) -> None:
+    seen, advice = record["analysis"], record["suggestion"]
+    console.print(layer_table(record))
+    if seen["without_attention"]:
+        console.print(Text(f"! {seen['without_attention']}", style="yellow"))
+    if record["without_pictures"]:
+        console.print(f"samples without a picture, passed over: {record['without_pictures']}")
+    console.print(
+        f"visual tokens: similarity with neighbours {seen['redundancy']:.3f}, of any two {seen['any_two']:.3f}\n"
+    )
+    for name, reason in advice["reasons"].items():
+        console.print(Text.assemble((name, "bold"), f": {reason}"))
+    console.print("\nSettings to start from, by simple rules, no measured optimum:\n")
+    console.print(Text(advice["code"], style="bold"), soft_wrap=True)
+    console.print(f"\nPage: [bold]{out / 'index.html'}[/], figures: {out / 'analysis.json'}")

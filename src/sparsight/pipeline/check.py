@@ -1,0 +1,103 @@
+"""`sparsight data check`: every sample, as training would see it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.text import Text
+from transformers import AutoConfig, AutoTokenizer
+
+from sparsight.config import ConversationData, Recipe, ScratchLanguage, Stage
+from sparsight.data.check import check_rows
+from sparsight.data.collate import TrainingSet
+from sparsight.data.sources import Sample, Source, open_source
+from sparsight.modeling.build import build_processor, language_folder, scratch_tokenizer
+from sparsight.pipeline.evaluate import EXAMPLES, png
+from sparsight.pipeline.train import not_loaded, texts
+from sparsight.reporting import check_table, environment, write_check
+from sparsight.reporting.comparison import write_atomic
+
+
+def check_data(
+    recipe: Recipe, out: Path, workers: int, console: Console, stage_name: str | None = None
+) -> dict[str, Any]:
+    """Look at every sample as the stage with most visual tokens would see it; no language model is built.
+
+    Args:
+        stage_name: the stage whose data to look at; needed where stages have data of their own.
+        out: gets ``check.json`` and ``index.html``.
+        workers: processes that look at samples.
+
+    Returns:
+        What ``check.json`` holds: ``bad`` samples with reasons, those ``too_long`` for the language model, lengths.
+
+    Raises:
+        ValueError: the encoder or the tokenizer cannot be loaded, the data cannot be opened at all, or no such stage.
+    """
+    names = [stage.name for stage in recipe.stages]
+    if stage_name not in (None, *names) or (stage_name is None and len(recipe.all_data()) > 1):
+        raise ValueError(f"--stage {stage_name}: the stages have data of their own; expected one of {names}")
+    recipe = recipe.model_copy(update={"on_bad_sample": "quarantine"})  # bad rows are to be told, all of them
+    tokenizer, context = _tokenizer(recipe, recipe.stages[0])
+    made = []
+    for stage in recipe.stages:
+        if stage_name not in (None, stage.name):
+            continue
+        try:
+            processor = build_processor(
+                recipe.vision,
+                tokenizer,
+                stage.bridge,
+                image_size=stage.image_size,
+                vision_levels=recipe.vision_levels,
+                resize=recipe.resize,
+            )
+        except OSError as error:
+            raise not_loaded(recipe, error) from None
+        made.append((processor.num_image_tokens, stage, processor))
+    _, stage, processor = max(made, key=lambda each: each[0])
+    same = [each for each in recipe.stages if (each.data or recipe.data) == (stage.data or recipe.data)]
+    conversations = sum(each.samples for each in same)
+    source = open_source(recipe.data_of(stage), conversations, stage.image_size, strict=False)
+    with Progress(console=console) as bar:
+        task = bar.add_task("looking at samples", total=len(source))
+        data = TrainingSet(source, processor, len(source))
+        found = check_rows(data, workers, lambda done: bar.update(task, completed=done))
+    name = recipe.data.path if isinstance(recipe.data, ConversationData) else recipe.data.kind
+    made_by = {"recipe": recipe.name, "stage": stage.name, "data": name, "environment": environment()}
+    record = made_by | found.record(stage.max_length or context)
+    record["visual_tokens_per_image"] = processor.num_image_tokens
+    write_atomic(out / "check.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
+    shown = [source[row["row"]] for row in found.rows if row["images"]][:EXAMPLES]
+    write_check(record, [_shown(sample, source) for sample in shown], out / "index.html")
+    console.print(check_table(record))
+    for entry in record["bad"][:EXAMPLES]:
+        console.print(Text.assemble(("bad: ", "red"), f"{entry['id']}: {entry['reason']}"), soft_wrap=True)
+    if len(record["bad"]) > EXAMPLES:
+        console.print(f"and {len(record['bad']) - EXAMPLES} more")
+    console.print(f"Page: [bold]{out / 'index.html'}[/], figures: {out / 'check.json'}")
+    return record
+
+
+def _tokenizer(recipe: Recipe, stage: Stage) -> tuple[Any, int | None]:
+    """The language model's tokenizer, and how many positions it knows, if it says so."""
+    language = recipe.language
+    if isinstance(language, ScratchLanguage):
+        return scratch_tokenizer(language, texts(recipe, stage)), language.context
+    try:
+        folder = language_folder(language)
+        context = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
+        return AutoTokenizer.from_pretrained(folder), context
+    except OSError as error:
+        raise not_loaded(recipe, error) from None
+
+
+def _shown(sample: Sample, source: Source) -> dict[str, str]:
+    picture = source.picture(sample.images[0])
+    picture.thumbnail((320, 320))
+    parts = [part["text"] for message in sample.messages for part in message["content"] if part["type"] == "text"]
+    return {"id": sample.id, "text": " / ".join(parts)[:300], "image": png(picture)}

@@ -1,0 +1,86 @@
+"""The feature cache of a stage: pictures encoded once, and charged once to every run."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.text import Text
+
+from sparsight.config import Stage
+from sparsight.data.cache import FeatureCache, build_cache, picture_rows
+from sparsight.data.sources import Source
+from sparsight.distributed import process_state
+from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
+from sparsight.pipeline.evaluate import autocast
+from sparsight.pipeline.files import Session
+from sparsight.reporting import read_run
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What encoding the pictures once cost this run: seconds and FLOPs."""
+
+    seconds: float
+    flops: float
+
+
+def cached_features(
+    session: Session,
+    stage: Stage,
+    model: SparsightForConditionalGeneration,
+    processor: SparsightProcessor,
+    source: Source,
+    encoder_flops: float,
+) -> tuple[FeatureCache, Encoding]:
+    log, made_of = session.log, hashlib.sha256()
+    for tensor in model.model.vision_tower.state_dict().values():
+        made_of.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    rows, contents = picture_rows(source.keys(), source.fingerprint)
+    made_of.update(f"{contents} {model.config.vision_levels} {processor.image_processor.to_json_string()}".encode())
+    folder = session.cache_root / made_of.hexdigest()[:16]
+    pictures = len(set(rows.values()))
+
+    def encode(part: Sequence[Hashable]) -> tuple[torch.Tensor, ...]:
+        pixels = processor.pixels([source.picture(key) for key in part])
+        return model.model.encode_images(**pixels.to(model.device))
+
+    model.eval()
+    with (
+        process_state().main_process_first(),
+        Progress(console=session.console) as bar,
+        autocast(session.recipe.precision, model.device),
+    ):
+        task = bar.add_task("encoding pictures", total=pictures)
+        cache = build_cache(folder, rows, encode, lambda n: bar.update(task, completed=n))
+        bar.update(task, completed=pictures)
+    _tell_whether_it_pays(cache, list(rows), stage, session.console)
+    if not session.main:
+        return cache, Encoding(0.0, 0.0)
+    # Every run is charged once for what its cache took, also when another run has built it: alone, it would have to.
+    others = {name: cache["folder"] for name, cache in read_run(log.path).caches.items() if name != stage.name}
+    paid = str(folder) in others.values()
+    cost = Encoding(0.0, 0.0) if paid else Encoding(cache.seconds, encoder_flops * pictures)
+    log.write("cache", stage=stage.name, folder=str(folder), pictures=pictures, seconds=cost.seconds, flops=cost.flops)
+    return cache, cost
+
+
+def _tell_whether_it_pays(cache: FeatureCache, keys: Sequence[Hashable], stage: Stage, console: Console) -> None:
+    """Encoding every picture once and reading it for each sample, against encoding it for each sample."""
+    start, some = time.perf_counter(), keys[:64]
+    for key in some:
+        cache.read([key])
+    reading, encoding = (time.perf_counter() - start) / len(some), cache.seconds / len(set(cache.rows.values()))
+    cached, plain = cache.seconds + stage.samples * reading, stage.samples * encoding
+    text = f"cached features: {encoding * 1e3:.1f} ms to encode a picture, {reading * 1e3:.1f} ms to read it"
+    if cached > plain:
+        text += (
+            f". This stage alone does not see them often enough for it to pay ({cached:.0f} s against {plain:.0f} s):"
+            " unless other stages or runs use them, set cache_features: false"
+        )
+    console.print(Text(text))

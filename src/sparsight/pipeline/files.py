@@ -1,0 +1,106 @@
+"""What a run keeps in its folder: its log, its models, and the recipe that trained them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from sparsight.config import Recipe, SceneData
+from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
+from sparsight.reporting import RunLog, environment, read_run, write_card
+
+RECIPE_FILE = "sparsight_recipe.json"
+
+
+@dataclass(frozen=True)
+class Session:
+    """One sitting of a run: what every part of it needs to know."""
+
+    recipe: Recipe
+    out: Path
+    log: RunLog
+    console: Console
+    resume: bool
+    cache_root: Path
+    main: bool = True  # of all ranks
+
+
+def open_log(recipe: Recipe, out: Path, resume: bool) -> RunLog:
+    file = out / "run.jsonl"
+    values = recipe.model_dump(mode="json")
+    lines = file.read_bytes().splitlines() if file.is_file() else []
+    if len(lines) < 2:  # no more than a header: it failed before its first stage, by a wrong name perhaps
+        file.unlink(missing_ok=True)
+    else:
+        if not resume:
+            raise FileExistsError(f"{out} holds a run already; go on with --resume, or choose another --out")
+        header = json.loads(lines[0])
+        before = header.get("recipe", {})
+        changed = sorted(key for key in values if before.get(key) != values[key])
+        if changed:
+            raise ValueError(f"{out} was run with another recipe; these keys differ: {changed}")
+        return RunLog(file, append=True)
+    log = RunLog(file)
+    log.write(
+        "header",
+        version=1,
+        run=recipe.name,
+        environment=environment(),
+        recipe=values,
+        samples_hash=samples_hash(recipe),
+    )
+    return log
+
+
+def samples_hash(recipe: Recipe) -> str:
+    """Equal for runs that see the same samples in the same order."""
+    seen = {
+        "data": recipe.data.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "stages": [
+            (stage.samples, stage.batch_size, stage.batch_tokens, stage.tasks, stage.data and stage.data.model_dump())
+            for stage in recipe.stages
+        ],
+    }
+    return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def save(
+    model: SparsightForConditionalGeneration, processor: SparsightProcessor, session: Session, folder: Path
+) -> None:
+    """Whole or not at all."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    (partial / RECIPE_FILE).write_text(session.recipe.model_dump_json(indent=2), encoding="utf-8")
+    write_card(partial, session.recipe, read_run(session.log.path))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def load(folder: Path) -> tuple[SparsightForConditionalGeneration, SparsightProcessor]:
+    """A saved model and its processor.
+
+    Raises:
+        ValueError: the folder holds no Sparsight model.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no model there; expected a folder with config.json")
+    model = SparsightForConditionalGeneration.from_pretrained(folder)
+    return model, SparsightProcessor.from_pretrained(folder)
+
+
+def trained_by(folder: Path) -> Recipe | None:
+    file = folder / RECIPE_FILE
+    return Recipe.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def own_scenes(folder: Path) -> SceneData:
+    recipe = trained_by(folder)
+    return (recipe.scenes() if recipe is not None else None) or SceneData()

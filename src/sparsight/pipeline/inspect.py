@@ -1,0 +1,38 @@
+"""`sparsight inspect`: a model's windows, and where its queries look."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from sparsight.data.images import load_image
+from sparsight.data.scenes import ScenesDataset
+from sparsight.data.sources import scene_config
+from sparsight.pipeline.files import load, own_scenes
+from sparsight.reporting import write_inspection
+
+
+def inspect_checkpoint(folder: Path, image: Path | None, out: Path, console: Console) -> Path:
+    """Draw a model's windows over a picture, and where each query looks: a PNG for each scale, and one page.
+
+    Args:
+        image: a scene of the model's own recipe if not given (of the embedded ones if it was trained on other data).
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: no model in ``folder``, one without queries, or no picture in ``image``.
+    """
+    model, processor = load(folder)
+    name = image.name if image else "scene 0 of the test split"
+    picture = load_image(image) if image else ScenesDataset(scene_config(own_scenes(folder)), "test", 1).image(0)
+    pixels = processor.pixels([picture])
+    looks = {scale: maps[0].numpy() for scale, maps in model.model.attention_maps(**pixels).items()}
+    if "image_grid_thw" in pixels:  # else maps are as large as the picture
+        _, rows, columns = pixels["image_grid_thw"][0].tolist()
+        looks = {scale: maps[:, :rows, :columns] for scale, maps in looks.items()}
+    page = write_inspection(picture, looks, f"{folder}: {name}", out)
+    console.print(f"wrote [bold]{page}[/] and {len(looks)} pictures beside it")
+    return page

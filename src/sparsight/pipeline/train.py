@@ -1,0 +1,235 @@
+"""A whole run: recipe -> stages -> checkpoints -> scores, through files, so that any part can be run again."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedConfig
+
+from sparsight.config import Recipe, ScratchLanguage, Stage
+from sparsight.cost import Trains
+from sparsight.data.collate import TrainingSet
+from sparsight.data.sources import open_source
+from sparsight.distributed import process_state
+from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
+from sparsight.modeling.build import build, scratch_language
+from sparsight.modeling.encoders import count_flops
+from sparsight.modeling.scale import scale_tokens
+from sparsight.pipeline.evaluate import score_run
+from sparsight.pipeline.features import Encoding, cached_features
+from sparsight.pipeline.files import Session, load, open_log, save
+from sparsight.reporting import RunLog, read_run, write_card
+from sparsight.reporting.page import table
+from sparsight.reporting.runlog import step_seconds
+from sparsight.training.quarantine import Quarantine
+from sparsight.training.stages import PartPlan, add_lora, merge_lora, select_trainable
+from sparsight.training.trainer import StepCounter, plan_stage, train_stage
+
+WAITING = 0.1  # share of the time waiting for data, above which there is something to mend
+
+
+def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache_root: Path | None = None) -> Path:
+    """Train a recipe's stages one after the other, then score the result.
+
+    Args:
+        out: the run's folder: ``run.jsonl``, a folder for each stage, ``model`` at the end.
+        resume: go on where the run in ``out`` stopped.
+        cache_root: where cached features lie; ``out/cache`` if not given.
+
+    Returns:
+        The folder of the final model.
+
+    Raises:
+        FileExistsError: ``out`` holds a run and ``resume`` is off.
+        ValueError: ``resume`` with a recipe that differs from the run's, or a tracker that is not installed.
+    """
+    if missing := [name for name in recipe.report_to if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"report_to: {missing} cannot be imported; pip install {' '.join(missing)}, or take it out")
+    ranks = process_state()
+    main = ranks.is_main_process  # it alone writes and tells
+    log = open_log(recipe, out, resume) if main else RunLog(Path(os.devnull), append=True)
+    console = console if main else Console(quiet=True)
+    session = Session(recipe, out, log, console, resume, cache_root or out / "cache", main)
+    model: SparsightForConditionalGeneration | None = None
+    processor: SparsightProcessor | None = None
+    with session.log:
+        for stage in recipe.stages:
+            ranks.wait_for_everyone()
+            saved = out / stage.name / "model"
+            if resume and saved.is_dir():
+                console.print(f"stage [bold]{stage.name}[/]: done already")
+                model, processor = load(saved)
+            else:
+                model, processor = enter_stage(recipe, stage, model, processor, console)
+                _run_stage(session, stage, model, processor)
+                if main:
+                    save(model, processor, session, saved)
+        assert model is not None and processor is not None
+        final = out / recipe.stages[-1].name / "model"
+        if main and recipe.evaluation.kind == "scenes":
+            score_run(session, model, processor, str(final))
+            write_card(final, recipe, read_run(session.log.path))  # now with scores
+    return final
+
+
+def enter_stage(
+    recipe: Recipe,
+    stage: Stage,
+    model: SparsightForConditionalGeneration | None,
+    processor: SparsightProcessor | None,
+    console: Console,
+) -> tuple[SparsightForConditionalGeneration, SparsightProcessor]:
+    """Build the model for the first stage, or take it to the next one's layout and image size."""
+    if model is not None and processor is not None:
+        report = scale_tokens(model, processor, stage.bridge, stage.image_size)
+        if report.born or report.image_size[0] != report.image_size[1]:
+            console.print(Text(str(report)))
+        return model, processor
+    torch.manual_seed(recipe.seed)
+    language: Any = recipe.language
+    tokenizer = None
+    if isinstance(language, ScratchLanguage):
+        language, tokenizer = scratch_language(language, texts(recipe, stage))
+    try:
+        return build(
+            recipe.vision,
+            language,
+            stage.bridge,
+            tokenizer=tokenizer,
+            image_size=stage.image_size,
+            vision_levels=recipe.vision_levels,
+            language_layers=recipe.language_layers,
+            resize=recipe.resize,
+        )
+    except OSError as error:
+        raise not_loaded(recipe, error) from None
+
+
+def not_loaded(recipe: Recipe, error: OSError) -> ValueError:
+    """transformers does not say which name it could not find."""
+    language = recipe.language
+    names = f"vision '{recipe.vision}'" + (f" or language '{language}'" if isinstance(language, str) else "")
+    return ValueError(f"{names} cannot be loaded: {error}")
+
+
+def max_length(stage: Stage, language: PreTrainedConfig) -> int | None:
+    """Tokens that a sample may have: the stage's, or the language model's context; None if that has no end.
+
+    Raises:
+        ValueError: the stage allows more than the context.
+    """
+    context = getattr(language, "max_position_embeddings", None)
+    if stage.max_length is None or context is None or stage.max_length <= context:
+        return stage.max_length or context
+    raise ValueError(
+        f"stage '{stage.name}': max_length {stage.max_length} is more than the language model's context of {context}"
+    )
+
+
+def texts(recipe: Recipe, stage: Stage) -> list[str]:
+    """What a scratch language model's tokenizer is learnt from; bad samples are told where they are trained on."""
+    texts = []
+    for data in recipe.all_data():
+        source = open_source(data, 3000, stage.image_size, strict=recipe.on_bad_sample == "error")
+        for index in range(min(3000, len(source))):
+            try:
+                messages = source[index].messages
+            except ValueError:
+                continue
+            texts += [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+    return texts
+
+
+def _run_stage(
+    session: Session,
+    stage: Stage,
+    model: SparsightForConditionalGeneration,
+    processor: SparsightProcessor,
+) -> None:
+    recipe, log, console = session.recipe, session.log, session.console
+    lora = add_lora(model, stage, recipe.seed)
+    plan = select_trainable(model, stage)
+    config = model.config
+    _print_stage(stage, plan, config.num_image_tokens, console)
+    data = _training_set(recipe, stage, processor, config.text_config)
+    folder = session.out / stage.name / "checkpoints"
+    steps = plan_stage(data, recipe, stage, folder, console)
+    log.write(
+        "stage",
+        stage=stage.name,
+        bridge=stage.bridge.kind,
+        layout=str(stage.bridge.scales) if hasattr(stage.bridge, "scales") else "",
+        visual_tokens=config.num_image_tokens,
+        image_size=stage.image_size,
+        samples=stage.samples,
+        steps=len(steps),
+        trainable_parameters=sum(part.trainable for part in plan),
+        total_parameters=sum(part.total for part in plan),
+        trains={part.part: part.trainable for part in plan if part.trainable},
+    )
+    if stage.gradient_checkpointing:
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    elif model.is_gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    encoder_flops = count_flops(model.model.vision_tower, stage.image_size, config.vision_levels)
+    encoding = Encoding(0.0, 0.0)
+    if stage.cache_features:
+        data.cache, encoding = cached_features(session, stage, model, processor, data.source, encoder_flops)
+    start = time.perf_counter()
+    counter = StepCounter(model, Trains.of(stage), encoder_flops, recipe.precision)
+    quarantine = Quarantine(session.out / "quarantine.jsonl", recipe.max_bad, session.main)
+    began = train_stage(
+        model, processor, data, steps, recipe, stage, folder, log, counter, console, session.resume, quarantine
+    )
+    seconds = time.perf_counter() - start
+    merge_lora(lora)
+    if not session.main:
+        return
+    logged = next(logged for logged in read_run(log.path).stages if logged.name == stage.name)
+    done, waiting = logged.steps, logged.data_wait or 0.0
+    # A resumed stage also took what its steps before the checkpoint took.
+    seconds += sum(step_seconds(step) for step in done if step["step"] <= began)
+    advice = ": raise workers, or cache_features for a frozen encoder" if waiting > WAITING else ""
+    console.print(f"{waiting:.1%} of the time waiting for data{advice}", style="yellow" if advice else None)
+    log.write(
+        "stage_end",
+        stage=stage.name,
+        seconds=seconds + encoding.seconds,
+        executed_flops=sum(step["flops"] for step in done) + encoding.flops,
+        encoding_seconds=encoding.seconds,
+        samples=stage.samples,
+        data_wait=waiting,
+    )
+
+
+def _training_set(
+    recipe: Recipe, stage: Stage, processor: SparsightProcessor, language: PreTrainedConfig
+) -> TrainingSet:
+    """A stage's data, behind the conversations that earlier stages have had of the same."""
+    quarantined, offset = recipe.on_bad_sample == "quarantine", recipe.samples_before(stage)
+    return TrainingSet(
+        open_source(recipe.data_of(stage), offset + stage.samples, stage.image_size, strict=not quarantined),
+        processor,
+        stage.samples,
+        offset=offset,
+        max_length=max_length(stage, language),
+        drop_too_long=stage.on_too_long == "drop_sample",
+        replace_bad=quarantined,
+        seed=recipe.seed,
+    )
+
+
+def _print_stage(stage: Stage, plan: list[PartPlan], tokens: int, console: Console) -> None:
+    rows = []
+    for part in plan:
+        rate = f"{part.learning_rate:g}" + (" (LoRA)" if part.lora else "") if part.learning_rate else "frozen"
+        rows.append((part.part, f"{part.trainable:,}", f"{part.total:,}", rate))
+    title = f"stage {stage.name}: {tokens} visual tokens, {stage.image_size} px, {stage.samples} samples"
+    console.print(table(title, ("part", "trains", "of", "learning rate"), rows))

@@ -1,0 +1,53 @@
+"""Muon for the matrices inside, AdamW for all else, as one optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+NEWTON_SCHULZ = 5  # iterations, torch's default
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for the groups that say ``muon``, AdamW for the others; one optimizer for schedules and checkpoints.
+
+    Muon's updates are scaled to AdamW's size, so both take the same learning rates. Source: Jordan et al., *Muon*; the
+    scale: Liu et al., arXiv 2502.16982.
+
+    Raises:
+        ValueError: this torch has no Muon.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], **adamw: Any) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise ValueError(f"optimizer: muon needs torch 2.9 or newer, found {torch.__version__}; take adamw")
+        super().__init__(groups, {})
+        muon, others = self._split()
+        # Each takes the group's own dictionaries, so a schedule that sets rates here sets them there.
+        self.parts: list[Any] = [
+            torch.optim.Muon(muon, ns_steps=NEWTON_SCHULZ, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, **adamw),
+        ]
+
+    def _split(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        groups = self.param_groups
+        return [group for group in groups if group["muon"]], [group for group in groups if not group["muon"]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for part, groups in zip(self.parts, self._split(), strict=True):
+            part.state, part.param_groups = self.state, groups  # a checkpoint brings new ones
+            part.step()
+
+
+def optimizer_flops(optimizer: torch.optim.Optimizer) -> float:
+    """FLOPs of Muon's Newton-Schulz iterations in one step; of the matrices that have a gradient."""
+    shapes = [
+        sorted(parameter.shape)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if group.get("muon") and parameter.grad is not None
+    ]
+    return float(sum(NEWTON_SCHULZ * (4 * m * m * n + 2 * m**3) for m, n in shapes))

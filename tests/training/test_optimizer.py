@@ -1,0 +1,74 @@
+"""Muon for the matrices inside, AdamW for all else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from small_runs import one_stage
+from sparsight.training.optimizer import MuonAdamW, optimizer_flops
+from sparsight.training.stages import parameter_groups, select_trainable
+
+SETTINGS = {"betas": (0.9, 0.98), "lr": 1e-3, "fused": True}
+
+
+def _grouped(tiny_vlm, **changes):
+    _, stage = one_stage(optimizer="muon", **changes)
+    model, _ = tiny_vlm()
+    select_trainable(model, stage)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator) if parameter.requires_grad else None
+    return model, parameter_groups(model, stage)
+
+
+def test_linear_maps_take_muon_and_nothing_else_does(tiny_vlm) -> None:
+    model, groups = _grouped(tiny_vlm)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    muon = {names[p] for group in groups if group["muon"] for p in group["params"]}
+    others = {names[p] for group in groups if not group["muon"] for p in group["params"]}
+    assert "model.language_model.layers.0.mlp.up_proj.weight" in muon
+    assert "model.multi_modal_projector.proj.weight" in muon
+    assert all(name.endswith(".weight") and "norm" not in name for name in muon)
+    assert {"model.language_model.embed_tokens.weight", "model.multi_modal_projector.proj.bias"} <= others
+    assert any("queries" in name for name in others) and not muon & others
+
+
+def test_a_step_is_torchs_own_muon_and_adamw(tiny_vlm) -> None:
+    """One optimizer does what the two do, also with a schedule that sets its rates, and behind a checkpoint."""
+    model, groups = _grouped(tiny_vlm, weight_decay=0.1)
+    optimizer = MuonAdamW(groups, **SETTINGS)
+    other, own = _grouped(tiny_vlm, weight_decay=0.1)
+    muon = torch.optim.Muon([g for g in own if g["muon"]], adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW([g for g in own if not g["muon"]], **SETTINGS)
+    for factor in (1.0, 0.5, 0.25):
+        for group in optimizer.param_groups:
+            group["lr"] *= factor
+        for group in (*muon.param_groups, *adamw.param_groups):
+            group["lr"] *= factor
+        optimizer.step()
+        muon.step()
+        adamw.step()
+        fresh = MuonAdamW(parameter_groups(model, one_stage(optimizer="muon")[1]), **SETTINGS)
+        fresh.load_state_dict(optimizer.state_dict())
+        optimizer = fresh
+    pairs = zip(model.state_dict().items(), other.state_dict().values(), strict=True)
+    assert all(torch.equal(mine, theirs) for (_, mine), theirs in pairs)
+
+
+def test_flops_are_what_torch_counts(tiny_vlm) -> None:
+    _, groups = _grouped(tiny_vlm)
+    optimizer = MuonAdamW(groups, **SETTINGS)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert optimizer_flops(optimizer) == counter.get_total_flops() > 0
+
+
+def test_a_torch_without_muon_is_told(tiny_vlm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, groups = _grouped(tiny_vlm)
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ValueError, match="needs torch 2.9 or newer, found"):
+        MuonAdamW(groups)
