@@ -1,9 +1,9 @@
 """Quality at equal samples: the standard pipeline, Chain-of-Sight, the Sparse Training Scheme, both, and ablations.
 
 Every row sees the same samples in the same order (`quality.yaml`), and differs in bridges and methods alone. Settings
-are picked on the validation split, scores are those of the test split, and neither's drawings are seen in training. Rows
-that begin alike share those stages. What is done is kept in the work folder, and a row that is in the results file is
-not run again: run it in slices, several at once if there are cores.
+are picked on the validation split, scores are those of the test split; training sees the drawings of neither. Rows that
+begin alike share those stages. What is done is kept in the work folder, and a row that is in the results file is not
+run again: run it in slices, several at once if there are cores.
 
     python benchmarks/quality.py --rows core --seeds 0 1 2 --out benchmarks/results/quality-DATE.json
     python benchmarks/quality.py --clock --out FILE   # seconds of the rows' steps, taking turns, with nothing beside
@@ -19,7 +19,9 @@ import json
 import os
 import shutil
 import statistics
+import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,10 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
+from rich.progress import track
 
 from sparsight.bridges import build_bridge
-from sparsight.config import Recipe, Stage
+from sparsight.config import Recipe, SceneData, Stage
 from sparsight.data.scenes import ScenesDataset
 from sparsight.data.sources import scene_config
 from sparsight.evaluation.scenes import evaluate_scenes
@@ -37,9 +40,11 @@ from sparsight.modeling.scale import scale_tokens
 from sparsight.pipeline import autocast, load, run, samples_hash
 from sparsight.reporting import environment, read_run
 from sparsight.reporting.comparison import write_atomic
+from sparsight.reporting.runlog import StageRun, step_seconds
 
 HERE = Path(__file__).parent
 WIDTHS = {"width": 192, "heads": 3, "mlp_ratio": 2, "query_std": 1}
+CLOCKED, PICTURES = 10, 200  # steps of a stage, and pictures, in a round of --clock
 ITEMS = {"validation": 120, "test": 300}
 
 
@@ -125,6 +130,12 @@ def recipe_of(row: Row, seed: int, settings: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(values)
 
 
+def scenes_of(recipe: Recipe) -> SceneData:
+    found = recipe.scenes()
+    assert found is not None
+    return found
+
+
 def train(recipe: Recipe, work: Path, console: Console, fresh: bool = False) -> Path:
     """The folder of a recipe's run; stages that another run in ``work`` has had alike are taken from there."""
     before = None
@@ -173,10 +184,9 @@ def _start_anew(folder: Path, stage: Stage, seed: int) -> None:
 def score(folder: Path, recipe: Recipe, split: str) -> dict[str, Any]:
     """Scores of a run's last model by task; for the test split every item's points, and with pictures shuffled."""
     model, processor = load(folder / recipe.stages[-1].name / "model")
-    shown = recipe.scenes()
-    assert shown is not None
-    scenes = scene_config(shown, model.config.image_size)
-    data = ScenesDataset(scenes, split, scenes=4 * ITEMS[split], seed=shown.seed)
+    shown = scenes_of(recipe)
+    config = scene_config(shown, model.config.image_size)
+    data = ScenesDataset(config, split, scenes=4 * ITEMS[split], seed=shown.seed)
     with autocast(recipe.precision, model.device):
         found = evaluate_scenes(model, processor, data, ITEMS[split], control=split == "test")
     result: dict[str, Any] = {"items": ITEMS[split], "scores": found.scores}
@@ -202,16 +212,18 @@ class Results:
         text = self.file.read_text(encoding="utf-8") if self.file.is_file() else '{"rows": []}'
         self.values: dict[str, Any] = json.loads(text)
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Put a row in, or in the place of itself; other processes add theirs."""
+    def set(self, row: dict[str, Any] | None = None, **changes: Any) -> None:
+        """Put a row in, or in the place of itself, and other keys; other processes add theirs."""
         key = ("row", "seed", "settings")
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with open(self.file.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self.read()
-            others = [each for each in self.values["rows"] if any(each[name] != row[name] for name in key)]
-            base = yaml.safe_load((HERE / "quality.yaml").read_text(encoding="utf-8"))
-            self.values |= {"env": environment(), "recipe": base, "rows": [*others, row]}
+            if row is not None:
+                others = [each for each in self.values["rows"] if any(each[name] != row[name] for name in key)]
+                base = yaml.safe_load((HERE / "quality.yaml").read_text(encoding="utf-8"))
+                changes |= {"env": environment(), "recipe": base, "rows": [*others, row]}
+            self.values |= changes
             write_atomic(self.file, json.dumps(self.values) + "\n")
 
     def entry(self, **key: Any) -> dict[str, Any] | None:
@@ -226,12 +238,23 @@ class Results:
         return max(tried, key=mean)["settings"] if tried else GRID[0] | {"split": split}
 
 
+def selected(wanted: Sequence[str]) -> list[str]:
+    """Names of the rows that are meant, by name or group.
+
+    Raises:
+        ValueError: there is no such row or group.
+    """
+    groups = {group for row in ROWS.values() for group in row.groups.split()}
+    if unknown := set(wanted) - groups - set(ROWS):
+        raise ValueError(f"--rows {sorted(unknown)}: expected groups {sorted(groups)} or rows {list(ROWS)}")
+    return [name for name, row in ROWS.items() if name in wanted or set(row.groups.split()) & set(wanted)]
+
+
 def work_through(options: argparse.Namespace, results: Results, console: Console) -> None:
     """Train and score what was asked for and is not there yet, until the minutes are over."""
     end = time.monotonic() + 60 * options.minutes
-    names = [n for n, row in ROWS.items() if n in options.rows or set(row.groups.split()) & set(options.rows)]
     for seed in options.seeds:
-        for name in names:
+        for name in selected(options.rows):
             found = results.best(name, options.split)
             for settings in [grid | {"split": options.split} for grid in GRID] if options.tune else [found]:
                 entry = results.entry(row=name, seed=seed, settings=settings)
@@ -248,9 +271,43 @@ def work_through(options: argparse.Namespace, results: Results, console: Console
                     done["validation"] = score(folder, recipe, "validation")
                 if not options.tune:
                     done["test"] = score(folder, recipe, "test")
-                results.add(done)
+                results.set(done)
                 shown = done.get("test", done["validation"])["scores"]
                 console.print(name, seed, settings, {task: round(100 * value) for task, value in shown.items()})
+
+
+def clock(names: Sequence[str], results: Results, rounds: int, console: Console) -> None:
+    """Seconds of a step of every stage of these rows, taking turns in this process, there and back; the first round is
+    left out. And each row's seconds in all, with what encoding its pictures takes."""
+    recipes = {name: recipe_of(ROWS[name], 0, results.best(name, 1)) for name in names}
+    parts = [(name, stage) for name, recipe in recipes.items() for stage in recipe.stages]
+    found: dict[tuple[str, str], list[StageRun]] = {(name, stage.name): [] for name, stage in parts}
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in track(range(rounds + 1), "measuring", console=console):
+            for name, stage in parts[:: 1 if turn % 2 else -1]:
+                short = stage.model_copy(update={"samples": CLOCKED * 32, "checkpoints": 0})
+                data = scenes_of(recipes[name]).model_copy(update={"scenes": PICTURES})
+                recipe = recipes[name].model_copy(update={"stages": (short,), "data": data})
+                out = Path(folder) / "run"
+                run(recipe, out, Console(quiet=True), cache_root=Path(folder) / "cache")
+                found[name, stage.name] += read_run(out).stages
+                shutil.rmtree(out)
+    rows: list[dict[str, Any]] = []
+    for name, recipe in recipes.items():
+        row: dict[str, Any] = {"row": name, "stages": [], "seconds": 0.0}
+        for stage in recipe.stages:
+            runs = found[name, stage.name][1:]
+            times = [statistics.fmean(map(step_seconds, each.steps)) for each in runs]
+            flops = statistics.fmean(step["flops"] for step in runs[0].steps)
+            step = {"seconds": statistics.median(times), "rounds": times, "flops": flops}
+            first = all(stage.image_size != earlier["image_size"] for earlier in row["stages"])  # of this size
+            encoding = first * runs[0].encoding_seconds / PICTURES * scenes_of(recipe).scenes
+            sizes = {"image_size": stage.image_size, "steps": stage.steps, "encoding": encoding}
+            row["stages"].append({"name": stage.name, **sizes, **step})
+            row["seconds"] += stage.steps * step["seconds"] + encoding
+        rows.append(row)
+        console.print(f"{name}: {row['seconds']:.0f} s, {row['seconds'] / rows[0]['seconds']:.3f} of the first's")
+    results.set(clock={"env": environment(), "threads": torch.get_num_threads(), "rows": rows})
 
 
 def main() -> None:
@@ -262,6 +319,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9, help="start nothing new after these")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"))
     parser.add_argument("--out", type=Path, default=HERE / "results" / "quality.json")
+    parser.add_argument("--clock", action="store_true", help="time the rows' steps")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--list", action="store_true", help="show the rows")
     options = parser.parse_args()
     console = Console()
@@ -270,7 +329,10 @@ def main() -> None:
         for name, row in ROWS.items():
             console.print(f"[bold]{name}[/] ({row.groups})", highlight=False)
         return
-    work_through(options, Results(options.out), console)
+    if options.clock:
+        clock(selected(options.rows), Results(options.out), options.rounds, console)
+    else:
+        work_through(options, Results(options.out), console)
 
 
 if __name__ == "__main__":

@@ -28,11 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 from common import device_name, now, timing_options, write_result
-from data import batches_of, caption_items
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -47,6 +45,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from data import batches_of, caption_items
 from sparsight import ChainOfSight, build
 from sparsight.config import LayerSkipper, Resampler, ScratchLanguage, Stage, VisualTokenCompressor
 from sparsight.data.collate import Collator
