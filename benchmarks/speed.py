@@ -1,12 +1,12 @@
 """Time of a training step, way by way, beside what executed FLOPs allow.
 
-Forward, backward and AdamW, in bf16; pictures come as cached features, but where the encoder is what is measured. On a CPU:
-SmolLM2-135M and EfficientNet-lite0, batch 8. On CUDA: a CLIP-L/14 and a Llama of 7B with LoRA, random weights, and the
-largest batch (a power of two) that a group's first variant fits in memory with. The variants of a group take turns in one
-process: what else the machine does weighs on all. `reached` is the share of executed FLOPs over the share of time, both of
-the variant's baseline: 1.0 where the clock follows the FLOPs, less where it lags behind.
+Forward, backward and AdamW in bf16; pictures come as cached features, but where the encoder is what is measured. On a
+CPU: SmolLM2-135M and EfficientNet-lite0, batch 8. On CUDA: a CLIP-L/14 and a Llama of 7B with LoRA, random weights, and
+the largest batch (a power of two) with which a group's first variant fits in memory. The variants of a group take turns
+in one process: what else the machine does weighs on all. `reached` is the share of executed FLOPs over the share of
+time, both of the variant's baseline: 1.0 where the clock follows the FLOPs, less where it lags behind.
 
-Peers run in the same way (with `use_cache=False`, which is to their advantage): transformers' own LLaVA; layer dropout as in
+Peers run in the same step: transformers' LLaVA (with `use_cache=False`, to its advantage); layer dropout as in
 torchtune; random token dropping as in DeepSpeed's random-LTD.
 
     python benchmarks/speed.py [--device cuda] [--rounds 5] [--only GROUP ...] [--layers 2] [--batch 8] [--out FILE]
@@ -28,22 +28,14 @@ from typing import Any
 import numpy as np
 import torch
 from common import device_name, now, timing_options, write_result
+from peers import CLIP, build_llava, layer_dropout, random_ltd, wrapped
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig, LlamaConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from data import batches_of, caption_items
 from sparsight import ChainOfSight, build
@@ -53,11 +45,11 @@ from sparsight.modeling.build import language_folder, scratch_tokenizer
 from sparsight.modeling.packed import attention_for_packed_rows
 from sparsight.modeling.short import attention
 from sparsight.sparse.attach import SparseHandle, attach
-from sparsight.sparse.gather import Kept
 from sparsight.training.stages import add_lora, select_trainable
 
 TEXT, SAMPLES = 24, 96  # text tokens of a sample, half of them learnt; samples of the packing group
 Loss = Callable[[], torch.Tensor]
+adamw = partial(torch.optim.AdamW, lr=1e-6, fused=True)
 
 
 class LeftOut(Exception):
@@ -105,10 +97,9 @@ class Bench:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
             return
         self.width = {}
-        clip = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
         llama = LlamaConfig(num_hidden_layers=self.layers or 32)
         with self.device:
-            self.vision = AutoModel.from_config(CLIPVisionConfig(**clip, patch_size=14), dtype=torch.bfloat16)
+            self.vision = AutoModel.from_config(CLIPVisionConfig(**CLIP, patch_size=14), dtype=torch.bfloat16)
             self.language = AutoModelForCausalLM.from_config(llama, dtype=torch.bfloat16)
         self.tokenizer = scratch_tokenizer(ScratchLanguage(), ["Describe the image. dog dog"])
 
@@ -122,7 +113,7 @@ class Bench:
         lora = add_lora(model, self.stage, seed=0)
         select_trainable(model, self.stage)
         trained = [parameter for parameter in self.language.parameters() if parameter.requires_grad]
-        self.language_optimizers = [torch.optim.AdamW(trained, lr=1e-6, fused=True)] if trained else []
+        self.language_optimizers = [adamw(trained)] if trained else []
         try:
             yield
         finally:
@@ -139,8 +130,7 @@ class Bench:
                 model, processor = build(self.vision, self.language, bridge, tokenizer=self.tokenizer)
             model.train().model.vision_tower.eval()
             select_trainable(model, self.stage)
-            trained = model.model.multi_modal_projector.parameters()
-            self.models[key] = model, processor, torch.optim.AdamW(trained, lr=1e-6, fused=True)
+            self.models[key] = model, processor, adamw(model.model.multi_modal_projector.parameters())
         return self.models[key]
 
     def free(self) -> None:
@@ -150,14 +140,14 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def inputs(self, tokens: int, image_id: int, rows: int) -> dict[str, torch.Tensor]:
+    def inputs(self, tokens: int, image_id: int, rows: int) -> dict[str, Any]:
         """Random words around a picture of so many visual tokens; those behind it are learnt."""
         words = torch.randint(10, 290, (rows, TEXT), device=self.device)
         image = torch.full((rows, tokens), image_id, device=self.device)
         ids = torch.cat([words[:, : TEXT // 2], image, words[:, TEXT // 2 :]], 1)
         labels = ids.clone()
         labels[:, : tokens + TEXT // 2] = -100
-        return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+        return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids), "use_cache": False}
 
     def seconds(self, step: Step) -> float:
         with step.around() as handle:
@@ -194,11 +184,11 @@ def ours(
     compiled: bool = False,
     around: Callable[[Any], AbstractContextManager[Any]] = lambda model: nullcontext(),
 ) -> Step:
-    """A step of our model. ``pixels``: encode them in the step; ``loss``: on ``labelled`` positions, ``all``, ``fused``."""
+    """A step of our model. ``pixels``: encode them in it; ``loss``: on ``labelled`` positions, ``all``, ``fused``."""
     settings = ChainOfSight(bridge, **bench.width) if isinstance(bridge, str) else bridge(**bench.width)
     model, _, optimizer = bench.model(settings)
     rows, config = rows or bench.batch, model.config
-    batch: dict[str, Any] = bench.inputs(config.num_image_tokens, config.image_token_id, rows) | {"use_cache": False}
+    batch = bench.inputs(config.num_image_tokens, config.image_token_id, rows)
     dtype = torch.float32 if bench.device.type == "cpu" else torch.bfloat16
     options: dict[str, Any] = {"device": bench.device, "dtype": dtype}
     if pixels:
@@ -206,9 +196,7 @@ def ours(
     else:
         levels = tuple(torch.randn(rows, *config.map_size, width, **options) for width in config.level_widths)
         batch["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(hidden_states=levels)}
-    value: Loss = lambda: model(**batch, loss_only=loss == "labelled").loss  # noqa: E731
-    if loss == "fused":
-        value = fused_loss(model, batch)
+    value = fused_loss(model, batch) if loss == "fused" else lambda: model(**batch, loss_only=loss == "labelled").loss
     inside = compiled_layers(bench, model) if compiled else partial(around, model)
 
     @contextmanager
@@ -289,85 +277,28 @@ def batched(bench: Bench, way: str) -> Step:
     return Step(losses, [optimizer, *bench.language_optimizers], partial(rows, model.model.language_model))
 
 
-# -------------------------------------------------------------------------------------------------------------- peers
-
-
 def llava(bench: Bench, tokens: int) -> Step:
-    """transformers' LLaVA around the same language model, on cached features of CLIP-L's width, logits everywhere."""
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(hidden_size=1024, num_attention_heads=16),
-        text_config=bench.language.config,
-        image_token_id=bench.model("linear")[0].config.image_token_id,
-    )
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
-    model.model.language_model, model.lm_head = bench.language.base_model, bench.language.get_output_embeddings()
-    projector = LlavaMultiModalProjector(config).to(bench.device)
-    features = torch.randn(bench.batch, tokens, 1024, device=bench.device)
-    batch = bench.inputs(tokens, config.image_token_id, bench.batch) | {"use_cache": False}
-    model.train()
+    """transformers' LLaVA around the same language model, on cached features, in the plain way."""
+    image_id = bench.model("linear")[0].config.image_token_id
+    model, projector = build_llava(bench.language, image_id)
+    batch = bench.inputs(tokens, image_id, bench.batch)
+    features = torch.randn(bench.batch, tokens, CLIP["hidden_size"], device=bench.device)
 
-    def value() -> torch.Tensor:
+    def loss() -> torch.Tensor:
         images = BaseModelOutputWithPooling(pooler_output=list(projector(features)))
         return model(**batch, mm_encoder_outputs={"image": images}).loss
 
-    optimizer = torch.optim.AdamW(projector.parameters(), lr=1e-6, fused=True)
-    return Step([value], [optimizer, *bench.language_optimizers])
-
-
-@contextmanager
-def wrapped(model: Any, wrapper: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """Decoder layers' ``forward`` goes through ``wrapper(plain, place, hidden, ...)``; place: 0 to 1, first to last."""
-    layers = model.model.language_model.layers
-    for number, layer in enumerate(layers):
-        layer.forward = partial(wrapper, layer.forward, number / (len(layers) - 1))
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def drawn(place: float) -> torch.Generator:
-    """Differs from layer to layer, and is the same in every step: so are its FLOPs."""
-    return torch.Generator().manual_seed(round(1000 * place))
-
-
-def layer_dropout(plain: Callable[..., Any], place: float, x_BTD: torch.Tensor, **inputs: Any) -> torch.Tensor:
-    """torchtune's layer dropout, 0.5: each layer runs on the samples of the batch that it drew, the others pass by."""
-    row_R = torch.rand(len(x_BTD), generator=drawn(place)).lt(0.5).nonzero()[:, 0].to(x_BTD.device)
-    if not len(row_R):
-        return x_BTD
-    return x_BTD.index_copy(0, row_R, plain(x_BTD[row_R], **inputs).to(x_BTD.dtype))
-
-
-def random_ltd(
-    plain: Callable[..., Any], place: float, x_BTD: torch.Tensor, *, position_embeddings: Any, **inputs: Any
-) -> torch.Tensor:
-    """DeepSpeed's random-LTD, half of the tokens: each layer but the first and last draws, from text and pictures alike,
-    those that go through it; the others pass by. (Theirs leaves the rotary positions uncut, and fails on Llama.)"""
-    if place in (0.0, 1.0):
-        return plain(x_BTD, position_embeddings=position_embeddings, **inputs)
-    batch, length, width = x_BTD.shape
-    index_BK = torch.rand(batch, length, generator=drawn(place)).topk(length // 2).indices.sort().values
-    kept = Kept(index_BK.to(x_BTD.device), torch.ones_like(index_BK, dtype=torch.bool), length)
-    positions = tuple(kept.gather(part, 1) for part in position_embeddings)
-    few_BKD = plain(kept.gather(x_BTD, 1), position_embeddings=positions, **inputs)
-    return x_BTD.scatter(1, kept.index_BK[..., None].expand(-1, -1, width), few_BKD.to(x_BTD.dtype))
+    return Step([loss], [adamw(projector.parameters()), *bench.language_optimizers])
 
 
 # ----------------------------------------------------------------------------------------------------------- variants
 
-HALF, FIFTH, QUARTER = partial(sparse, every=2), partial(sparse, every=5), partial(sparse, keep=0.25)
-LAYOUTS: dict[str, Any] = {
-    "336 tokens": "cos-336",
-    "336 tokens, one scale": partial(Resampler, tokens=336),
-    **{f"{tokens} tokens": f"cos-{tokens}" for tokens in (80, 48, 32)},
-}
+LAYOUTS = {f"{tokens} tokens": f"cos-{tokens}" for tokens in (336, 80, 48, 32)}
+LAYOUTS |= {"336 tokens, one scale": partial(Resampler, tokens=336)}
 METHODS: dict[str, Any] = {
-    "half of the layers off": HALF,
-    "a fifth of the layers off": FIFTH,
-    "keep 0.25 of the tokens": QUARTER,
+    "half of the layers off": partial(sparse, every=2),
+    "a fifth of the layers off": partial(sparse, every=5),
+    "keep 0.25 of the tokens": partial(sparse, keep=0.25),
     "half of the layers, 0.25 of the tokens": partial(sparse, keep=0.25, every=2),
     "peer: layer dropout 0.5": partial(wrapped, wrapper=layer_dropout),
     "peer: random-LTD, half of the tokens": partial(wrapped, wrapper=random_ltd),
@@ -379,41 +310,34 @@ GROUPS |= {"lora": "lora", "full": "full", "methods": "full", "idle": "full"}
 
 
 def pairs(group: str, plain: str, other: str, **how: Any) -> list[Variant]:
-    """At 336 and at 32 tokens, both ways of each: ``how`` is what the two differ in, as (plain, other)."""
-    found = []
-    for layout in ("cos-336", "cos-32"):
-        names = [f"{layout[4:]} tokens, {way}" for way in (plain, other)]
-        for number, name in enumerate(names):
-            values = {key: both[number] for key, both in how.items()}
-            found.append(Variant(group, name, names[0], partial(ours, bridge=layout, **values)))
-    return found
+    """At 336 and at 32 tokens, both ways of each; ``how``: the argument that they differ in, as (plain, other)."""
+    ((key, values),) = how.items()
+    return [
+        Variant(group, f"{n} tokens, {way}", f"{n} tokens, {plain}", partial(ours, bridge=f"cos-{n}", **{key: value}))
+        for n in (336, 32)
+        for way, value in zip((plain, other), values, strict=True)
+    ]
 
 
+def against(group: str, baseline: str, ways: dict[str, Callable[[Bench], Step]]) -> list[Variant]:
+    return [Variant(group, name, baseline, make) for name, make in ways.items()]
+
+
+SCALES = {name: partial(ours, bridge=bridge) for name, bridge in LAYOUTS.items()}
+ONE = {"dense, one sample": partial(ours, rows=1), "attached, idle": partial(ours, rows=1, around=sparse)}
+WAYS = {way: partial(batched, way=way) for way in ("padded", "sorted by length", "one row")}
+PEERS = {LLAVA.format(tokens): partial(llava, tokens=tokens) for tokens in (576, 256)}
+ALL = "336 tokens, logits of all positions"
 VARIANTS = [
-    *(
-        Variant(group, name, "336 tokens", partial(ours, bridge=bridge))
-        for group in ("frozen", "lora", "full")
-        for name, bridge in LAYOUTS.items()
-    ),
-    Variant("methods", "dense", "dense", ours),
-    *(Variant("methods", name, "dense", partial(ours, around=around)) for name, around in METHODS.items()),
-    Variant("idle", "dense, one sample", "dense, one sample", partial(ours, rows=1)),
-    Variant("idle", "attached, idle, one sample", "dense, one sample", partial(ours, rows=1, around=sparse)),
-    *(
-        Variant("packing", way, "padded", partial(batched, way=way))
-        for way in ("padded", "sorted by length", "one row")
-    ),
+    *(variant for group in ("frozen", "lora", "full") for variant in against(group, "336 tokens", SCALES)),
+    *against("methods", "dense", {"dense": ours} | {n: partial(ours, around=how) for n, how in METHODS.items()}),
+    *against("idle", "dense, one sample", ONE),
+    *against("packing", "padded", WAYS),
     *pairs("cache", "encoder in the step", "cached features", pixels=(True, False)),
-    *pairs("loss", "logits of all positions", "of labelled ones", loss=("all", "labelled")),
-    Variant(
-        "loss", "336 tokens, liger's fused loss", "336 tokens, logits of all positions", partial(ours, loss="fused")
-    ),
+    *pairs("loss", "logits of all positions", "logits of labelled ones", loss=("all", "labelled")),
+    *against("loss", ALL, {"336 tokens, liger's fused loss": partial(ours, loss="fused")}),
     *pairs("compile", "plain", "compiled layers", compiled=(False, True)),
-    *(Variant("peers", LLAVA.format(n), LLAVA.format(576), partial(llava, tokens=n)) for n in (576, 256)),
-    *(
-        Variant("peers", f"ours, {n} tokens", LLAVA.format(576), partial(ours, bridge=f"cos-{n}"))
-        for n in (336, 80, 48, 32)
-    ),
+    *against("peers", LLAVA.format(576), PEERS | {f"ours, {name}": make for name, make in SCALES.items()}),
 ]
 
 
@@ -421,72 +345,74 @@ VARIANTS = [
 
 
 def largest_batch(bench: Bench, variant: Variant) -> int:
-    """Doubled until memory runs out."""
-    bench.batch = 1
-    while bench.batch < 512:
-        try:
+    """Doubled until memory runs out, or the batch is 512. Raises ValueError if no sample fits."""
+    bench.batch = fits = 1
+    try:
+        while bench.batch <= 512:
             bench.seconds(variant.make(bench))
-        except torch.OutOfMemoryError:
-            break
-        bench.batch *= 2
+            fits, bench.batch = bench.batch, 2 * bench.batch
+    except torch.OutOfMemoryError as error:
+        if bench.batch == 1:
+            raise ValueError(f"{variant.name}: one sample does not fit in this device's memory") from error
     bench.free()
-    return bench.batch // 2
+    return fits
+
+
+def prepare(variant: Variant, bench: Bench) -> tuple[Step, float]:
+    """The step, run once to count its FLOPs, and once more to compile and to have memory."""
+    try:
+        step = variant.make(bench)
+        flops = bench.flops(step)
+        bench.seconds(step)
+    except torch.OutOfMemoryError as error:
+        raise LeftOut(f"out of memory at batch {bench.batch}") from error
+    return step, flops
 
 
 def measure(group: str, bench: Bench, rounds: int, console: Console) -> list[dict[str, Any]]:
     """A row for each variant: medians of seconds and of the ratios to the baseline in the same round."""
-    steps: dict[str, Step] = {}
-    flops: dict[str, float] = {}
-    rows: dict[str, dict[str, Any]] = {}
-    variants = [variant for variant in VARIANTS if variant.group == group]
-    for variant in variants:
-        row = rows[variant.name] = {"variant": variant.name, "baseline": variant.baseline}
+    ready: dict[str, tuple[Step, float]] = {}
+    rows: list[dict[str, Any]] = []
+    for variant in (variant for variant in VARIANTS if variant.group == group):
+        row = {"variant": variant.name, "baseline": variant.baseline}
         try:
-            if variant.baseline in rows and "left_out" in rows[variant.baseline]:
+            if variant.baseline not in (variant.name, *ready):
                 raise LeftOut("its baseline is left out")
-            step = variant.make(bench)
-            flops[variant.name] = bench.flops(step)
-            bench.seconds(step)
-            steps[variant.name] = step
-        except (LeftOut, torch.OutOfMemoryError) as error:
-            row["left_out"] = str(error) if isinstance(error, LeftOut) else f"out of memory at batch {bench.batch}"
-            console.print(f"{group}, {variant.name}: left out: {row['left_out']}")
-        if "left_out" in row:
+            ready[variant.name] = prepare(variant, bench)
+        except LeftOut as why:
+            row["left_out"] = str(why)
+            console.print(f"{group}, {variant.name}: left out: {why}")
+        if "left_out" in row:  # not before: the error holds on to the memory
             bench.free()
-    times: dict[str, list[float]] = {name: [] for name in steps}
+        rows.append(row)
+    times: dict[str, list[float]] = {name: [] for name in ready}
     for turn in track(range(rounds), group, console=console):
         # There and back: a large step right behind a small one would have to fetch its memory anew.
-        for name in list(steps)[:: -1 if turn % 2 else 1]:
-            times[name].append(bench.seconds(steps[name]))
-    for name in steps:
-        row, first = rows[name], rows[name]["baseline"]
-        ratios = [mine / other for mine, other in zip(times[name], times[first], strict=True)]
-        row |= {"seconds": statistics.median(times[name]), "flops": flops[name]}
-        row |= {"time_ratio": statistics.median(ratios), "spread": (min(ratios), max(ratios))}
-        row["flops_ratio"] = flops[name] / flops[first]
+        for name in list(ready)[:: -1 if turn % 2 else 1]:
+            times[name].append(bench.seconds(ready[name][0]))
+    for row in (row for row in rows if "left_out" not in row):
+        (_, flops), mine = ready[row["variant"]], times[row["variant"]]
+        ratios = [a / b for a, b in zip(mine, times[row["baseline"]], strict=True)]
+        row |= {"seconds": statistics.median(mine), "time_ratio": statistics.median(ratios)}
+        row |= {"spread": (min(ratios), max(ratios)), "flops": flops, "flops_ratio": flops / ready[row["baseline"]][1]}
         row["reached"] = row["flops_ratio"] / row["time_ratio"]
-    return list(rows.values())
+    return rows
 
 
 def show(groups: list[dict[str, Any]], console: Console) -> None:
-    table = Table(title="a training step, of its baseline's", title_justify="left")
-    for column in ("", "seconds", "time", "rounds", "FLOPs", "reached"):
-        table.add_column(column, justify="right" if column else "left")
+    table = Table("", title="a training step: shares of its baseline's", title_justify="left")
+    for column in ("seconds", "time", "rounds", "FLOPs", "reached"):
+        table.add_column(column, justify="right")
     for group in groups:
         table.add_row(f"[bold]{group['group']}[/] ({group['trains']}, batch {group['batch']})")
         for row in group["rows"]:
-            if "left_out" in row:
-                table.add_row(f"  {row['variant']}", "left out")
-                continue
-            low, high = row["spread"]
-            figures = (f"{row[key]:.3f}" for key in ("flops_ratio", "reached"))
-            table.add_row(
-                f"  {row['variant']}",
-                f"{row['seconds']:.3f}",
-                f"{row['time_ratio']:.3f}",
-                f"{low:.2f} to {high:.2f}",
-                *figures,
-            )
+            cells = ["left out"]
+            if "left_out" not in row:
+                seconds, time, flops, reached = (
+                    f"{row[key]:.3f}" for key in ("seconds", "time_ratio", "flops_ratio", "reached")
+                )
+                cells = [seconds, time, "{:.2f} to {:.2f}".format(*row["spread"]), flops, reached]
+            table.add_row(row["variant"], *cells)
     console.print(table)
 
 
@@ -495,22 +421,21 @@ def main() -> None:
     options, device = timing_options(__doc__, **more, layers={"type": int}, batch={"type": int})
     console, groups = Console(), []
     torch.manual_seed(0)
-    bench = Bench(device, options.layers, options.batch or 8)
+    bench, cuda = Bench(device, options.layers, options.batch or 8), device.type == "cuda"
     for group in options.only:
-        trains = GROUPS[group]
-        if device.type == "cuda":
-            trains = "frozen" if group == "frozen" else "lora"
-            if group == "full":
-                console.print("full: left out: weights, gradients and moments of 7B do not fit")
-                continue
+        if cuda and group == "full":
+            console.print("full: left out on CUDA: weights, gradients and moments of 7B do not fit")
+            continue
+        trains = "lora" if cuda and group != "frozen" else GROUPS[group]
         with bench.training(trains):
-            if device.type == "cuda" and options.batch is None:
+            own_batch = group in ("packing", "idle")
+            if cuda and options.batch is None and not own_batch:
                 bench.batch = largest_batch(bench, next(variant for variant in VARIANTS if variant.group == group))
             rows = measure(group, bench, options.rounds * (6 if group == "idle" else 1), console)
-            groups.append({"group": group, "trains": trains, "batch": bench.batch, "rows": rows})
+        groups.append({"group": group, "trains": trains, "batch": None if own_batch else bench.batch, "rows": rows})
     show(groups, console)
     result = {"device": device_name(device), "precision": "bf16", "text": TEXT, "rounds": options.rounds}
-    result |= {"language": type(bench.language).__name__, "parameters": bench.language.num_parameters()}
+    result |= {"parameters": bench.language.num_parameters(), "layers": bench.language.config.num_hidden_layers}
     write_result(f"speed-{device.type}", result | {"groups": groups}, options.out, console)
 
 
