@@ -299,8 +299,8 @@ def clock(names: Sequence[str], results: Results, rounds: int, console: Console)
             runs = found[name, stage.name][1:]
             times = [statistics.fmean(map(step_seconds, each.steps)) for each in runs]
             flops = statistics.fmean(step["flops"] for step in runs[0].steps)
-            step = {"seconds": statistics.median(times), "rounds": times, "flops": flops}
-            first = all(stage.image_size != earlier["image_size"] for earlier in row["stages"])  # of this size
+            step: dict[str, Any] = {"seconds": statistics.median(times), "rounds": times, "flops": flops}
+            first = float(all(stage.image_size != earlier["image_size"] for earlier in row["stages"]))  # of this size
             encoding = first * runs[0].encoding_seconds / PICTURES * scenes_of(recipe).scenes
             sizes = {"image_size": stage.image_size, "steps": stage.steps, "encoding": encoding}
             row["stages"].append({"name": stage.name, **sizes, **step})
