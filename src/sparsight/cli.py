@@ -166,11 +166,18 @@ def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="folder of a model, such as runs/NAME/finetune/model")],
     items: Annotated[int, typer.Option(help="questions of each task", min=1)] = 100,
     split: Annotated[str, typer.Option(help="validation or test")] = "test",
+    data: Annotated[Path | None, typer.Option(help="held-out LLaVA JSON or messages, in place of scenes")] = None,
+    images: Annotated[Path | None, typer.Option(help="folder of the data's pictures; its own if not given")] = None,
+    metric: Annotated[str, typer.Option(help="exact_match, cider_d or box_match, for --data")] = "exact_match",
 ) -> None:
-    """Ask a model the embedded scenes' questions; print scores, chance, and the control with shuffled pictures."""
+    """Ask a model the embedded scenes' questions, or those of a file; print scores with their intervals, chance, and
+    the control with shuffled pictures."""
+    from sparsight.config import held_out_file
+
+    held_out = held_out_file(data, images, metric, items)
     from sparsight.pipeline import evaluate_checkpoint
 
-    evaluate_checkpoint(checkpoint, items, split, _console())
+    evaluate_checkpoint(checkpoint, items, split, _console(), held_out)
 
 
 @app.command()

@@ -364,13 +364,42 @@ class Stage(Settings):
         return -(-self.samples // self.batch_size)
 
 
+class HeldOut(Settings):
+    """Conversations to ask after training; each question is asked by itself."""
+
+    data: ConversationData
+    metric: Literal["exact_match", "cider_d", "box_match"] = Field(
+        "exact_match", description="exact_match normalises answers as VQA does; cider_d is a tenth of CIDEr-D"
+    )
+    items: int = Field(500, ge=1, description="questions at most, from the first one")
+
+
+def held_out_file(data: Path | None, images: Path | None, metric: str, items: int) -> HeldOut | None:
+    """What `sparsight eval --data` asks; None without data.
+
+    Raises:
+        ValueError: images without data, no such metric, or a number out of range.
+    """
+    if data is None:
+        if images is not None:
+            raise ValueError(f"--images {images}: expected --data as well, the conversations about these pictures")
+        return None
+    source = {"path": str(data), "images": str(images) if images else None}
+    try:
+        return HeldOut.model_validate({"data": source, "metric": metric, "items": items})
+    except ValidationError as error:
+        raise ValueError(readable(error)) from None
+
+
 class Evaluation(Settings):
-    """Scores after training. ``scenes`` asks the embedded test split; ``none`` skips it."""
+    """Scores after training. ``scenes`` asks the embedded test split; ``none`` asks ``held_out`` alone, if there is
+    any."""
 
     kind: Literal["scenes", "none"] = "scenes"
     items: int = Field(100, ge=1, description="questions of each task")
     batch_size: int = Field(50, ge=1)
     split: Literal["validation", "test"] = "test"
+    held_out: dict[str, HeldOut] = Field(default_factory=dict, description="name -> conversations to ask")
 
 
 class Recipe(Settings):

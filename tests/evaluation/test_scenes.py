@@ -10,17 +10,10 @@ import torch
 from sparsight.config import SceneData
 from sparsight.data.scenes import TASKS, SceneConfig, ScenesDataset, format_box, make_scene
 from sparsight.data.sources import scene_config
-from sparsight.evaluation import scenes as evaluation
+from sparsight.evaluation import ask as evaluation
+from sparsight.evaluation.ask import Item, Scores, answer_all, visual_tokens
 from sparsight.evaluation.metrics import yes_no_scores
-from sparsight.evaluation.scenes import (
-    Item,
-    Scores,
-    answer_all,
-    evaluate_scenes,
-    make_items,
-    score_answer,
-    visual_tokens,
-)
+from sparsight.evaluation.scenes import evaluate_scenes, make_items, score_answer
 from tiny import ask
 
 CONFIG = SceneConfig(cutouts="shapes", numbers=1.0)

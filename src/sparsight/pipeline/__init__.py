@@ -4,7 +4,7 @@ from sparsight.pipeline.analyze import analyze_checkpoint
 from sparsight.pipeline.calibrate import CALIBRATED, TimedSteps, calibrate_recipe, timed_steps
 from sparsight.pipeline.check import check_data
 from sparsight.pipeline.compare import builtin_recipe, run_comparison
-from sparsight.pipeline.evaluate import EXAMPLES, ask_scenes, autocast, evaluate_checkpoint
+from sparsight.pipeline.evaluate import EXAMPLES, autocast, evaluate_checkpoint
 from sparsight.pipeline.files import RECIPE_FILE, load, samples_hash
 from sparsight.pipeline.inspect import inspect_checkpoint
 from sparsight.pipeline.train import enter_stage, max_length, run
@@ -15,7 +15,6 @@ __all__ = [
     "RECIPE_FILE",
     "TimedSteps",
     "analyze_checkpoint",
-    "ask_scenes",
     "autocast",
     "builtin_recipe",
     "calibrate_recipe",

@@ -1,11 +1,12 @@
-"""Scores on the embedded scenes, at the end of a run or of a saved model."""
+"""Scores on the embedded scenes and on held-out conversations, at the end of a run or of a saved model."""
 
 from __future__ import annotations
 
 import base64
 import io
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sparsight.config import Evaluation, SceneData
+from sparsight.config import Evaluation, HeldOut, Recipe, SceneData
 from sparsight.data.scenes import ScenesDataset, chance
 from sparsight.data.sources import scene_config
-from sparsight.evaluation.scenes import Scores, evaluate_scenes, score_answer
+from sparsight.evaluation.ask import Item, Questions, Scores, ask
+from sparsight.evaluation.held_out import guess, held_out_questions
+from sparsight.evaluation.scenes import scene_questions
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.pipeline.files import Session, load, own_scenes, trained_by
 from sparsight.reporting.comparison import percent
@@ -30,96 +33,114 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
-def score_run(
-    session: Session, model: SparsightForConditionalGeneration, processor: SparsightProcessor, checkpoint: str
-) -> None:
-    """Ask the embedded test split, log scores, the shuffled control and examples."""
-    recipe, log, console = session.recipe, session.log, session.console
-    data = recipe.scenes() or SceneData()
-    settings = recipe.evaluation
-    start = time.perf_counter()
-    result, guess = ask_scenes(model, processor, data, settings, recipe.precision, console)
-    log.write(
-        "eval",
-        checkpoint=checkpoint,
-        scores=result.scores,
-        shuffled=result.shuffled,
-        chance=guess,
-        items=result.items,
-        points=result.points,
-        pictures=result.pictures,
-        questions=result.questions,
-        seconds=time.perf_counter() - start,
-    )
-    scenes = _test_scenes(data, settings, model.config.image_size)
-    for item, answer in _examples(result):
-        points = score_answer(item.task, answer, item.truth, scenes.scene(item.picture))
-        log.write(
-            "example",
-            id=f"scenes/{settings.split}/{item.picture}",
-            image_png_base64=png(scenes.image(item.picture)),
-            answer=answer,
-            correct=answer == item.truth if item.task == "caption" else points >= 0.5,
-            **{key: value for key, value in asdict(item).items() if key != "picture"},
-        )
+@dataclass(frozen=True)
+class _Asked:
+    """Questions of one kind, what a blind guess scores by task, and where their pictures come from."""
+
+    source: str
+    questions: Questions
+    chance: dict[str, float]
 
 
-def _test_scenes(data: SceneData, settings: Evaluation, side: int) -> ScenesDataset:
-    # Not every picture carries every task: four pictures for an item are enough.
-    pictures = max(4 * settings.items, 50)
-    return ScenesDataset(scene_config(data, side), settings.split, scenes=pictures, seed=data.seed)
+def _to_ask(settings: Evaluation, data: SceneData, side: int) -> Iterator[_Asked]:
+    if settings.kind == "scenes":
+        pictures = max(4 * settings.items, 50)  # not every picture carries every task
+        scenes = ScenesDataset(scene_config(data, side), settings.split, scenes=pictures, seed=data.seed)
+        guesses = dict(chance(scenes.config, settings.split))
+        yield _Asked(f"scenes/{settings.split}", scene_questions(scenes, settings.items), guesses)
+    for name, held_out in settings.held_out.items():
+        questions = held_out_questions(name, held_out, side)
+        yield _Asked(name, questions, {name: guess(questions)})
 
 
-def ask_scenes(
+def _answers(
     model: SparsightForConditionalGeneration,
     processor: SparsightProcessor,
-    data: SceneData,
-    settings: Evaluation,
-    precision: str,
+    asked: _Asked,
+    recipe: Recipe | None,
+    batch_size: int,
     console: Console,
-) -> tuple[Scores, dict[str, float]]:
-    """Scores on the embedded scenes, with a bar, and what blind guessing gets."""
-    scenes = _test_scenes(data, settings, model.config.image_size)
+) -> Scores:
+    """Scores, with a bar."""
+    precision = recipe.precision if recipe is not None else "bf16"
     with Progress(console=console) as bar, autocast(precision, model.device):
-        task = bar.add_task("asking questions", total=None)
+        task = bar.add_task(f"asking {asked.source}", total=None)
 
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        result = evaluate_scenes(model, processor, scenes, settings.items, settings.batch_size, progress=show)
-    return result, dict(chance(scenes.config, settings.split))
+        return ask(model, processor, asked.questions, batch_size, progress=show)
 
 
-def evaluate_checkpoint(folder: Path, items: int, split: str, console: Console) -> Scores:
-    """Score a saved model on the scenes of its own recipe (the embedded ones if it was trained on other data).
+def score_run(
+    session: Session, model: SparsightForConditionalGeneration, processor: SparsightProcessor, checkpoint: str
+) -> None:
+    """Ask what the recipe says; log scores, the shuffled control and examples."""
+    recipe, log, settings = session.recipe, session.log, session.recipe.evaluation
+    for asked in _to_ask(settings, recipe.scenes() or SceneData(), model.config.image_size):
+        start = time.perf_counter()
+        result = _answers(model, processor, asked, recipe, settings.batch_size, session.console)
+        log.write(
+            "eval",
+            checkpoint=checkpoint,
+            scores=result.scores,
+            shuffled=result.shuffled,
+            chance=asked.chance,
+            items=result.items,
+            points=result.points,
+            pictures=result.pictures,
+            questions=result.questions,
+            seconds=time.perf_counter() - start,
+        )
+        for item, answer, points in _examples(result):
+            log.write(
+                "example",
+                id=f"{asked.source}/{item.picture}",
+                image_png_base64=png(asked.questions.picture(item.picture)),
+                answer=answer,
+                correct=answer == item.truth if item.task == "caption" else points >= 0.5,
+                **{key: value for key, value in asdict(item).items() if key != "picture"},
+            )
+
+
+def evaluate_checkpoint(
+    folder: Path, items: int, split: str, console: Console, held_out: HeldOut | None = None
+) -> list[Scores]:
+    """Score a saved model on held-out conversations, or else on the scenes of its own recipe (the embedded ones if it
+    was trained on other data).
 
     Raises:
-        ValueError: no model in ``folder``, or no such split.
+        ValueError: no model in ``folder``, no such split, or conversations that cannot be asked.
     """
     model, processor = load(folder)
-    recipe = trained_by(folder)
-    precision = recipe.precision if recipe is not None else "bf16"
     settings = Evaluation.model_validate({"items": items, "split": split})
-    result, guess = ask_scenes(model, processor, own_scenes(folder), settings, precision, console)
-    table = Table(title=f"{folder}: {split} split, scores in %", title_justify="left")
+    if held_out is not None:
+        settings = Evaluation(kind="none", held_out={Path(held_out.data.path).stem: held_out})
+    table = Table(title=f"{folder}: scores in %", title_justify="left")
     for column in ("task", "items", "score", "95% interval", "chance", "shuffled pictures"):
         table.add_column(column, justify="left" if column == "task" else "right")
-    for task, found in result.estimates().items():
-        interval = f"{percent(found.low)} to {percent(found.high)}"
-        controls = (percent(shares.get(task)) for shares in (guess, result.shuffled))
-        table.add_row(task, str(result.items.get(task, "")), percent(found.mean), interval, *controls)
+    results = []
+    for asked in _to_ask(settings, own_scenes(folder), model.config.image_size):
+        result = _answers(model, processor, asked, trained_by(folder), settings.batch_size, console)
+        for task, found in result.estimates().items():
+            interval = f"{percent(found.low)} to {percent(found.high)}"
+            controls = (percent(shares.get(task)) for shares in (asked.chance, result.shuffled))
+            table.add_row(task, str(result.items.get(task, "")), percent(found.mean), interval, *controls)
+        results.append(result)
     console.print(table)
-    return result
+    return results
 
 
-def _examples(result: Scores) -> list[tuple[Any, str]]:
+def _examples(result: Scores) -> list[tuple[Item, str, float]]:
     """One example of each task in turn, each about another picture; the same for every run."""
-    chosen: list[tuple[Any, str]] = []
+    points = {task: iter(values) for task, values in result.points.items()}
+    all_of = [(item, answer, next(points[item.task])) for item, answer in result.answers]
+    chosen: list[tuple[Item, str, float]] = []
     tasks = list(result.items)
     for number in range(EXAMPLES):
-        own = [(item, answer) for item, answer in result.answers if item.task == tasks[number % len(tasks)]]
-        used = {item.picture for item, _ in chosen}
-        chosen += [pair for pair in own if pair[0].picture not in used][:1]
+        own = [each for each in all_of if each[0].task == tasks[number % len(tasks)]]
+        used = {item.picture for item, *_ in chosen}
+        chosen += [each for each in own if each[0].picture not in used][:1]
     return chosen
 
 

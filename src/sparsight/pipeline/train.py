@@ -73,7 +73,7 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache
                     save(model, processor, session, saved)
         assert model is not None and processor is not None
         final = out / recipe.stages[-1].name / "model"
-        if main and recipe.evaluation.kind == "scenes":
+        if main and (recipe.evaluation.kind == "scenes" or recipe.evaluation.held_out):
             score_run(session, model, processor, str(final))
             write_card(final, recipe, read_run(session.log.path))  # now with scores
     return final

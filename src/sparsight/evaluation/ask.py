@@ -1,0 +1,183 @@
+"""Ask a model questions about pictures: greedy answers, what each is worth, and the control with wrong pictures."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from sparsight.evaluation.metrics import reads_yes
+from sparsight.statistics import Estimate, bootstrap
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question of the test."""
+
+    task: str
+    picture: int
+    question: str
+    truth: str
+
+
+@dataclass
+class Scores:
+    """Answers, and what each is worth in [0, 1], by task in the order of the items.
+
+    ``shuffled_points`` are of the control, in which each question gets another picture; empty without it.
+    """
+
+    answers: list[tuple[Item, str]] = field(default_factory=list)
+    points: dict[str, list[float]] = field(default_factory=dict)
+    shuffled_points: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Mean points by task."""
+        return {task: fmean(points) for task, points in self.points.items()}
+
+    @property
+    def shuffled(self) -> dict[str, float]:
+        """Mean points of the control by task."""
+        return {task: fmean(points) for task, points in self.shuffled_points.items()}
+
+    @property
+    def items(self) -> dict[str, int]:
+        """How many questions were asked, by task."""
+        return dict(Counter(item.task for item, _ in self.answers))
+
+    @property
+    def pictures(self) -> dict[str, list[int]]:
+        """What picture each point is about, by task."""
+        return {task: [item.picture for item, _ in self._of(task)] for task in self.points}
+
+    @property
+    def questions(self) -> dict[str, str]:
+        """A hash by task of pictures and questions: equal where the same was asked."""
+        asked = {task: repr([(item.picture, item.question) for item, _ in self._of(task)]) for task in self.points}
+        return {task: hashlib.sha256(text.encode()).hexdigest()[:16] for task, text in asked.items()}
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Each task's score with its 95% interval; of existence also POPE's F1 and share of yes."""
+        pictures = self.pictures
+        found = {task: bootstrap(points, pictures[task]) for task, points in self.points.items()}
+        if pairs := self._of("existence"):
+            said = np.array([reads_yes(answer) for _, answer in pairs], float)
+            true = np.array([item.truth == "yes" for item, _ in pairs], float)
+            found["existence F1"] = bootstrap(2 * said * true, pictures["existence"], weights=said + true)
+            found["yes-ratio"] = bootstrap(said, pictures["existence"])
+        return found
+
+    def _of(self, task: str) -> list[tuple[Item, str]]:
+        return [pair for pair in self.answers if pair[0].task == task]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked. ``picture`` gives a picture by its number, ``score`` the points of answers to items."""
+
+    items: list[Item]
+    picture: Callable[[int], Image.Image]
+    score: Callable[[Sequence[Item], Sequence[str]], list[float]]
+
+
+@torch.no_grad()
+def visual_tokens(model: Any, processor: Any, pictures: list[Image.Image], batch_size: int) -> torch.Tensor:
+    """Every picture's visual tokens (I, N, E): encoded once, however many questions are asked about it."""
+    parts = []
+    for start in range(0, len(pictures), batch_size):
+        pixels = processor.pixels(pictures[start : start + batch_size]).to(model.device)
+        parts.append(model.get_image_features(**pixels, return_dict=True).pooler_output)
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def answer_all(
+    model: Any,
+    processor: Any,
+    items: list[Item],
+    visual_INE: torch.Tensor,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """Greedy answers; ``visual_INE`` holds one row for each item. Items of like length go together."""
+    tokenizer = processor.tokenizer
+    answers = [""] * len(items)
+    order = sorted(range(len(items)), key=lambda place: (len(items[place].truth), place))
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        chats = [
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": items[place].question}]}]
+            for place in places
+        ]
+        texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+        texts = [t.replace(processor.image_token, processor.image_token * processor.num_image_tokens) for t in texts]
+        coded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        coded = coded.to(model.device)
+        # Room for the truth and some more, for each item its own: an answer must not depend on who is in the batch.
+        room = [len(tokenizer(items[place].truth)["input_ids"]) + 8 for place in places]
+        produced = model.generate(
+            input_ids=coded["input_ids"],
+            attention_mask=coded["attention_mask"],
+            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=visual_INE[places])},
+            max_new_tokens=max(room),
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        tail = produced[:, coded["input_ids"].shape[1] :]
+        cut = [ids[:length] for ids, length in zip(tail, room, strict=True)]
+        for place, text in zip(places, tokenizer.batch_decode(cut, skip_special_tokens=True), strict=True):
+            answers[place] = text.strip()
+        progress(start + len(places))
+    return answers
+
+
+def _report(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
+    progress(before + done, total)
+
+
+def ask(
+    model: Any,
+    processor: Any,
+    questions: Questions,
+    batch_size: int = 50,
+    control: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Scores:
+    """Ask all questions, and again with the pictures shuffled.
+
+    Args:
+        control: also score with each question's picture replaced by another one; must fall to chance.
+    """
+    was_training = model.training
+    model.eval()
+    items = questions.items
+    used = sorted({item.picture for item in items})
+    row = {picture: place for place, picture in enumerate(used)}
+    visual_INE = visual_tokens(model, processor, [questions.picture(picture) for picture in used], batch_size)
+    own = torch.tensor([row[item.picture] for item in items], device=visual_INE.device)
+    other = (own + max(1, len(used) // 2)) % len(used)  # always another picture, when there are two or more
+    result = Scores()
+    total = len(items) * (1 + control)
+    for shuffled, rows in ((False, own), (True, other))[: 1 + control]:
+        done = len(items) * shuffled
+        answers = answer_all(
+            model, processor, items, visual_INE[rows], batch_size, partial(_report, progress, done, total)
+        )
+        points = result.shuffled_points if shuffled else result.points
+        for item, value in zip(items, questions.score(items, answers), strict=True):
+            points.setdefault(item.task, []).append(value)
+        if not shuffled:
+            result.answers = list(zip(items, answers, strict=True))
+    model.train(was_training)
+    return result

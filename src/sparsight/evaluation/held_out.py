@@ -1,0 +1,55 @@
+"""Questions of a file of conversations that training has not seen, and what their answers are worth."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from sparsight.config import HeldOut
+from sparsight.data.sources import open_source
+from sparsight.evaluation.ask import Item, Questions
+from sparsight.evaluation.metrics import box_match, cider_d, exact_match
+
+_SCORE: dict[str, Callable[[Sequence[str], Sequence[str]], list[float]]] = {
+    "exact_match": lambda answers, truths: [exact_match(a, t, True) for a, t in zip(answers, truths, strict=True)],
+    "box_match": lambda answers, truths: [box_match(a, t) for a, t in zip(answers, truths, strict=True)],
+    "cider_d": lambda answers, truths: [value / 10 for value in cider_d(answers, [[truth] for truth in truths])],
+}
+
+
+def held_out_questions(name: str, settings: HeldOut, image_size: int) -> Questions:
+    """Every question of the file's first conversations by itself, with its picture and without the turns before it.
+
+    Raises:
+        ValueError: a conversation has not exactly one picture, or turns that are no questions and answers.
+    """
+    source = open_source(settings.data, settings.items, image_size)
+    items: list[Item] = []
+    for row in range(len(source)):
+        sample = source[row]
+        roles = [message["role"] for message in sample.messages if message["role"] != "system"]
+        if len(sample.images) != 1 or roles != ["user", "assistant"] * (len(roles) // 2):
+            raise ValueError(
+                f"{name}: sample '{sample.id}' has {len(sample.images)} pictures and turns of {roles}: expected one "
+                "picture, questions and answers"
+            )
+        said = [
+            " ".join(part["text"].strip() for part in message["content"] if part["type"] == "text")
+            for message in sample.messages
+            if message["role"] != "system"
+        ]
+        items += [Item(name, row, *pair) for pair in zip(said[::2], said[1::2], strict=True)]
+        if len(items) >= settings.items:
+            break
+    return Questions(
+        items[: settings.items],
+        lambda row: source.picture(source[row].images[0]),
+        lambda items, answers: _SCORE[settings.metric](answers, [item.truth for item in items]),
+    )
+
+
+def guess(questions: Questions) -> float:
+    """What the most frequent answer of the file scores; it is chosen on the file itself, so no blind guess beats it."""
+    (answer, _), *_ = Counter(item.truth for item in questions.items).most_common(1)
+    points = questions.score(questions.items, [answer] * len(questions.items))
+    return sum(points) / len(points)

@@ -1,0 +1,80 @@
+"""Held-out conversations: each question by itself, scored as the file's metric says."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from sparsight.config import HeldOut, held_out_file
+from sparsight.evaluation.held_out import guess, held_out_questions
+from sparsight.pipeline import evaluate_checkpoint
+
+
+def write(folder: Path, rows: list[tuple[str, ...]], pictures: int = 1) -> Path:
+    """A LLaVA file; a row is question, answer, question, answer ..."""
+    file = folder / "held_out.json"
+    data = []
+    for number, turns in enumerate(rows):
+        Image.new("RGB", (32, 32), (40 * number, 90, 10)).save(folder / f"{number}.png")
+        said = [{"from": ("human", "gpt")[at % 2], "value": text} for at, text in enumerate(turns)]
+        said[0]["value"] = "<image>\n" * pictures + said[0]["value"]
+        data.append({"id": str(number), "image": [f"{number}.png"] * pictures, "conversations": said})
+    file.write_text(json.dumps(data))
+    return file
+
+
+ROWS = [("what is it ?", "a dog", "how many ?", "2"), ("what is it ?", "a cat"), ("how many ?", "two")]
+
+
+def test_each_question_stands_by_itself(tmp_path: Path) -> None:
+    settings = HeldOut(data={"path": str(write(tmp_path, ROWS))})
+    questions = held_out_questions("pets", settings, 32)
+    asked = [(item.picture, item.question, item.truth) for item in questions.items]
+    assert asked == [(0, *ROWS[0][:2]), (0, *ROWS[0][2:]), (1, *ROWS[1]), (2, *ROWS[2])]
+    assert questions.picture(2).getpixel((0, 0)) == (80, 90, 10)
+    assert questions.score(questions.items, ["Dog.", "two", "dog", "2"]) == [1, 1, 0, 1]  # normalised as VQA does
+    few = held_out_questions("pets", settings.model_copy(update={"items": 3}), 32)
+    assert few.items == questions.items[:3]
+    assert guess(questions) == 0.25
+
+
+def test_boxes_and_captions_have_their_metrics(tmp_path: Path) -> None:
+    boxes = [("box ?", "10 10 50 50"), ("box ?", "20 20 60 60")]
+    settings = HeldOut(data={"path": str(write(tmp_path, boxes))}, metric="box_match")
+    questions = held_out_questions("boxes", settings, 32)
+    assert questions.score(questions.items, ["10 10 50 31", "0 0 9 9"]) == [1, 0]
+    captions = [("describe", "a big dog on the grass"), ("describe", "two small cats at the door")]
+    settings = HeldOut(data={"path": str(write(tmp_path, captions))}, metric="cider_d")
+    questions = held_out_questions("captions", settings, 32)
+    right, wrong = questions.score(questions.items, [captions[0][1], captions[0][1]])
+    assert right == pytest.approx(1) and wrong < 0.1
+
+
+def test_what_cannot_be_asked_is_told(tmp_path: Path) -> None:
+    file = write(tmp_path, [("why ?", "so")], pictures=2)
+    with pytest.raises(ValueError, match="sample '0' has 2 pictures and turns of .*: expected one picture"):
+        held_out_questions("odd", HeldOut(data={"path": str(file)}), 32)
+
+
+def test_a_saved_model_is_asked(tmp_path: Path, tiny_vlm) -> None:
+    model, processor = tiny_vlm()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    out = StringIO()
+    held_out = held_out_file(write(tmp_path, ROWS), None, "exact_match", 10)
+    (result,) = evaluate_checkpoint(tmp_path / "model", 10, "test", Console(file=out, width=120), held_out)
+    assert result.items == {"held_out": 4} and len(result.answers) == 4
+    assert "held_out" in out.getvalue() and "25.0" in out.getvalue()  # chance
+
+
+def test_options_that_do_not_fit_are_told(tmp_path: Path) -> None:
+    assert held_out_file(None, None, "exact_match", 5) is None
+    with pytest.raises(ValueError, match="expected --data as well"):
+        held_out_file(None, tmp_path, "exact_match", 5)
+    with pytest.raises(ValueError, match="metric.*bleu"):
+        held_out_file(tmp_path / "x.json", None, "bleu", 5)
