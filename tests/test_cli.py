@@ -32,17 +32,17 @@ from tiny import clip_config, make_language, make_vlm
 # A new command or option is a promise to keep: it is added here on purpose.
 SURFACE = {
     "demo": ["--out", "--recipe", "--resume", "overrides"],
-    "train": ["recipe", "overrides", "--out", "--resume"],
+    "train": ["recipe", "overrides", "--out", "--resume", "--preset"],
     "compare": ["runs", "--out"],
     "watch": ["run"],
     "plan": ["recipe", "overrides", "--device", "--mfu", "--memory", "--sweep", "--calibrate", "--out"],
-    "eval": ["checkpoint", "--items", "--split"],
+    "eval": ["checkpoint", "--items", "--split", "--data", "--images", "--metric"],
     "scale": ["checkpoint", "--out", "--layout", "--image-size", "--levels", "--source"],
     "inspect": ["checkpoint", "--image", "--out"],
     "analyze": ["model", "--data", "--images", "--samples", "--out"],
     "doctor": ["--measure-peak"],
     "data preview": ["recipe", "overrides", "--out", "--n"],
-    "data check": ["recipe", "overrides", "--out", "--workers"],
+    "data check": ["recipe", "overrides", "--out", "--workers", "--stage"],
 }
 HEAVY = {"torch", "transformers", "accelerate", "peft", "pydantic", "yaml", "numpy", "PIL", "rich", "plotly"}
 NO_SCORES = {"kind": "none"}

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -278,3 +279,27 @@ def test_stages_with_data_of_their_own(tmp_path: Path) -> None:
     wrong = Recipe.model_validate(recipe_values(tmp_path, stages=[stage_values(data=own, tasks={"caption": 1})]))
     with pytest.raises(ValueError, match="stage 'pretrain' names tasks, .* found data of kind 'json'"):
         wrong.data_of(wrong.stages[0])
+
+
+@pytest.mark.parametrize("name", ["fast", "balanced", "quality"])
+def test_presets_take_the_place_of_bridges_and_methods(tmp_path: Path, name: str) -> None:
+    """Few tokens early, the recipe's own sizes of the bridge, and overrides on top."""
+    wide = {"kind": "resampler", "tokens": 336, "width": 64, "heads": 2}
+    stages = [stage_values("a", bridge=wide, compressor={"keep": 0.5}), stage_values("b", bridge="mlp")]
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe_values(tmp_path, stages=stages) | {"vision": "x"}))
+    recipe = load_recipe(file, ["stages.a.bridge.mlp_ratio=3"], name)
+    early, late = recipe.stages
+    assert early.bridge.scales.tokens in (32, 80) and late.bridge.scales.tokens >= early.bridge.scales.tokens
+    assert (early.bridge.width, early.bridge.heads, early.bridge.mlp_ratio) == (64, 2, 3)
+    assert early.compressor is None and late.bridge.width == 64
+    early.bridge.scales.lineage(late.bridge.scales)  # can be scaled
+
+
+def test_presets_that_do_not_fit_are_told(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe_values(tmp_path, stages=[stage_values()])))
+    with pytest.raises(ValueError, match="--preset best: expected one of fast, balanced, quality"):
+        load_recipe(file, None, "best")
+    with pytest.raises(ValueError, match="two stages or more"):
+        load_recipe(file, None, "fast")

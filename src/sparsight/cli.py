@@ -62,8 +62,8 @@ def demo(
     overrides: Overrides = None,
 ) -> None:
     """Train a small VLM twice, the standard way and ours, on the same samples, and compare them."""
-    from sparsight.config import load_comparison
-    from sparsight.pipeline import builtin_recipe, run_comparison
+    from sparsight.config import builtin_recipe, load_comparison
+    from sparsight.pipeline import run_comparison
 
     comparison = load_comparison(recipe or builtin_recipe("demo.yaml"), overrides)
     console = _console()
@@ -77,11 +77,14 @@ def train(
     overrides: Overrides = None,
     out: Out = None,
     resume: Resume = False,
+    preset: Annotated[
+        str | None, typer.Option(help="fast, balanced or quality: bridges and methods that were measured")
+    ] = None,
 ) -> None:
     """Train a VLM by the stages of a recipe."""
     from sparsight.config import load_recipe
 
-    settings = load_recipe(recipe, overrides)  # before the heavy imports: a mistake in it is told at once
+    settings = load_recipe(recipe, overrides, preset)  # before the heavy imports: a mistake in it is told at once
     from sparsight.pipeline import run
 
     console = _console()

@@ -478,16 +478,30 @@ class Recipe(Settings):
         return None
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+def builtin_recipe(name: str) -> Path:
+    """A recipe that comes with Sparsight, in a checkout or in an installed package."""
+    package = Path(__file__).parent
+    for folder in (package / "recipes", package.parents[1] / "recipes"):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"recipe '{name}' is not part of this installation of Sparsight")
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None, preset: str | None = None) -> Recipe:
     """Read a YAML recipe and apply ``key=value`` overrides, dotted, list items by number or by stage name.
 
     ``stages.pretrain.batch_size=8`` and ``data.scenes=200`` are overrides.
 
+    Args:
+        preset: ``fast``, ``balanced`` or ``quality``: bridges and methods of `recipes/presets.yaml`, in place of the
+            recipe's; overrides come after it.
+
     Raises:
-        ValueError: the file is not a YAML mapping, or a key or value is wrong; the message names each.
+        ValueError: the file is not a YAML mapping, or a key or value is wrong; the message names each. Or there is no
+            such preset, or the recipe has one stage alone.
         FileNotFoundError: there is no such file.
     """
-    values = _read_yaml(Path(path), overrides)
+    values = _read_yaml(Path(path), overrides, preset)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -510,7 +524,7 @@ def load_recipes(path: str | Path, overrides: list[str] | None = None) -> list[R
     return [load_recipe(path, overrides)]
 
 
-def _read_yaml(file: Path, overrides: list[str] | None) -> dict[str, Any]:
+def _read_yaml(file: Path, overrides: list[str] | None, preset: str | None = None) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"no recipe at {file.absolute()}")
     try:
@@ -519,9 +533,26 @@ def _read_yaml(file: Path, overrides: list[str] | None) -> dict[str, Any]:
         raise ValueError(f"{file}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file}: expected a mapping of keys to values, found {type(values).__name__}")
+    if preset is not None:
+        _lay_over(values, preset)
     for override in overrides or []:
         _apply(values, override)
     return values
+
+
+def _lay_over(values: dict[str, Any], name: str) -> None:
+    presets = yaml.safe_load(builtin_recipe("presets.yaml").read_text(encoding="utf-8"))
+    if name not in presets:
+        raise ValueError(f"--preset {name}: expected one of {', '.join(presets)}")
+    stages = values.get("stages")
+    if not isinstance(stages, list) or len(stages) < 2 or not all(isinstance(stage, dict) for stage in stages):
+        raise ValueError(f"--preset {name}: expected a recipe of two stages or more: it scales between them")
+    kept: dict[str, Any] = {}
+    for stage in stages:
+        own = stage.get("bridge") if isinstance(stage.get("bridge"), dict) else {}
+        kept = {key: value for key, value in own.items() if key in _Windowed.model_fields} or kept
+        new = presets[name]["late" if stage is stages[-1] else "early"]
+        stage |= {"compressor": None, "skipper": None} | new | {"bridge": kept | new["bridge"]}
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -3,7 +3,7 @@
 from sparsight.pipeline.analyze import analyze_checkpoint
 from sparsight.pipeline.calibrate import CALIBRATED, TimedSteps, calibrate_recipe, timed_steps
 from sparsight.pipeline.check import check_data
-from sparsight.pipeline.compare import builtin_recipe, run_comparison
+from sparsight.pipeline.compare import run_comparison
 from sparsight.pipeline.evaluate import EXAMPLES, autocast, evaluate_checkpoint
 from sparsight.pipeline.files import RECIPE_FILE, load, samples_hash
 from sparsight.pipeline.inspect import inspect_checkpoint
@@ -16,7 +16,6 @@ __all__ = [
     "TimedSteps",
     "analyze_checkpoint",
     "autocast",
-    "builtin_recipe",
     "calibrate_recipe",
     "check_data",
     "enter_stage",

@@ -15,15 +15,6 @@ from sparsight.reporting import Run, read_run, read_runs, report
 from sparsight.reporting.page import table
 
 
-def builtin_recipe(name: str) -> Path:
-    """A recipe that comes with Sparsight, in a checkout or in an installed package."""
-    package = Path(__file__).parents[1]
-    for folder in (package / "recipes", package.parents[1] / "recipes"):
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"recipe '{name}' is not part of this installation of Sparsight")
-
-
 def run_comparison(comparison: Comparison, out: Path, console: Console, resume: bool = False) -> dict[str, Any]:
     """Run the recipes one after the other on the same samples, compare, and write the report.
 
