@@ -64,8 +64,8 @@ def speed_table(name: str, result: dict) -> str:
     hardware = result["env"]["hardware"]
     where = f"{hardware['cpu']}, {hardware['cores']} cores" if result["device"] == "cpu" else result["device"]
     lines = [
-        f"**{name}**: a training step ({where}; {result['precision']}; median of {result['rounds']} rounds in turn, and "
-        f"the rounds' range; `benchmarks/results/{result['file']}`). Reached: FLOPs over time, 1.0 where the clock "
+        f"**{name}**: a training step ({where}; {result['precision']}; median of {result['rounds']} rounds and "
+        f"their range; `benchmarks/results/{result['file']}`). Reached: FLOPs over time, 1.0 where the clock "
         "follows the FLOPs.",
         "",
         "| | seconds | of the baseline's time | of its FLOPs | reached | baseline |",
