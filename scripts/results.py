@@ -59,6 +59,32 @@ def sparse_table(name: str, result: dict) -> str:
     return "\n".join(lines)
 
 
+def speed_table(name: str, result: dict) -> str:
+    """Training steps as shares of their baseline's, beside executed FLOPs."""
+    hardware = result["env"]["hardware"]
+    where = f"{hardware['cpu']}, {hardware['cores']} cores" if result["device"] == "cpu" else result["device"]
+    lines = [
+        f"**{name}**: a training step ({where}; {result['precision']}; median of {result['rounds']} rounds and "
+        f"their range; `benchmarks/results/{result['file']}`). Reached: FLOPs over time, 1.0 where the clock "
+        "follows the FLOPs.",
+        "",
+        "| | seconds | of the baseline's time | of its FLOPs | reached | baseline |",
+        "|---|---|---|---|---|---|",
+    ]
+    for group in result["groups"]:
+        batch = f", batch {group['batch']}" if group["batch"] else ""
+        lines.append(f"| **{group['group']}** ({group['trains']}{batch}) | | | | | |")
+        for row in group["rows"]:
+            if "left_out" in row:
+                lines.append(f"| {row['variant']} | left out: {row['left_out']} | | | | |")
+                continue
+            low, high = row["spread"]
+            figures = f"{row['seconds']:.2f} | {row['time_ratio']:.2f} ({low:.2f} to {high:.2f})"
+            rest = f"{row['flops_ratio']:.2f} | {row['reached']:.2f} | {row['baseline']}"
+            lines.append(f"| {row['variant']} | {figures} | {rest} |")
+    return "\n".join(lines)
+
+
 def bridge_table(name: str, result: dict) -> str:
     """The bridge's time as ratios, beside the ratios of executed FLOPs."""
     where = result["device"]
@@ -158,6 +184,7 @@ Show = Callable[[str, dict], str]
 PAGES: dict[str, list[tuple[str, Show]]] = {
     "README.md": [("demo", table), ("scenes-60min", table)],
     "docs/chain-of-sight.md": [("bridge-", bridge_table), ("scaling", scaling_table)],
+    "docs/speed.md": [("speed-", speed_table)],
     "docs/cost.md": [("plan", plan_table)],
     "docs/data.md": [("data-", data_table), ("shards", shards_table)],
     "docs/methods/chain-of-sight.md": [("scenes-60min", table)],
