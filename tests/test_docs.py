@@ -140,7 +140,7 @@ def test_the_tutorial_on_own_data_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert Path("preview.png").is_file() and json.loads(Path("check/check.json").read_text())["bad"] == []
     assert Path("comparison/report.html").is_file()
     exec(compile(score, page, "exec"), names)
-    assert names["scores"].keys() == {"standard", "mine"}
+    assert all(len(names[each]) == 8 for each in ("standard", "mine", "wrong_pictures"))
 
 
 def test_the_tutorial_on_trl_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
