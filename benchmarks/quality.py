@@ -45,7 +45,7 @@ from sparsight.reporting.runlog import StageRun, step_seconds
 HERE = Path(__file__).parent
 WIDTHS = {"width": 192, "heads": 3, "mlp_ratio": 2, "query_std": 1}
 CLOCKED, PICTURES = 10, 200  # steps of a stage, and pictures, in a round of --clock
-ITEMS = {"validation": 120, "test": 300}
+ITEMS = {"validation": 100, "test": 300, "control": 60}
 
 
 def cos(layout: str, **changes: Any) -> dict[str, Any]:
@@ -188,10 +188,11 @@ def score(folder: Path, recipe: Recipe, split: str) -> dict[str, Any]:
     config = scene_config(shown, model.config.image_size)
     data = ScenesDataset(config, split, scenes=4 * ITEMS[split], seed=shown.seed)
     with autocast(recipe.precision, model.device):
-        found = evaluate_scenes(model, processor, data, ITEMS[split], control=split == "test")
+        found = evaluate_scenes(model, processor, data, ITEMS[split], control=False)
+        control = evaluate_scenes(model, processor, data, ITEMS["control"]) if split == "test" else None
     result: dict[str, Any] = {"items": ITEMS[split], "scores": found.scores}
-    if split == "test":
-        result |= {"shuffled": found.shuffled, "points": found.points}
+    if control is not None:
+        result |= {"shuffled": control.shuffled, "points": found.points, "pictures": found.pictures}
     return result
 
 
