@@ -45,7 +45,7 @@ from sparsight.reporting.runlog import StageRun, step_seconds
 HERE = Path(__file__).parent
 WIDTHS = {"width": 192, "heads": 3, "mlp_ratio": 2, "query_std": 1}
 CLOCKED, PICTURES = 10, 200  # steps of a stage, and pictures, in a round of --clock
-ITEMS = {"validation": 100, "test": 300, "control": 60}
+ITEMS = {"validation": 60, "test": 200, "control": 40}
 
 
 def cos(layout: str, **changes: Any) -> dict[str, Any]:

@@ -222,6 +222,7 @@ class SceneData(Settings):
     number_size: int = Field(40, ge=8, description="font size of a printed number, in pixels of a picture of 256")
     grid: int = Field(3, ge=2, le=3, description="cells per side that things stand in")
     noise: float = Field(0.5, ge=0, le=1)
+    held_out: float = Field(0.1, ge=0, le=0.5, description="share of (kind, cell) pairs that training never shows")
     questions: int = Field(6, ge=1)
     tasks: dict[str, float] | None = Field(None, description="weight of each task; all alike if not given")
     cutouts: Literal["auto", "emoji", "shapes", "families"] = "auto"
