@@ -36,13 +36,15 @@ def short_attention(
     Returns:
         (B, T, heads, D)
     """
-    length, masked = query.shape[2], attention_mask is not None
+    length = query.shape[2]
     plain = module.training and query.device.type == "cpu" and length <= LONGEST and key.shape[2] == length
-    plain &= masked or kwargs.get("is_causal", getattr(module, "is_causal", True))
+    plain &= attention_mask is not None or kwargs.get("is_causal", getattr(module, "is_causal", True))
     plain &= hasattr(module, "num_key_value_groups") and not {"softcap", "position_bias"} & kwargs.keys()
     if not plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    seen = attention_mask if masked else query.new_ones(length, length, dtype=torch.bool).tril()
+    seen = attention_mask
+    if seen is None:
+        seen = query.new_ones(length, length, dtype=torch.bool).tril()
     added = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     dropout = kwargs.get("dropout", 0.0)
