@@ -2,7 +2,11 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
+
+from sparsight.statistics import bootstrap, paired_test
 
 START, END = "<!-- results: start -->", "<!-- results: end -->"
 ROOT = Path(__file__).parents[1]
@@ -173,6 +177,92 @@ def plan_table(name: str, result: dict) -> str:
     return "\n".join(lines)
 
 
+# The papers' orderings: what is said, the row that should be ahead, the other one.
+ORDERINGS = (
+    ("Several scales beat one at as many tokens (80)", "cos 80-80", "single 80-80"),
+    ("Scaling after pre-training gains (32 to 336)", "cos 32-336", "cos 32-32"),
+    ("Scaling after pre-training gains (80 to 336)", "cos 80-336", "cos 80-80"),
+    ("Local scaling beats global scaling (80 to 272, to 144)", "cos 80-272 local", "cos 80-144 global"),
+    ("Scales born from others beat fresh ones (32 to 336)", "cos 32-336", "cos 32-336 fresh"),
+    ("Coarse to fine beats fine to coarse (80)", "cos 80-80", "fine to coarse 80-80"),
+    ("A falling share of skipped layers beats a constant one", "cos 32-336 sts", "skipper constant"),
+    ("A falling share of skipped layers beats a rising one", "cos 32-336 sts", "skipper rising"),
+)
+
+
+def entries(result: dict) -> dict[str, list[dict]]:
+    """Scored entries by row, a seed each."""
+    found: dict[str, list[dict]] = {}
+    for entry in sorted(result["rows"], key=lambda entry: entry["seed"]):
+        if "test" in entry:
+            found.setdefault(entry["row"], []).append(entry)
+    return found
+
+
+def flops(entry: dict, early: bool = False) -> float:
+    """Executed FLOPs of a run, or of its stages before fine-tuning."""
+    return sum(stage["executed_flops"] for stage in entry["stages"][: -1 if early else None])
+
+
+def quality_table(name: str, result: dict) -> str:
+    """Rows of the quality benchmark: cost relative to the standard row, and scores by task, means over seeds."""
+    rows, hardware = entries(result), result["env"]["hardware"]
+    (standard, *_), tasks = rows["standard"], list(rows["standard"][0]["test"]["scores"])
+    seconds = {row["row"]: row["seconds"] for row in result.get("clock", {"rows": []})["rows"]}
+    lines = [
+        f"**{name}**: test scores in percent, means over seeds; cost relative to *standard*, pre-training alone in "
+        f"brackets ({hardware['cpu']}, {hardware['cores']} cores; `benchmarks/results/{result['file']}`)",
+        "",
+        "| row | tokens by stage | FLOPs | time | " + " | ".join(tasks) + " | mean | seeds |",
+        "|---" * (len(tasks) + 6) + "|",
+    ]
+    for row, seeds in rows.items():
+        tokens = ", ".join(str(stage["visual_tokens"]) for stage in seeds[0]["stages"])
+        cost = f"{flops(seeds[0]) / flops(standard):.2f} ({flops(seeds[0], True) / flops(standard, True):.2f})"
+        clock = f"{seconds[row] / seconds['standard']:.2f}" if {row, "standard"} <= set(seconds) else ""
+        means = {task: fmean(entry["test"]["scores"][task] for entry in seeds) for task in tasks}
+        total = bootstrap(*grouped(seeds))
+        mean = f"{100 * total.mean:.1f} ({100 * total.low:.1f} to {100 * total.high:.1f})"
+        cells = [row, tokens, cost, clock, *(f"{100 * means[task]:.0f}" for task in tasks), mean, str(len(seeds))]
+        lines.append("| " + " | ".join(cells) + " |")
+    control = standard["test"]["shuffled"]
+    cells = ["*standard*, shuffled pictures", "", "", "", *(f"{100 * control[task]:.0f}" for task in tasks), "", "1"]
+    return "\n".join([*lines, "| " + " | ".join(cells) + " |"])
+
+
+def grouped(seeds: list[dict]) -> tuple[list[list[float]], list[int], list[str]]:
+    """Points of each seed, and picture and task of each point, as `sparsight.statistics` takes them."""
+    points = [[*chain(*entry["test"]["points"].values())] for entry in seeds]
+    pictures = seeds[0]["test"]["pictures"]
+    return points, [*chain(*pictures.values())], [task for task, own in pictures.items() for _ in own]
+
+
+def orderings_table(name: str, result: dict) -> str:
+    """The papers' orderings, by paired tests over the seeds that both rows have."""
+    rows = entries(result)
+    lines = [
+        f"The papers' orderings in `benchmarks/results/{result['file']}`: difference of the mean score in points, 95% "
+        "interval over pictures and seeds, p-value of the paired test. *Reproduced*: the interval is above zero; "
+        "*contrary*: below; else *not seen at this scale*.",
+        "",
+        "| ordering | difference | p | seeds | |",
+        "|---|---|---|---|---|",
+    ]
+    for text, ahead, behind in ORDERINGS:
+        both = [{e["seed"]: e for e in rows.get(row, [])} for row in (ahead, behind)]
+        seeds = sorted(set(both[0]) & set(both[1]))
+        if not seeds:
+            lines.append(f"| {text} | | | 0 | not run |")
+            continue
+        ours, theirs = ([side[seed] for seed in seeds] for side in both)
+        points, pictures, tasks = grouped(ours)
+        test = paired_test(points, grouped(theirs)[0], pictures, tasks)
+        word = "reproduced" if test.low > 0 else "contrary" if test.high < 0 else "not seen at this scale"
+        figures = f"{100 * test.difference:+.1f} ({100 * test.low:+.1f} to {100 * test.high:+.1f})"
+        lines.append(f"| {text} | {figures} | {test.p_value:.3f} | {len(seeds)} | {word} |")
+    return "\n".join(lines)
+
+
 def newest(folder: Path) -> dict[str, dict]:
     """The newest result of each name: NAME-DATE.json, DATE as in 2026-11-21 or 2026-11-21T0829."""
     files = {file.name[: file.name.index("-20")]: file for file in sorted(folder.glob("*-????-??-??*.json"))}
@@ -184,6 +274,7 @@ Show = Callable[[str, dict], str]
 PAGES: dict[str, list[tuple[str, Show]]] = {
     "README.md": [("demo", table), ("scenes-60min", table)],
     "docs/chain-of-sight.md": [("bridge-", bridge_table), ("scaling", scaling_table)],
+    "docs/quality.md": [("quality", quality_table), ("quality", orderings_table)],
     "docs/speed.md": [("speed-", speed_table)],
     "docs/cost.md": [("plan", plan_table)],
     "docs/data.md": [("data-", data_table), ("shards", shards_table)],
