@@ -1,0 +1,74 @@
+"""The quality benchmark: stages that rows share are those of a run by itself, and rows differ in what they say alone."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file
+
+from small_runs import FINER, recipe_values, save_encoder, stage_values
+from sparsight.config import Recipe
+from sparsight.pipeline import load, run
+
+ROOT = Path(__file__).parents[1]
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def quality():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import quality
+
+        return quality
+    finally:
+        sys.path.pop(0)
+
+
+def two_stages(folder: Path, **late) -> Recipe:
+    encoder = folder / "encoder"
+    if not encoder.is_dir():
+        save_encoder(encoder)
+    stages = [stage_values(samples=8), stage_values("finetune", samples=8, bridge=FINER, **late)]
+    return Recipe.model_validate(recipe_values(encoder, stages=stages, evaluation={"kind": "none"}))
+
+
+def test_shared_stages_change_nothing(tmp_path: Path, quality) -> None:
+    """Two rows that begin alike end as each would by itself; the second trains its last stage alone."""
+    work = tmp_path / "work"
+    for late in ({}, {"skipper": {"alpha": 0.6, "epsilon": 0.3}}):
+        recipe = two_stages(tmp_path, **late)
+        folder = quality.train(recipe, work, QUIET)
+        alone = run(recipe, tmp_path / f"alone{len(late)}", QUIET)
+        ours, theirs = (load_file(at / "model.safetensors") for at in (folder / "finetune" / "model", alone))
+        assert all((ours[name] == theirs[name]).all() for name in theirs)
+        assert [stage["name"] for stage in quality.costs(folder)] == ["pretrain", "finetune"]
+    assert len(list(work.glob("*/done"))) == 3
+
+
+def test_fresh_scales_start_anew_and_the_rest_goes_on(tmp_path: Path, quality) -> None:
+    recipe = two_stages(tmp_path, learning_rate={"language": 1e-9})
+    born, fresh = (quality.train(recipe, tmp_path / "work", QUIET, anew) for anew in (False, True))
+    states = [load(folder / "finetune" / "model")[0].state_dict() for folder in (born, fresh)]
+    same = {name for name in states[0] if states[0][name].equal(states[1][name])}
+    old, new = (f"model.multi_modal_projector.scales.{grid}.queries" for grid in (1, 4))
+    assert old in same and new not in same
+
+
+def test_every_row_is_a_recipe_on_the_same_samples(quality) -> None:
+    """Also: what is scaled has sources for its scales."""
+    seen = set()
+    for name, row in quality.ROWS.items():
+        recipe = quality.recipe_of(row, 0, quality.GRID[0])
+        if row.share == 1:
+            seen.add(tuple((stage.samples, stage.batch_size, str(stage.tasks)) for stage in recipe.stages))
+        early, late = recipe.stages[0].bridge, recipe.stages[-1].bridge
+        if early != late:
+            early.scales.lineage(late.scales)
+        assert set(row.groups.split()) and quality.selected([name]) == [name]
+    assert len(seen) == 1
+    with pytest.raises(ValueError, match="--rows .'nothing'"):
+        quality.selected(["nothing"])
