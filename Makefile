@@ -22,7 +22,7 @@ export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup assets emoji demo test bench bench-gpu lint format clean clean-all
+.PHONY: help setup assets emoji demo test bench bench-gpu quality lint format clean clean-all
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -86,6 +86,10 @@ bench: setup assets ## time the bridge, and training steps way by way, on the CP
 bench-gpu: setup assets ## the same on a GPU (the installed torch must see one)
 	@$(PY) benchmarks/bridge.py --device cuda $(ARGS)
 	@$(PY) benchmarks/speed.py --device cuda $(ARGS)
+
+quality: setup assets ## train the core rows of docs/quality.md, three seeds, and time them; hours, goes on where it stopped
+	@OMP_NUM_THREADS=1 $(PY) benchmarks/quality.py --rows core --seeds 0 1 2 $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) benchmarks/quality.py --rows core --clock $(ARGS)
 
 # All four run even when one fails, so that one run shows all there is to mend.
 lint: setup ## check style, formatting, types and import layers

@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -319,7 +320,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="try the grid on the validation split")
     parser.add_argument("--minutes", type=float, default=1e9, help="start nothing new after these")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"))
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "quality.json")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / f"quality-{datetime.now(UTC):%Y-%m-%d}.json")
     parser.add_argument("--clock", action="store_true", help="time the rows' steps")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--list", action="store_true", help="show the rows")
