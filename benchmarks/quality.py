@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import json
 import os
+import random
 import shutil
 import statistics
 import tempfile
@@ -36,7 +37,9 @@ from sparsight.bridges import build_bridge
 from sparsight.config import Recipe, SceneData, Stage
 from sparsight.data.scenes import ScenesDataset
 from sparsight.data.sources import scene_config
-from sparsight.evaluation.scenes import evaluate_scenes
+from sparsight.evaluation.ask import Questions, Scores, ask
+from sparsight.evaluation.held_out import held_out_questions
+from sparsight.evaluation.scenes import scene_questions
 from sparsight.modeling.scale import scale_tokens
 from sparsight.pipeline import autocast, load, run, samples_hash
 from sparsight.reporting import environment, read_run
@@ -117,24 +120,53 @@ ROWS = {
 }
 
 
-def recipe_of(row: Row, seed: int, settings: dict[str, Any]) -> Recipe:
-    """A row's recipe: `quality.yaml`, the row's own keys, and what is tuned (``rate``, ``late_rate``, ``split``)."""
-    values = yaml.safe_load((HERE / "quality.yaml").read_text(encoding="utf-8")) | {"seed": seed}
-    align, pretrain, finetune = values["stages"]
-    for stage in (align, pretrain):
+def shared(data: str) -> dict[str, Any]:
+    """What all rows on these data have in common."""
+    name = {"scenes": "quality.yaml", "easy-vqa": "quality-easy-vqa.yaml"}[data]
+    return yaml.safe_load((HERE / name).read_text(encoding="utf-8"))
+
+
+def recipe_of(row: Row, seed: int, settings: dict[str, Any], data: str = "scenes") -> Recipe:
+    """A row's recipe: what all share, the row's own keys, and what is tuned (``rate``, ``late_rate``, ``split``)."""
+    values = shared(data) | {"seed": seed}
+    *early, finetune = values["stages"]
+    for stage in early:
         stage |= {"bridge": row.early} | row.first
         stage["learning_rate"] = dict.fromkeys(("bridge", "language"), settings["rate"])
     finetune |= {"bridge": row.late or row.early} | row.last
     finetune["learning_rate"] = dict.fromkeys(("bridge", "language"), settings["late_rate"])
-    pretrain["samples"] = round(row.share * pretrain["samples"] / 32) * 32
+    early[-1]["samples"] = round(row.share * early[-1]["samples"] / 32) * 32
     finetune["samples"] = round(settings.get("split", 1) * finetune["samples"] / 32) * 32
     return Recipe.model_validate(values)
 
 
-def scenes_of(recipe: Recipe) -> SceneData:
-    found = recipe.scenes()
-    assert found is not None
-    return found
+def write_easy_vqa(folder: Path) -> None:
+    """easy-VQA as conversations: up to five of a picture's questions in a training one, one in others. Of the training
+    pictures, the last 400 are for validation."""
+    import easy_vqa
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, part in (("train", "train"), ("validation", "train"), ("test", "test")):
+        questions, answers, pictures = getattr(easy_vqa, f"get_{part}_questions")()
+        paths = getattr(easy_vqa, f"get_{part}_image_paths")()
+        turns: dict[int, list[tuple[str, str]]] = {}
+        for question, answer, picture in zip(questions, answers, pictures, strict=True):
+            turns.setdefault(picture, []).append((question.replace("?", " ?"), answer))
+        wanted = {"train": range(3600), "validation": range(3600, 4000), "test": range(len(paths))}[split]
+        size = 5 if split == "train" else 1
+        rows = [
+            {"id": f"{picture}-{start}", "image": paths[picture], "conversations": _turns(asked[start : start + size])}
+            for picture, asked in turns.items()
+            for start in range(0, len(asked), size)
+            if picture in wanted
+        ]
+        random.Random(0).shuffle(rows)
+        write_atomic(folder / f"{split}.json", json.dumps(rows))
+
+
+def _turns(pairs: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    texts = [text for number, (q, a) in enumerate(pairs) for text in (("" if number else "<image>\n") + q, a)]
+    return [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(texts)]
 
 
 def train(recipe: Recipe, work: Path, console: Console, fresh: bool = False) -> Path:
@@ -185,16 +217,29 @@ def _start_anew(folder: Path, stage: Stage, seed: int) -> None:
 def score(folder: Path, recipe: Recipe, split: str) -> dict[str, Any]:
     """Scores of a run's last model by task; for the test split every item's points, and with pictures shuffled."""
     model, processor = load(folder / recipe.stages[-1].name / "model")
-    shown = scenes_of(recipe)
-    config = scene_config(shown, model.config.image_size)
-    data = ScenesDataset(config, split, scenes=4 * ITEMS[split], seed=shown.seed)
-    with autocast(recipe.precision, model.device):
-        found = evaluate_scenes(model, processor, data, ITEMS[split], control=False)
-        control = evaluate_scenes(model, processor, data, ITEMS["control"]) if split == "test" else None
+
+    def asked(items: int, control: bool) -> Scores:
+        questions = questions_of(recipe, split, items, model.config.image_size)
+        with autocast(recipe.precision, model.device):
+            return ask(model, processor, questions, control=control)
+
+    found = asked(ITEMS[split], control=False)
     result: dict[str, Any] = {"items": ITEMS[split], "scores": found.scores}
-    if control is not None:
-        result |= {"shuffled": control.shuffled, "points": found.points, "pictures": found.pictures}
+    if split == "test":
+        shuffled = asked(ITEMS["control"], control=True).shuffled
+        result |= {"shuffled": shuffled, "points": found.points, "pictures": found.pictures}
     return result
+
+
+def questions_of(recipe: Recipe, split: str, items: int, side: int) -> Questions:
+    """Of scenes so many questions of each task, of easy-VQA five times as many."""
+    if isinstance(recipe.data, SceneData):
+        scenes = ScenesDataset(scene_config(recipe.data, side), split, scenes=4 * items, seed=recipe.data.seed)
+        return scene_questions(scenes, items)
+    ((name, held_out),) = recipe.evaluation.held_out.items()
+    path = str(Path(held_out.data.path).with_name(f"{split}.json"))
+    update = {"data": held_out.data.model_copy(update={"path": path}), "items": 5 * items}
+    return held_out_questions(name, held_out.model_copy(update=update), side)
 
 
 def costs(folder: Path) -> list[dict[str, Any]]:
@@ -216,15 +261,15 @@ class Results:
 
     def set(self, row: dict[str, Any] | None = None, **changes: Any) -> None:
         """Put a row in, or in the place of itself, and other keys; other processes add theirs."""
-        key = ("row", "seed", "settings")
+        key = ("data", "row", "seed", "settings")
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with open(self.file.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self.read()
             if row is not None:
                 others = [each for each in self.values["rows"] if any(each[name] != row[name] for name in key)]
-                base = yaml.safe_load((HERE / "quality.yaml").read_text(encoding="utf-8"))
-                changes |= {"env": environment(), "recipe": base, "rows": [*others, row]}
+                recipes = self.values.get("recipes", {}) | {row["data"]: shared(row["data"])}
+                changes |= {"env": environment(), "recipes": recipes, "rows": [*others, row]}
             self.values |= changes
             write_atomic(self.file, json.dumps(self.values) + "\n")
 
@@ -232,10 +277,10 @@ class Results:
         same = (row for row in self.values["rows"] if all(row[name] == value for name, value in key.items()))
         return next(same, None)
 
-    def best(self, name: str, split: float) -> dict[str, Any]:
+    def best(self, data: str, name: str, split: float) -> dict[str, Any]:
         """The settings of a row that were best on the validation split, of those that were tried; else the first."""
-        tried = [r for r in self.values["rows"] if r["row"] == name and r["settings"]["split"] == split]
-        tried = [entry for entry in tried if entry["seed"] == 0]
+        tried = [r for r in self.values["rows"] if (r["data"], r["row"], r["seed"]) == (data, name, 0)]
+        tried = [entry for entry in tried if entry["settings"]["split"] == split]
         mean = lambda entry: statistics.fmean(entry["validation"]["scores"].values())  # noqa: E731
         return max(tried, key=mean)["settings"] if tried else GRID[0] | {"split": split}
 
@@ -257,18 +302,24 @@ def work_through(options: argparse.Namespace, results: Results, console: Console
     end = time.monotonic() + 60 * options.minutes
     for seed in options.seeds:
         for name in selected(options.rows):
-            found = results.best(name, options.split)
+            found = results.best(options.data, name, options.split)
             for settings in [grid | {"split": options.split} for grid in GRID] if options.tune else [found]:
-                entry = results.entry(row=name, seed=seed, settings=settings)
+                entry = results.entry(data=options.data, row=name, seed=seed, settings=settings)
                 if entry is not None and (options.tune or "test" in entry):
                     continue
                 if time.monotonic() > end:
                     console.print("[yellow]the minutes are over; the same command goes on[/]")
                     return
                 console.rule(f"[bold]{name}[/], seed {seed}, {settings}")
-                row, recipe = ROWS[name], recipe_of(ROWS[name], seed, settings)
+                row, recipe = ROWS[name], recipe_of(ROWS[name], seed, settings, options.data)
                 folder = train(recipe, options.work, console, row.fresh)
-                done = entry or {"row": name, "seed": seed, "settings": settings, "stages": costs(folder)}
+                done = entry or {
+                    "data": options.data,
+                    "row": name,
+                    "seed": seed,
+                    "settings": settings,
+                    "stages": costs(folder),
+                }
                 if entry is None:
                     done["validation"] = score(folder, recipe, "validation")
                 if not options.tune:
@@ -281,14 +332,14 @@ def work_through(options: argparse.Namespace, results: Results, console: Console
 def clock(names: Sequence[str], results: Results, rounds: int, console: Console) -> None:
     """Seconds of a step of every stage of these rows, taking turns in this process, there and back; the first round is
     left out. And each row's seconds in all, with what encoding its pictures takes."""
-    recipes = {name: recipe_of(ROWS[name], 0, results.best(name, 1)) for name in names}
+    recipes = {name: recipe_of(ROWS[name], 0, results.best("scenes", name, 1)) for name in names}
     parts = [(name, stage) for name, recipe in recipes.items() for stage in recipe.stages]
     found: dict[tuple[str, str], list[StageRun]] = {(name, stage.name): [] for name, stage in parts}
     with tempfile.TemporaryDirectory() as folder:
         for turn in track(range(rounds + 1), "measuring", console=console):
             for name, stage in parts[:: 1 if turn % 2 else -1]:
                 short = stage.model_copy(update={"samples": CLOCKED * 32, "checkpoints": 0})
-                data = scenes_of(recipes[name]).model_copy(update={"scenes": PICTURES})
+                data = recipes[name].data.model_copy(update={"scenes": PICTURES})
                 recipe = recipes[name].model_copy(update={"stages": (short,), "data": data})
                 out = Path(folder) / "run"
                 run(recipe, out, Console(quiet=True), cache_root=Path(folder) / "cache")
@@ -303,7 +354,7 @@ def clock(names: Sequence[str], results: Results, rounds: int, console: Console)
             flops = statistics.fmean(step["flops"] for step in runs[0].steps)
             step: dict[str, Any] = {"seconds": statistics.median(times), "rounds": times, "flops": flops}
             first = float(all(stage.image_size != earlier["image_size"] for earlier in row["stages"]))  # of this size
-            encoding = first * runs[0].encoding_seconds / PICTURES * scenes_of(recipe).scenes
+            encoding = first * runs[0].encoding_seconds / PICTURES * shared("scenes")["data"]["scenes"]
             sizes = {"image_size": stage.image_size, "steps": stage.steps, "encoding": encoding}
             row["stages"].append({"name": stage.name, **sizes, **step})
             row["seconds"] += stage.steps * step["seconds"] + encoding
@@ -317,6 +368,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=["core"], help="rows or groups")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--split", type=float, default=1, help="fine-tuning, of a tenth of the standard run's time")
+    parser.add_argument("--data", choices=["scenes", "easy-vqa"], default="scenes")
     parser.add_argument("--tune", action="store_true", help="try the grid on the validation split")
     parser.add_argument("--minutes", type=float, default=1e9, help="start nothing new after these")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"))
@@ -331,6 +383,8 @@ def main() -> None:
         for name, row in ROWS.items():
             console.print(f"[bold]{name}[/] ({row.groups})", highlight=False)
         return
+    if options.data == "easy-vqa":
+        write_easy_vqa(Path(shared("easy-vqa")["data"]["path"]).parent)
     if options.clock:
         clock(selected(options.rows), Results(options.out), options.rounds, console)
     else:

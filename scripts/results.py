@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
@@ -190,11 +191,11 @@ ORDERINGS = (
 )
 
 
-def entries(result: dict) -> dict[str, list[dict]]:
+def entries(result: dict, data: str = "scenes") -> dict[str, list[dict]]:
     """Scored entries by row, a seed each."""
     found: dict[str, list[dict]] = {}
     for entry in sorted(result["rows"], key=lambda entry: entry["seed"]):
-        if "test" in entry:
+        if "test" in entry and entry["data"] == data:
             found.setdefault(entry["row"], []).append(entry)
     return found
 
@@ -204,13 +205,16 @@ def flops(entry: dict, early: bool = False) -> float:
     return sum(stage["executed_flops"] for stage in entry["stages"][: -1 if early else None])
 
 
-def quality_table(name: str, result: dict) -> str:
+def quality_table(name: str, result: dict, data: str = "scenes") -> str:
     """Rows of the quality benchmark: cost relative to the standard row, and scores by task, means over seeds."""
-    rows, hardware = entries(result), result["env"]["hardware"]
+    rows, hardware = entries(result, data), result["env"]["hardware"]
+    if "standard" not in rows:
+        return f"**{name}**, {data}: not run yet"
     (standard, *_), tasks = rows["standard"], list(rows["standard"][0]["test"]["scores"])
-    seconds = {row["row"]: row["seconds"] for row in result.get("clock", {"rows": []})["rows"]}
+    clocked = result.get("clock", {"rows": []})["rows"] if data == "scenes" else []
+    seconds = {row["row"]: row["seconds"] for row in clocked}
     lines = [
-        f"**{name}**: test scores in percent, means over seeds; cost relative to *standard*, pre-training alone in "
+        f"**{name}**, {data}: test scores in percent, means over seeds; cost relative to *standard*, pre-training alone in "
         f"brackets ({hardware['cpu']}, {hardware['cores']} cores; `benchmarks/results/{result['file']}`)",
         "",
         "| row | tokens by stage | FLOPs | time | " + " | ".join(tasks) + " | mean | seeds |",
@@ -274,7 +278,11 @@ Show = Callable[[str, dict], str]
 PAGES: dict[str, list[tuple[str, Show]]] = {
     "README.md": [("demo", table), ("scenes-60min", table)],
     "docs/chain-of-sight.md": [("bridge-", bridge_table), ("scaling", scaling_table)],
-    "docs/quality.md": [("quality", quality_table), ("quality", orderings_table)],
+    "docs/quality.md": [
+        ("quality", quality_table),
+        ("quality", partial(quality_table, data="easy-vqa")),
+        ("quality", orderings_table),
+    ],
     "docs/speed.md": [("speed-", speed_table)],
     "docs/cost.md": [("plan", plan_table)],
     "docs/data.md": [("data-", data_table), ("shards", shards_table)],
