@@ -33,6 +33,7 @@ import yaml
 from rich.console import Console
 from rich.progress import track
 
+from sparsight.assets import easy_vqa_folder
 from sparsight.bridges import build_bridge
 from sparsight.config import Recipe, SceneData, Stage
 from sparsight.data.scenes import ScenesDataset
@@ -129,6 +130,9 @@ def shared(data: str) -> dict[str, Any]:
 def recipe_of(row: Row, seed: int, settings: dict[str, Any], data: str = "scenes") -> Recipe:
     """A row's recipe: what all share, the row's own keys, and what is tuned (``rate``, ``late_rate``, ``split``)."""
     values = shared(data) | {"seed": seed}
+    if data == "easy-vqa":  # its pictures lie in the package
+        held_out = values["evaluation"]["held_out"]["easy-vqa"]
+        values["data"]["images"] = held_out["data"]["images"] = str(easy_vqa_folder())
     *early, finetune = values["stages"]
     for stage in early:
         stage |= {"bridge": row.early} | row.first
@@ -148,14 +152,17 @@ def write_easy_vqa(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for split, part in (("train", "train"), ("validation", "train"), ("test", "test")):
         questions, answers, pictures = getattr(easy_vqa, f"get_{part}_questions")()
-        paths = getattr(easy_vqa, f"get_{part}_image_paths")()
         turns: dict[int, list[tuple[str, str]]] = {}
         for question, answer, picture in zip(questions, answers, pictures, strict=True):
             turns.setdefault(picture, []).append((question.replace("?", " ?"), answer))
-        wanted = {"train": range(3600), "validation": range(3600, 4000), "test": range(len(paths))}[split]
+        wanted = {"train": range(3600), "validation": range(3600, 4000), "test": range(1000)}[split]
         size = 5 if split == "train" else 1
         rows = [
-            {"id": f"{picture}-{start}", "image": paths[picture], "conversations": _turns(asked[start : start + size])}
+            {
+                "id": f"{picture}-{start}",
+                "image": f"{part}/images/{picture}.png",
+                "conversations": _turns(asked[start : start + size]),
+            }
             for picture, asked in turns.items()
             for start in range(0, len(asked), size)
             if picture in wanted
