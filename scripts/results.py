@@ -214,8 +214,8 @@ def quality_table(name: str, result: dict, data: str = "scenes") -> str:
     clocked = result.get("clock", {"rows": []})["rows"] if data == "scenes" else []
     seconds = {row["row"]: row["seconds"] for row in clocked}
     lines = [
-        f"**{name}**, {data}: test scores in percent, means over seeds; cost relative to *standard*, pre-training alone "
-        f"in brackets ({hardware['cpu']}, {hardware['cores']} cores; `benchmarks/results/{result['file']}`)",
+        f"**{name}**, {data}: test scores in percent, means over seeds; cost relative to *standard*, of pre-training "
+        f"alone in brackets ({hardware['cpu']}, {hardware['cores']} cores; `benchmarks/results/{result['file']}`)",
         "",
         "| row | tokens by stage | FLOPs | time | " + " | ".join(tasks) + " | mean | seeds |",
         "|---" * (len(tasks) + 6) + "|",

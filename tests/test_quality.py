@@ -1,4 +1,4 @@
-"""The quality benchmark: stages that rows share are those of a run by itself, and rows differ in what they say alone."""
+"""The quality benchmark: stages that rows share are those of a run by itself; rows differ in what they say alone."""
 
 from __future__ import annotations
 
