@@ -428,7 +428,7 @@ def test_a_tracker_that_is_not_installed_stops_before_anything_is_done(
 def test_a_checkpoint_is_asked_about_its_own_scenes(compared: tuple[Path, Comparison, dict[str, Any]]) -> None:
     out, _, _ = compared
     logged = read_run(out / "sparsight")
-    result = evaluate_checkpoint(out / "sparsight" / "finetune" / "model", 2, "test", quiet())
+    (result,) = evaluate_checkpoint(out / "sparsight" / "finetune" / "model", 2, "test", quiet())
     assert (logged.scores, logged.shuffled) == (result.scores, result.shuffled)
     assert logged.items == result.items == dict.fromkeys(TASKS, 2)
     parts = (result.points, result.pictures, result.questions)
