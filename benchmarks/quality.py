@@ -62,7 +62,16 @@ def single(tokens: int) -> dict[str, Any]:
 
 
 QUARTER, FALLING = {"keep": 0.25, "method": "uniform"}, {"alpha": 0.6, "epsilon": 0.3}
-GRID = [{"rate": rate, "late_rate": late} for rate in (1e-3, 2e-3) for late in (5e-4, 1e-3)]  # the first if not tuned
+GRID = [  # the first if not tuned
+    {"rate": rate, "late_rate": late_rate, "late": late}
+    for rate, late_rate, late in (
+        (1e-3, 5e-4, 1),
+        (1e-3, 1e-3, 1),
+        (1e-3, 5e-4, 0.5),
+        (1e-3, 1e-3, 0.5),
+        (2e-3, 1e-3, 1),
+    )
+]
 FULL = "1:16,2:16,16:1"  # the 336 that 32 reaches
 
 
@@ -128,7 +137,8 @@ def shared(data: str) -> dict[str, Any]:
 
 
 def recipe_of(row: Row, seed: int, settings: dict[str, Any], data: str = "scenes") -> Recipe:
-    """A row's recipe: what all share, the row's own keys, and what is tuned (``rate``, ``late_rate``, ``split``)."""
+    """A row's recipe: what all share, the row's own keys, and what is tuned: learning rates (``rate``, ``late_rate``)
+    and the length of fine-tuning (``late``, of what the shared recipe says)."""
     values = shared(data) | {"seed": seed}
     if data == "easy-vqa":  # its pictures lie in the package
         held_out = values["evaluation"]["held_out"]["easy-vqa"]
@@ -139,8 +149,11 @@ def recipe_of(row: Row, seed: int, settings: dict[str, Any], data: str = "scenes
         stage["learning_rate"] = dict.fromkeys(("bridge", "language"), settings["rate"])
     finetune |= {"bridge": row.late or row.early} | row.last
     finetune["learning_rate"] = dict.fromkeys(("bridge", "language"), settings["late_rate"])
+    # The samples that fine-tuning does without are seen before it: every row has the same ones.
+    late = round(settings["late"] * finetune["samples"] / 32) * 32
+    early[-1]["samples"] += finetune["samples"] - late
+    finetune["samples"] = late
     early[-1]["samples"] = round(row.share * early[-1]["samples"] / 32) * 32
-    finetune["samples"] = round(settings.get("split", 1) * finetune["samples"] / 32) * 32
     return Recipe.model_validate(values)
 
 
@@ -284,12 +297,12 @@ class Results:
         same = (row for row in self.values["rows"] if all(row[name] == value for name, value in key.items()))
         return next(same, None)
 
-    def best(self, data: str, name: str, split: float) -> dict[str, Any]:
+    def best(self, data: str, name: str, late: float | None) -> dict[str, Any]:
         """The settings of a row that were best on the validation split, of those that were tried; else the first."""
         tried = [r for r in self.values["rows"] if (r["data"], r["row"], r["seed"]) == (data, name, 0)]
-        tried = [entry for entry in tried if entry["settings"]["split"] == split]
+        tried = [entry for entry in tried if late in (None, entry["settings"]["late"])]
         mean = lambda entry: statistics.fmean(entry["validation"]["scores"].values())  # noqa: E731
-        return max(tried, key=mean)["settings"] if tried else GRID[0] | {"split": split}
+        return max(tried, key=mean)["settings"] if tried else GRID[0] | ({} if late is None else {"late": late})
 
 
 def selected(wanted: Sequence[str]) -> list[str]:
@@ -309,8 +322,8 @@ def work_through(options: argparse.Namespace, results: Results, console: Console
     end = time.monotonic() + 60 * options.minutes
     for seed in options.seeds:
         for name in selected(options.rows):
-            found = results.best(options.data, name, options.split)
-            for settings in [grid | {"split": options.split} for grid in GRID] if options.tune else [found]:
+            found = results.best(options.data, name, options.late)
+            for settings in GRID if options.tune else [found]:
                 entry = results.entry(data=options.data, row=name, seed=seed, settings=settings)
                 if entry is not None and (options.tune or "test" in entry):
                     continue
@@ -339,7 +352,7 @@ def work_through(options: argparse.Namespace, results: Results, console: Console
 def clock(names: Sequence[str], results: Results, rounds: int, console: Console) -> None:
     """Seconds of a step of every stage of these rows, taking turns in this process, there and back; the first round is
     left out. And each row's seconds in all, with what encoding its pictures takes."""
-    recipes = {name: recipe_of(ROWS[name], 0, results.best("scenes", name, 1)) for name in names}
+    recipes = {name: recipe_of(ROWS[name], 0, results.best("scenes", name, None)) for name in names}
     parts = [(name, stage) for name, recipe in recipes.items() for stage in recipe.stages]
     found: dict[tuple[str, str], list[StageRun]] = {(name, stage.name): [] for name, stage in parts}
     with tempfile.TemporaryDirectory() as folder:
@@ -374,7 +387,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="+", default=["core"], help="rows or groups")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--split", type=float, default=1, help="fine-tuning, of a tenth of the standard run's time")
+    parser.add_argument(
+        "--late", type=float, help="length of fine-tuning, of the shared recipe's; 5 is the second split"
+    )
     parser.add_argument("--data", choices=["scenes", "easy-vqa"], default="scenes")
     parser.add_argument("--tune", action="store_true", help="try the grid on the validation split")
     parser.add_argument("--minutes", type=float, default=1e9, help="start nothing new after these")

@@ -49,9 +49,9 @@ book print 1f4d5 1f4d9 1f4d3 1f4d4 1f4d2 1f4d7 1f4d8|heart sign 2764-fe0f 1f49b 
 clock round 1f550 1f553 1f556 1f559 1f55c 1f55f 1f562 1f565|cat body 1f63a 1f63b 1f63c 1f640 1f638 1f63e 1f63d 1f639
 car ride 1f697 1f693 1f698 1f694 1f695 1f699|ball round 26bd 1f3c0 1f3c8 1f94e 26be 1f3c9 1f3be 1f3d0
 flower plant 1f338 1f33b 1f337 1f339 1f33a 1f33c|hand body 1f44b 1f44d 1f590-fe0f 1f44a 1f44e 1f91a 270a 270b
-arrow sign 2b06-fe0f 2198-fe0f 2b05-fe0f 2197-fe0f 27a1-fe0f 2b07-fe0f|train ride 1f686 1f684 1f685 1f69d 1f68a 1f687
+arrow sign 2b06-fe0f 2198-fe0f 2b05-fe0f 2197-fe0f 27a1-fe0f 2b07-fe0f|mail print 1f4e7 1f4e8 2709-fe0f 1f4e9
 moon round 1f311 1f312 1f314 1f316 1f318 1f313 1f317|face body 1f603 1f604 1f601 1f606 1f642 1f609 1f60a 1f600
-tree plant 1f334 1f384 1f333 1f332|mail print 1f4e7 1f4e8 2709-fe0f 1f4e9
+tree plant 1f334 1f384 1f333 1f332|train ride 1f686 1f684 1f685 1f69d 1f68a 1f687
 """
 
 
