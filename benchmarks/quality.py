@@ -97,6 +97,7 @@ DOUBLE = {"image_size": 512}
 ROWS = {
     "standard": Row(single(336), groups="core"),
     "cos 32-336": Row(few, many, groups="core scaling"),
+    "cos 32-336 places": Row(few, many, first={"places_of": FULL}, groups="core scaling"),
     "cos 32-336 sts": Row(few, many, last={"skipper": FALLING}, groups="core sts"),
     "cos 32-32": Row(few, groups="core scaling"),
     "linear": Row({"kind": "mlp"}, groups="bridge"),

@@ -303,6 +303,9 @@ class Stage(Settings):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
     bridge: Bridge
+    places_of: str | None = Field(
+        None, description="layout whose places in the sequence the visual tokens take: the one they will be scaled to"
+    )
     image_size: int = Field(256, ge=16, description="side of the square picture in pixels")
     learning_rate: LearningRates
     samples: int = Field(ge=1, description="conversations seen in this stage")
@@ -353,6 +356,13 @@ class Stage(Settings):
             raise ValueError(f"stage '{self.name}': lora needs learning_rate.language")
         if self.cache_features and self.learning_rate.vision is not None:
             raise ValueError(f"stage '{self.name}': features cannot be cached while the vision encoder trains")
+        if self.places_of is not None:
+            if self.packing or not isinstance(self.bridge, _Windowed):
+                raise ValueError(
+                    f"stage '{self.name}': places_of '{self.places_of}' needs a resampler or chain_of_sight, and no "
+                    f"packing; found {self.bridge.kind}, packing {self.packing}"
+                )
+            self.bridge.scales.places(Layout.parse(self.places_of))
         if self.on_too_long == "shrink_image":
             raise ValueError(
                 f"stage '{self.name}': on_too_long: shrink_image makes no sample shorter: a bridge gives every picture "

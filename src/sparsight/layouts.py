@@ -131,6 +131,30 @@ class Layout:
             born[scale] = max(coarser) if coarser else min(fits)
         return born
 
+    def places(self, target: Layout) -> list[int]:
+        """Where each of this layout's tokens stands among those of ``target``, which it will be scaled to (ours).
+
+        A scale that stays keeps its own places; one that goes has those of the nearest scale that is born from it, in
+        the window that holds the middle of its own.
+
+        Raises:
+            ValueError: ``target`` cannot be reached, or nothing in it is born from one of the scales.
+        """
+        born, first, found = self.lineage(target), 0, {}
+        for scale in target.scales:
+            if scale in self.scales or born[scale] not in found:
+                found[born[scale]] = scale, first
+            first += scale.tokens
+        places = []
+        for scale in self.scales:
+            if scale not in found:
+                raise ValueError(f"nothing in layout '{target}' is born from scale {scale} of '{self}'")
+            child, first = found[scale]
+            middle = [(2 * window + 1) * child.grid // (2 * scale.grid) for window in range(scale.grid)]
+            windows = [row * child.grid + column for row in middle for column in middle]
+            places += [first + window * scale.queries + query for window in windows for query in range(scale.queries)]
+        return places
+
 
 def _unknown_preset(text: str, name: str) -> str:
     family = [preset for preset in PRESETS if preset.startswith(name + "-from-")]

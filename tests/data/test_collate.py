@@ -159,3 +159,28 @@ def test_a_picture_that_goes_bad_is_reported_with_the_sample(
     with pytest.raises(ValueError, match=r"sample 's3'.*2\.png.*cannot be read"):
         data[3]
     assert data[1]["pixels"]["pixel_values"].shape == (1, 3, 64, 64)
+
+
+def test_places_of_the_tokens_to_come() -> None:
+    """Visual tokens (9) spread over the span of the last layout; text behind a picture stands behind the whole span."""
+    items = [
+        {"id": "a", "input_ids": [1, 9, 9, 2, 9, 9, 3], "labels": [-100] * 6 + [3]},
+        {"id": "b", "input_ids": [1, 2], "labels": [-100, 2]},
+    ]
+    batch = Collator(0, image_token_id=9, places=([1, 7], 10))(items)
+    assert batch["position_ids"].tolist() == [[0, 2, 8, 11, 13, 19, 22], [0, 1, 0, 1, 2, 3, 4]]
+    assert batch["attention_mask"].sum(1).tolist() == [7, 2]
+    assert "position_ids" not in Collator(0, image_token_id=9)(items)
+
+
+def test_places_of_its_own_layout_change_nothing(tiny_vlm, source: ConversationSource) -> None:
+    model, processor = tiny_vlm()
+    tokens = processor.num_image_tokens
+    data = TrainingSet(source, processor, 4)
+    items = [data[number] for number in range(4)]
+    losses = []
+    for places in (None, (list(range(tokens)), tokens)):
+        collate = Collator(processor.tokenizer.pad_token_id, False, None, processor.image_token_id, places)
+        batch = {key: value for key, value in collate(items).items() if key != "info"}
+        losses.append(model(**batch, loss_only=True, use_cache=False).loss)
+    assert torch.equal(*losses)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -174,10 +174,37 @@ class Collator:
     places start anew with each, and there is no mask, as transformers tells packed rows. What the trainer wants to know
     stands under "info" and is not for the model: ids of the samples, the number of positions that are no padding, and
     entries of bad samples that were replaced.
+
+    Args:
+        places: of a picture's visual tokens (`image_token_id`) among the last one's, and how many those are: text
+            behind a picture then stands as far from it as it will once there are so many tokens. Not with ``packing``.
     """
 
-    def __init__(self, pad_token_id: int, packing: bool = False, pack_length: int | None = None) -> None:
+    def __init__(
+        self,
+        pad_token_id: int,
+        packing: bool = False,
+        pack_length: int | None = None,
+        image_token_id: int | None = None,
+        places: tuple[list[int], int] | None = None,
+    ) -> None:
         self.pad_token_id, self.packing, self.pack_length = pad_token_id, packing, pack_length
+        self.image_token_id, self.places = image_token_id, places
+
+    def _positions(self, ids: list[int]) -> Iterable[int]:
+        if self.places is None:
+            return range(len(ids))
+        places, span = self.places
+        positions, start, seen = [], 0, 0
+        for token in ids:
+            if token == self.image_token_id:
+                positions.append(start + places[seen])
+                seen = (seen + 1) % len(places)
+                start += 0 if seen else span
+            else:
+                positions.append(start)
+                start += 1
+        return positions
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         lengths = [len(item["input_ids"]) for item in items]
@@ -210,7 +237,7 @@ class Collator:
             for item in islice(rest, count):
                 row["input_ids"] += item["input_ids"]
                 row["labels"] += [-100, *item["labels"][1:]]  # nothing stands before the first one that could say it
-                row["position_ids"] += range(len(item["input_ids"]))
+                row["position_ids"] += self._positions(item["input_ids"])
             rows.append(row)
         lengths = [len(row["labels"]) for row in rows]
         for row, length in zip(rows, lengths, strict=True):
@@ -221,6 +248,7 @@ class Collator:
             row["position_ids"] += [place % longest for place in range(padding)]
         batch = {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
         if not self.packing:
-            del batch["position_ids"]
+            if self.places is None:
+                del batch["position_ids"]
             batch["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
         return batch

@@ -39,6 +39,7 @@ from sparsight.counting import default_device, device_name
 from sparsight.data.batching import RankBatches, Step, micro_batches, plan_steps
 from sparsight.data.collate import Collator, TrainingSet
 from sparsight.distributed import any_rank, process_state, several_ranks
+from sparsight.layouts import Layout
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.modeling.packed import attention_for_packed_rows, compared
 from sparsight.modeling.short import attention
@@ -427,7 +428,10 @@ def train_stage(
         handle = None
         if stage.compressor is not None or stage.skipper is not None:
             handle = attach(model, stage.compressor, stage.skipper, seed=recipe.seed)
-        length = stage.batch_tokens or stage.pack_length
+        length, places = stage.batch_tokens or stage.pack_length, None
+        if stage.places_of is not None:
+            target, scales = Layout.parse(stage.places_of), stage.bridge.scales  # type: ignore[union-attr]
+            places = scales.places(target), target.tokens
         trainer = SparsightTrainer(
             model,
             training_arguments(recipe, stage, len(plan), folder),
@@ -436,7 +440,9 @@ def train_stage(
             counter=counter,
             handle=handle,
             train_dataset=data,
-            data_collator=Collator(processor.tokenizer.pad_token_id, stage.packing, length),
+            data_collator=Collator(
+                processor.tokenizer.pad_token_id, stage.packing, length, processor.image_token_id, places
+            ),
             processing_class=processor,
             callbacks=[recorder] if handle is None else [SparsightCallback(handle), recorder],
         )
