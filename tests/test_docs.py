@@ -20,7 +20,7 @@ from sparsight.layouts import PRESETS, Layout
 from tiny import ask, picture
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if path.name != "presets.yaml"]
 
 
 def snippets_of(page: str, language: str) -> list[str]:

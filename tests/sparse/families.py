@@ -119,7 +119,9 @@ FAMILIES = [*CONFIGS, "sparsight"]
 def made(name: str) -> Any:
     """A model in training mode; attention "eager", so that FLOPs can be counted and masks are exact."""
     if name == "sparsight":
-        return make_vlm("1:16", vision_levels=[2])[0].train()
+        ours = make_vlm("1:16", vision_levels=[2])[0].train()
+        ours.model.language_model.set_attn_implementation("eager")
+        return ours
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(CONFIGS[name](), attn_implementation="eager")
     with torch.no_grad():  # start values of 0.02 would make all layers nearly nothing

@@ -42,7 +42,7 @@ def test_a_step_is_torchs_own_muon_and_adamw(tiny_vlm) -> None:
     model, groups = _grouped(tiny_vlm, weight_decay=0.1)
     optimizer = MuonAdamW(groups, **SETTINGS)
     other, own = _grouped(tiny_vlm, weight_decay=0.1)
-    muon = torch.optim.Muon([g for g in own if g["muon"]], adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon([g for g in own if g["muon"]], adjust_lr_fn="match_rms_adamw", ns_steps=3)
     adamw = torch.optim.AdamW([g for g in own if not g["muon"]], **SETTINGS)
     for factor in (1.0, 0.5, 0.25):
         for group in optimizer.param_groups:
