@@ -92,13 +92,13 @@ class Row:
     groups: str = ""
 
 
-few, many = cos("cos-32"), cos(FULL)
+few, many, PLACES = cos("cos-32"), cos(FULL), {"places_of": FULL}
 DOUBLE = {"image_size": 512}
 ROWS = {
     "standard": Row(single(336), groups="core"),
     "cos 32-336": Row(few, many, groups="core scaling"),
-    "cos 32-336 places": Row(few, many, first={"places_of": FULL}, groups="core scaling"),
-    "cos 32-336 sts": Row(few, many, last={"skipper": FALLING}, groups="core sts"),
+    "cos 32-336 places": Row(few, many, first=PLACES, groups="core scaling"),
+    "cos 32-336 sts": Row(few, many, first=PLACES, last={"skipper": FALLING}, groups="core sts"),
     "cos 32-32": Row(few, groups="core scaling"),
     "linear": Row({"kind": "mlp"}, groups="bridge"),
     "standard, equal time": Row(single(336), share=0.2, groups="control"),
@@ -124,10 +124,10 @@ ROWS = {
         last={"compressor": {"keep": 0.1, "method": "uniform", "dense_every": 10}},
         groups="rivals",
     ),
-    "skipper constant": Row(few, many, last={"skipper": FALLING | {"alpha": 0.2, "course": "constant"}}, groups="skip"),
-    "skipper rising": Row(few, many, last={"skipper": FALLING | {"course": "rising"}}, groups="skip"),
-    "skipper epsilon -0.3": Row(few, many, last={"skipper": FALLING | {"epsilon": -0.3}}, groups="skip"),
-    "skipper epsilon 0": Row(few, many, last={"skipper": FALLING | {"epsilon": 0.0}}, groups="skip"),
+    "skipper constant": Row(few, many, first=PLACES, last={"skipper": FALLING | {"alpha": 0.2, "course": "constant"}}, groups="skip"),
+    "skipper rising": Row(few, many, first=PLACES, last={"skipper": FALLING | {"course": "rising"}}, groups="skip"),
+    "skipper epsilon -0.3": Row(few, many, first=PLACES, last={"skipper": FALLING | {"epsilon": -0.3}}, groups="skip"),
+    "skipper epsilon 0": Row(few, many, first=PLACES, last={"skipper": FALLING | {"epsilon": 0.0}}, groups="skip"),
 }
 
 

@@ -183,6 +183,7 @@ ORDERINGS = (
     ("Several scales beat one at as many tokens (80)", "cos 80-80", "single 80-80"),
     ("Scaling after pre-training gains (32 to 336)", "cos 32-336", "cos 32-32"),
     ("Scaling after pre-training gains (80 to 336)", "cos 80-336", "cos 80-80"),
+    ("Places of the scaled layout in pre-training gain (ours; 32 to 336)", "cos 32-336 places", "cos 32-336"),
     ("Local scaling beats global scaling (80 to 272, to 144)", "cos 80-272 local", "cos 80-144 global"),
     ("Scales born from others beat fresh ones (32 to 336)", "cos 32-336", "cos 32-336 fresh"),
     ("Coarse to fine beats fine to coarse (80)", "cos 80-80", "fine to coarse 80-80"),
@@ -276,7 +277,7 @@ def newest(folder: Path) -> dict[str, dict]:
 Show = Callable[[str, dict], str]
 # Page -> results whose names begin so, and how they are shown.
 PAGES: dict[str, list[tuple[str, Show]]] = {
-    "README.md": [("demo", table), ("scenes-60min", table)],
+    "README.md": [("quality", quality_table), ("demo", table), ("scenes-60min", table)],
     "docs/chain-of-sight.md": [("bridge-", bridge_table), ("scaling", scaling_table)],
     "docs/quality.md": [
         ("quality", quality_table),

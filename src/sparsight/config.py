@@ -563,7 +563,7 @@ def _lay_over(values: dict[str, Any], name: str) -> None:
         own = stage.get("bridge") if isinstance(stage.get("bridge"), dict) else {}
         kept = {key: value for key, value in own.items() if key in _Windowed.model_fields} or kept
         new = presets[name]["late" if stage is stages[-1] else "early"]
-        stage |= {"compressor": None, "skipper": None} | new | {"bridge": kept | new["bridge"]}
+        stage |= {"compressor": None, "skipper": None, "places_of": None} | new | {"bridge": kept | new["bridge"]}
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
