@@ -124,7 +124,9 @@ ROWS = {
         last={"compressor": {"keep": 0.1, "method": "uniform", "dense_every": 10}},
         groups="rivals",
     ),
-    "skipper constant": Row(few, many, first=PLACES, last={"skipper": FALLING | {"alpha": 0.2, "course": "constant"}}, groups="skip"),
+    "skipper constant": Row(
+        few, many, first=PLACES, last={"skipper": FALLING | {"alpha": 0.2, "course": "constant"}}, groups="skip"
+    ),
     "skipper rising": Row(few, many, first=PLACES, last={"skipper": FALLING | {"course": "rising"}}, groups="skip"),
     "skipper epsilon -0.3": Row(few, many, first=PLACES, last={"skipper": FALLING | {"epsilon": -0.3}}, groups="skip"),
     "skipper epsilon 0": Row(few, many, first=PLACES, last={"skipper": FALLING | {"epsilon": 0.0}}, groups="skip"),

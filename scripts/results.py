@@ -264,7 +264,8 @@ def orderings_table(name: str, result: dict) -> str:
         test = paired_test(points, grouped(theirs)[0], pictures, tasks)
         word = "reproduced" if test.low > 0 else "contrary" if test.high < 0 else "not seen at this scale"
         figures = f"{100 * test.difference:+.1f} ({100 * test.low:+.1f} to {100 * test.high:+.1f})"
-        lines.append(f"| {text} | {figures} | {test.p_value:.3f} | {len(seeds)} | {word} |")
+        p_value = f"{test.p_value:.3f}" if test.p_value >= 0.001 else "< 0.001"
+        lines.append(f"| {text} | {figures} | {p_value} | {len(seeds)} | {word} |")
     return "\n".join(lines)
 
 
