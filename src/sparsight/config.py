@@ -451,13 +451,17 @@ class Recipe(Settings):
             )
         return self
 
+    def source_of(self, stage: Stage) -> Data:
+        """The stage's own data, or else the recipe's."""
+        return stage.data or self.data
+
     def data_of(self, stage: Stage) -> Data:
         """A stage's data, with the tasks that it asks.
 
         Raises:
             ValueError: the stage names tasks, but the data are not scenes.
         """
-        data = stage.data or self.data
+        data = self.source_of(stage)
         if stage.tasks is None:
             return data
         if not isinstance(data, SceneData):
@@ -470,14 +474,14 @@ class Recipe(Settings):
         """What the stages train on, each once."""
         found: list[Data] = []
         for stage in self.stages:
-            if (data := stage.data or self.data) not in found:
+            if (data := self.source_of(stage)) not in found:
                 found.append(data)
         return found
 
     def samples_before(self, stage: Stage) -> int:
         """Conversations that earlier stages have had of the same data."""
         before = self.stages[: self.stages.index(stage)]
-        return sum(each.samples for each in before if (each.data or self.data) == (stage.data or self.data))
+        return sum(each.samples for each in before if self.source_of(each) == self.source_of(stage))
 
     def scenes(self) -> SceneData | None:
         """The first scenes among the recipe's data."""

@@ -60,7 +60,7 @@ def check_data(
             raise not_loaded(recipe, error) from None
         made.append((processor.num_image_tokens, stage, processor))
     _, stage, processor = max(made, key=lambda each: each[0])
-    same = [each for each in recipe.stages if (each.data or recipe.data) == (stage.data or recipe.data)]
+    same = [each for each in recipe.stages if recipe.source_of(each) == recipe.source_of(stage)]
     conversations = sum(each.samples for each in same)
     source = open_source(recipe.data_of(stage), conversations, stage.image_size, strict=False)
     with Progress(console=console) as bar:
