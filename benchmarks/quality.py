@@ -62,16 +62,8 @@ def single(tokens: int) -> dict[str, Any]:
 
 
 QUARTER, FALLING = {"keep": 0.25, "method": "uniform"}, {"alpha": 0.6, "epsilon": 0.3}
-GRID = [  # the first if not tuned
-    {"rate": rate, "late_rate": late_rate, "late": late}
-    for rate, late_rate, late in (
-        (1e-3, 5e-4, 1),
-        (1e-3, 1e-3, 1),
-        (1e-3, 5e-4, 0.5),
-        (1e-3, 1e-3, 0.5),
-        (2e-3, 1e-3, 1),
-    )
-]
+# Learning rates before fine-tuning and in it; the first if not tuned. Its length is --late.
+GRID = [{"rate": rate, "late_rate": late} for rate, late in ((1e-3, 5e-4), (1e-3, 1e-3), (2e-3, 1e-3))]
 FULL = "1:16,2:16,16:1"  # the 336 that 32 reaches
 
 
@@ -102,16 +94,17 @@ ROWS = {
     "cos 32-32": Row(few, groups="core scaling"),
     "linear": Row({"kind": "mlp"}, groups="bridge"),
     "standard, equal time": Row(single(336), share=0.2, groups="control"),
+    "single 32-32": Row(single(32), groups="scales"),
     "single 80-80": Row(single(80), groups="scales"),
     "cos 80-80": Row(cos("cos-80"), groups="scales"),
     "cos 80-336": Row(cos("cos-80"), cos("cos-336"), groups="scaling"),
     "cos 336-336": Row(cos("cos-336"), groups="scales"),
     "cos 32-336 fresh": Row(few, many, fresh=True, groups="scaling"),
-    "cos 80-272 local": Row(cos("cos-80"), cos("1:16,8:4"), groups="scaling"),
-    "cos 80-144 global": Row(cos("cos-80"), cos("1:16,2:16,4:4"), groups="scaling"),
+    "cos 32-80 local": Row(few, cos("1:16,8:1"), groups="scaling"),
+    "cos 32-96 global": Row(few, cos("1:16,2:16,4:1"), groups="scaling"),
     "cos 32-528 double": Row(few, cos("1:16,4:16,16:1"), last=DOUBLE, groups="double"),
     "cos 48-784 double": Row(cos("cos-48"), cos("1:16,4:16,16:2"), last=DOUBLE, groups="double"),
-    "fine to coarse 80-80": Row(cos("cos-80", order="fine_to_coarse"), groups="order"),
+    "fine to coarse 32-32": Row(cos("cos-32", order="fine_to_coarse"), groups="order"),
     "standard + compressor": Row(single(336), first={"compressor": QUARTER}, groups="sts"),
     "standard + skipper": Row(single(336), last={"skipper": FALLING}, groups="sts"),
     "standard + both": Row(single(336), first={"compressor": QUARTER}, last={"skipper": FALLING}, groups="sts"),
@@ -300,12 +293,12 @@ class Results:
         same = (row for row in self.values["rows"] if all(row[name] == value for name, value in key.items()))
         return next(same, None)
 
-    def best(self, data: str, name: str, late: float | None) -> dict[str, Any]:
+    def best(self, data: str, name: str, late: float) -> dict[str, Any]:
         """The settings of a row that were best on the validation split, of those that were tried; else the first."""
         tried = [r for r in self.values["rows"] if (r["data"], r["row"], r["seed"]) == (data, name, 0)]
-        tried = [entry for entry in tried if late in (None, entry["settings"]["late"])]
+        tried = [entry for entry in tried if entry["settings"]["late"] == late]
         mean = lambda entry: statistics.fmean(entry["validation"]["scores"].values())  # noqa: E731
-        return max(tried, key=mean)["settings"] if tried else GRID[0] | ({} if late is None else {"late": late})
+        return max(tried, key=mean)["settings"] if tried else GRID[0] | {"late": late}
 
 
 def selected(wanted: Sequence[str]) -> list[str]:
@@ -326,7 +319,8 @@ def work_through(options: argparse.Namespace, results: Results, console: Console
     for seed in options.seeds:
         for name in selected(options.rows):
             found = results.best(options.data, name, options.late)
-            for settings in GRID if options.tune else [found]:
+            grid = [rates | {"late": options.late} for rates in GRID]
+            for settings in grid if options.tune else [found]:
                 entry = results.entry(data=options.data, row=name, seed=seed, settings=settings)
                 if entry is not None and (options.tune or "test" in entry):
                     continue
@@ -343,19 +337,19 @@ def work_through(options: argparse.Namespace, results: Results, console: Console
                     "settings": settings,
                     "stages": costs(folder),
                 }
-                if entry is None:
+                if seed == 0 and entry is None:  # the seed that settings are picked with
                     done["validation"] = score(folder, recipe, "validation")
                 if not options.tune:
                     done["test"] = score(folder, recipe, "test")
                 results.set(done)
-                shown = done.get("test", done["validation"])["scores"]
+                shown = done["validation" if options.tune else "test"]["scores"]
                 console.print(name, seed, settings, {task: round(100 * value) for task, value in shown.items()})
 
 
 def clock(names: Sequence[str], results: Results, rounds: int, console: Console) -> None:
     """Seconds of a step of every stage of these rows, taking turns in this process, there and back; the first round is
     left out. And each row's seconds in all, with what encoding its pictures takes."""
-    recipes = {name: recipe_of(ROWS[name], 0, results.best("scenes", name, None)) for name in names}
+    recipes = {name: recipe_of(ROWS[name], 0, results.best("scenes", name, 1)) for name in names}
     parts = [(name, stage) for name, recipe in recipes.items() for stage in recipe.stages]
     found: dict[tuple[str, str], list[StageRun]] = {(name, stage.name): [] for name, stage in parts}
     with tempfile.TemporaryDirectory() as folder:
@@ -391,7 +385,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=["core"], help="rows or groups")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument(
-        "--late", type=float, help="length of fine-tuning, of the shared recipe's; 5 is the second split"
+        "--late", type=float, default=1.0, help="length of fine-tuning, of the shared recipe's; 5 is the second split"
     )
     parser.add_argument("--data", choices=["scenes", "easy-vqa"], default="scenes")
     parser.add_argument("--tune", action="store_true", help="try the grid on the validation split")

@@ -180,25 +180,34 @@ def plan_table(name: str, result: dict) -> str:
 
 # The papers' orderings: what is said, the row that should be ahead, the other one.
 ORDERINGS = (
+    ("Several scales beat one at as many tokens (32)", "cos 32-32", "single 32-32"),
     ("Several scales beat one at as many tokens (80)", "cos 80-80", "single 80-80"),
     ("Scaling after pre-training gains (32 to 336)", "cos 32-336", "cos 32-32"),
     ("Scaling after pre-training gains (80 to 336)", "cos 80-336", "cos 80-80"),
+    ("The same with places of the scaled layout (ours; 32 to 336)", "cos 32-336 places", "cos 32-32"),
     ("Places of the scaled layout in pre-training gain (ours; 32 to 336)", "cos 32-336 places", "cos 32-336"),
-    ("Local scaling beats global scaling (80 to 272, to 144)", "cos 80-272 local", "cos 80-144 global"),
+    ("Local scaling beats global scaling (32 to 80, to 96)", "cos 32-80 local", "cos 32-96 global"),
     ("Scales born from others beat fresh ones (32 to 336)", "cos 32-336", "cos 32-336 fresh"),
-    ("Coarse to fine beats fine to coarse (80)", "cos 80-80", "fine to coarse 80-80"),
+    ("Coarse to fine beats fine to coarse (32)", "cos 32-32", "fine to coarse 32-32"),
     ("A falling share of skipped layers beats a constant one", "cos 32-336 sts", "skipper constant"),
     ("A falling share of skipped layers beats a rising one", "cos 32-336 sts", "skipper rising"),
 )
 
 
-def entries(result: dict, data: str = "scenes") -> dict[str, list[dict]]:
-    """Scored entries by row, a seed each."""
-    found: dict[str, list[dict]] = {}
-    for entry in sorted(result["rows"], key=lambda entry: entry["seed"]):
-        if "test" in entry and entry["data"] == data:
-            found.setdefault(entry["row"], []).append(entry)
-    return found
+def entries(result: dict, data: str = "scenes", split: int = 1) -> dict[str, list[dict]]:
+    """Scored entries by row, a seed each, with the settings that were best on validation. ``split`` 5 is the one in
+    which fine-tuning takes half; a row with a shorter fine-tuning says so."""
+    mine = [e for e in result["rows"] if e["data"] == data and (e["settings"]["late"] > 1) == (split > 1)]
+    named: dict[str, list[dict]] = {}
+    for entry in sorted(mine, key=lambda entry: entry["seed"]):
+        late = entry["settings"]["late"]
+        named.setdefault(entry["row"] + (f", {late:g} of fine-tuning" if late < 1 else ""), []).append(entry)
+    found = {}
+    for row, each in named.items():
+        tried = [entry for entry in each if "validation" in entry and entry["seed"] == 0] or each
+        best = max(tried, key=lambda entry: fmean(entry["validation"]["scores"].values()))["settings"]
+        found[row] = [entry for entry in each if "test" in entry and entry["settings"] == best]
+    return {row: seeds for row, seeds in found.items() if seeds}
 
 
 def flops(entry: dict, early: bool = False) -> float:
@@ -206,16 +215,25 @@ def flops(entry: dict, early: bool = False) -> float:
     return sum(stage["executed_flops"] for stage in entry["stages"][: -1 if early else None])
 
 
-def quality_table(name: str, result: dict, data: str = "scenes") -> str:
+def seconds(result: dict, entry: dict) -> float | None:
+    """What an entry's steps, and encoding its pictures, take by the clock of its row; None without one."""
+    clocked = {row["row"]: row["stages"] for row in result.get("clock", {"rows": []})["rows"]}
+    if entry["row"] not in clocked or entry["data"] != "scenes":
+        return None
+    pairs = zip(entry["stages"], clocked[entry["row"]], strict=True)
+    return sum(stage["planned_steps"] * step["seconds"] + step["encoding"] for stage, step in pairs)
+
+
+def quality_table(name: str, result: dict, data: str = "scenes", split: int = 1) -> str:
     """Rows of the quality benchmark: cost relative to the standard row, and scores by task, means over seeds."""
-    rows, hardware = entries(result, data), result["env"]["hardware"]
+    rows, hardware = entries(result, data, split), result["env"]["hardware"]
+    which = data + (", fine-tuning half of *standard*'s time" if split > 1 else "")
     if "standard" not in rows:
-        return f"**{name}**, {data}: not run yet"
+        return f"**{name}**, {which}: not run yet"
     (standard, *_), tasks = rows["standard"], list(rows["standard"][0]["test"]["scores"])
-    clocked = result.get("clock", {"rows": []})["rows"] if data == "scenes" else []
-    seconds = {row["row"]: row["seconds"] for row in clocked}
+    whole = seconds(result, standard)
     lines = [
-        f"**{name}**, {data}: test scores in percent, means over seeds; cost relative to *standard*, of pre-training "
+        f"**{name}**, {which}: test scores in percent, means over seeds; cost relative to *standard*, of pre-training "
         f"alone in brackets ({hardware['cpu']}, {hardware['cores']} cores; `benchmarks/results/{result['file']}`)",
         "",
         "| row | tokens by stage | FLOPs | time | " + " | ".join(tasks) + " | mean | seeds |",
@@ -224,7 +242,8 @@ def quality_table(name: str, result: dict, data: str = "scenes") -> str:
     for row, seeds in rows.items():
         tokens = ", ".join(str(stage["visual_tokens"]) for stage in seeds[0]["stages"])
         cost = f"{flops(seeds[0]) / flops(standard):.2f} ({flops(seeds[0], True) / flops(standard, True):.2f})"
-        clock = f"{seconds[row] / seconds['standard']:.2f}" if {row, "standard"} <= set(seconds) else ""
+        mine = seconds(result, seeds[0])
+        clock = f"{mine / whole:.2f}" if mine and whole else ""
         means = {task: fmean(entry["test"]["scores"][task] for entry in seeds) for task in tasks}
         total = bootstrap(*grouped(seeds))
         mean = f"{100 * total.mean:.1f} ({100 * total.low:.1f} to {100 * total.high:.1f})"
@@ -243,8 +262,11 @@ def grouped(seeds: list[dict]) -> tuple[list[list[float]], list[int], list[str]]
 
 
 def orderings_table(name: str, result: dict) -> str:
-    """The papers' orderings, by paired tests over the seeds that both rows have."""
-    rows = entries(result)
+    """The papers' orderings, by paired tests over the seeds that both rows have with the same settings."""
+    rows: dict[str, dict[str, dict[int, dict]]] = {}  # row -> settings -> seed -> entry
+    for entry in result["rows"]:
+        if "test" in entry and entry["data"] == "scenes" and entry["settings"]["late"] == 1:
+            rows.setdefault(entry["row"], {}).setdefault(str(entry["settings"]), {})[entry["seed"]] = entry
     lines = [
         f"The papers' orderings in `benchmarks/results/{result['file']}`: difference of the mean score in points, 95% "
         "interval over pictures and seeds, p-value of the paired test. *Reproduced*: the interval is above zero; "
@@ -254,12 +276,13 @@ def orderings_table(name: str, result: dict) -> str:
         "|---|---|---|---|---|",
     ]
     for text, ahead, behind in ORDERINGS:
-        both = [{e["seed"]: e for e in rows.get(row, [])} for row in (ahead, behind)]
-        seeds = sorted(set(both[0]) & set(both[1]))
+        both = rows.get(ahead, {}), rows.get(behind, {})
+        common = [(each, sorted(set(both[0][each]) & set(both[1][each]))) for each in both[0] if each in both[1]]
+        settings, seeds = max(common, key=lambda pair: len(pair[1]), default=("", []))
         if not seeds:
             lines.append(f"| {text} | | | 0 | not run |")
             continue
-        ours, theirs = ([side[seed] for seed in seeds] for side in both)
+        ours, theirs = ([side[settings][seed] for seed in seeds] for side in both)
         points, pictures, tasks = grouped(ours)
         test = paired_test(points, grouped(theirs)[0], pictures, tasks)
         word = "reproduced" if test.low > 0 else "contrary" if test.high < 0 else "not seen at this scale"
@@ -282,6 +305,7 @@ PAGES: dict[str, list[tuple[str, Show]]] = {
     "docs/chain-of-sight.md": [("bridge-", bridge_table), ("scaling", scaling_table)],
     "docs/quality.md": [
         ("quality", quality_table),
+        ("quality", partial(quality_table, split=5)),
         ("quality", partial(quality_table, data="easy-vqa")),
         ("quality", orderings_table),
     ],

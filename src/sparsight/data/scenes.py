@@ -221,14 +221,19 @@ class Scene:
 # ------------------------------------------------------------------------------------------- names and pairs
 
 
+def _pictures(config: SceneConfig) -> dict[str, tuple[str, ...]]:
+    """The pictures of every kind. Looks for the emoji only where it must: this is asked many times a scene."""
+    return _PICTURES[config.resolved().cutouts if config.cutouts == "auto" else config.cutouts]
+
+
 def kind_names(config: SceneConfig) -> tuple[str, ...]:
     """The names of the kinds that occur, `config.kinds` of them."""
-    return tuple(_PICTURES[config.resolved().cutouts])[: config.kinds]
+    return tuple(_pictures(config))[: config.kinds]
 
 
 def pictures_of(config: SceneConfig, name: str, split: str) -> tuple[str, ...]:
     """The pictures of a kind that a split shows; of a kind with one alone, all splits show that."""
-    every = _PICTURES[config.resolved().cutouts][name]
+    every = _pictures(config)[name]
     if len(every) == 1:
         return every
     return {"train": every[:-2], "validation": every[-2:-1], "test": every[-1:]}[split]

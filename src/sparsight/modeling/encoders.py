@@ -30,32 +30,43 @@ class FeatureMaps(ModelOutput):
     feature_maps: tuple[torch.Tensor, ...] | None = None
 
 
-class _SameConv(nn.Conv2d):
-    """Convolution with TensorFlow's "same" padding, which the published weights were trained with."""
+class _ConvNorm(nn.Sequential):
+    """Convolution with TensorFlow's "same" padding (the published weights were trained with it), batch norm, and ReLU6.
+
+    In evaluation the norm is folded into the convolution's weights: one pass over the map less.
+    """
+
+    def __init__(self, inside: int, outside: int, kernel: int, stride: int, groups: int, act: bool) -> None:
+        conv = nn.Conv2d(inside, outside, kernel, stride, groups=groups, bias=False)
+        layers = [conv, nn.BatchNorm2d(outside, eps=1e-3, momentum=0.01), *([nn.ReLU6()] if act else [])]
+        super().__init__(*layers)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        conv: Any = self[0]
+        norm: Any = self[1]
+        weight, bias_C = conv.weight, None
+        if not norm.training:
+            scale_C = norm.weight * (norm.running_var + norm.eps).rsqrt()
+            weight, bias_C = weight * scale_C[:, None, None, None], norm.bias - norm.running_mean * scale_C
         pads = []
-        for side, kernel, stride in zip(x_BCHW.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
+        for side, kernel, stride in zip(x_BCHW.shape[:1:-1], conv.kernel_size[::-1], conv.stride[::-1], strict=True):
             total = max((-(-side // stride) - 1) * stride + kernel - side, 0)
             pads += [total // 2, total - total // 2]
-        return super().forward(F.pad(x_BCHW, pads) if any(pads) else x_BCHW)
-
-
-def _conv_norm(inside: int, outside: int, kernel: int, stride: int, groups: int, act: bool) -> nn.Sequential:
-    layers: list[nn.Module] = [
-        _SameConv(inside, outside, kernel, stride, groups=groups, bias=False),
-        nn.BatchNorm2d(outside, eps=1e-3, momentum=0.01),
-    ]
-    return nn.Sequential(*layers, nn.ReLU6()) if act else nn.Sequential(*layers)
+        if pads[::2] == pads[1::2]:  # the convolution can do it itself
+            y_BCHW = F.conv2d(x_BCHW, weight, bias_C, conv.stride, pads[::-2], groups=conv.groups)
+        else:
+            y_BCHW = F.conv2d(F.pad(x_BCHW, pads), weight, bias_C, conv.stride, groups=conv.groups)
+        y_BCHW = norm(y_BCHW) if norm.training else y_BCHW
+        return F.relu6(y_BCHW, inplace=True) if len(self) == 3 else y_BCHW
 
 
 class _MbConv(nn.Module):
     def __init__(self, inside: int, outside: int, expand: int, kernel: int, stride: int) -> None:
         super().__init__()
         middle = inside * expand
-        self.expand = _conv_norm(inside, middle, 1, 1, 1, True) if expand > 1 else nn.Identity()
-        self.depthwise = _conv_norm(middle, middle, kernel, stride, middle, True)
-        self.project = _conv_norm(middle, outside, 1, 1, 1, False)
+        self.expand = _ConvNorm(inside, middle, 1, 1, 1, True) if expand > 1 else nn.Identity()
+        self.depthwise = _ConvNorm(middle, middle, kernel, stride, middle, True)
+        self.project = _ConvNorm(middle, outside, 1, 1, 1, False)
         self.residual = stride == 1 and inside == outside
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
@@ -74,7 +85,7 @@ class EfficientNetLiteModel(PreTrainedModel):
 
     def __init__(self, config: EfficientNetLiteConfig) -> None:
         super().__init__(config)
-        self.stem = _conv_norm(3, 32, 3, 2, 1, True)
+        self.stem = _ConvNorm(3, 32, 3, 2, 1, True)
         blocks, inside = [], 32
         for expand, kernel, stride, repeats, outside in LITE0:
             for repeat in range(repeats):

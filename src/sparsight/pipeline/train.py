@@ -56,6 +56,11 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache
     main = ranks.is_main_process  # it alone writes and tells
     log = open_log(recipe, out, resume) if main else RunLog(Path(os.devnull), append=True)
     console = console if main else Console(quiet=True)
+    if (layout := recipe.stages[-1].places_of) is not None:
+        console.print(
+            f"[yellow]places_of in the last stage: the model expects to be scaled to '{layout}'; before that, answers "
+            "suffer[/]"
+        )
     session = Session(recipe, out, log, console, resume, cache_root or out / "cache", main)
     model: SparsightForConditionalGeneration | None = None
     processor: SparsightProcessor | None = None
