@@ -377,6 +377,28 @@ def last_checkpoint(folder: Path) -> str | None:
     return found
 
 
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        TextColumn("{task.fields[speed]}"),
+        TextColumn("{task.fields[bad]}", style="yellow"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _collator(processor: SparsightProcessor, stage: Stage) -> Collator:
+    length, places = stage.batch_tokens or stage.pack_length, None
+    if stage.places_of is not None:
+        target, scales = Layout.parse(stage.places_of), stage.bridge.scales  # type: ignore[union-attr]
+        places = scales.places(target), target.tokens
+    return Collator(processor.tokenizer.pad_token_id, stage.packing, length, processor.image_token_id, places)
+
+
 def train_stage(
     model: SparsightForConditionalGeneration,
     processor: SparsightProcessor,
@@ -408,17 +430,7 @@ def train_stage(
     """
     with process_state().main_process_first():
         checkpoint = last_checkpoint(folder) if resume and folder.is_dir() else None
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}"),
-        TextColumn("{task.fields[speed]}"),
-        TextColumn("{task.fields[bad]}", style="yellow"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
+    with _bar(console) as bar:
         task = bar.add_task(stage.name, total=len(plan), loss="-", speed="", bad="")
         began = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
         if quarantine is not None:
@@ -428,10 +440,6 @@ def train_stage(
         handle = None
         if stage.compressor is not None or stage.skipper is not None:
             handle = attach(model, stage.compressor, stage.skipper, seed=recipe.seed)
-        length, places = stage.batch_tokens or stage.pack_length, None
-        if stage.places_of is not None:
-            target, scales = Layout.parse(stage.places_of), stage.bridge.scales  # type: ignore[union-attr]
-            places = scales.places(target), target.tokens
         trainer = SparsightTrainer(
             model,
             training_arguments(recipe, stage, len(plan), folder),
@@ -440,9 +448,7 @@ def train_stage(
             counter=counter,
             handle=handle,
             train_dataset=data,
-            data_collator=Collator(
-                processor.tokenizer.pad_token_id, stage.packing, length, processor.image_token_id, places
-            ),
+            data_collator=_collator(processor, stage),
             processing_class=processor,
             callbacks=[recorder] if handle is None else [SparsightCallback(handle), recorder],
         )
