@@ -85,11 +85,13 @@ class Row:
 
 
 few, many, PLACES = cos("cos-32"), cos(FULL), {"places_of": FULL}
+PROPORTIONAL = PLACES | {"proportional_attention": True}
 DOUBLE = {"image_size": 512}
 ROWS = {
     "standard": Row(single(336), groups="core"),
     "cos 32-336": Row(few, many, groups="core scaling"),
     "cos 32-336 places": Row(few, many, first=PLACES, groups="core scaling"),
+    "cos 32-336 proportional": Row(few, many, first=PROPORTIONAL, groups="core scaling"),
     "cos 32-336 sts": Row(few, many, first=PLACES, last={"skipper": FALLING}, groups="core sts"),
     "cos 32-32": Row(few, groups="core scaling"),
     "linear": Row({"kind": "mlp"}, groups="bridge"),

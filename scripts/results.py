@@ -224,9 +224,10 @@ def seconds(result: dict, entry: dict) -> float | None:
     return sum(stage["planned_steps"] * step["seconds"] + step["encoding"] for stage, step in pairs)
 
 
-def quality_table(name: str, result: dict, data: str = "scenes", split: int = 1) -> str:
+def quality_table(name: str, result: dict, data: str = "scenes", split: int = 1, only: tuple[str, ...] = ()) -> str:
     """Rows of the quality benchmark: cost relative to the standard row, and scores by task, means over seeds."""
     rows, hardware = entries(result, data, split), result["env"]["hardware"]
+    rows = {row: seeds for row, seeds in rows.items() if not only or row in only}
     which = data + (", fine-tuning half of *standard*'s time" if split > 1 else "")
     if "standard" not in rows:
         return f"**{name}**, {which}: not run yet"
@@ -298,10 +299,12 @@ def newest(folder: Path) -> dict[str, dict]:
     return {name: json.loads(file.read_text(encoding="utf-8")) | {"file": file.name} for name, file in files.items()}
 
 
+CORE = ("standard", "cos 32-32", "cos 32-336 places", "cos 32-336 proportional", "cos 32-336 sts")
+core = partial(quality_table, only=CORE)
 Show = Callable[[str, dict], str]
 # Page -> results whose names begin so, and how they are shown.
 PAGES: dict[str, list[tuple[str, Show]]] = {
-    "README.md": [("quality", quality_table), ("demo", table), ("scenes-60min", table)],
+    "README.md": [("quality", core), ("demo", table), ("scenes-60min", table)],
     "docs/chain-of-sight.md": [("bridge-", bridge_table), ("scaling", scaling_table)],
     "docs/quality.md": [
         ("quality", quality_table),
@@ -312,10 +315,10 @@ PAGES: dict[str, list[tuple[str, Show]]] = {
     "docs/speed.md": [("speed-", speed_table)],
     "docs/cost.md": [("plan", plan_table)],
     "docs/data.md": [("data-", data_table), ("shards", shards_table)],
-    "docs/methods/chain-of-sight.md": [("scenes-60min", table)],
+    "docs/methods/chain-of-sight.md": [("quality", core), ("scenes-60min", table)],
     "docs/methods/compressor.md": [("sparse-c", sparse_table), ("sparse-scenes", table)],
     "docs/methods/skipper.md": [("sparse-c", sparse_table), ("sparse-scenes", table)],
-    "docs/tutorials/choosing-a-layout.md": [],  # for the trade-offs of quality-*.json
+    "docs/tutorials/choosing-a-layout.md": [("quality", quality_table)],
 }
 
 

@@ -75,6 +75,7 @@ def test_a_recipe_is_read(recipe_file):
         ("stages.0.samples=0", r"stages\.0\.samples: .*greater than or equal to 1 \(given: 0\)"),
         ("stages.1.name=pretrain", r"stages need different names, found \['pretrain', 'pretrain'\]"),
         ("stages=[]", r"stages: .*at least 1 item"),
+        ("stages.0.proportional_attention=true", r"needs places_of, and no compressor; found None, None"),
         ("seed", r"override 'seed': expected key=value"),
         ("=1", r"override '=1': expected key=value"),
         ("stages.align.samples=1", r"no item 'align'; there are \['pretrain', 'finetune'\]"),

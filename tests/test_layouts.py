@@ -177,3 +177,5 @@ def test_places_differ_and_keep_their_order(text: str, data) -> None:
         return
     places = layout.places(target)
     assert places == sorted(set(places)) and places[0] >= 0 and places[-1] < target.tokens
+    offspring = layout.offspring(target)
+    assert len(offspring) == layout.tokens and sum(offspring) == pytest.approx(target.tokens)

@@ -306,6 +306,9 @@ class Stage(Settings):
     places_of: str | None = Field(
         None, description="layout whose places in the sequence the visual tokens take: the one they will be scaled to"
     )
+    proportional_attention: bool = Field(
+        False, description="with places_of: a visual token weighs in attention as the tokens that will be born from it"
+    )
     image_size: int = Field(256, ge=16, description="side of the square picture in pixels")
     learning_rate: LearningRates
     samples: int = Field(ge=1, description="conversations seen in this stage")
@@ -363,6 +366,11 @@ class Stage(Settings):
                     f"packing; found {self.bridge.kind}, packing {self.packing}"
                 )
             self.bridge.scales.places(Layout.parse(self.places_of))
+        if self.proportional_attention and (self.places_of is None or self.compressor is not None):
+            raise ValueError(
+                f"stage '{self.name}': proportional_attention needs places_of, and no compressor; found "
+                f"{self.places_of}, {self.compressor}"
+            )
         if self.on_too_long == "shrink_image":
             raise ValueError(
                 f"stage '{self.name}': on_too_long: shrink_image makes no sample shorter: a bridge gives every picture "
@@ -567,7 +575,11 @@ def _lay_over(values: dict[str, Any], name: str) -> None:
         own = stage.get("bridge") if isinstance(stage.get("bridge"), dict) else {}
         kept = {key: value for key, value in own.items() if key in _Windowed.model_fields} or kept
         new = presets[name]["late" if stage is stages[-1] else "early"]
-        stage |= {"compressor": None, "skipper": None, "places_of": None} | new | {"bridge": kept | new["bridge"]}
+        stage |= (
+            {"compressor": None, "skipper": None, "places_of": None, "proportional_attention": False}
+            | new
+            | {"bridge": kept | new["bridge"]}
+        )
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

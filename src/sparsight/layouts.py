@@ -155,6 +155,13 @@ class Layout:
             places += [first + window * scale.queries + query for window in windows for query in range(scale.queries)]
         return places
 
+    def offspring(self, target: Layout) -> list[float]:
+        """How many of the tokens of ``target`` are born from each of this layout's (see `lineage`; ours)."""
+        counts = dict.fromkeys(self.scales, 0.0)
+        for child, scale in self.lineage(target).items():
+            counts[scale] += child.grid**2 / scale.grid**2
+        return [counts[scale] for scale in self.scales for _ in range(scale.tokens)]
+
 
 def _unknown_preset(text: str, name: str) -> str:
     family = [preset for preset in PRESETS if preset.startswith(name + "-from-")]

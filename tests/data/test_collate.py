@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsight.config import ConversationData
 from sparsight.data.cache import build_cache, picture_rows
@@ -184,3 +185,36 @@ def test_places_of_its_own_layout_change_nothing(tiny_vlm, source: ConversationS
         batch = {key: value for key, value in collate(items).items() if key != "info"}
         losses.append(model(**batch, loss_only=True, use_cache=False).loss)
     assert torch.equal(*losses)
+
+
+def test_weights_of_one_change_nothing(tiny_vlm, source: ConversationSource) -> None:
+    model, processor = tiny_vlm()
+    data, tokens = TrainingSet(source, processor, 4), processor.num_image_tokens
+    losses = []
+    for weights in (None, [1.0] * tokens):
+        collate = Collator(processor.tokenizer.pad_token_id, False, None, processor.image_token_id, None, weights)
+        batch = collate([data[number] for number in range(4)])
+        del batch["info"]
+        losses.append(model(**batch, loss_only=True, use_cache=False).loss)
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
+
+
+def test_a_weight_is_that_many_copies_of_a_token() -> None:
+    """Of a first layer, behind which tokens know nothing yet of their copies: text gets the same from 2 tokens of
+    weights 3 and 1 as from 4, three of them alike and at one place."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=1, vocab_size=16
+    )
+    model = LlamaForCausalLM(config).eval()
+    embeds = model.get_input_embeddings()(torch.tensor([[1, 5, 6, 2, 3]]))
+    items = [{"id": "a", "input_ids": [1, 9, 9, 2, 3], "labels": [-100] * 4 + [3]}]
+    batch = Collator(0, image_token_id=9, places=([0, 3], 4), weights=[3.0, 1.0])(items)
+    assert batch["attention_mask"].shape == (1, 1, 5, 5)
+    places = batch["position_ids"]
+    few = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"], position_ids=places).logits[:, 3:]
+    rows = [0, 1, 1, 1, 2, 3, 4]
+    many = model(inputs_embeds=embeds[:, rows], position_ids=places[:, rows]).logits[:, 5:]
+    torch.testing.assert_close(few, many)
+    unweighted = model(inputs_embeds=embeds, position_ids=places).logits[:, 3:]
+    assert (few - unweighted).abs().max() > 1e-3

@@ -21,7 +21,11 @@ def gradients(model, padded):
     mask = torch.ones_like(ids)
     if padded:
         mask[1, 7:] = 0
-    loss = model(ids, attention_mask=mask, labels=ids.where(mask.bool(), -100), use_cache=False).loss
+    labels = ids.where(mask.bool(), -100)
+    if padded == "weighted":  # what is added to the scores, as `Collator` makes it
+        later = torch.full((12, 12), -torch.inf).triu(1)
+        mask = torch.where(mask.bool(), 0.1 * ids, -torch.inf)[:, None, None] + later
+    loss = model(ids, attention_mask=mask, labels=labels, use_cache=False).loss
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
 
@@ -37,7 +41,7 @@ def plain_calls(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [False, True, "weighted"])
 def test_gradients_equal_the_fused_ones(model, padded, plain_calls):
     fused = gradients(model, padded)
     with attention(model.model):

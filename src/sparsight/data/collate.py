@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -178,6 +178,7 @@ class Collator:
     Args:
         places: of a picture's visual tokens (`image_token_id`) among the last one's, and how many those are: text
             behind a picture then stands as far from it as it will once there are so many tokens. Not with ``packing``.
+        weights: of a picture's visual tokens in attention, as if each were so many.
     """
 
     def __init__(
@@ -187,9 +188,11 @@ class Collator:
         pack_length: int | None = None,
         image_token_id: int | None = None,
         places: tuple[list[int], int] | None = None,
+        weights: Sequence[float] | None = None,
     ) -> None:
         self.pad_token_id, self.packing, self.pack_length = pad_token_id, packing, pack_length
         self.image_token_id, self.places = image_token_id, places
+        self.weights = None if weights is None else torch.tensor(weights)
 
     def _positions(self, ids: list[int]) -> Iterable[int]:
         if self.places is None:
@@ -250,5 +253,16 @@ class Collator:
         if not self.packing:
             if self.places is None:
                 del batch["position_ids"]
-            batch["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+            filled_BT = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+            batch["attention_mask"] = filled_BT.long() if self.weights is None else self._weighted(batch, filled_BT)
         return batch
+
+    def _weighted(self, batch: dict[str, torch.Tensor], filled_BT: torch.Tensor) -> torch.Tensor:
+        """What is added to the scores of attention, (B, 1, T, T): a key's log weight, and no way to later ones."""
+        assert self.weights is not None and self.image_token_id is not None
+        visual_BT = batch["input_ids"].eq(self.image_token_id)
+        bias_BT = torch.zeros(visual_BT.shape).masked_fill(~filled_BT, -torch.inf)
+        bias_BT[visual_BT] = self.weights.log().repeat(int(visual_BT.sum()) // len(self.weights))
+        length = bias_BT.shape[1]
+        later_TT = torch.full((length, length), -torch.inf).triu(1)
+        return bias_BT[:, None, None] + later_TT

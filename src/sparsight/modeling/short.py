@@ -32,7 +32,8 @@ def short_attention(
 
     Args:
         query: (B, heads, T, D); ``key`` and ``value`` may have fewer heads.
-        attention_mask: bool, True where something is seen, (B or 1, 1, T, T); None is causal.
+        attention_mask: bool, True where something is seen, or what is added to the scores, (B or 1, 1, T, T); None is
+            causal.
 
     Returns:
         (B, T, heads, D)
@@ -47,7 +48,9 @@ def short_attention(
         seen = query.new_ones(length, length, dtype=torch.bool).tril()
     key, value = (repeat_kv(x, module.num_key_value_groups) for x in (key, value))
     scores_BHTT = (query * (kwargs.get("scaling") or query.shape[-1] ** -0.5)) @ key.transpose(2, 3)
-    added = torch.zeros_like(seen, dtype=scores_BHTT.dtype).masked_fill(~seen, torch.finfo(scores_BHTT.dtype).min)
+    added = seen.to(scores_BHTT.dtype)
+    if seen.dtype == torch.bool:
+        added = torch.zeros_like(added).masked_fill(~seen, torch.finfo(added.dtype).min)
     # Not in fp32, as transformers' plain attention takes it: the kernel does so inside, and memory is what costs here.
     weights_BHTT = F.dropout((scores_BHTT + added).softmax(-1), kwargs.get("dropout", 0.0))
     return (weights_BHTT.to(value.dtype) @ value).transpose(1, 2).contiguous(), None

@@ -392,11 +392,13 @@ def _bar(console: Console) -> Progress:
 
 
 def _collator(processor: SparsightProcessor, stage: Stage) -> Collator:
-    length, places = stage.batch_tokens or stage.pack_length, None
+    length, places, weights = stage.batch_tokens or stage.pack_length, None, None
     if stage.places_of is not None:
         target, scales = Layout.parse(stage.places_of), stage.bridge.scales  # type: ignore[union-attr]
         places = scales.places(target), target.tokens
-    return Collator(processor.tokenizer.pad_token_id, stage.packing, length, processor.image_token_id, places)
+        weights = scales.offspring(target) if stage.proportional_attention else None
+    pad = processor.tokenizer.pad_token_id
+    return Collator(pad, stage.packing, length, processor.image_token_id, places, weights)
 
 
 def train_stage(
