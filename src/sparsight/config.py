@@ -570,16 +570,19 @@ def _lay_over(values: dict[str, Any], name: str) -> None:
     stages = values.get("stages")
     if not isinstance(stages, list) or len(stages) < 2 or not all(isinstance(stage, dict) for stage in stages):
         raise ValueError(f"--preset {name}: expected a recipe of two stages or more: it scales between them")
+    preset, last, settle = presets[name], stages[-1], None
+    samples = round(preset.get("settle", 0) * last.get("samples", 0))
+    if samples:
+        settle = last | {"name": "settle", "samples": samples, "schedule": "constant_with_warmup"}
+        last["samples"] -= samples
+        stages.insert(-1, settle)
     kept: dict[str, Any] = {}
     for stage in stages:
         own = stage.get("bridge") if isinstance(stage.get("bridge"), dict) else {}
         kept = {key: value for key, value in own.items() if key in _Windowed.model_fields} or kept
-        new = presets[name]["late" if stage is stages[-1] else "early"]
-        stage |= (
-            {"compressor": None, "skipper": None, "places_of": None, "proportional_attention": False}
-            | new
-            | {"bridge": kept | new["bridge"]}
-        )
+        new = preset["late" if stage is last else "early"]
+        stage |= {"compressor": None, "skipper": None, "places_of": None, "proportional_attention": stage is settle}
+        stage |= new | {"bridge": kept | new["bridge"]}
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -17,6 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from small_runs import Crash, Records, one_stage, train, training_set
 from sparsight.data.collate import Collator
+from sparsight.modeling.scale import scale_tokens
 from sparsight.training.stages import add_lora, merge_lora, select_trainable
 from sparsight.training.trainer import Interrupted
 
@@ -64,6 +65,35 @@ def test_batches_may_be_cut_into_micro_batches(tmp_path: Path, tiny_vlm, kind: s
         differences = torch.cat([(ends[other][name] - ends[0][name]).flatten() for name in ends[0]])
         assert differences.abs().max() < 2e-5  # measured: 3e-6, where a step moves a weight by 2e-3
         assert differences.mean().abs() < 1e-9  # measured: 3e-11
+
+
+# ---------------------------------------------------------------------------------------- tokens to come
+
+
+@pytest.mark.parametrize("to", ["1:4,2:1", "1:4,2:1,4:1"])
+def test_tokens_weigh_as_those_to_come(tmp_path: Path, tiny_vlm, to: str) -> None:
+    """Of its own layout, every token is born once: training is the plain one. Of a finer one it is another."""
+    found = []
+    for keys in ({}, {"places_of": to}, {"places_of": to, "proportional_attention": True}):
+        recipe, stage = one_stage(samples=8, learning_rate=BRIDGE_AND_LANGUAGE, **keys)
+        model, processor, _ = prepared(tiny_vlm, stage)
+        scale_tokens(model, processor, stage.bridge)
+        select_trainable(model, stage)
+        log = train(model, processor, recipe, stage, tmp_path / str(len(found)))
+        found.append(torch.tensor(list(log.losses().values())))
+    differences = [float((other - found[0]).abs().max()) for other in found[1:]]
+    if to == str(stage.bridge.scales):
+        assert max(differences) < 1e-5
+    else:
+        assert min(differences) > 1e-4 and (found[2] - found[1]).abs().max() > 1e-4
+
+
+def test_attention_that_takes_no_weights_is_refused(tmp_path: Path, tiny_vlm) -> None:
+    recipe, stage = one_stage(places_of="1:4,2:1", proportional_attention=True)
+    model, processor, _ = prepared(tiny_vlm, stage)
+    model.config.text_config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="needs attn_implementation sdpa or eager .* found 'flash_attention_2'"):
+        train(model, processor, recipe, stage, tmp_path)
 
 
 def test_labels_per_micro_batch_differ(tiny_vlm) -> None:

@@ -428,8 +428,15 @@ def train_stage(
 
     Raises:
         Interrupted: Ctrl-C; the last step is in a checkpoint.
-        ValueError: a bad sample, or more of them than the recipe allows; or a loss that is not finite.
+        ValueError: a bad sample, or more of them than the recipe allows; or a loss that is not finite; or attention by
+            a kernel that takes no weights of tokens.
     """
+    kernel = model.model.language_model.config._attn_implementation
+    if stage.proportional_attention and kernel not in ("sdpa", "eager"):
+        raise ValueError(
+            f"stage '{stage.name}': proportional_attention needs attn_implementation sdpa or eager in the language "
+            f"model, found '{kernel}'"
+        )
     with process_state().main_process_first():
         checkpoint = last_checkpoint(folder) if resume and folder.is_dir() else None
     with _bar(console) as bar:
