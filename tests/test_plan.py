@@ -184,6 +184,18 @@ def test_a_comparison_is_planned_run_by_run():
     assert [recipe.name for recipe in load_recipes(PAPER)] == ["paper-7b"]
 
 
+def test_a_preset_is_planned_before_it_is_trained():
+    """The preset's stages, each cheaper than the recipe's own plan says; what it does not go with is told."""
+    own = PAPER.parent / "own-data.yaml"
+    (balanced,) = load_recipes(own, None, "balanced")
+    assert [stage.name for stage in balanced.stages] == ["pretrain", "settle", "finetune"]
+    assert total_flops(forecast(balanced)) < total_flops(forecast(load_recipe(own)))
+    with pytest.raises(ValueError, match=r"--preset fast: .*demo\.yaml compares runs"):
+        load_recipes(PAPER.parent / "demo.yaml", None, "fast")
+    with pytest.raises(ValueError, match="--preset fast does not go with --sweep"):
+        cli.plan(own, ["seed=1,2"], preset="fast", sweep=True)
+
+
 def test_page(paper, tmp_path):
     named = paper.model_copy(update={"name": "paper"})
     write_plan(tmp_path / "plan.html", named, at_peak(1e15, 0.4), 80e9)

@@ -29,6 +29,7 @@ Overrides = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option(help="folder of the run; runs/NAME if not given")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint")]
+Preset = Annotated[str | None, typer.Option(help="fast, balanced or quality: bridges and methods that were measured")]
 
 
 def _console() -> Console:
@@ -77,9 +78,7 @@ def train(
     overrides: Overrides = None,
     out: Out = None,
     resume: Resume = False,
-    preset: Annotated[
-        str | None, typer.Option(help="fast, balanced or quality: bridges and methods that were measured")
-    ] = None,
+    preset: Preset = None,
 ) -> None:
     """Train a VLM by the stages of a recipe."""
     from sparsight.config import load_recipe
@@ -121,6 +120,7 @@ def watch(run: Annotated[Path, typer.Argument(help="folder of a run, such as run
 def plan(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe")],
     overrides: Overrides = None,
+    preset: Preset = None,
     device: Annotated[str | None, typer.Option(help="such as H100; this computer if it was measured")] = None,
     mfu: Annotated[float | None, typer.Option(help="share of the device's peak; 0.4 if not given")] = None,
     memory: Annotated[str | None, typer.Option(help="such as 80GB: what fits; the device's if not given")] = None,
@@ -138,8 +138,10 @@ def plan(
     from sparsight.reporting import plan_page
 
     console = Console()
+    if sweep and preset is not None:
+        raise ValueError(f"--preset {preset} does not go with --sweep: give the values of one stage with KEY=A,B")
     found, refused = swept(recipe, overrides or []) if sweep else ([], [])
-    recipes = [found[0][1]] if found else load_recipes(recipe, overrides)
+    recipes = [found[0][1]] if found else load_recipes(recipe, overrides, preset)
     if calibrate:
         from sparsight.pipeline import calibrate_recipe
 

@@ -540,11 +540,13 @@ def load_comparison(path: str | Path, overrides: list[str] | None = None) -> Com
         raise ValueError(f"{path}: {readable(error)}") from None
 
 
-def load_recipes(path: str | Path, overrides: list[str] | None = None) -> list[Recipe]:
-    """The recipe of a YAML file, or those of a comparison; overrides and errors as in `load_recipe`."""
-    if "runs" in _read_yaml(Path(path), None):
-        return load_comparison(path, overrides).recipes()
-    return [load_recipe(path, overrides)]
+def load_recipes(path: str | Path, overrides: list[str] | None = None, preset: str | None = None) -> list[Recipe]:
+    """The recipe of a YAML file, or those of a comparison; arguments and errors as in `load_recipe`."""
+    if "runs" not in _read_yaml(Path(path), None):
+        return [load_recipe(path, overrides, preset)]
+    if preset is not None:
+        raise ValueError(f"--preset {preset}: {path} compares runs; a preset is for one recipe")
+    return load_comparison(path, overrides).recipes()
 
 
 def _read_yaml(file: Path, overrides: list[str] | None, preset: str | None = None) -> dict[str, Any]:
