@@ -38,9 +38,14 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
 
 
-def write_result(name: str, result: dict[str, Any], out: Path | None, console: Console) -> None:
-    """Write ``results/NAME-DATE.json``, with commit, versions and hardware."""
+def result_file(name: str, out: Path | None = None) -> Path:
+    """``results/NAME-DATE.json``, if no other is wanted."""
     day = datetime.now(UTC).strftime("%Y-%m-%dT%H%M")
-    out = out or Path(__file__).parent / "results" / f"{name}-{day}.json"
+    return out or Path(__file__).parent / "results" / f"{name}-{day}.json"
+
+
+def write_result(name: str, result: dict[str, Any], out: Path | None, console: Console) -> None:
+    """Write a result's file, with commit, versions and hardware."""
+    out = result_file(name, out)
     out.write_text(json.dumps(result | {"env": environment()}, indent=1) + "\n", encoding="utf-8")
     console.print(f"wrote [bold]{out}[/]")

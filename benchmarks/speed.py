@@ -10,12 +10,15 @@ Peers run in the same step: transformers' LLaVA (with `use_cache=False`, to its 
 torchtune; random token dropping as in DeepSpeed's random-LTD.
 
     python benchmarks/speed.py [--device cuda] [--rounds 5] [--only GROUP ...] [--layers 2] [--batch 8] [--out FILE]
+
+The file is written group by group; groups that are in FILE already stay there, unless they are measured again.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib.util
+import json
 import os
 import shutil
 import statistics
@@ -27,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import device_name, now, timing_options, write_result
+from common import device_name, now, result_file, timing_options, write_result
 from peers import CLIP, build_llava, layer_dropout, random_ltd, wrapped
 from rich.console import Console
 from rich.progress import track
@@ -44,6 +47,7 @@ from sparsight.data.collate import Collator
 from sparsight.modeling.build import language_folder, scratch_tokenizer
 from sparsight.modeling.packed import attention_for_packed_rows
 from sparsight.modeling.short import attention
+from sparsight.reporting import environment
 from sparsight.sparse.attach import SparseHandle, attach
 from sparsight.training.stages import add_lora, select_trainable
 
@@ -419,7 +423,9 @@ def show(groups: list[dict[str, Any]], console: Console) -> None:
 def main() -> None:
     more = {"only": {"nargs": "+", "choices": list(GROUPS), "default": list(GROUPS)}}
     options, device = timing_options(__doc__, **more, layers={"type": int}, batch={"type": int})
-    console, groups = Console(), []
+    console, name = Console(), f"speed-{device.type}"
+    out = result_file(name, options.out)
+    groups = json.loads(out.read_text(encoding="utf-8"))["groups"] if out.is_file() else []
     torch.manual_seed(0)
     bench, cuda = Bench(device, options.layers, options.batch or 8), device.type == "cuda"
     for group in options.only:
@@ -432,11 +438,13 @@ def main() -> None:
             if cuda and options.batch is None and not own_batch:
                 bench.batch = largest_batch(bench, next(variant for variant in VARIANTS if variant.group == group))
             rows = measure(group, bench, options.rounds * (6 if group == "idle" else 1), console)
-        groups.append({"group": group, "trains": trains, "batch": None if own_batch else bench.batch, "rows": rows})
+        found = {"group": group, "trains": trains, "batch": None if own_batch else bench.batch, "rows": rows}
+        groups = [other for other in groups if (other["group"], other["batch"]) != (group, found["batch"])]
+        groups.append(found | {"rounds": options.rounds, "env": environment()})
+        result = {"device": device_name(device), "precision": "bf16", "text": TEXT, "groups": groups}
+        result |= {"parameters": bench.language.num_parameters(), "layers": bench.language.config.num_hidden_layers}
+        write_result(name, result, out, console)
     show(groups, console)
-    result = {"device": device_name(device), "precision": "bf16", "text": TEXT, "rounds": options.rounds}
-    result |= {"parameters": bench.language.num_parameters(), "layers": bench.language.config.num_hidden_layers}
-    write_result(f"speed-{device.type}", result | {"groups": groups}, options.out, console)
 
 
 if __name__ == "__main__":

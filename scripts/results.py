@@ -69,16 +69,16 @@ def speed_table(name: str, result: dict) -> str:
     hardware = result["env"]["hardware"]
     where = f"{hardware['cpu']}, {hardware['cores']} cores" if result["device"] == "cpu" else result["device"]
     lines = [
-        f"**{name}**: a training step ({where}; {result['precision']}; median of {result['rounds']} rounds and "
-        f"their range; `benchmarks/results/{result['file']}`). Reached: FLOPs over time, 1.0 where the clock "
-        "follows the FLOPs.",
+        f"**{name}**: a training step ({where}; {result['precision']}; median of the rounds and their range; "
+        f"`benchmarks/results/{result['file']}`). Reached: FLOPs over time, 1.0 where the clock follows the FLOPs.",
         "",
         "| | seconds | of the baseline's time | of its FLOPs | reached | baseline |",
         "|---|---|---|---|---|---|",
     ]
     for group in result["groups"]:
         batch = f", batch {group['batch']}" if group["batch"] else ""
-        lines.append(f"| **{group['group']}** ({group['trains']}{batch}) | | | | | |")
+        rounds = group.get("rounds", result.get("rounds"))
+        lines.append(f"| **{group['group']}** ({group['trains']}{batch}; {rounds} rounds) | | | | | |")
         for row in group["rows"]:
             if "left_out" in row:
                 lines.append(f"| {row['variant']} | left out: {row['left_out']} | | | | |")

@@ -1,0 +1,30 @@
+"""The speed benchmark runs, and counts what it should; how long a step takes is not a matter for tests."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparsight import assets
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.skipif(
+    assets.smollm2_folder() is None or assets.efficientnet_lite0_weights() is None, reason="`make assets` fetches them"
+)
+def test_groups_go_into_one_file_and_flops_are_those_of_the_ways(tmp_path: Path) -> None:
+    out = tmp_path / "speed.json"
+    for group in ("methods", "idle"):
+        sizes = ["--layers", "2", "--batch", "1", "--rounds", "1", "--only", group, "--out", str(out)]
+        subprocess.run([sys.executable, ROOT / "benchmarks/speed.py", *sizes], check=True, cwd=ROOT, timeout=300)
+    groups = {group["group"]: group["rows"] for group in json.loads(out.read_text())["groups"]}
+    assert list(groups) == ["methods", "idle"]
+    ratios = {row["variant"]: row["flops_ratio"] for rows in groups.values() for row in rows}
+    assert ratios["dense"] == ratios["attached, idle"] == 1
+    assert ratios["half of the layers, 0.25 of the tokens"] < ratios["keep 0.25 of the tokens"] < 0.6
+    assert ratios["half of the layers off"] < ratios["a fifth of the layers off"] == 1  # of two layers none is a fifth
