@@ -178,6 +178,7 @@ def plan_table(name: str, result: dict) -> str:
     return "\n".join(lines)
 
 
+CORE = ("standard", "cos 32-32", "cos 32-336 settled", "cos 32-336 settled sts")
 # The papers' orderings: what is said, the row that should be ahead, the other one.
 ORDERINGS = (
     ("Several scales beat one at as many tokens (32)", "cos 32-32", "single 32-32"),
@@ -197,7 +198,8 @@ ORDERINGS = (
 def entries(result: dict, data: str = "scenes", split: int = 1) -> dict[str, list[dict]]:
     """Scored entries by row, a seed each, with the settings that were best on validation. ``split`` 5 is the one in
     which fine-tuning takes half; a row with a shorter fine-tuning says so."""
-    mine = [e for e in result["rows"] if e["data"] == data and (e["settings"]["late"] > 1) == (split > 1)]
+    tested = [entry for entry in result["rows"] if entry["data"] == data and "test" in entry]
+    mine = [entry for entry in tested if (entry["settings"]["late"] > 1) == (split > 1)]
     named: dict[str, list[dict]] = {}
     for entry in sorted(mine, key=lambda entry: entry["seed"]):
         late = entry["settings"]["late"]
@@ -206,13 +208,14 @@ def entries(result: dict, data: str = "scenes", split: int = 1) -> dict[str, lis
     for row, each in named.items():
         tried = [entry for entry in each if "validation" in entry and entry["seed"] == 0] or each
         best = max(tried, key=lambda entry: fmean(entry["validation"]["scores"].values()))["settings"]
-        found[row] = [entry for entry in each if "test" in entry and entry["settings"] == best]
-    return {row: seeds for row, seeds in found.items() if seeds}
+        found[row] = [entry for entry in each if entry["settings"] == best]
+    return found
 
 
 def flops(entry: dict, early: bool = False) -> float:
-    """Executed FLOPs of a run, or of its stages before fine-tuning."""
-    return sum(stage["executed_flops"] for stage in entry["stages"][: -1 if early else None])
+    """Executed FLOPs of a run, or of its pre-training."""
+    late = ("settle", "finetune") if early else ()
+    return sum(stage["executed_flops"] for stage in entry["stages"] if stage["name"] not in late)
 
 
 def seconds(result: dict, entry: dict) -> float | None:
@@ -240,7 +243,7 @@ def quality_table(name: str, result: dict, data: str = "scenes", split: int = 1,
         "| row | tokens by stage | FLOPs | time | " + " | ".join(tasks) + " | mean | seeds |",
         "|---" * (len(tasks) + 6) + "|",
     ]
-    for row, seeds in rows.items():
+    for row, seeds in sorted(rows.items(), key=lambda pair: (pair[0] != "standard", flops(pair[1][0]))):
         tokens = ", ".join(str(stage["visual_tokens"]) for stage in seeds[0]["stages"])
         cost = f"{flops(seeds[0]) / flops(standard):.2f} ({flops(seeds[0], True) / flops(standard, True):.2f})"
         mine = seconds(result, seeds[0])
@@ -260,6 +263,31 @@ def grouped(seeds: list[dict]) -> tuple[list[list[float]], list[int], list[str]]
     points = [[*chain(*entry["test"]["points"].values())] for entry in seeds]
     pictures = seeds[0]["test"]["pictures"]
     return points, [*chain(*pictures.values())], [task for task, own in pictures.items() for _ in own]
+
+
+def margins_table(name: str, result: dict) -> str:
+    """Each task of the core rows against the standard row, by paired tests over common seeds."""
+    rows = entries(result)
+    standard = {entry["seed"]: entry for entry in rows.get("standard", [])}
+    tasks = list(rows["standard"][0]["test"]["scores"]) if standard else []
+    lines = [
+        f"Task by task against *standard* (`benchmarks/results/{result['file']}`): difference in points and its 95% "
+        "interval over pictures and seeds; bold where the score is below 99% of *standard*'s.",
+        "",
+        "| row | " + " | ".join(tasks) + " | seeds |",
+        "|---" * (len(tasks) + 2) + "|",
+    ]
+    for row in [row for row in rows if row in CORE and row != "standard"]:
+        pairs = [(entry, standard[entry["seed"]]) for entry in rows[row] if entry["seed"] in standard]
+        cells = []
+        for task in tasks:
+            ours, theirs = ([entry["test"]["points"][task] for entry in side] for side in zip(*pairs, strict=True))
+            test = paired_test(ours, theirs, pairs[0][0]["test"]["pictures"][task])
+            cell = f"{100 * test.difference:+.0f} ({100 * test.low:+.0f} to {100 * test.high:+.0f})"
+            below = fmean(chain(*ours)) < 0.99 * fmean(chain(*theirs))
+            cells.append(f"**{cell}**" if below else cell)
+        lines.append("| " + " | ".join([row, *cells, str(len(pairs))]) + " |")
+    return "\n".join(lines)
 
 
 def orderings_table(name: str, result: dict) -> str:
@@ -299,7 +327,6 @@ def newest(folder: Path) -> dict[str, dict]:
     return {name: json.loads(file.read_text(encoding="utf-8")) | {"file": file.name} for name, file in files.items()}
 
 
-CORE = ("standard", "cos 32-32", "cos 32-336 places", "cos 32-336 proportional", "cos 32-336 sts")
 core = partial(quality_table, only=CORE)
 Show = Callable[[str, dict], str]
 # Page -> results whose names begin so, and how they are shown.
@@ -310,6 +337,7 @@ PAGES: dict[str, list[tuple[str, Show]]] = {
         ("quality", quality_table),
         ("quality", partial(quality_table, split=5)),
         ("quality", partial(quality_table, data="easy-vqa")),
+        ("quality", margins_table),
         ("quality", orderings_table),
     ],
     "docs/speed.md": [("speed-", speed_table)],
