@@ -113,6 +113,12 @@ def test_a_folder_that_holds_a_run_is_not_written_to(tmp_path: Path, recipe: Cal
     assert {file: file.read_bytes() for file in (tmp_path / "r").rglob("*") if file.is_file()} == before
 
 
+def test_a_model_that_waits_to_be_scaled_is_told(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
+    console = quiet()
+    run(recipe(stages=[stage_values(samples=4, places_of="1:4,2:1,4:1")]), tmp_path / "run", console)
+    assert "places_of in the last stage: the model expects to be scaled to '1:4,2:1,4:1'" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_resume_with_another_recipe_names_the_keys(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
     stages = [stage_values(samples=4)]
     run(recipe(stages=stages), tmp_path / "r", quiet())
