@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsight.layouts import PRESETS, Layout, Scale, absorbs, window_bounds, window_order
+from sparsight.layouts import PRESETS, Layout, Scale, absorbs, window_bounds
 
 # Every row of the paper's table (Chain-of-Sight, Tables 1 to 5; methods.md 1.2).
 PAPER = {
@@ -162,18 +162,6 @@ def test_places_are_those_of_the_tokens_to_come():
     assert places[:16] == list(range(16))
     assert places[16:20] == [16 + 64 + 2 * 16 + column for column in (2, 6, 10, 14)]
     assert many.places(many) == list(range(336))
-    nested = few.places(many, nested=True)
-    assert [(place - 80) // 16 for place in nested[16:]] == list(range(16))  # each among its own sixteen
-    assert many.places(many, nested=True) == list(range(336))
-
-
-@given(st.integers(0, 4), st.integers(0, 2))
-def test_nested_windows_stand_where_their_parent_stood(coarse: int, finer: int) -> None:
-    grid, child = 2**coarse, 2 ** (coarse + finer)
-    parents, share = window_order(grid, nested=True), 2**finer
-    assert sorted(parents) == list(range(grid**2))
-    found = [window // child // share * grid + window % child // share for window in window_order(child, nested=True)]
-    assert found == [parent for parent in parents for _ in range(share**2)]
 
 
 @given(st.sampled_from(["1:16,4:1", "1:16,4:4", "1:16,2:4", "1:16"]), st.data())
@@ -187,8 +175,7 @@ def test_places_differ_and_keep_their_order(text: str, data) -> None:
         with pytest.raises(ValueError, match="nothing in layout"):
             layout.places(target)
         return
-    for places in (layout.places(target), layout.places(target, nested=True)):
-        assert len(set(places)) == layout.tokens and places[0] >= 0 and max(places) < target.tokens
-    assert layout.places(target) == sorted(layout.places(target))
+    places = layout.places(target)
+    assert places == sorted(set(places)) and places[0] >= 0 and places[-1] < target.tokens
     offspring = layout.offspring(target)
     assert len(offspring) == layout.tokens and sum(offspring) == pytest.approx(target.tokens)

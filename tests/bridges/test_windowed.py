@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sparsight.bridges import WindowedResampler, build_bridge
 from sparsight.bridges.windowed import cut_windows
 from sparsight.config import ChainOfSight, Resampler, bridge_settings
-from sparsight.layouts import Layout, Scale, window_order
+from sparsight.layouts import Layout, Scale
 
 
 def made(layout, widths=(24, 40), out_width=20, heads=2, width=16):
@@ -234,18 +234,6 @@ def test_fine_to_coarse_is_the_other_order():
     fine.load_state_dict(coarse.state_dict())
     levels = maps(4, 4, (24,))
     assert torch.equal(fine(levels), torch.cat([coarse(levels)[:, 3:], coarse(levels)[:, :3]], 1))
-
-
-def test_nested_windows_are_the_same_tokens_in_another_order():
-    settings = ChainOfSight("1:3,4:2", width=16, heads=2)
-    rows = build_bridge(settings, [8], 12)
-    nested = build_bridge(settings.model_copy(update={"windows": "nested"}), [8], 12)
-    nested.load_state_dict(rows.state_dict())
-    x = [torch.randn(2, 8, 8, 8)]
-    order = [3 + 2 * window + query for window in window_order(4, nested=True) for query in range(2)]
-    assert torch.equal(nested(x), rows(x)[:, [0, 1, 2, *order]])
-    maps = [bridge.attention_maps(x)[Scale(4, 2)] for bridge in (nested, rows)]
-    assert torch.equal(*maps)  # of pictures: row by row
 
 
 def test_shared_queries_tell_no_place():
