@@ -87,7 +87,6 @@ class Row:
 
 
 few, many, PLACES = cos("cos-32"), cos(FULL), {"places_of": FULL}
-nested = {"early": cos("cos-32", windows="nested"), "late": cos(FULL, windows="nested")}
 PROPORTIONAL = PLACES | {"proportional_attention": True}
 DOUBLE = {"image_size": 512}
 ROWS = {
@@ -98,7 +97,6 @@ ROWS = {
     "cos 32-336 half settled": Row(few, many, first=PLACES, settle=0.5, groups="scaling"),
     "cos 32-336 settled": Row(few, many, first=PLACES, settle=0.75, groups="core scaling"),
     "cos 32-336 settled sts": Row(few, many, first=PLACES, settle=0.75, last={"skipper": FALLING}, groups="core sts"),
-    "cos 32-336 settled, nested": Row(**nested, first=PLACES, settle=0.75, groups="scaling"),
     "cos 32-32": Row(few, groups="core scaling"),
     "linear": Row({"kind": "mlp"}, groups="bridge"),
     "standard, equal time": Row(single(336), share=0.2, groups="control"),

@@ -89,10 +89,6 @@ class _Windowed(_Bridge):
     def visual_tokens(self, map_size: tuple[int, int]) -> int:
         return self.scales.tokens
 
-    def places(self, target: Layout) -> list[int]:
-        """Where each token stands among those of the layout that it will be scaled to (`Layout.places`)."""
-        return self.scales.places(target)
-
 
 class Resampler(_Windowed):
     """The single-scale resampler: ``tokens`` queries that see the whole picture, i.e. the layout ``1:tokens``."""
@@ -112,15 +108,12 @@ class ChainOfSight(_Windowed):
         layout: scales such as ``"1:16,4:4"`` or a preset such as ``"cos-80"``.
         order: of the tokens; the paper's is coarse to fine, the other is its ablation.
         shared_queries: one set of queries for all windows of a scale (ablation), not a row for each token.
-        windows: of a scale come row by row, as in the port, or ``nested``: those that a window is scaled to stand
-            together, where it stood (ours).
     """
 
     kind: Literal["chain_of_sight"] = "chain_of_sight"
     layout: str = "1:16,4:4"
     order: Literal["coarse_to_fine", "fine_to_coarse"] = "coarse_to_fine"
     shared_queries: bool = False
-    windows: Literal["rows", "nested"] = "rows"
 
     def __init__(self, layout: str | Layout | None = None, /, **values: Any) -> None:
         if layout is not None:
@@ -135,9 +128,6 @@ class ChainOfSight(_Windowed):
     @property
     def scales(self) -> Layout:
         return Layout.parse(self.layout)
-
-    def places(self, target: Layout) -> list[int]:
-        return self.scales.places(target, self.windows == "nested")
 
 
 Bridge = Annotated[Linear | Mlp | PixelShuffle | Resampler | ChainOfSight, Field(discriminator="kind")]
@@ -375,7 +365,7 @@ class Stage(Settings):
                     f"stage '{self.name}': places_of '{self.places_of}' needs a resampler or chain_of_sight, and no "
                     f"packing; found {self.bridge.kind}, packing {self.packing}"
                 )
-            self.bridge.places(Layout.parse(self.places_of))
+            self.bridge.scales.places(Layout.parse(self.places_of))
         if self.proportional_attention and (self.places_of is None or self.compressor is not None):
             raise ValueError(
                 f"stage '{self.name}': proportional_attention needs places_of, and no compressor; found "

@@ -131,14 +131,11 @@ class Layout:
             born[scale] = max(coarser) if coarser else min(fits)
         return born
 
-    def places(self, target: Layout, nested: bool = False) -> list[int]:
+    def places(self, target: Layout) -> list[int]:
         """Where each of this layout's tokens stands among those of ``target``, which it will be scaled to (ours).
 
         A scale that stays keeps its own places; one that goes has those of the nearest scale that is born from it, in
         the window that holds the middle of its own.
-
-        Args:
-            nested: both layouts' windows are in that order (`window_order`).
 
         Raises:
             ValueError: ``target`` cannot be reached, or nothing in it is born from one of the scales.
@@ -148,17 +145,14 @@ class Layout:
             if scale in self.scales or born[scale] not in found:
                 found[born[scale]] = scale, first
             first += scale.tokens
-        places: list[int] = []
+        places = []
         for scale in self.scales:
             if scale not in found:
                 raise ValueError(f"nothing in layout '{target}' is born from scale {scale} of '{self}'")
             child, first = found[scale]
             middle = [(2 * window + 1) * child.grid // (2 * scale.grid) for window in range(scale.grid)]
-            rank = {window: place for place, window in enumerate(window_order(child.grid, nested))}
-            for window in window_order(scale.grid, nested):
-                row, column = divmod(window, scale.grid)
-                place = first + rank[middle[row] * child.grid + middle[column]] * scale.queries
-                places += range(place, place + scale.queries)
+            windows = [row * child.grid + column for row in middle for column in middle]
+            places += [first + window * scale.queries + query for window in windows for query in range(scale.queries)]
         return places
 
     def offspring(self, target: Layout) -> list[float]:
@@ -191,18 +185,6 @@ def window_bounds(side: int, grid: int) -> list[tuple[int, int]]:
         )
     cuts = [index * side // grid for index in range(grid + 1)]
     return list(pairwise(cuts))
-
-
-def window_order(grid: int, nested: bool = False) -> list[int]:
-    """The windows (row by row) in the order of their tokens: as they are, or ``nested``, along Morton's curve: then the
-    windows that a window is cut into stand next to each other, where it stood itself (ours)."""
-    cells = [(2 * row + 1) * 128 // grid for row in range(grid)]  # of 256 a side
-
-    def key(window: int) -> int:
-        row, column = (cells[place] for place in divmod(window, grid))
-        return sum(((row >> bit & 1) * 2 + (column >> bit & 1)) << 2 * bit for bit in range(8))
-
-    return sorted(range(grid**2), key=key) if nested else list(range(grid**2))
 
 
 def absorbs(queries: int, patches: int, head_width: int) -> bool:

@@ -84,9 +84,8 @@ def to_port(bridge: WindowedResampler, side: int, levels: Sequence[int]) -> dict
     settings = bridge.settings
     if any(side % scale.grid for scale in bridge.layout.scales):
         raise ValueError(f"the port has no windows of unequal size: layout '{bridge.layout}', a map of {side}x{side}")
-    theirs = {"shared_queries": False, "order": "coarse_to_fine", "windows": "rows"}
-    if other := {key: getattr(settings, key) for key in theirs if getattr(settings, key, theirs[key]) != theirs[key]}:
-        raise ValueError(f"the port has a query for each token, coarse to fine, row by row; found {other}")
+    if getattr(settings, "shared_queries", False) or getattr(settings, "order", "coarse_to_fine") != "coarse_to_fine":
+        raise ValueError("the port has a query for each token, and tokens from coarse to fine")
     if settings.heads != max(1, settings.width // 64):
         raise ValueError(f"the port's heads are 64 wide: expected {settings.width // 64} heads, found {settings.heads}")
     state = bridge.state_dict()

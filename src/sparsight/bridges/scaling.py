@@ -72,13 +72,7 @@ def scale_bridge(
         ValueError: a new scale has no source, or the bridges differ in more than layout and levels.
     """
     born = bridge.layout.lineage(target.layout, sources)
-    for key in (
-        "heads",
-        "depth",
-        "shared_queries",
-        "order",
-        "windows",
-    ):  # weights might fit, but would mean something else
+    for key in ("heads", "depth", "shared_queries", "order"):  # weights might fit, but would mean something else
         default = ChainOfSight.model_fields[key].default
         old, new = (getattr(part.settings, key, default) for part in (bridge, target))
         if old != new:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sparsight.bridges.base import check_levels
-from sparsight.layouts import Scale, absorbs, window_bounds, window_order
+from sparsight.layouts import Scale, absorbs, window_bounds
 
 
 def _spans(sides_B: torch.Tensor, longest: int, grid: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,8 +151,6 @@ class ScaleResampler(nn.Module):
         super().__init__()
         self.grid = scale.grid
         self.query_std = settings.query_std
-        nested = getattr(settings, "windows", "rows") == "nested"
-        self.order = window_order(scale.grid, nested) if nested else None
         windows = 1 if getattr(settings, "shared_queries", False) else scale.grid**2
         self.queries = nn.Parameter(torch.empty(windows, scale.queries, settings.width))
         self.blocks = nn.ModuleList(
@@ -182,8 +180,6 @@ class ScaleResampler(nn.Module):
                 q_BWQD = self._gradient_checkpointing_func(block, q_BWQD, x_BLMC, self.grid, sizes_B2)
             else:
                 q_BWQD = block(q_BWQD, x_BLMC, self.grid, sizes_B2)
-        if self.order is not None:
-            q_BWQD = q_BWQD[:, self.order]
         return q_BWQD.flatten(1, 2)
 
 

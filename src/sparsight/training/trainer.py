@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from sparsight.config import ChainOfSight, Recipe, Resampler, SceneData, Stage
+from sparsight.config import Recipe, SceneData, Stage
 from sparsight.cost import LanguageShape, Trains, step_flops
 from sparsight.cost.devices import peak_flops
 from sparsight.counting import default_device, device_name
@@ -394,10 +394,9 @@ def _bar(console: Console) -> Progress:
 def _collator(processor: SparsightProcessor, stage: Stage) -> Collator:
     length, places, weights = stage.batch_tokens or stage.pack_length, None, None
     if stage.places_of is not None:
-        target, bridge = Layout.parse(stage.places_of), stage.bridge
-        assert isinstance(bridge, Resampler | ChainOfSight)
-        places = bridge.places(target), target.tokens
-        weights = bridge.scales.offspring(target) if stage.proportional_attention else None
+        target, scales = Layout.parse(stage.places_of), stage.bridge.scales  # type: ignore[union-attr]
+        places = scales.places(target), target.tokens
+        weights = scales.offspring(target) if stage.proportional_attention else None
     pad = processor.tokenizer.pad_token_id
     return Collator(pad, stage.packing, length, processor.image_token_id, places, weights)
 
