@@ -35,7 +35,7 @@ SURFACE = {
     "train": ["recipe", "overrides", "--out", "--resume", "--preset"],
     "compare": ["runs", "--out"],
     "watch": ["run"],
-    "plan": ["recipe", "overrides", "--device", "--mfu", "--memory", "--sweep", "--calibrate", "--out"],
+    "plan": ["recipe", "overrides", "--preset", "--device", "--mfu", "--memory", "--sweep", "--calibrate", "--out"],
     "eval": ["checkpoint", "--items", "--split", "--data", "--images", "--metric"],
     "scale": ["checkpoint", "--out", "--layout", "--image-size", "--levels", "--source"],
     "inspect": ["checkpoint", "--image", "--out"],
