@@ -46,25 +46,7 @@ def table(name: str, result: dict) -> str:
     return "\n".join(lines)
 
 
-def sparse_table(name: str, result: dict) -> str:
-    """A training step's time with compressor and skipper, beside executed FLOPs."""
-    hardware, idle = result["env"]["hardware"], result["idle"]
-    where = f"{hardware['cpu']}, {hardware['cores']} cores" if result["device"] == "cpu" else result["device"]
-    lines = [
-        f"**{name}**: a training step of SmolLM2-135M behind 336 visual tokens, batch {result['batch']} ({where}; "
-        f"{result['precision']}; median of {result['rounds']} rounds; `benchmarks/results/{result['file']}`). "
-        f"Attached but idle, in {idle['pairs']} pairs of steps of one sample: {idle['ratio']:.3f} of the plain step.",
-        "",
-        "| | seconds | of the dense step's | executed FLOPs, of the dense step's |",
-        "|---|---|---|---|",
-    ]
-    for row in result["rows"]:
-        cells = (f"{row[key]:.2f}" for key in ("step_seconds", "step_ratio", "flops_ratio"))
-        lines.append(f"| {row['variant']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def speed_table(name: str, result: dict) -> str:
+def speed_table(name: str, result: dict, only: tuple[str, ...] = ()) -> str:
     """Training steps as shares of their baseline's, beside executed FLOPs."""
     hardware = result["env"]["hardware"]
     where = f"{hardware['cpu']}, {hardware['cores']} cores" if result["device"] == "cpu" else result["device"]
@@ -75,7 +57,7 @@ def speed_table(name: str, result: dict) -> str:
         "| | seconds | of the baseline's time | of its FLOPs | reached | baseline |",
         "|---|---|---|---|---|---|",
     ]
-    for group in result["groups"]:
+    for group in (group for group in result["groups"] if not only or group["group"] in only):
         batch = f", batch {group['batch']}" if group["batch"] else ""
         rounds = group.get("rounds", result.get("rounds"))
         lines.append(f"| **{group['group']}** ({group['trains']}{batch}; {rounds} rounds) | | | | | |")
@@ -328,6 +310,7 @@ def newest(folder: Path) -> dict[str, dict]:
 
 
 core = partial(quality_table, only=CORE)
+methods = partial(speed_table, only=("methods", "idle"))
 Show = Callable[[str, dict], str]
 # Page -> results whose names begin so, and how they are shown.
 PAGES: dict[str, list[tuple[str, Show]]] = {
@@ -344,8 +327,8 @@ PAGES: dict[str, list[tuple[str, Show]]] = {
     "docs/cost.md": [("plan", plan_table)],
     "docs/data.md": [("data-", data_table), ("shards", shards_table)],
     "docs/methods/chain-of-sight.md": [("quality", core), ("scenes-60min", table)],
-    "docs/methods/compressor.md": [("sparse-c", sparse_table), ("sparse-scenes", table)],
-    "docs/methods/skipper.md": [("sparse-c", sparse_table), ("sparse-scenes", table)],
+    "docs/methods/compressor.md": [("speed-", methods), ("sparse-scenes", table)],
+    "docs/methods/skipper.md": [("speed-", methods), ("sparse-scenes", table)],
     "docs/tutorials/choosing-a-layout.md": [("quality", quality_table)],
 }
 
