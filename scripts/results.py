@@ -277,7 +277,8 @@ def orderings_table(name: str, result: dict) -> str:
     rows: dict[str, dict[str, dict[int, dict]]] = {}  # row -> settings -> seed -> entry
     for entry in result["rows"]:
         if "test" in entry and entry["data"] == "scenes" and entry["settings"]["late"] == 1:
-            rows.setdefault(entry["row"], {}).setdefault(str(entry["settings"]), {})[entry["seed"]] = entry
+            settings = str(sorted((key, float(value)) for key, value in entry["settings"].items()))
+            rows.setdefault(entry["row"], {}).setdefault(settings, {})[entry["seed"]] = entry
     lines = [
         f"The papers' orderings in `benchmarks/results/{result['file']}`: difference of the mean score in points, 95% "
         "interval over pictures and seeds, p-value of the paired test. *Reproduced*: the interval is above zero; "
