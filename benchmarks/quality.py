@@ -97,6 +97,8 @@ ROWS = {
     "cos 32-336 half settled": Row(few, many, first=PLACES, settle=0.5, groups="scaling"),
     "cos 32-336 settled": Row(few, many, first=PLACES, settle=0.75, groups="core scaling"),
     "cos 32-336 settled sts": Row(few, many, first=PLACES, settle=0.75, last={"skipper": FALLING}, groups="core sts"),
+    "cos 32-336 settled alone": Row(few, many, settle=0.75, groups="scaling"),
+    "cos 32-288 kept": Row(few, cos("1:16,4:1,16:1"), settle=0.75, groups="scaling"),
     "cos 32-32": Row(few, groups="core scaling"),
     "linear": Row({"kind": "mlp"}, groups="bridge"),
     "standard, equal time": Row(single(336), share=0.2, groups="control"),
@@ -161,7 +163,8 @@ def recipe_of(row: Row, seed: int, settings: dict[str, Any], data: str = "scenes
         samples = round(row.settle * late / 32) * 32
         finetune["samples"] -= samples
         settle = {"name": "settle", "bridge": row.early, "samples": samples, "schedule": "constant_with_warmup"}
-        values["stages"].insert(-1, finetune | dict.fromkeys(row.last) | PROPORTIONAL | settle)
+        settle |= {"places_of": finetune["bridge"]["layout"], "proportional_attention": True}
+        values["stages"].insert(-1, finetune | dict.fromkeys(row.last) | settle)
     return Recipe.model_validate(values)
 
 
