@@ -98,7 +98,6 @@ ROWS = {
     "cos 32-336 settled": Row(few, many, first=PLACES, settle=0.75, groups="core scaling"),
     "cos 32-336 settled sts": Row(few, many, first=PLACES, settle=0.75, last={"skipper": FALLING}, groups="core sts"),
     "cos 32-336 settled alone": Row(few, many, settle=0.75, groups="scaling"),
-    "cos 32-288 kept": Row(few, cos("1:16,4:1,16:1"), settle=0.75, groups="scaling"),
     "cos 32-32": Row(few, groups="core scaling"),
     "linear": Row({"kind": "mlp"}, groups="bridge"),
     "standard, equal time": Row(single(336), share=0.2, groups="control"),

@@ -279,10 +279,17 @@ def orderings_table(name: str, result: dict) -> str:
         if "test" in entry and entry["data"] == "scenes" and entry["settings"]["late"] == 1:
             settings = str(sorted((key, float(value)) for key, value in entry["settings"].items()))
             rows.setdefault(entry["row"], {}).setdefault(settings, {})[entry["seed"]] = entry
+    means = [
+        [fmean(entry["test"]["scores"].values()) for entry in seeds.values()]
+        for tried in rows.values()
+        for seeds in tried.values()
+    ]
+    spread = max((max(each) - min(each) for each in means), default=0.0)
     lines = [
         f"The papers' orderings in `benchmarks/results/{result['file']}`: difference of the mean score in points, 95% "
         "interval over pictures and seeds, p-value of the paired test. *Reproduced*: the interval is above zero; "
-        "*contrary*: below; else *not seen at this scale*.",
+        "*contrary*: below; else *not seen at this scale*. Of one seed, the interval does not hold what another one "
+        f"would change: means of a row's seeds lie up to {100 * spread:.1f} points apart.",
         "",
         "| ordering | difference | p | seeds | |",
         "|---|---|---|---|---|",
