@@ -362,27 +362,33 @@ def work_through(options: argparse.Namespace, results: Results, console: Console
                 console.print(name, seed, settings, {task: round(100 * value) for task, value in shown.items()})
 
 
+def _work(stage: Stage) -> str:
+    """Equal for stages whose steps are the same work."""
+    return stage.model_dump_json(exclude={"name", "samples", "learning_rate", "schedule", "warmup", "checkpoints"})
+
+
 def clock(names: Sequence[str], results: Results, rounds: int, console: Console) -> None:
     """Seconds of a step of every stage of these rows, taking turns in this process, there and back; the first round is
-    left out. And each row's seconds in all, with what encoding its pictures takes."""
+    left out. And each row's seconds in all, with what encoding its pictures takes. Stages whose steps are the same work
+    are one."""
     recipes = {name: recipe_of(ROWS[name], 0, results.best("scenes", name, 1)) for name in names}
-    parts = [(name, stage) for name, recipe in recipes.items() for stage in recipe.stages]
-    found: dict[tuple[str, str], list[StageRun]] = {(name, stage.name): [] for name, stage in parts}
+    parts = {_work(stage): (name, stage) for name, recipe in recipes.items() for stage in recipe.stages}
+    found: dict[str, list[StageRun]] = {key: [] for key in parts}
     with tempfile.TemporaryDirectory() as folder:
         for turn in track(range(rounds + 1), "measuring", console=console):
-            for name, stage in parts[:: 1 if turn % 2 else -1]:
+            for key, (name, stage) in list(parts.items())[:: 1 if turn % 2 else -1]:
                 short = stage.model_copy(update={"samples": CLOCKED * 32, "checkpoints": 0})
                 data = recipes[name].data.model_copy(update={"scenes": PICTURES})
                 recipe = recipes[name].model_copy(update={"stages": (short,), "data": data})
                 out = Path(folder) / "run"
                 run(recipe, out, Console(quiet=True), cache_root=Path(folder) / "cache")
-                found[name, stage.name] += read_run(out).stages
+                found[key] += read_run(out).stages
                 shutil.rmtree(out)
     rows: list[dict[str, Any]] = []
     for name, recipe in recipes.items():
         row: dict[str, Any] = {"row": name, "stages": [], "seconds": 0.0}
         for stage in recipe.stages:
-            runs = found[name, stage.name][1:]
+            runs = found[_work(stage)][1:]
             times = [statistics.fmean(map(step_seconds, each.steps)) for each in runs]
             flops = statistics.fmean(step["flops"] for step in runs[0].steps)
             step: dict[str, Any] = {"seconds": statistics.median(times), "rounds": times, "flops": flops}
