@@ -172,8 +172,8 @@ ORDERINGS = (
     ("Local scaling beats global scaling (32 to 80, to 96)", "cos 32-80 local", "cos 32-96 global"),
     ("Scales born from others beat fresh ones (32 to 336)", "cos 32-336", "cos 32-336 fresh"),
     ("Coarse to fine beats fine to coarse (32)", "cos 32-32", "fine to coarse 32-32"),
-    ("A falling share of skipped layers beats a constant one", "cos 32-336 sts", "skipper constant"),
-    ("A falling share of skipped layers beats a rising one", "cos 32-336 sts", "skipper rising"),
+    ("A falling share of skipped layers beats a constant one", "skipper falling", "skipper constant"),
+    ("A falling share of skipped layers beats a rising one", "skipper falling", "skipper rising"),
 )
 
 
