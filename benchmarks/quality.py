@@ -331,6 +331,8 @@ def selected(wanted: Sequence[str]) -> list[str]:
 
 def work_through(options: argparse.Namespace, results: Results, console: Console) -> None:
     """Train and score what was asked for and is not there yet, until the minutes are over."""
+    if options.tune and options.seeds != [0]:
+        raise ValueError(f"--tune --seeds {options.seeds}: settings are picked with seed 0")
     end = time.monotonic() + 60 * options.minutes
     for seed in options.seeds:
         for name in selected(options.rows):

@@ -188,8 +188,10 @@ def entries(result: dict, data: str = "scenes", split: int = 1) -> dict[str, lis
         named.setdefault(entry["row"] + (f", {late:g} of fine-tuning" if late < 1 else ""), []).append(entry)
     found = {}
     for row, each in named.items():
-        tried = [entry for entry in each if "validation" in entry and entry["seed"] == 0] or each
-        best = max(tried, key=lambda entry: fmean(entry["validation"]["scores"].values()))["settings"]
+        tried = [entry for entry in each if "validation" in entry] or each[:1]
+        best = max(tried, key=lambda entry: fmean(entry.get("validation", entry["test"])["scores"].values()))[
+            "settings"
+        ]
         found[row] = [entry for entry in each if entry["settings"] == best]
     return found
 
@@ -262,7 +264,7 @@ def margins_table(name: str, result: dict) -> str:
     for row in [row for row in rows if row in CORE and row != "standard"]:
         pairs = [(entry, standard[entry["seed"]]) for entry in rows[row] if entry["seed"] in standard]
         cells = []
-        for task in tasks:
+        for task in tasks if pairs else ():
             ours, theirs = ([entry["test"]["points"][task] for entry in side] for side in zip(*pairs, strict=True))
             test = paired_test(ours, theirs, pairs[0][0]["test"]["pictures"][task])
             cell = f"{100 * test.difference:+.0f} ({100 * test.low:+.0f} to {100 * test.high:+.0f})"

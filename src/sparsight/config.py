@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -573,10 +574,11 @@ def _lay_over(values: dict[str, Any], name: str) -> None:
     if not isinstance(stages, list) or len(stages) < 2 or not all(isinstance(stage, dict) for stage in stages):
         raise ValueError(f"--preset {name}: expected a recipe of two stages or more: it scales between them")
     preset, last, settle = presets[name], stages[-1], None
-    samples = round(preset.get("settle", 0) * last.get("samples", 0))
-    if samples:
-        settle = last | {"name": "settle", "samples": samples, "schedule": "constant_with_warmup"}
-        last["samples"] -= samples
+    whole = last.get("samples")
+    # What is no number is told when the recipe is read; a copy of all of it, as overrides are written into it.
+    if isinstance(whole, int) and (samples := int(preset.get("settle", 0) * whole)):
+        settle = deepcopy(last) | {"name": "settle", "samples": samples, "schedule": "constant_with_warmup"}
+        last["samples"] = whole - samples
         stages.insert(-1, settle)
     kept: dict[str, Any] = {}
     for stage in stages:

@@ -276,7 +276,7 @@ def test_efficientnet_equals_the_published_implementation(side):
         for index, found in enumerate(raw):
             y = theirs._blocks[index](y)
             error = (found - y).abs().max()
-            assert error <= 2e-4, (index, error)  # measured 6e-5, of values up to 80
+            assert error <= 1e-4, (index, error)  # measured 6e-5, of values up to 80
     assert len(raw) == 16
 
 

@@ -48,11 +48,11 @@ def short_attention(
         seen = query.new_ones(length, length, dtype=torch.bool).tril()
     key, value = (repeat_kv(x, module.num_key_value_groups) for x in (key, value))
     scores_BHTT = (query * (kwargs.get("scaling") or query.shape[-1] ** -0.5)) @ key.transpose(2, 3)
-    added = seen.to(scores_BHTT.dtype)
+    added, dtype = seen, scores_BHTT.dtype
     if seen.dtype == torch.bool:
-        added = torch.zeros_like(added).masked_fill(~seen, torch.finfo(added.dtype).min)
+        added = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
     # Not in fp32, as transformers' plain attention takes it: the kernel does so inside, and memory is what costs here.
-    weights_BHTT = F.dropout((scores_BHTT + added).softmax(-1), kwargs.get("dropout", 0.0))
+    weights_BHTT = F.dropout((scores_BHTT + added.to(dtype)).softmax(-1), kwargs.get("dropout", 0.0))
     return (weights_BHTT.to(value.dtype) @ value).transpose(1, 2).contiguous(), None
 
 
