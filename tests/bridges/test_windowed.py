@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from sparsight.bridges import WindowedResampler, build_bridge
 from sparsight.bridges.windowed import cut_windows
@@ -155,7 +156,8 @@ def test_queries_take_in_the_lower_level_first():
     bridge, (low, high) = made("1:2", (24, 24)), maps(4, 4, (24, 24))
     assert (bridge([low, high]) - bridge([high, low])).abs().max() > 0.1
     scale = bridge.scales["1"]
-    q = scale.blocks[1](scale.blocks[0](scale.queries[None], low, 1), high, 1)
+    low_n, high_n = (F.layer_norm(level, (24,)) for level in (low, high))
+    q = scale.blocks[1](scale.blocks[0](scale.queries[None], low_n, 1), high_n, 1)
     assert torch.equal(bridge([low, high]), bridge.proj(bridge.norm(q.flatten(1, 2))))
 
 
@@ -224,7 +226,7 @@ def test_depth_goes_over_the_levels_again():
     scale = bridge.scales["2"]
     q = scale.queries[None]
     for block, level in zip(scale.blocks, (low, high, low, high), strict=True):
-        q = block(q, level, 2)
+        q = block(q, F.layer_norm(level, level.shape[-1:]), 2)
     assert torch.equal(bridge([low, high]), bridge.proj(bridge.norm(q.flatten(1, 2))))
 
 
@@ -273,9 +275,11 @@ def test_attention_maps(sizes):
 @pytest.mark.parametrize("size", [(8, 8), (9, 7)], ids=str)
 def test_a_query_takes_the_values_where_it_looks(size):
     bridge = made("2:2", (24,), heads=1)
-    block, x = bridge.scales["2"].blocks[0], maps(*size, (24,))[0]
+    block, x = bridge.scales["2"].blocks[0], F.layer_norm(maps(*size, (24,))[0], (24,))
+    torch.nn.init.normal_(block.norm_context.weight), torch.nn.init.normal_(block.norm_context.bias)
     q = bridge.scales["2"].queries[None]
-    values = block.key_value(block.norm_context(x)).chunk(2, -1)[1].flatten(1, 2)
+    affine = x * block.norm_context.weight + block.norm_context.bias
+    values = block.key_value(affine).chunk(2, -1)[1].flatten(1, 2)
     taken = q + block.out(torch.einsum("bwqp,bpd->bwqd", block.look(q, x, 2, None), values))
     error = (block(q, x, 2) - (taken + block.mlp(block.norm_mlp(taken)))).abs().max()
     assert error <= 1e-5, error  # measured 1e-6

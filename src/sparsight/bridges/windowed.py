@@ -68,10 +68,19 @@ def cut_windows(
     return x_BLMD.flatten(0, 2).index_select(0, flat).unflatten(0, index_BWP.shape), valid_BWP
 
 
+def normalised(x_BLMC: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Each patch with mean 0 and variance 1, in the precision that ``weight`` is worked with."""
+    x_BLMC = F.layer_norm(x_BLMC, x_BLMC.shape[-1:])
+    device = x_BLMC.device.type
+    return x_BLMC.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype)
+
+
 class ResamplerBlock(nn.Module):
     """Pre-norm cross-attention of a window's queries to its patches, then an MLP; both residual.
 
-    q and kv without bias, output with bias, no attention among queries (Chain-of-Sight, port).
+    q and kv without bias, output with bias, no attention among queries (Chain-of-Sight, port). Patches come normalised
+    (`normalised`): the norm's weight and bias act through those of keys and values. So all scales share one map, and no
+    gradient has to go through it for their sake (ours).
     """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, context_width: int) -> None:
@@ -86,6 +95,11 @@ class ResamplerBlock(nn.Module):
         hidden = int(width * mlp_ratio)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
+    def _key_value(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight (2 D, C) and bias (2 D) that make keys and values of normalised patches."""
+        weight = self.key_value.weight
+        return weight * self.norm_context.weight, (weight * self.norm_context.bias).sum(-1)
+
     def attend(
         self, q_BWQD: torch.Tensor, x_BLMC: torch.Tensor, grid: int, sizes_B2: torch.Tensor | None
     ) -> torch.Tensor:
@@ -94,11 +108,13 @@ class ResamplerBlock(nn.Module):
         queries, patches = q_BWQD.shape[2], -(-height // grid) * -(-width // grid)
         if absorbs(queries, patches, self.query.out_features // self.heads):
             weights_BWAQP, x_BWPC = self._weights(q_BWQD, x_BLMC, grid, sizes_B2)
-            value_AKC = self.key_value.weight[self.query.out_features :].unflatten(0, (self.heads, -1))
+            value_DC, bias_D = (t[self.query.out_features :] for t in self._key_value())
+            value_AKC = value_DC.unflatten(0, (self.heads, -1))
             mixed_BWAQC = (weights_BWAQP.flatten(2, 3) @ x_BWPC).unflatten(2, (self.heads, queries))
-            return torch.einsum("bwaqc,akc->bwqak", mixed_BWAQC, value_AKC.to(mixed_BWAQC.dtype)).flatten(3)
+            mixed_BWQD = torch.einsum("bwaqc,akc->bwqak", mixed_BWAQC, value_AKC.to(mixed_BWAQC.dtype)).flatten(3)
+            return mixed_BWQD + bias_D.to(mixed_BWQD.dtype)  # weights sum to 1
         # Keys and values are made before the windows are cut: one product for the whole map.
-        kv_BWPD, valid_BWP = cut_windows(self.key_value(self.norm_context(x_BLMC)), grid, sizes_B2)
+        kv_BWPD, valid_BWP = cut_windows(F.linear(x_BLMC, *self._key_value()), grid, sizes_B2)
         h_BWQD = self.query(self.norm_query(q_BWQD)).expand(batch, grid * grid, -1, -1)
         q_XAQK, k_XAPK, v_XAPK = (
             t.flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (h_BWQD, *kv_BWPD.chunk(2, dim=-1))
@@ -110,11 +126,12 @@ class ResamplerBlock(nn.Module):
     def _weights(
         self, q_BWQD: torch.Tensor, x_BLMC: torch.Tensor, grid: int, sizes_B2: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention weights (B, W, A, Q, P) and the normalised patches (B, W, P, C), without making keys: a query goes
-        through the key's weights to the patches' width, q . (K x) = (K^T q) . x."""
-        x_BWPC, valid_BWP = cut_windows(self.norm_context(x_BLMC), grid, sizes_B2)
+        """Attention weights (B, W, A, Q, P) and the patches (B, W, P, C), without making keys: a query goes through the
+        key's weights to the patches' width, q . (K x + b) = (K^T q) . x + q . b, of which the last is the same for all
+        patches."""
+        x_BWPC, valid_BWP = cut_windows(x_BLMC, grid, sizes_B2)
         h_BWQAK = self.query(self.norm_query(q_BWQD)).unflatten(-1, (self.heads, -1))
-        key_AKC = self.key_value.weight[: self.query.out_features].unflatten(0, (self.heads, -1))
+        key_AKC = self._key_value()[0][: self.query.out_features].unflatten(0, (self.heads, -1))
         h_BWAQC = torch.einsum("bwqak,akc->bwaqc", h_BWQAK, key_AKC.to(h_BWQAK.dtype)) * h_BWQAK.shape[-1] ** -0.5
         x_BWPC = x_BWPC.to(h_BWAQC.dtype)
         scores_BWAQP = (h_BWAQC.flatten(2, 3) @ x_BWPC.transpose(2, 3)).unflatten(2, h_BWAQC.shape[2:4])
@@ -169,7 +186,8 @@ class ScaleResampler(nn.Module):
     def forward(
         self, levels_BLMC: Sequence[torch.Tensor], sizes_B2: torch.Tensor | None = None, look: bool = False
     ) -> torch.Tensor:
-        """Tokens (B, W*Q, D); with ``look``, where the last block's queries look instead, (B, W*Q, L, M)."""
+        """Tokens (B, W*Q, D) of normalised levels; with ``look``, where the last block's queries look instead,
+        (B, W*Q, L, M)."""
         q_BWQD = self.queries[None].expand(-1, self.grid**2, -1, -1)
         block: Any
         for number, block in enumerate(self.blocks):
@@ -225,7 +243,7 @@ class WindowedResampler(nn.Module):
                 module.reset_queries()
 
     def forward(self, levels_BLMC: Sequence[torch.Tensor], sizes_B2: torch.Tensor | None = None) -> torch.Tensor:
-        check_levels(levels_BLMC, self.level_widths)
+        levels_BLMC = self._normalised(levels_BLMC)
         scales = list(self.scales.values())
         if getattr(self.settings, "order", "coarse_to_fine") == "fine_to_coarse":
             scales.reverse()
@@ -233,11 +251,15 @@ class WindowedResampler(nn.Module):
         assert x_BND.shape[1] == self.layout.tokens
         return self.proj(self.norm(x_BND))
 
+    def _normalised(self, levels_BLMC: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        check_levels(levels_BLMC, self.level_widths)
+        return [normalised(x_BLMC, self.proj.weight) for x_BLMC in levels_BLMC]
+
     @torch.no_grad()
     def attention_maps(
         self, levels_BLMC: Sequence[torch.Tensor], sizes_B2: torch.Tensor | None = None
     ) -> dict[Scale, torch.Tensor]:
         """Where each query of each scale looks in the last level, (B, W*Q, L, M), summing to 1 over its window."""
-        check_levels(levels_BLMC, self.level_widths)
+        levels_BLMC = self._normalised(levels_BLMC)
         modules = zip(self.layout.scales, self.scales.values(), strict=True)
         return {scale: module(levels_BLMC, sizes_B2, look=True) for scale, module in modules}

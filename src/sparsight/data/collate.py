@@ -23,6 +23,7 @@ from sparsight.data.chat import TooLong, encode_conversation
 from sparsight.data.sources import Sample, Source
 
 TRIES = 50
+KEPT = 20_000  # rows whose tokens are kept for the next epoch: 100 MB with 576 visual tokens in each
 
 
 class BadSampleError(ValueError):
@@ -68,6 +69,7 @@ class TrainingSet(Dataset):
         self.drop_too_long = drop_too_long
         self.replace_bad = replace_bad
         self.seed = seed
+        self._kept: dict[int, tuple[dict[str, Any], Sequence[Any]]] = {}  # a row's text, and keys of its pictures
 
     @property
     def replaces(self) -> bool:
@@ -109,14 +111,21 @@ class TrainingSet(Dataset):
         Raises:
             BadSampleError: its conversation or a picture cannot be read or learnt from.
         """
-        sample = None
+        name = None
         try:
-            sample = self.source[row]
-            item = self._text(sample)
-            return item if text_alone else item | self._pictures(sample)
+            kept = self._kept.get(row)
+            if kept is None:
+                sample = self.source[row]
+                name = sample.id
+                kept = self._text(sample), sample.images
+                if len(self._kept) < KEPT:
+                    self._kept[row] = kept
+            item, images = kept
+            name = item["id"]
+            return item if text_alone else item | self._pictures(images)
         except (ValueError, OSError) as error:
-            bad = BadSampleError(f"sample '{sample.id}': {error}" if sample else str(error))
-            name = sample.id if sample else str(row)
+            bad = BadSampleError(f"sample '{name}': {error}" if name is not None else str(error))
+            name = str(row) if name is None else name
             bad.entry = {"row": row, "id": name, "reason": str(error), "dropped": isinstance(error, TooLong)}
             raise bad from None
 
@@ -134,12 +143,12 @@ class TrainingSet(Dataset):
             )
         return {"id": sample.id, "input_ids": encoded.input_ids, "labels": encoded.labels}
 
-    def _pictures(self, sample: Sample) -> dict[str, Any]:
+    def _pictures(self, keys: Sequence[Any]) -> dict[str, Any]:
         if self.cache is not None:  # also of no picture: a batch of text then runs the bridge like any other
-            return {"features": self.cache.read(sample.images)}
-        if not sample.images:
+            return {"features": self.cache.read(keys)}
+        if not keys:
             return {}
-        return {"pixels": dict(self.processor.pixels([self.source.picture(key) for key in sample.images]))}
+        return {"pixels": dict(self.processor.pixels([self.source.picture(key) for key in keys]))}
 
     def sizes(self, file: Path, progress: Callable[[int], None] = lambda done: None) -> np.ndarray:
         """Positions of each item, visual tokens included, and its images, (items, 2); no picture is read. Kept in
