@@ -65,6 +65,7 @@ QUARTER, FALLING = {"keep": 0.25, "method": "uniform"}, {"alpha": 0.6, "epsilon"
 # Learning rates before fine-tuning and in it; the first if not tuned. Its length is --late.
 GRID = [{"rate": rate, "late_rate": late} for rate, late in ((1e-3, 5e-4), (1e-3, 1e-3), (2e-3, 1e-3))]
 FULL = "1:16,2:16,16:1"  # the 336 that 32 reaches
+GLOBAL = "1:16,2:16,4:1"  # 32 and a coarse scale more: 96
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ class Row:
     """One pipeline. ``early`` holds for alignment and pre-training, ``late`` for fine-tuning.
 
     ``first``, ``last``: further keys of those stages. ``settle``: share of fine-tuning's samples that are seen before
-    scaling, by tokens that weigh as those to come. ``fresh``: new scales start anew. ``share``: of the steps of
-    pre-training. ``groups``: what it belongs to.
+    scaling, by tokens that weigh as those to come. ``fresh``: new scales start anew. ``share``: of the samples of every
+    stage. ``groups``: what it belongs to.
     """
 
     early: dict[str, Any]
@@ -87,6 +88,7 @@ class Row:
 
 
 few, many, PLACES = cos("cos-32"), cos(FULL), {"places_of": FULL}
+fewer = cos("1:8,4:1")
 PROPORTIONAL = PLACES | {"proportional_attention": True}
 DOUBLE = {"image_size": 512}
 ROWS = {
@@ -100,7 +102,7 @@ ROWS = {
     "cos 32-336 settled alone": Row(few, many, settle=0.75, groups="scaling"),
     "cos 32-32": Row(few, groups="core scaling"),
     "linear": Row({"kind": "mlp"}, groups="bridge"),
-    "standard, equal time": Row(single(336), share=0.2, groups="control"),
+    "standard, equal time": Row(single(336), share=0.23, groups="control"),
     "single 32-32": Row(single(32), groups="scales"),
     "single 80-80": Row(single(80), groups="scales"),
     "cos 80-80": Row(cos("cos-80"), groups="scales"),
@@ -108,7 +110,11 @@ ROWS = {
     "cos 336-336": Row(cos("cos-336"), groups="scales"),
     "cos 32-336 fresh": Row(few, many, fresh=True, groups="scaling"),
     "cos 32-80 local": Row(few, cos("1:16,8:1"), groups="scaling"),
-    "cos 32-96 global": Row(few, cos("1:16,2:16,4:1"), groups="scaling"),
+    "cos 32-96 global": Row(few, cos(GLOBAL), groups="core scaling"),
+    "cos 32-96 global sts": Row(few, cos(GLOBAL), last={"skipper": FALLING}, groups="core sts"),
+    "cos 32-96 settled": Row(few, cos(GLOBAL), first={"places_of": GLOBAL}, settle=0.75, groups="scaling"),
+    "cos 24-24": Row(fewer, groups="scaling"),
+    "cos 24-56 global": Row(fewer, cos("1:8,2:8,4:1"), groups="scaling"),
     "cos 32-528 double": Row(few, cos("1:16,4:16,16:1"), last=DOUBLE, groups="double"),
     "cos 48-784 double": Row(cos("cos-48"), cos("1:16,4:16,16:2"), last=DOUBLE, groups="double"),
     "fine to coarse 32-32": Row(cos("cos-32", order="fine_to_coarse"), groups="order"),
@@ -157,7 +163,8 @@ def recipe_of(row: Row, seed: int, settings: dict[str, Any], data: str = "scenes
     late = round(settings["late"] * finetune["samples"] / 32) * 32
     early[-1]["samples"] += finetune["samples"] - late
     finetune["samples"] = late
-    early[-1]["samples"] = round(row.share * early[-1]["samples"] / 32) * 32
+    for stage in values["stages"]:
+        stage["samples"] = round(row.share * stage["samples"] / 32) * 32
     if row.settle:
         samples = round(row.settle * late / 32) * 32
         finetune["samples"] -= samples
