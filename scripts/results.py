@@ -313,6 +313,55 @@ def orderings_table(name: str, result: dict) -> str:
     return "\n".join(lines)
 
 
+def trade_offs(result: dict) -> list[tuple[str, int, float, float, float, float]]:
+    """Of each row: name, seeds, FLOPs of *standard*'s, mean score with its interval in percent, and the worst task's
+    share of *standard*'s score in percent; over the seeds that both have."""
+    rows = entries(result)
+    standard = {entry["seed"]: entry for entry in rows["standard"]}
+    points = []
+    for row, seeds in rows.items():
+        pairs = [(entry["test"]["scores"], standard[entry["seed"]]["test"]["scores"]) for entry in seeds]
+        tasks = pairs[0][0]
+        shares = [fmean(ours[task] for ours, _ in pairs) / fmean(theirs[task] for _, theirs in pairs) for task in tasks]
+        total, cost = bootstrap(*grouped(seeds)), flops(seeds[0]) / flops(rows["standard"][0])
+        points.append((row, len(seeds), cost, 100 * total.mean, 100 * (total.high - total.low) / 2, 100 * min(shares)))
+    return sorted(points, key=lambda point: point[2])
+
+
+def draw(result: dict, file: Path) -> None:
+    """What rows cost against what they score, and against the task that pays most; the line joins rows that
+    nothing cheaper beats. Circles have several seeds, squares one."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams |= {"svg.hashsalt": "sparsight", "font.size": 9, "svg.fonttype": "none"}
+    points = [point for point in trade_offs(result) if point[0] != "cos 32-336 fresh"]
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), sharex=True, layout="constrained")
+    titles = {3: "mean of seven tasks, percent", 5: "the worst task, percent of standard's"}
+    for panel, (value, title) in zip(panels, titles.items(), strict=True):
+        edge = [point for place, point in enumerate(points) if all(point[value] > p[value] for p in points[:place])]
+        named = [point for point in points if point in edge or point[0] in CORE]
+        for point in points:
+            style = {"color": "#1f5fa8" if point in named else "#b5b5b5", "markersize": 5, "elinewidth": 0.8}
+            style |= {"fmt": "o" if point[1] > 1 else "s", "mfc": None if point[1] > 1 else "white"}
+            panel.errorbar(point[2], point[value], point[4] if value == 3 else None, **style)
+        panel.plot([point[2] for point in edge], [point[value] for point in edge], color="#1f5fa8", linewidth=0.8)
+        panel.set(xlabel="executed FLOPs of the whole training, share of standard's", title=title)
+        panel.grid(alpha=0.25)
+        panel.axvline(0.25, color="#888888", linestyle=":")
+        step, last = (panel.get_ylim()[1] - panel.get_ylim()[0]) / 22, -1.0
+        for row, _, cost, *rest in sorted(named, key=lambda point: point[value]):  # names beside, none over another
+            last = max(rest[value - 3], last + step)
+            line = {"arrowstyle": "-", "color": "#888888", "linewidth": 0.5}
+            text = (0.7 if row == "standard" else 0.36, last)
+            panel.annotate(row, (cost, rest[value - 3]), text, arrowprops=line, fontsize=7, va="center")
+    panels[1].axhline(99, color="#888888", linestyle=":")
+    figure.savefig(file, metadata={"Date": None})
+    pyplot.close(figure)
+
+
 def newest(folder: Path) -> dict[str, dict]:
     """The newest result of each name: NAME-DATE.json, DATE as in 2026-11-21 or 2026-11-21T0829."""
     files = {file.name[: file.name.index("-20")]: file for file in sorted(folder.glob("*-????-??-??*.json"))}
@@ -356,6 +405,7 @@ def main() -> None:
         before, rest = text.split(START)
         after = rest.split(END)[1]
         (ROOT / page).write_text(f"{before}{START}\n{render(page)}\n\n{END}{after}", encoding="utf-8")
+    draw(newest(ROOT / "benchmarks/results")["quality"], ROOT / "docs/quality.svg")
 
 
 if __name__ == "__main__":

@@ -177,10 +177,12 @@ def test_every_preset_is_in_the_docs_with_its_tokens(name: str) -> None:
     assert f"| `{name}` | `{PRESETS[name]}` | {Layout.parse(name).tokens} |" in text
 
 
-def test_pages_show_the_results_files() -> None:
+def test_pages_show_the_results_files(tmp_path: Path) -> None:
     sys.path.insert(0, str(ROOT / "scripts"))
     import results
 
     for page in results.PAGES:
         shown = (ROOT / page).read_text(encoding="utf-8").split(results.START)[1]
         assert shown.split(results.END)[0].strip() == results.render(page).strip(), "run: python scripts/results.py"
+    results.draw(results.newest(ROOT / "benchmarks/results")["quality"], tmp_path / "quality.svg")
+    assert (tmp_path / "quality.svg").read_text() == (ROOT / "docs/quality.svg").read_text(), "likewise"
