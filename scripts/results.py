@@ -6,6 +6,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 from sparsight.statistics import bootstrap, paired_test
 
@@ -160,6 +161,7 @@ def plan_table(name: str, result: dict) -> str:
     return "\n".join(lines)
 
 
+TASKS = ("caption", "existence", "count", "naming", "position", "text", "grounding")
 CORE = ("standard", "cos 32-32", "cos 32-336 settled", "cos 32-336 settled sts")
 # The papers' orderings: what is said, the row that should be ahead, the other one.
 ORDERINGS = (
@@ -313,19 +315,30 @@ def orderings_table(name: str, result: dict) -> str:
     return "\n".join(lines)
 
 
-def trade_offs(result: dict) -> list[tuple[str, int, float, float, float, float]]:
-    """Of each row: name, seeds, FLOPs of *standard*'s, mean score with its interval in percent, and the worst task's
-    share of *standard*'s score in percent; over the seeds that both have."""
+class TradeOff(NamedTuple):
+    """A row: FLOPs of *standard*'s, mean score and half its interval, and what share of *standard*'s score is left on the
+    task that pays most; the last three in percent."""
+
+    row: str
+    seeds: int
+    cost: float
+    mean: float
+    error: float
+    worst: float
+
+
+def trade_offs(result: dict) -> list[TradeOff]:
+    """Every row, cheapest first."""
     rows = entries(result)
-    standard = {entry["seed"]: entry for entry in rows["standard"]}
+    standard = {entry["seed"]: entry["test"]["scores"] for entry in rows["standard"]}
     points = []
     for row, seeds in rows.items():
-        pairs = [(entry["test"]["scores"], standard[entry["seed"]]["test"]["scores"]) for entry in seeds]
-        tasks = pairs[0][0]
-        shares = [fmean(ours[task] for ours, _ in pairs) / fmean(theirs[task] for _, theirs in pairs) for task in tasks]
+        pairs = [(entry["test"]["scores"], standard[entry["seed"]]) for entry in seeds if entry["seed"] in standard]
+        means = [(fmean(ours[task] for ours, _ in pairs), fmean(theirs[task] for _, theirs in pairs)) for task in TASKS]
         total, cost = bootstrap(*grouped(seeds)), flops(seeds[0]) / flops(rows["standard"][0])
-        points.append((row, len(seeds), cost, 100 * total.mean, 100 * (total.high - total.low) / 2, 100 * min(shares)))
-    return sorted(points, key=lambda point: point[2])
+        error, worst = (total.high - total.low) / 2, min(ours / theirs for ours, theirs in means)
+        points.append(TradeOff(row, len(seeds), cost, 100 * total.mean, 100 * error, 100 * worst))
+    return sorted(points, key=lambda point: point.cost)
 
 
 def draw(result: dict, file: Path) -> None:
@@ -337,26 +350,27 @@ def draw(result: dict, file: Path) -> None:
     from matplotlib import pyplot
 
     matplotlib.rcParams |= {"svg.hashsalt": "sparsight", "font.size": 9, "svg.fonttype": "none"}
-    points = [point for point in trade_offs(result) if point[0] != "cos 32-336 fresh"]
+    points = [point for point in trade_offs(result) if not point.row.endswith("fresh")]  # far below all others
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), sharex=True, layout="constrained")
-    titles = {3: "mean of seven tasks, percent", 5: "the worst task, percent of standard's"}
-    for panel, (value, title) in zip(panels, titles.items(), strict=True):
-        edge = [point for place, point in enumerate(points) if all(point[value] > p[value] for p in points[:place])]
-        named = [point for point in points if point in edge or point[0] in CORE]
-        for point in points:
-            style = {"color": "#1f5fa8" if point in named else "#b5b5b5", "markersize": 5, "elinewidth": 0.8}
-            style |= {"fmt": "o" if point[1] > 1 else "s", "mfc": None if point[1] > 1 else "white"}
-            panel.errorbar(point[2], point[value], point[4] if value == 3 else None, **style)
-        panel.plot([point[2] for point in edge], [point[value] for point in edge], color="#1f5fa8", linewidth=0.8)
+    titles = {"mean": "mean of seven tasks, percent", "worst": "the worst task, percent of standard's"}
+    for panel, (key, title) in zip(panels, titles.items(), strict=True):
+        heights = [getattr(point, key) for point in points]
+        edge = [place for place, height in enumerate(heights) if height > max(heights[:place], default=0)]
+        named = [place for place, point in enumerate(points) if place in edge or point.row in CORE]
+        for place, (point, height) in enumerate(zip(points, heights, strict=True)):
+            style: dict = {"color": "#1f5fa8" if place in named else "#b5b5b5", "markersize": 5, "elinewidth": 0.8}
+            style |= {"fmt": "o" if point.seeds > 1 else "s", "mfc": None if point.seeds > 1 else "white"}
+            panel.errorbar(point.cost, height, point.error if key == "mean" else None, **style)
+        panel.plot([points[place].cost for place in edge], [heights[place] for place in edge], "#1f5fa8", linewidth=0.8)
         panel.set(xlabel="executed FLOPs of the whole training, share of standard's", title=title)
         panel.grid(alpha=0.25)
         panel.axvline(0.25, color="#888888", linestyle=":")
         step, last = (panel.get_ylim()[1] - panel.get_ylim()[0]) / 22, -1.0
-        for row, _, cost, *rest in sorted(named, key=lambda point: point[value]):  # names beside, none over another
-            last = max(rest[value - 3], last + step)
+        for place in sorted(named, key=lambda place: heights[place]):  # names beside, none over another
+            point, last = points[place], max(heights[place], last + step)
             line = {"arrowstyle": "-", "color": "#888888", "linewidth": 0.5}
-            text = (0.7 if row == "standard" else 0.36, last)
-            panel.annotate(row, (cost, rest[value - 3]), text, arrowprops=line, fontsize=7, va="center")
+            text = (0.7 if point.row == "standard" else 0.36, last)
+            panel.annotate(point.row, (point.cost, heights[place]), text, arrowprops=line, fontsize=7, va="center")
     panels[1].axhline(99, color="#888888", linestyle=":")
     figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)
