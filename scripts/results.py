@@ -316,8 +316,8 @@ def orderings_table(name: str, result: dict) -> str:
 
 
 class TradeOff(NamedTuple):
-    """A row: FLOPs of *standard*'s, mean score and half its interval, and what share of *standard*'s score is left on the
-    task that pays most; the last three in percent."""
+    """A row: FLOPs of *standard*'s, mean score and half its interval, and on the task that pays most the share of
+    *standard*'s score; the last three in percent."""
 
     row: str
     seeds: int
