@@ -73,8 +73,8 @@ def _windowed(
 ) -> float:
     width, hidden = bridge.width, int(bridge.width * bridge.mlp_ratio)
     out = 2.0 * images * layout.tokens * width * out_width
-    linear = 0.0
-    queries = attention = frozen = last = 0.0
+    linear = keys = 0.0
+    queries = attention = absorbed = frozen = last = 0.0
     flows_back = trains.bridge or trains.vision
     again = trains.recompute and flows_back
     for scale in layout.scales:
@@ -95,18 +95,20 @@ def _windowed(
                 else:
                     queries += 2 * scale.tokens * width * level
                 linear += 2 * images * scale.tokens * width * level
-                attention += 4 * images * scale.tokens * bridge.heads * seen * level
+                absorbed += 4 * images * scale.tokens * bridge.heads * seen * level
                 if trains.vision and not (number or trains.bridge):
                     # Frozen queries: the scores pass a gradient back to the patches alone, one product less.
                     frozen += 2 * images * scale.tokens * bridge.heads * seen * level
             else:
-                linear += 2 * images * map_size[0] * map_size[1] * level * 2 * width
+                keys += 2 * images * map_size[0] * map_size[1] * level * 2 * width
                 attention += 4 * images * scale.tokens * seen * width
-    recomputed = linear + queries + attention - last if again else 0.0  # see `language_flops`
+    recomputed = linear + keys + queries + attention + absorbed - last if again else 0.0  # see `language_flops`
     return (
         (linear + out) * (1 + flows_back + trains.bridge)
+        + keys * (1 + trains.vision + trains.bridge)  # to a frozen encoder's map no gradient goes
         + queries * (3 if trains.bridge else 1)
         + attention * (3 if flows_back else 1)
+        + absorbed * (1 + flows_back + trains.vision)
         - frozen
         + recomputed
     )

@@ -73,13 +73,13 @@ def bridge_activations(
         width = sum(level_widths) * getattr(bridge, "factor", 1) ** 2
         tokens = bridge.visual_tokens(map_size)
         return images * tokens * ((4 + narrow) * width + narrow * out_width * (1 if bridge.kind == "linear" else 3))
-    kept = 0.0
+    kept = float(patches * sum(level_widths) * (4 + narrow))  # the maps, and normalised
     for scale in bridge.scales.scales:
         seen = -(-map_size[0] // scale.grid) * -(-map_size[1] // scale.grid)
         for level in list(level_widths) * bridge.depth:
-            kept += patches * level * (4 + narrow)
             if absorbs(scale.queries, seen, bridge.width // bridge.heads):
                 kept += scale.tokens * bridge.heads * (seen * (4 + narrow) + 2 * narrow * level)
+                kept += patches * level * narrow * (scale.grid > 1)  # cut into windows
             else:
                 kept += patches * 2 * bridge.width * narrow
             kept += scale.tokens * bridge.width * (8 + narrow * (4 + 2 * bridge.mlp_ratio))
