@@ -364,6 +364,7 @@ def draw(result: dict, file: Path) -> None:
         panel.plot([points[place].cost for place in edge], [heights[place] for place in edge], "#1f5fa8", linewidth=0.8)
         panel.set(xlabel="executed FLOPs of the whole training, share of standard's", title=title)
         panel.grid(alpha=0.25)
+        panel.margins(y=0.1)
         panel.axvline(0.25, color="#888888", linestyle=":")
         step, last = (panel.get_ylim()[1] - panel.get_ylim()[0]) / 22, -1.0
         for place in sorted(named, key=lambda place: heights[place]):  # names beside, none over another
