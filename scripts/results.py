@@ -161,7 +161,6 @@ def plan_table(name: str, result: dict) -> str:
     return "\n".join(lines)
 
 
-TASKS = ("caption", "existence", "count", "naming", "position", "text", "grounding")
 CORE = ("standard", "cos 24-24", "cos 24-24 sts", "cos 32-32", "cos 32-336 settled", "cos 32-336 settled sts")
 # The papers' orderings: what is said, the row that should be ahead, the other one.
 ORDERINGS = (
@@ -331,10 +330,10 @@ def trade_offs(result: dict) -> list[TradeOff]:
     """Every row, cheapest first."""
     rows = entries(result)
     standard = {entry["seed"]: entry["test"]["scores"] for entry in rows["standard"]}
-    points = []
+    tasks, points = list(rows["standard"][0]["test"]["scores"]), []
     for row, seeds in rows.items():
         pairs = [(entry["test"]["scores"], standard[entry["seed"]]) for entry in seeds if entry["seed"] in standard]
-        means = [(fmean(ours[task] for ours, _ in pairs), fmean(theirs[task] for _, theirs in pairs)) for task in TASKS]
+        means = [(fmean(ours[task] for ours, _ in pairs), fmean(theirs[task] for _, theirs in pairs)) for task in tasks]
         total, cost = bootstrap(*grouped(seeds)), flops(seeds[0]) / flops(rows["standard"][0])
         error, worst = (total.high - total.low) / 2, min(ours / theirs for ours, theirs in means)
         points.append(TradeOff(row, len(seeds), cost, 100 * total.mean, 100 * error, 100 * worst))

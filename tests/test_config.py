@@ -296,7 +296,10 @@ def test_presets_take_the_place_of_bridges_and_methods(tmp_path: Path, name: str
         assert settle[0].bridge.scales == early.bridge.scales and settle[0].learning_rate == late.learning_rate
         assert settle[0].samples == round(0.75 * stages[1]["samples"])
     assert sum(stage.samples for stage in (*settle, late)) == stages[1]["samples"]
-    assert early.bridge.scales.tokens in (24, 32, 80) and late.bridge.scales.tokens >= early.bridge.scales.tokens
+    assert (
+        early.bridge.scales.tokens == {"fast": 24, "balanced": 32, "quality": 80}[name]
+        and late.bridge.scales.tokens >= early.bridge.scales.tokens
+    )
     assert (early.bridge.width, early.bridge.heads, early.bridge.mlp_ratio) == (64, 2, 3)
     assert early.compressor is None and late.bridge.width == 64
     early.bridge.scales.lineage(late.bridge.scales)  # can be scaled

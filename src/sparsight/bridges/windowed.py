@@ -96,7 +96,7 @@ class ResamplerBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
     def _key_value(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight (2 D, C) and bias (2 D) that make keys and values of normalised patches."""
+        """Weight (F = 2 D, C) and bias (F) that make keys and values of normalised patches."""
         weight = self.key_value.weight
         return weight * self.norm_context.weight, (weight * self.norm_context.bias).sum(-1)
 
@@ -106,15 +106,16 @@ class ResamplerBlock(nn.Module):
         """Attention of each window's queries to its patches, (B, W, Q, D)."""
         batch, height, width = x_BLMC.shape[:3]
         queries, patches = q_BWQD.shape[2], -(-height // grid) * -(-width // grid)
+        weight_FC, bias_F = self._key_value()
         if absorbs(queries, patches, self.query.out_features // self.heads):
-            weights_BWAQP, x_BWPC = self._weights(q_BWQD, x_BLMC, grid, sizes_B2)
-            value_DC, bias_D = (t[self.query.out_features :] for t in self._key_value())
+            weights_BWAQP, x_BWPC = self._weights(q_BWQD, x_BLMC, grid, sizes_B2, weight_FC)
+            value_DC, bias_D = (t[self.query.out_features :] for t in (weight_FC, bias_F))
             value_AKC = value_DC.unflatten(0, (self.heads, -1))
             mixed_BWAQC = (weights_BWAQP.flatten(2, 3) @ x_BWPC).unflatten(2, (self.heads, queries))
             mixed_BWQD = torch.einsum("bwaqc,akc->bwqak", mixed_BWAQC, value_AKC.to(mixed_BWAQC.dtype)).flatten(3)
             return mixed_BWQD + bias_D.to(mixed_BWQD.dtype)  # weights sum to 1
         # Keys and values are made before the windows are cut: one product for the whole map.
-        kv_BWPD, valid_BWP = cut_windows(F.linear(x_BLMC, *self._key_value()), grid, sizes_B2)
+        kv_BWPD, valid_BWP = cut_windows(F.linear(x_BLMC, weight_FC, bias_F), grid, sizes_B2)
         h_BWQD = self.query(self.norm_query(q_BWQD)).expand(batch, grid * grid, -1, -1)
         q_XAQK, k_XAPK, v_XAPK = (
             t.flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (h_BWQD, *kv_BWPD.chunk(2, dim=-1))
@@ -124,14 +125,19 @@ class ResamplerBlock(nn.Module):
         return o_XAQK.transpose(1, 2).flatten(2).unflatten(0, (batch, -1))
 
     def _weights(
-        self, q_BWQD: torch.Tensor, x_BLMC: torch.Tensor, grid: int, sizes_B2: torch.Tensor | None
+        self,
+        q_BWQD: torch.Tensor,
+        x_BLMC: torch.Tensor,
+        grid: int,
+        sizes_B2: torch.Tensor | None,
+        weight_FC: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention weights (B, W, A, Q, P) and the patches (B, W, P, C), without making keys: a query goes through the
         key's weights to the patches' width, q . (K x + b) = (K^T q) . x + q . b, of which the last is the same for all
         patches."""
         x_BWPC, valid_BWP = cut_windows(x_BLMC, grid, sizes_B2)
         h_BWQAK = self.query(self.norm_query(q_BWQD)).unflatten(-1, (self.heads, -1))
-        key_AKC = self._key_value()[0][: self.query.out_features].unflatten(0, (self.heads, -1))
+        key_AKC = weight_FC[: self.query.out_features].unflatten(0, (self.heads, -1))
         h_BWAQC = torch.einsum("bwqak,akc->bwaqc", h_BWQAK, key_AKC.to(h_BWQAK.dtype)) * h_BWQAK.shape[-1] ** -0.5
         x_BWPC = x_BWPC.to(h_BWAQC.dtype)
         scores_BWAQP = (h_BWAQC.flatten(2, 3) @ x_BWPC.transpose(2, 3)).unflatten(2, h_BWAQC.shape[2:4])
@@ -149,7 +155,7 @@ class ResamplerBlock(nn.Module):
         self, q_BWQD: torch.Tensor, x_BLMC: torch.Tensor, grid: int, sizes_B2: torch.Tensor | None
     ) -> torch.Tensor:
         """Where each query looks: attention weights, mean over the heads, on the whole map, (B, W, Q, L*M)."""
-        weights_BWQP = self._weights(q_BWQD, x_BLMC, grid, sizes_B2)[0].mean(2)
+        weights_BWQP = self._weights(q_BWQD, x_BLMC, grid, sizes_B2, self._key_value()[0])[0].mean(2)
         batch, height, width = x_BLMC.shape[:3]
         if sizes_B2 is None:
             sizes_B2 = torch.tensor([[height, width]], device=x_BLMC.device)
