@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import ImageChops
 
 from sparsight import assets
-from sparsight.data import scenes
+from sparsight.data import drawing, scenes
 from sparsight.data.scenes import (
     SPLITS,
     TASKS,
@@ -150,7 +150,7 @@ def test_nothing_held_out_is_allowed() -> None:
 def test_only_the_boxes_are_drawn_on(config: SceneConfig) -> None:
     for index in range(40):
         scene = make_scene(replace(config, noise=0), "train", index)
-        changed = ImageChops.difference(scene.draw(), scenes.draw_ground(scene.ground, 256)).convert("L")
+        changed = ImageChops.difference(scene.draw(), drawing.draw_ground(scene.ground, 256)).convert("L")
         boxes = [t.box for t in scene.things] + ([scene.number_box] if scene.number_box else [])
         for box in boxes:
             x1, y1, x2, y2 = changed.crop(box).point(lambda v: 255 * (v > 6)).getbbox()
@@ -164,7 +164,7 @@ def test_only_the_boxes_are_drawn_on(config: SceneConfig) -> None:
 def test_boxes_keep_the_shape_of_the_cutout(config: SceneConfig) -> None:
     for index in range(50):
         for thing in make_scene(config, "train", index).things:
-            width, height = scenes._master(scenes._source(config.cutouts), thing.picture).size
+            width, height = drawing.whole_cutout(drawing.cutout_folder(config.cutouts), thing.picture).size
             x1, y1, x2, y2 = thing.box
             assert 47 <= max(x2 - x1, y2 - y1) <= 84
             assert (x2 - x1) / (y2 - y1) == pytest.approx(width / height, rel=0.1)
@@ -173,7 +173,7 @@ def test_boxes_keep_the_shape_of_the_cutout(config: SceneConfig) -> None:
 def test_every_kind_loads_and_differs(config: SceneConfig) -> None:
     names = scenes.kind_names(replace(config, kinds=14 if config.cutouts == "families" else 64))
     files = [file for name in names for split in scenes.SPLITS for file in scenes.pictures_of(config, name, split)]
-    drawn = {scenes._cutout(scenes._source(config.cutouts), file, 32, 32).tobytes() for file in files}
+    drawn = {drawing.cutout(drawing.cutout_folder(config.cutouts), file, 32, 32).tobytes() for file in files}
     assert len(set(names)) == (14 if config.cutouts == "families" else 64)
     assert len(drawn) == len(set(files))
 

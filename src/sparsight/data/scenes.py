@@ -1,6 +1,7 @@
 """Endless pictures with exact truth: named cut-outs on a grid, a printed number, and questions about them.
 
-Everything is a pure function of (config, split, seed, index); no global generator is touched. Source: ours.
+Everything is a pure function of (config, split, seed, index); no global generator is touched. What is drawn stands in
+`drawing`. Source: ours.
 Boxes are (x1, y1, x2, y2) in pixels, right and bottom exclusive. Cells count row by row from the top left.
 """
 
@@ -11,75 +12,32 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image
 
 from sparsight import assets
+from sparsight.data.drawing import (
+    CARDS,
+    PICTURES,
+    SHAPE_KINDS,
+    TRAITS,
+    Ground,
+    card_size,
+    cutout,
+    cutout_folder,
+    draw_card,
+    draw_ground,
+    whole_cutout,
+)
 
 Box = tuple[int, int, int, int]
-Colour = tuple[int, int, int]
 
 TASKS = ("caption", "existence", "count", "naming", "position", "text", "grounding")
 SPLITS = ("train", "validation", "test")
 # a third of the first turns are captions
 WEIGHTS: Mapping[str, float] = {**dict.fromkeys(TASKS, 1.0), "caption": 3.0}
-
-# name, file, group; the first 16, 24 and 32 look as different as can be, and groups are of like size there,
-# so that the name in an adversarial question does not tell the answer
-_EMOJI = """
-apple food 1f34e|dog animal 1f436|car machine 1f697|key machine 1f511|star nature 2b50|tree nature 1f333
-fish animal 1f41f|clock home 23f0|ball toy 26bd|hat wear 1f3a9|banana food 1f34c|phone home 1f4f1
-bicycle machine 1f6b2|crown wear 1f451|snowflake nature 2744-fe0f|guitar toy 1f3b8|frog animal 1f438
-rainbow nature 1f308|house home 1f3e0|umbrella wear 2602-fe0f|robot toy 1f916|grape food 1f347
-magnet machine 1f9f2|shirt wear 1f455|piano toy 1f3b9|cake food 1f382|penguin animal 1f427|balloon toy 1f388
-heart toy 2764-fe0f|book home 1f4d5|butterfly animal 1f98b|camera home 1f4f7|gift toy 1f381|pizza food 1f355
-panda animal 1f43c|rocket machine 1f680|anchor machine 2693|carrot food 1f955|elephant animal 1f418
-train machine 1f682|mushroom nature 1f344|cactus nature 1f335|crab animal 1f980|dice toy 1f3b2
-diamond wear 1f48e|moon nature 1f319|boat machine 26f5|hammer machine 1f528|cow animal 1f42e|glove wear 1f9e4
-burger food 1f354|drum toy 1f941|bus machine 1f68c|snail animal 1f40c|flower nature 1f33b|trophy toy 1f3c6
-globe nature 1f30d|pumpkin food 1f383|lion animal 1f981|ladder machine 1fa9c|plane machine 2708-fe0f
-watermelon food 1f349|tent home 26fa|fire nature 1f525
-"""
-# families: several pictures of each kind, so that some can be held out
-_FAMILIES = """
-book print 1f4d5 1f4d9 1f4d3 1f4d4 1f4d2 1f4d7 1f4d8|heart sign 2764-fe0f 1f49b 1f49c 1f90e 1f5a4 1f49a 1f499 1f9e1
-clock round 1f550 1f553 1f556 1f559 1f55c 1f55f 1f562 1f565|cat body 1f63a 1f63b 1f63c 1f640 1f638 1f63e 1f63d 1f639
-car ride 1f697 1f693 1f698 1f694 1f695 1f699|ball round 26bd 1f3c0 1f3c8 1f94e 26be 1f3c9 1f3be 1f3d0
-flower plant 1f338 1f33b 1f337 1f339 1f33a 1f33c|hand body 1f44b 1f44d 1f590-fe0f 1f44a 1f44e 1f91a 270a 270b
-arrow sign 2b06-fe0f 2198-fe0f 2b05-fe0f 2197-fe0f 27a1-fe0f 2b07-fe0f|mail print 1f4e7 1f4e8 2709-fe0f 1f4e9
-moon round 1f311 1f312 1f314 1f316 1f318 1f313 1f317|face body 1f603 1f604 1f601 1f606 1f642 1f609 1f60a 1f600
-tree plant 1f334 1f384 1f333 1f332|train ride 1f686 1f684 1f685 1f69d 1f68a 1f687
-"""
-
-
-def _table(text: str) -> tuple[dict[str, tuple[str, ...]], dict[str, frozenset[str]]]:
-    """Pictures and group by name."""
-    rows = [entry.split() for entry in text.strip().replace("\n", "|").split("|")]
-    return {row[0]: tuple(row[2:]) for row in rows}, {row[0]: frozenset({row[1]}) for row in rows}
-
-
-_COLOURS: dict[str, Colour] = {
-    "red": (222, 38, 44),
-    "blue": (38, 92, 226),
-    "yellow": (255, 214, 10),
-    "green": (34, 150, 60),
-    "purple": (126, 44, 178),
-    "orange": (255, 134, 12),
-    "pink": (255, 142, 196),
-    "brown": (124, 74, 34),
-}
-_SHAPES = ("circle", "star", "square", "heart", "triangle", "cross", "ring", "moon")
-# each block of eight shows every colour and every shape once
-_SHAPE_KINDS = tuple(f"{c} {_SHAPES[(i + 3 * b) % 8]}" for b in range(8) for i, c in enumerate(_COLOURS))
-
-# kind -> names of its pictures, and what a kind has in common with others: a group, or its colour and its shape
-_PICTURES: dict[str, dict[str, tuple[str, ...]]] = {"shapes": {name: (name,) for name in _SHAPE_KINDS}}
-_TRAITS = {"shapes": {name: frozenset(name.split(" ")) for name in _SHAPE_KINDS}}
-for _set, _text_of in (("emoji", _EMOJI), ("families", _FAMILIES)):
-    _PICTURES[_set], _TRAITS[_set] = _table(_text_of)
 
 _REPEAT = 0.35  # share of things that repeat a kind, so that counting is not always "1"
 _MAX_OF_A_KIND = 4
@@ -126,7 +84,7 @@ class SceneConfig:
         cell, most = 256 // self.grid if self.grid in (2, 3) else 0, self.grid**2
         low, high = self.thing_size if len(self.thing_size) == 2 else (0, 0)
         few, many = self.digits if len(self.digits) == 2 else (0, 0)
-        most_kinds = len(_PICTURES.get(self.cutouts, _SHAPE_KINDS))
+        most_kinds = len(PICTURES.get(self.cutouts, SHAPE_KINDS))
         rules: dict[str, tuple[bool, str]] = {
             "grid": (self.grid in (2, 3), "2 or 3"),
             "image_size": (self.image_size >= 32, "at least 32"),
@@ -140,11 +98,11 @@ class SceneConfig:
             "numbers": (0 <= self.numbers <= 1, "a probability"),
             "digits": (1 <= few <= many <= 4, "(fewest, most) with 1 <= fewest <= most <= 4"),
             "number_size": (
-                self.number_size >= 8 and max(_card_size(self.number_size, many)) <= cell,
+                self.number_size >= 8 and max(card_size(self.number_size, many)) <= cell,
                 f"at least 8, and {many} digits no wider than a cell of {cell} px",
             ),
             "noise": (0 <= self.noise <= 1, "a probability"),
-            "cutouts": (self.cutouts in ("auto", *_PICTURES), "auto, shapes, emoji or families"),
+            "cutouts": (self.cutouts in ("auto", *PICTURES), "auto, shapes, emoji or families"),
             "held_out": (0 <= self.held_out <= 0.5, "0 to 0.5"),
             "questions": (self.questions >= 1, "at least 1"),
         }
@@ -170,15 +128,6 @@ class Thing:
     cell: int
     box: Box
     picture: str
-
-
-@dataclass(frozen=True)
-class Ground:
-    """What lies behind the things: "plain", "gradient" or "noise" between two colours."""
-
-    kind: str
-    colours: tuple[Colour, Colour]
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -209,11 +158,11 @@ class Scene:
         picture = draw_ground(self.ground, self.image_size)
         for thing in self.things:
             x1, y1, x2, y2 = thing.box
-            cutout = _cutout(_source(self.config.cutouts), thing.picture, x2 - x1, y2 - y1)
-            picture.paste(cutout, (x1, y1), cutout)
+            drawn = cutout(cutout_folder(self.config.cutouts), thing.picture, x2 - x1, y2 - y1)
+            picture.paste(drawn, (x1, y1), drawn)
         if self.number is not None and self.number_box is not None:
             x1, y1, x2, y2 = self.number_box
-            card = _card(self.number, x2 - x1, y2 - y1, self.ground.seed % len(_CARDS))
+            card = draw_card(self.number, x2 - x1, y2 - y1, self.ground.seed % len(CARDS))
             picture.paste(card, (x1, y1), card)
         return picture
 
@@ -223,7 +172,7 @@ class Scene:
 
 def _pictures(config: SceneConfig) -> dict[str, tuple[str, ...]]:
     """The pictures of every kind. Looks for the emoji only where it must: this is asked many times a scene."""
-    return _PICTURES[config.resolved().cutouts if config.cutouts == "auto" else config.cutouts]
+    return PICTURES[config.resolved().cutouts if config.cutouts == "auto" else config.cutouts]
 
 
 def kind_names(config: SceneConfig) -> tuple[str, ...]:
@@ -292,7 +241,7 @@ def make_scene(config: SceneConfig, split: str, index: int, seed: int = 0) -> Sc
     free = [cell for cell in range(config.grid**2) if cell not in taken]
     cell = free[rng.integers(len(free))]
     scale = config.image_size / 256
-    size = _card_size(config.number_size, len(number))
+    size = card_size(config.number_size, len(number))
     box = _jitter(config, rng, cell, max(1, int(size[0] * scale)), max(1, int(size[1] * scale)))
     return Scene(config, split, seed, index, things, ground, number, cell, box)
 
@@ -331,7 +280,7 @@ def _thing(config: SceneConfig, rng: np.random.Generator, name: str, cell: int, 
     picture = pictures[rng.integers(len(pictures))] if len(pictures) > 1 else pictures[0]
     low, high = config.thing_size
     size = (low + (high - low) * int(rng.integers(_SIZES)) / (_SIZES - 1)) * config.image_size / 256
-    width, height = _master(_source(config.cutouts), picture).size
+    width, height = whole_cutout(cutout_folder(config.cutouts), picture).size
     scale = size / max(width, height)
     box = _jitter(config, rng, cell, max(1, int(width * scale)), max(1, int(height * scale)))
     return Thing(name, cell, box, picture)
@@ -343,122 +292,6 @@ def _make_ground(config: SceneConfig, rng: np.random.Generator) -> Ground:
     first, second = (tuple(int(v) for v in rng.integers(low, high, 3)) for _ in range(2))
     kind = "noise" if rng.random() < config.noise else ("plain", "gradient")[rng.integers(2)]
     return Ground(kind, (first, second), int(rng.integers(2**31)))  # type: ignore[arg-type]
-
-
-# --------------------------------------------------------------------------------------------------- drawing
-
-
-def draw_ground(ground: Ground, size: int) -> Image.Image:
-    """The ground alone, RGB, size x size."""
-    first, second = ground.colours
-    if ground.kind == "plain":
-        return Image.new("RGB", (size, size), first)
-    if ground.kind == "gradient":
-        corners = np.array([[first, second], [first, second]], dtype=np.uint8)
-        corners = corners if ground.seed % 2 else corners.transpose(1, 0, 2)
-        return Image.fromarray(corners).resize((size, size), Image.Resampling.BILINEAR)
-    rng = np.random.Generator(np.random.Philox(ground.seed))
-    mix = rng.random((7, 7, 1))
-    blobs = mix * np.array(first) + (1 - mix) * np.array(second)
-    smooth = Image.fromarray(blobs.astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
-    grain = rng.integers(-14, 15, (size, size, 1), dtype=np.int16)
-    return Image.fromarray(np.clip(np.asarray(smooth) + grain, 0, 255).astype(np.uint8))
-
-
-def _source(cutouts: str) -> Path | None:
-    """Folder of the emoji, or None for shapes. Part of the cache key: tests move it."""
-    return None if cutouts == "shapes" else assets.emoji_folder()
-
-
-@lru_cache(maxsize=256)
-def _master(folder: Path | None, picture: str) -> Image.Image:
-    """The cut-out at full size, RGBA, trimmed to what is visible."""
-    if folder is None:
-        colour, shape = picture.split(" ")
-        image = _draw_shape(colour, shape)
-    else:
-        with Image.open(folder / f"{picture}.webp") as file:
-            image = file.convert("RGBA")
-    visible = image.getchannel("A").point(lambda alpha: 255 * (alpha > 24))
-    return image.crop(visible.getbbox())
-
-
-@lru_cache(maxsize=1024)
-def _cutout(folder: Path | None, picture: str, width: int, height: int) -> Image.Image:
-    return _master(folder, picture).resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
-
-
-def _draw_shape(colour: str, shape: str, size: int = 256) -> Image.Image:
-    """One shape, RGBA, drawn at 4x for smooth edges; a white rim keeps it apart from any ground."""
-    s = 4 * size
-    mask = Image.new("L", (s, s), 0)
-    draw = ImageDraw.Draw(mask)
-
-    def dots(*points: tuple[float, float]) -> None:
-        draw.polygon([(x * s, y * s) for x, y in points], fill=255)
-
-    if shape in ("circle", "ring", "moon"):
-        draw.ellipse((0, 0, s - 1, s - 1), fill=255)
-        if shape == "ring":
-            draw.ellipse((0.27 * s, 0.27 * s, 0.73 * s, 0.73 * s), fill=0)
-        if shape == "moon":
-            draw.ellipse((0.3 * s, -0.12 * s, 1.18 * s, 0.76 * s), fill=0)
-    elif shape == "square":
-        dots((0.04, 0.04), (0.96, 0.04), (0.96, 0.96), (0.04, 0.96))
-    elif shape == "triangle":
-        dots((0.5, 0.06), (1, 0.94), (0, 0.94))
-    elif shape == "cross":
-        dots((0.34, 0), (0.66, 0), (0.66, 1), (0.34, 1))
-        dots((0, 0.34), (1, 0.34), (1, 0.66), (0, 0.66))
-    elif shape == "star":
-        turns = [(np.pi * i / 5, 0.5 if i % 2 == 0 else 0.21) for i in range(10)]
-        dots(*((0.5 + r * float(np.sin(t)), 0.52 - r * float(np.cos(t))) for t, r in turns))
-    elif shape == "heart":
-        t = np.linspace(0, 2 * np.pi, 200)
-        xs, ys = 16 * np.sin(t) ** 3, 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-        dots(*((0.5 + float(x) / 33, 0.46 - float(y) / 33) for x, y in zip(xs, ys, strict=True)))
-    mask = mask.resize((size, size), Image.Resampling.LANCZOS)
-    framed = Image.new("L", (size + 12, size + 12), 0)  # so that the rim follows the border too
-    framed.paste(mask, (6, 6))
-    inner = framed.filter(ImageFilter.MinFilter(11)).crop((6, 6, size + 6, size + 6))
-    shade = np.linspace(1.06, 0.84, size)[:, None, None]
-    body = np.clip(np.array(_COLOURS[colour]) * shade, 0, 255).repeat(size, axis=1).astype(np.uint8)
-    picture = Image.composite(Image.fromarray(body), Image.new("RGB", (size, size), "white"), inner)
-    picture.putalpha(mask)
-    return picture
-
-
-# card and digits: legible on any ground
-_CARDS: tuple[tuple[Colour, Colour], ...] = (
-    ((255, 255, 255), (24, 26, 32)),
-    ((255, 255, 255), (178, 24, 32)),
-    ((255, 255, 255), (18, 66, 160)),
-    ((28, 30, 38), (255, 255, 255)),
-    ((28, 30, 38), (255, 214, 60)),
-)
-
-
-def _card_size(font: int, digits: int) -> tuple[int, int]:
-    return round(font * (0.6 * digits + 0.4)), round(font * 1.2)
-
-
-@lru_cache(maxsize=32)
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
-@lru_cache(maxsize=512)
-def _card(number: str, width: int, height: int, style: int) -> Image.Image:
-    """A rounded card with the number on it, RGBA, width x height."""
-    paper, ink = _CARDS[style]
-    mask = Image.new("L", (4 * width, 4 * height), 0)
-    edge = (0, 0, 4 * width - 1, 4 * height - 1)
-    ImageDraw.Draw(mask).rounded_rectangle(edge, radius=0.7 * height, fill=255)
-    card = Image.new("RGBA", (width, height), (*paper, 255))
-    font = _font(max(4, round(height / 1.2)))
-    ImageDraw.Draw(card).text((width / 2, height / 2), number, fill=(*ink, 255), font=font, anchor="mm")
-    card.putalpha(mask.resize((width, height), Image.Resampling.LANCZOS))
-    return card
 
 
 # ------------------------------------------------------------------------------------------------- questions
@@ -495,7 +328,7 @@ def _existence(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn
     if rng.random() < 0.5:
         name, answer = _pick(rng, present), "yes"
     else:
-        alike = _TRAITS[scene.config.cutouts]
+        alike = TRAITS[scene.config.cutouts]
         traits = frozenset[str]().union(*(alike[n] for n in here))
         near = [n for n in absent if alike[n] & traits]
         name, answer = _pick(rng, near if near and rng.random() < 0.5 else absent), "no"

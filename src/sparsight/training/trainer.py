@@ -172,6 +172,12 @@ class SparsightTrainer(Trainer):
     ) -> None:
         self.stage, self.plan, self.counter, self.handle = stage, plan, counter, handle
         super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+
+    def track(self, record: dict[str, float]) -> None:
+        """To the trackers alone: `Trainer.log` would keep every step's record in every checkpoint."""
+        self.callback_handler.on_log(self.args, self.state, self.control, record)
 
     def get_train_dataloader(self) -> DataLoader:
         """This rank's micro-batches, as planned: nobody shuffles or shards after that."""
@@ -401,6 +407,15 @@ def _collator(processor: SparsightProcessor, stage: Stage) -> Collator:
     return Collator(pad, stage.packing, length, processor.image_token_id, places, weights)
 
 
+def _check_kernel(model: SparsightForConditionalGeneration, stage: Stage) -> None:
+    kernel = model.model.language_model.config._attn_implementation
+    if stage.proportional_attention and kernel not in ("sdpa", "eager"):
+        raise ValueError(
+            f"stage '{stage.name}': proportional_attention needs attn_implementation sdpa or eager in the language "
+            f"model, found '{kernel}'"
+        )
+
+
 def train_stage(
     model: SparsightForConditionalGeneration,
     processor: SparsightProcessor,
@@ -431,12 +446,7 @@ def train_stage(
         ValueError: a bad sample, or more of them than the recipe allows; or a loss that is not finite; or attention by
             a kernel that takes no weights of tokens.
     """
-    kernel = model.model.language_model.config._attn_implementation
-    if stage.proportional_attention and kernel not in ("sdpa", "eager"):
-        raise ValueError(
-            f"stage '{stage.name}': proportional_attention needs attn_implementation sdpa or eager in the language "
-            f"model, found '{kernel}'"
-        )
+    _check_kernel(model, stage)
     with process_state().main_process_first():
         checkpoint = last_checkpoint(folder) if resume and folder.is_dir() else None
     with _bar(console) as bar:
@@ -461,12 +471,7 @@ def train_stage(
             processing_class=processor,
             callbacks=[recorder] if handle is None else [SparsightCallback(handle), recorder],
         )
-        if recipe.report_to:  # not by Trainer.log, which would keep every step's record in every checkpoint
-            recorder.track = lambda record: trainer.callback_handler.on_log(
-                trainer.args, trainer.state, trainer.control, record
-            )
-        trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
+        recorder.track = trainer.track if recipe.report_to else None
         if resume:  # without a checkpoint, too: steps that are in the log, but not in the weights, do not count
             log.write("resume", stage=stage.name, step=began)
         try:
