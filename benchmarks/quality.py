@@ -74,7 +74,7 @@ class Row:
 
     ``first``, ``last``: further keys of those stages. ``settle``: share of fine-tuning's samples that are seen before
     scaling, by tokens that weigh as those to come. ``fresh``: new scales start anew. ``share``: of the samples of every
-    stage. ``groups``: what it belongs to.
+    stage. ``longer``: as many pre-trainings follow each other. ``groups``: what it belongs to.
     """
 
     early: dict[str, Any]
@@ -84,6 +84,7 @@ class Row:
     settle: float = 0.0
     fresh: bool = False
     share: float = 1.0
+    longer: int = 1
     groups: str = ""
 
 
@@ -103,10 +104,15 @@ ROWS = {
     "cos 32-32": Row(few, groups="core scaling"),
     "linear": Row({"kind": "mlp"}, groups="bridge"),
     "standard, equal time": Row(single(336), share=0.23, groups="control"),
+    "standard, longer": Row(single(336), longer=2, groups="control"),
+    "cos 24-24, longer": Row(fewer, longer=2, groups="control"),
     "single 32-32": Row(single(32), groups="scales"),
     "single 80-80": Row(single(80), groups="scales"),
     "cos 80-80": Row(cos("cos-80"), groups="scales"),
     "cos 80-336": Row(cos("cos-80"), cos("cos-336"), groups="scaling"),
+    "cos 80-336 settled": Row(
+        cos("cos-80"), cos("cos-336"), first={"places_of": "cos-336"}, settle=0.75, groups="scaling"
+    ),
     "cos 336-336": Row(cos("cos-336"), groups="scales"),
     "cos 32-336 fresh": Row(few, many, fresh=True, groups="scaling"),
     "cos 32-80 local": Row(few, cos("1:16,8:1"), groups="scaling"),
@@ -166,6 +172,8 @@ def recipe_of(row: Row, seed: int, settings: dict[str, Any], data: str = "scenes
     finetune["samples"] = late
     for stage in values["stages"]:
         stage["samples"] = round(row.share * stage["samples"] / 32) * 32
+    for number in range(2, row.longer + 1):
+        values["stages"].insert(-1, early[-1] | {"name": f"pretrain-{number}"})
     if row.settle:
         samples = round(row.settle * late / 32) * 32
         finetune["samples"] -= samples

@@ -142,11 +142,7 @@ def build(
     _check_logits(lm, model)
     if getattr(lm, "generation_config", None) is not None:
         model.generation_config = lm.generation_config
-    set_image_size(image_processor, image_size, resize)
-    processor = SparsightProcessor(
-        image_processor, tokenizer, chat_template=tokenizer.chat_template, num_image_tokens=config.num_image_tokens
-    )
-    return model.eval(), processor
+    return model.eval(), _processor(image_processor, tokenizer, config.num_image_tokens, image_size, resize)
 
 
 @torch.no_grad()
@@ -301,8 +297,14 @@ def build_processor(
     level = probe(encoder, side, vision_levels)[0]
     tokenizer.chat_template = _template(tokenizer)
     _add_image_token(None, tokenizer)
-    set_image_size(image_processor, side, resize)
     tokens = bridge_settings(bridge).visual_tokens((level.shape[1], level.shape[2]))
+    return _processor(image_processor, tokenizer, tokens, side, resize)
+
+
+def _processor(
+    image_processor: Any, tokenizer: Any, tokens: int, image_size: int, resize: str | None
+) -> SparsightProcessor:
+    set_image_size(image_processor, image_size, resize)
     return SparsightProcessor(
         image_processor, tokenizer, chat_template=tokenizer.chat_template, num_image_tokens=tokens
     )
