@@ -60,8 +60,7 @@ def speed_table(name: str, result: dict, only: tuple[str, ...] = ()) -> str:
     ]
     for group in (group for group in result["groups"] if not only or group["group"] in only):
         batch = f", batch {group['batch']}" if group["batch"] else ""
-        rounds = group.get("rounds", result.get("rounds"))
-        lines.append(f"| **{group['group']}** ({group['trains']}{batch}; {rounds} rounds) | | | | | |")
+        lines.append(f"| **{group['group']}** ({group['trains']}{batch}; {group['rounds']} rounds) | | | | | |")
         for row in group["rows"]:
             if "left_out" in row:
                 lines.append(f"| {row['variant']} | left out: {row['left_out']} | | | | |")
