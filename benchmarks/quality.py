@@ -64,6 +64,8 @@ def single(tokens: int) -> dict[str, Any]:
 QUARTER, FALLING = {"keep": 0.25, "method": "uniform"}, {"alpha": 0.6, "epsilon": 0.3}
 # Learning rates before fine-tuning and in it; the first if not tuned. Its length is --late.
 GRID = [{"rate": rate, "late_rate": late} for rate, late in ((1e-3, 5e-4), (1e-3, 1e-3), (2e-3, 1e-3))]
+# Up to six things in nine cells, and smaller numbers of three or four digits: `--data details`.
+DETAILS = {"grid": 3, "max_things": 6, "digits": [3, 4], "number_size": 30}
 FULL = "1:16,2:16,16:1"  # the 336 that 32 reaches
 GLOBAL = "1:16,2:16,4:1"  # 32 and a coarse scale more: 96
 
@@ -149,8 +151,11 @@ ROWS = {
 
 def shared(data: str) -> dict[str, Any]:
     """What all rows on these data have in common."""
-    name = {"scenes": "quality.yaml", "easy-vqa": "quality-easy-vqa.yaml"}[data]
-    return yaml.safe_load((HERE / name).read_text(encoding="utf-8"))
+    name = "quality-easy-vqa.yaml" if data == "easy-vqa" else "quality.yaml"
+    values = yaml.safe_load((HERE / name).read_text(encoding="utf-8"))
+    if data == "details":
+        values["data"] |= DETAILS
+    return values
 
 
 def recipe_of(row: Row, seed: int, settings: dict[str, Any], data: str = "scenes") -> Recipe:
@@ -427,7 +432,7 @@ def main() -> None:
     parser.add_argument(
         "--late", type=float, default=1.0, help="length of fine-tuning, of the shared recipe's; 5 is the second split"
     )
-    parser.add_argument("--data", choices=["scenes", "easy-vqa"], default="scenes")
+    parser.add_argument("--data", choices=["scenes", "details", "easy-vqa"], default="scenes")
     parser.add_argument("--tune", action="store_true", help="try the grid on the validation split")
     parser.add_argument("--minutes", type=float, default=1e9, help="start nothing new after these")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"))
