@@ -124,6 +124,9 @@ ROWS = {
     "cos 24-24": Row(fewer, groups="core scaling"),
     "cos 24-24 sts": Row(fewer, last={"skipper": FALLING}, groups="core sts"),
     "cos 24-56 global": Row(fewer, cos("1:8,2:8,4:1"), groups="scaling"),
+    "cos 24-296 settled": Row(
+        fewer, cos("1:8,2:8,16:1"), first={"places_of": "1:8,2:8,16:1"}, settle=0.75, groups="scaling"
+    ),
     "cos 32-528 double": Row(few, cos("1:16,4:16,16:1"), last=DOUBLE, groups="double"),
     "cos 48-784 double": Row(cos("cos-48"), cos("1:16,4:16,16:2"), last=DOUBLE, groups="double"),
     "fine to coarse 32-32": Row(cos("cos-32", order="fine_to_coarse"), groups="order"),

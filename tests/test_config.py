@@ -291,15 +291,14 @@ def test_presets_take_the_place_of_bridges_and_methods(tmp_path: Path, name: str
     file.write_text(yaml.safe_dump(recipe_values(tmp_path, stages=stages) | {"vision": "x"}))
     recipe = load_recipe(file, ["stages.a.bridge.mlp_ratio=3"], name)
     early, *settle, late = recipe.stages
-    if name != "fast":  # most of the last stage's samples come before scaling
+    if name == "balanced":  # most of the last stage's samples come before scaling
         assert [stage.name for stage in settle] == ["settle"] and settle[0].proportional_attention
         assert settle[0].bridge.scales == early.bridge.scales and settle[0].learning_rate == late.learning_rate
         assert settle[0].samples == round(0.75 * stages[1]["samples"])
     assert sum(stage.samples for stage in (*settle, late)) == stages[1]["samples"]
-    assert (
-        early.bridge.scales.tokens == {"fast": 24, "balanced": 32, "quality": 80}[name]
-        and late.bridge.scales.tokens >= early.bridge.scales.tokens
-    )
+    tokens = early.bridge.scales.tokens, late.bridge.scales.tokens
+    assert tokens == {"fast": (24, 24), "balanced": (32, 336), "quality": (32, 336)}[name]
+    assert (early.places_of is None) == (name == "fast") and late.places_of is None
     assert (early.bridge.width, early.bridge.heads, early.bridge.mlp_ratio) == (64, 2, 3)
     assert early.compressor is None and late.bridge.width == 64
     early.bridge.scales.lineage(late.bridge.scales)  # can be scaled
