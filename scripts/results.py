@@ -343,14 +343,14 @@ def trade_offs(result: dict) -> list[TradeOff]:
 
 def draw(result: dict, file: Path) -> None:
     """What rows cost against what they score, and against the task that pays most; the line joins rows that
-    nothing cheaper beats. Circles have several seeds, squares one."""
+    nothing cheaper beats. Circles have several seeds, squares one. Rows that are far off would squeeze the rest."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
     matplotlib.rcParams |= {"svg.hashsalt": "sparsight", "font.size": 9, "svg.fonttype": "none"}
-    points = [point for point in trade_offs(result) if not point.row.endswith(("fresh", "longer"))]  # far off
+    points = [point for point in trade_offs(result) if not point.row.endswith(("fresh", "longer", "equal time"))]
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), sharex=True, layout="constrained")
     titles = {"mean": "mean of seven tasks, percent", "worst": "the worst task, percent of standard's"}
     for panel, (key, title) in zip(panels, titles.items(), strict=True):
