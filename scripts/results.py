@@ -212,16 +212,16 @@ def seconds(result: dict, entry: dict) -> float | None:
 
 
 def quality_table(name: str, result: dict, data: str = "scenes", split: int = 1, only: tuple[str, ...] = ()) -> str:
-    """Rows of the quality benchmark: cost relative to the standard row (where it did not run, to the cheapest), and
-    scores by task, means over seeds."""
+    """Rows of the quality benchmark: cost relative to the standard row (where it did not run, to cos 24-24),
+    and scores by task, means over seeds."""
     rows, hardware = entries(result, data, split), result["env"]["hardware"]
     rows = {row: seeds for row, seeds in rows.items() if not only or row in only}
     which = data + (", fine-tuning half of *standard*'s time" if split > 1 else "")
     base = next((row for row in ("standard", "cos 24-24") if row in rows), None)
     if base is None:
         return f"**{name}**, {which}: not run yet"
-    (standard, *_), tasks = rows[base], list(rows[base][0]["test"]["scores"])
-    whole = seconds(result, standard)
+    (first, *_), tasks = rows[base], list(rows[base][0]["test"]["scores"])
+    whole = seconds(result, first)
     lines = [
         f"**{name}**, {which}: test scores in percent, means over seeds; cost relative to *{base}*, of pre-training "
         f"alone in brackets ({hardware['cpu']}, {hardware['cores']} cores; `benchmarks/results/{result['file']}`)",
@@ -231,7 +231,7 @@ def quality_table(name: str, result: dict, data: str = "scenes", split: int = 1,
     ]
     for row, seeds in sorted(rows.items(), key=lambda pair: (pair[0] != base, flops(pair[1][0]))):
         tokens = ", ".join(str(stage["visual_tokens"]) for stage in seeds[0]["stages"])
-        cost = f"{flops(seeds[0]) / flops(standard):.2f} ({flops(seeds[0], True) / flops(standard, True):.2f})"
+        cost = f"{flops(seeds[0]) / flops(first):.2f} ({flops(seeds[0], True) / flops(first, True):.2f})"
         mine = seconds(result, seeds[0])
         clock = f"{mine / whole:.2f}" if mine and whole else ""
         means = {task: fmean(entry["test"]["scores"][task] for entry in seeds) for task in tasks}
@@ -239,7 +239,7 @@ def quality_table(name: str, result: dict, data: str = "scenes", split: int = 1,
         mean = f"{100 * total.mean:.1f} ({100 * total.low:.1f} to {100 * total.high:.1f})"
         cells = [row, tokens, cost, clock, *(f"{100 * means[task]:.0f}" for task in tasks), mean, str(len(seeds))]
         lines.append("| " + " | ".join(cells) + " |")
-    control = standard["test"]["shuffled"]
+    control = first["test"]["shuffled"]
     cells = [f"*{base}*, shuffled pictures", "", "", "", *(f"{100 * control[task]:.0f}" for task in tasks), "", "1"]
     return "\n".join([*lines, "| " + " | ".join(cells) + " |"])
 

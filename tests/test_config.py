@@ -291,7 +291,8 @@ def test_presets_take_the_place_of_bridges_and_methods(tmp_path: Path, name: str
     file.write_text(yaml.safe_dump(recipe_values(tmp_path, stages=stages) | {"vision": "x"}))
     recipe = load_recipe(file, ["stages.a.bridge.mlp_ratio=3"], name)
     early, *settle, late = recipe.stages
-    if name == "balanced":  # most of the last stage's samples come before scaling
+    assert bool(settle) == (name == "balanced")
+    if settle:  # most of the last stage's samples come before scaling
         assert [stage.name for stage in settle] == ["settle"] and settle[0].proportional_attention
         assert settle[0].bridge.scales == early.bridge.scales and settle[0].learning_rate == late.learning_rate
         assert settle[0].samples == round(0.75 * stages[1]["samples"])

@@ -75,5 +75,7 @@ def test_every_row_is_a_recipe_on_the_same_samples(quality) -> None:
             early.scales.lineage(late.scales)
         assert set(row.groups.split()) and quality.selected([name]) == [name]
     assert len(seen) == 1
+    plain, busier = (quality.recipe_of(row, 0, quality.GRID[0] | {"late": 1}, data) for data in ("scenes", "details"))
+    assert busier == plain.model_copy(update={"data": busier.data}) and busier.data.grid > plain.data.grid
     with pytest.raises(ValueError, match="--rows .'nothing'"):
         quality.selected(["nothing"])

@@ -114,6 +114,7 @@ def whole_cutout(folder: Path | None, picture: str) -> Image.Image:
 
 @lru_cache(maxsize=1024)
 def cutout(folder: Path | None, picture: str, width: int, height: int) -> Image.Image:
+    """The cut-out, RGBA, width x height."""
     return whole_cutout(folder, picture).resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
 
 
@@ -168,6 +169,7 @@ CARDS: tuple[tuple[Colour, Colour], ...] = (
 
 
 def card_size(font: int, digits: int) -> tuple[int, int]:
+    """Width and height of a card for so many digits, in the font's unit."""
     return round(font * (0.6 * digits + 0.4)), round(font * 1.2)
 
 
