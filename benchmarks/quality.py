@@ -108,6 +108,7 @@ ROWS = {
     "standard, equal time": Row(single(336), share=0.23, groups="control"),
     "standard, longer": Row(single(336), longer=2, groups="control"),
     "cos 24-24, longer": Row(fewer, longer=2, groups="control"),
+    "cos 32-336 settled, longer": Row(few, many, first=PLACES, settle=0.75, longer=2, groups="control"),
     "single 32-32": Row(single(32), groups="scales"),
     "single 80-80": Row(single(80), groups="scales"),
     "cos 80-80": Row(cos("cos-80"), groups="scales"),
