@@ -36,6 +36,7 @@ from rich.progress import track
 from sparsight.assets import easy_vqa_folder
 from sparsight.bridges import build_bridge
 from sparsight.config import Recipe, SceneData, Stage
+from sparsight.counting import default_device, precision_on
 from sparsight.data.scenes import ScenesDataset
 from sparsight.data.sources import scene_config
 from sparsight.evaluation.ask import Questions, Scores, ask
@@ -165,7 +166,7 @@ def shared(data: str) -> dict[str, Any]:
 def recipe_of(row: Row, seed: int, settings: dict[str, Any], data: str = "scenes") -> Recipe:
     """A row's recipe: what all share, the row's own keys, and what is tuned: learning rates (``rate``, ``late_rate``)
     and the length of fine-tuning (``late``, of what the shared recipe says)."""
-    values = shared(data) | {"seed": seed}
+    values = shared(data) | {"seed": seed, "precision": precision_on(default_device(), "auto")}
     if data == "easy-vqa":  # its pictures lie in the package
         held_out = values["evaluation"]["held_out"]["easy-vqa"]
         values["data"]["images"] = held_out["data"]["images"] = str(easy_vqa_folder())
@@ -378,6 +379,7 @@ def work_through(options: argparse.Namespace, results: Results, console: Console
                     "row": name,
                     "seed": seed,
                     "settings": settings,
+                    "precision": recipe.precision,
                     "stages": costs(folder),
                 }
                 if seed == 0 and entry is None:  # the seed that settings are picked with

@@ -535,7 +535,7 @@ def test_own_pictures_in_and_a_model_of_transformers_out(
         stage_values(samples=600, batch_size=10, learning_rate=rates, checkpoints=1),
         stage_values("finetune", bridge=FINER, samples=200, batch_size=10, learning_rate=rates, checkpoints=1),
     ]
-    recipe = write(data=json_data(pictures), stages=stages, precision="bf16")
+    recipe = write(data=json_data(pictures), stages=stages, precision="auto")
     result = sparsight("train", recipe, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     model = tmp_path / "runs" / "small" / "finetune" / "model"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,18 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from rich.console import Console
 from safetensors.torch import load_file
 
 from shards import samples, write_tar
 from small_runs import BRIDGE, FINER, SCENES, Crash, quiet, recipe_values, save_encoder, stage_values
-from sparsight import assets, pipeline
+from sparsight import assets, counting, pipeline
 from sparsight.config import Comparison, Recipe
 from sparsight.data.collate import TrainingSet
 from sparsight.data.scenes import TASKS
 from sparsight.data.sources import open_source
 from sparsight.pipeline import evaluate_checkpoint, load, run, run_comparison
+from sparsight.pipeline.files import trained_by
 from sparsight.reporting import Run, read_run, write_card
 from sparsight.reporting.comparison import human
 from tiny import ask
@@ -126,6 +130,30 @@ def test_resume_with_another_recipe_names_the_keys(tmp_path: Path, recipe: Calla
     with pytest.raises(ValueError, match=r"\['seed', 'stages'\]"):
         run(recipe(seed=1, stages=[stage_values(samples=8)]), tmp_path / "r", quiet(), resume=True)
     assert (tmp_path / "r" / "run.jsonl").read_bytes() == log
+
+
+@pytest.mark.parametrize("fast, precision", [(("AMX-BF16",), "bf16"), ((), "fp32")])
+def test_auto_precision_is_the_devices_and_stays_the_runs(
+    tmp_path: Path,
+    recipe: Callable[..., Recipe],
+    monkeypatch: pytest.MonkeyPatch,
+    fast: tuple[str, ...],
+    precision: str,
+) -> None:
+    """A run that goes on elsewhere goes on as it began, and gives the same weights; a run that says bf16 is in bf16."""
+    monkeypatch.setattr(counting, "cpu_bf16", lambda: fast)
+    auto, console = recipe(precision="auto", evaluation=NO_SCORES), Console(file=io.StringIO(), width=200)
+    assert run(auto, tmp_path / "r", console).is_dir()
+    assert read_run(tmp_path / "r").header["recipe"]["precision"] == precision
+    assert trained_by(tmp_path / "r" / "finetune" / "model").precision == precision  # type: ignore[union-attr]
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert ("precision fp32: " in said and "has no bf16 instructions" in said) == (precision == "fp32")
+    run(recipe(precision=precision, evaluation=NO_SCORES), tmp_path / "named", quiet())
+    shutil.rmtree(tmp_path / "r" / "finetune" / "model")
+    elsewhere = () if fast else ("AVX512-BF16",)
+    monkeypatch.setattr(counting, "cpu_bf16", lambda: elsewhere)
+    again, named = run(auto, tmp_path / "r", quiet(), resume=True), tmp_path / "named" / "finetune" / "model"
+    assert all(torch.equal(value, weights(named)[key]) for key, value in weights(again).items())
 
 
 @pytest.mark.parametrize("text", [b"", b'{"type": "header", "ver'])
@@ -305,7 +333,7 @@ def test_a_second_run_pays_for_the_cache_that_the_first_one_built(
     assets.smollm2_folder() is None or assets.efficientnet_lite0_weights() is None, reason="`make assets` fetches them"
 )
 def test_real_weights_train_are_saved_and_answer(tmp_path: Path) -> None:
-    """SmolLM2-135M, whole, and EfficientNet-lite0: 20 steps of LoRA in bf16 lower the loss on what it sees."""
+    """SmolLM2-135M, whole, and EfficientNet-lite0: 20 steps of LoRA lower the loss on what it sees."""
     stage = stage_values(
         bridge={"kind": "chain_of_sight", "layout": "cos-32", "width": 64, "heads": 2},
         image_size=256,
@@ -316,7 +344,7 @@ def test_real_weights_train_are_saved_and_answer(tmp_path: Path) -> None:
         checkpoints=0,
         schedule="constant_with_warmup",
     )
-    values = recipe_values(Path("efficientnet-lite0"), language="smollm2-135m", precision="bf16", evaluation=NO_SCORES)
+    values = recipe_values(Path("efficientnet-lite0"), language="smollm2-135m", precision="auto", evaluation=NO_SCORES)
     twice = SCENES | {"scenes": 2, "tasks": {"caption": 1}}  # two pictures, ten times each
     whole = Recipe.model_validate(values | {"stages": [stage], "data": twice})
     final = run(whole, tmp_path / "r", quiet())

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from small_runs import quiet, recipe_values, save_encoder, stage_values
-from sparsight import cli
+from sparsight import cli, counting
 from sparsight.config import ChainOfSight, LayerSkipper, Recipe, Stage, VisualTokenCompressor, load_recipe, load_recipes
 from sparsight.cost.devices import keep_measurement, known_device, peak_flops
 from sparsight.cost.forecast import (
@@ -202,13 +202,19 @@ def test_page(paper, tmp_path):
     assert "language mlp" in (tmp_path / "plan.html").read_text()
 
 
-def test_time_rests_on_what_is_said(paper):
+def test_time_rests_on_what_is_said(paper, monkeypatch):
+    automatic, paper = paper, paper.model_copy(update={"precision": "bf16"})
+    assert automatic.precision == "auto"
     speed, said = speed_of(paper, None, None)
     assert speed is None and "No time: name a --device" in said
     keep_measurement(peak={"device": "a CPU, 2 threads", "bf16": 2e11, "fp32": 1e11})
     assert peak_flops("a CPU, 2 threads", "fp32") == 1e11 and peak_flops("another", "fp32") is None
     speed, said = speed_of(paper, None, 0.25)
     assert "200 GFLOP/s measured (a CPU, 2 threads, bf16), 25% of it (given)" in said
+    assert "H100: its peak is 989 TFLOP/s" in speed_of(automatic, "H100", None)[1]
+    for fast, rate in ((("AMX-BF16",), "200 GFLOP/s"), ((), "100 GFLOP/s")):  # what a run would choose here
+        monkeypatch.setattr(counting, "cpu_bf16", lambda fast=fast: fast)
+        assert rate in speed_of(automatic, None, None)[1]
     cost = forecast(paper)[0]
     assert speed(cost) == pytest.approx(sum(cost.flops.values()) / 5e10)
     assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989e12 and peak_flops("NVIDIA H100 80GB HBM3", "fp32") is None

@@ -141,7 +141,9 @@ def plan(
     if sweep and preset is not None:
         raise ValueError(f"--preset {preset} does not go with --sweep: give the values of one stage with KEY=A,B")
     found, refused = swept(recipe, overrides or []) if sweep else ([], [])
+    found = [(values, plan_page.settled(each, device)) for values, each in found]
     recipes = [found[0][1]] if found else load_recipes(recipe, overrides, preset)
+    recipes = [plan_page.settled(each, device) for each in recipes]
     if calibrate:
         from sparsight.pipeline import calibrate_recipe
 

@@ -436,7 +436,9 @@ class Recipe(Settings):
     resize: Literal["square", "pad", "crop", "keep"] | None = Field(
         None, description="how pictures come to image_size; square if not given, keep for a native-resolution encoder"
     )
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="auto: bf16 (autocast) where the device has instructions for it, else fp32"
+    )
     data: Data = SceneData()
     workers: int = Field(1, ge=0, description="processes that load data")
     on_bad_sample: Literal["error", "quarantine"] = Field("error", description="quarantine: another one in its place")

@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsight.cost.devices import cpu_name
+from sparsight.cost.devices import cpu_bf16, cpu_name
 
 
 @contextmanager
@@ -47,6 +47,18 @@ def device_name(device: torch.device) -> str:
     return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
+def fast_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16, and does not emulate it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(cpu_bf16())
+
+
+def precision_on(device: torch.device, precision: str) -> str:
+    """bf16 or fp32: what ``auto`` is on this device, others as they are."""
+    return precision if precision != "auto" else "bf16" if fast_bf16(device) else "fp32"
+
+
 def timed(run: Callable[[], Any], device: torch.device) -> float:
     """Seconds, with the device's queue empty before and after."""
     if device.type == "cuda":
@@ -67,4 +79,6 @@ def measure_peak(device: torch.device) -> dict[str, Any]:
             a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
             fastest = min(timed(lambda a=a, b=b: a @ b, device) for _ in range(6))  # type: ignore[misc]
             found[name] = max(found[name], 2 * side**3 / fastest)
+            if fastest > 0.1:  # seconds; where bf16 is emulated, larger ones take minutes and are no faster
+                break
     return found

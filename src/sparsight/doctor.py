@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from sparsight.cost.devices import measurements
+from sparsight.cost.devices import cpu_bf16, measurements
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -30,8 +30,6 @@ MIN_MEMORY_GB = 4.0
 MIN_DISK_GB = 5.0
 # Extras that only developers of Sparsight itself need are not reported.
 HIDDEN_EXTRAS = frozenset({"dev"})
-# CPU features that make bfloat16 autocast faster than float32.
-BF16_FEATURES = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16", "bf16": "Arm BF16"}
 
 
 @dataclass(frozen=True)
@@ -132,8 +130,7 @@ def _device() -> Check:
         return Check("device", "ok", f"CUDA {torch.version.cuda}: {names}, {bf16}")
     if torch.backends.mps.is_available():
         return Check("device", "ok", "Apple GPU (MPS)")
-    features = _cpu_features()
-    fast = " and ".join(label for feature, label in BF16_FEATURES.items() if feature in features)
+    fast = " and ".join(cpu_bf16())
     bf16 = f"{fast}: bfloat16 is fast" if fast else "no bfloat16 instructions: float32 is faster"
     return Check("device", "ok", f"CPU, {torch.get_num_threads()} threads, {bf16}")
 
@@ -144,19 +141,6 @@ def _peak() -> Check:
     if found is None:
         return Check("peak", "ok", "not measured (sparsight doctor --measure-peak)")
     return Check("peak", "ok", f"{found['device']}: {found['bf16']:.3g} FLOP/s bf16, {found['fp32']:.3g} fp32")
-
-
-def _cpu_features() -> set[str]:
-    """Names of the CPU's features in lower case, from Linux, else from torch where it can tell; else none."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.lower().startswith(("flags", "features")):
-                return set(line.lower().split(":", 1)[-1].split())
-    import torch
-
-    ask = getattr(torch.cpu, "get_capabilities", None)  # newer than the oldest torch that we allow
-    return {name for name, value in ask().items() if value is True} if ask else set()
 
 
 def _memory() -> Check:

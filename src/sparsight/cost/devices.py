@@ -31,6 +31,8 @@ DEVICES: dict[str, tuple[float, float]] = {
     "RTX 4090": (165e12, 24),
     "RTX 3090": (71e12, 24),
 }
+# CPU features that make bfloat16 autocast faster than float32.
+BF16_FEATURES = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16", "bf16": "Arm BF16"}
 MFU = 0.4  # share of the peak that `plan` assumes where nothing was calibrated
 
 
@@ -40,6 +42,25 @@ def cpu_name() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def cpu_bf16() -> tuple[str, ...]:
+    """What makes bf16 fast on this CPU, by name; empty where it is emulated, and tens of times slower than fp32."""
+    features = _cpu_features()
+    return tuple(label for feature, label in BF16_FEATURES.items() if feature in features)
+
+
+def _cpu_features() -> set[str]:
+    """Names of the CPU's features in lower case, from Linux, else from torch where it can tell; else none."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.lower().startswith(("flags", "features")):
+                return set(line.lower().split(":", 1)[-1].split())
+    import torch
+
+    ask = getattr(torch.cpu, "get_capabilities", None)  # newer than the oldest torch that we allow
+    return {name for name, value in ask().items() if value is True} if ask else set()
 
 
 def known_device(name: str) -> tuple[str, float, float]:

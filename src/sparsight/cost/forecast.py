@@ -158,7 +158,7 @@ class StageCost:
     def memory(self, micro_batch: int | None = None) -> dict[str, float]:
         """Bytes at the peak of a step, by part. Of a compressor's course, the point with most tokens counts."""
         count = micro_batch or self.micro_batch
-        (encoder, language), bf16, trains = self.shapes, self.recipe.precision == "bf16", self.trains
+        (encoder, language), bf16, trains = self.shapes, self.recipe.precision != "fp32", self.trains
         keep = max(keep for _, keep, _ in self._course())
         rows, positions = self._rows(count, keep)
         plain = not isinstance(self.recipe.language, str)  # small models train on a CPU, see modeling/short.py

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from sparsight.config import Evaluation, HeldOut, Recipe, SceneData
+from sparsight.counting import precision_on
 from sparsight.data.scenes import ScenesDataset, chance
 from sparsight.data.sources import scene_config
 from sparsight.evaluation.ask import Item, Questions, Scores, ask
@@ -29,8 +30,8 @@ EXAMPLES = 8
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """bf16 autocast, or nothing for fp32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    """bf16 autocast, or nothing for fp32; ``auto`` is what the device is faster in."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision_on(device, precision) == "bf16")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def _answers(
     console: Console,
 ) -> Scores:
     """Scores, with a bar."""
-    precision = recipe.precision if recipe is not None else "bf16"
+    # A model that was trained in bf16 elsewhere is asked in fp32 where bf16 is slow.
+    precision = "fp32" if recipe is not None and recipe.precision == "fp32" else "auto"
     with Progress(console=console) as bar, autocast(precision, model.device):
         task = bar.add_task(f"asking {asked.source}", total=None)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sparsight.config import Recipe, SceneData
+from sparsight.counting import default_device, device_name, fast_bf16, precision_on
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.reporting import RunLog, environment, read_run, write_card
 
@@ -28,6 +29,19 @@ class Session:
     resume: bool
     cache_root: Path
     main: bool = True  # of all ranks
+
+
+def settle_precision(recipe: Recipe, out: Path, resume: bool, console: Console) -> Recipe:
+    """``auto`` as bf16 or fp32: what a resumed run began in, also on another device, else what this one is fast in."""
+    file, device, wanted = out / "run.jsonl", default_device(), recipe.precision
+    if wanted == "auto" and resume and file.is_file() and (lines := file.read_bytes().splitlines()):
+        wanted = json.loads(lines[0]).get("recipe", {}).get("precision", wanted)
+    found = precision_on(device, wanted)
+    if not fast_bf16(device):
+        slow = ", and fp32 by far faster" if found == "bf16" else ""
+        name = device_name(device).partition(",")[0]
+        console.print(f"precision {found}: {name} has no bf16 instructions here{slow}", highlight=False)
+    return recipe.model_copy(update={"precision": found})
 
 
 def open_log(recipe: Recipe, out: Path, resume: bool) -> RunLog:

@@ -24,7 +24,7 @@ from sparsight.modeling.encoders import count_flops
 from sparsight.modeling.scale import scale_tokens
 from sparsight.pipeline.evaluate import score_run
 from sparsight.pipeline.features import Encoding, cached_features
-from sparsight.pipeline.files import Session, load, open_log, save
+from sparsight.pipeline.files import Session, load, open_log, save, settle_precision
 from sparsight.reporting import RunLog, read_run, write_card
 from sparsight.reporting.page import table
 from sparsight.reporting.runlog import step_seconds
@@ -54,8 +54,9 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache
         raise ValueError(f"report_to: {missing} cannot be imported; pip install {' '.join(missing)}, or take it out")
     ranks = process_state()
     main = ranks.is_main_process  # it alone writes and tells
-    log = open_log(recipe, out, resume) if main else RunLog(Path(os.devnull), append=True)
     console = console if main else Console(quiet=True)
+    recipe = settle_precision(recipe, out, resume, console)
+    log = open_log(recipe, out, resume) if main else RunLog(Path(os.devnull), append=True)
     if (layout := recipe.stages[-1].places_of) is not None:
         console.print(
             f"[yellow]places_of in the last stage: the model expects to be scaled to '{layout}'; before that, answers "

@@ -25,6 +25,7 @@ from sparsight.cost.forecast import (
     standard,
     total_flops,
 )
+from sparsight.counting import default_device, precision_on
 from sparsight.reporting.comparison import duration, human
 from sparsight.reporting.page import plot, table, write_page
 
@@ -41,6 +42,14 @@ ASSUMED = (
 Rows = list[list[str]]
 
 
+def settled(recipe: Recipe, device: str | None) -> Recipe:
+    """``precision: auto`` as a named device would take it, which is bf16, else as this computer does."""
+    precision = precision_on(default_device(), recipe.precision)
+    if device is not None and recipe.precision == "auto":
+        precision = "bf16"
+    return recipe.model_copy(update={"precision": precision})
+
+
 def speed_of(recipe: Recipe, device: str | None, mfu: float | None) -> tuple[Speed | None, str]:
     """How long stages take: on a named device, else as calibrated here, else from the peak measured here; and on what
     that rests.
@@ -50,6 +59,7 @@ def speed_of(recipe: Recipe, device: str | None, mfu: float | None) -> tuple[Spe
     """
     if mfu is not None and not 0 < mfu <= 1:
         raise ValueError(f"--mfu {mfu}: expected a share of the peak above 0 and up to 1")
+    recipe = settled(recipe, device)
     share, known = mfu or MFU, measurements()
     assumed = f"{share:.0%} of it ({'given' if mfu else 'assumed'})"
     if device is not None:
