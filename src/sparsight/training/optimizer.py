@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
+
+from sparsight.counting import fast_bf16
 
 NEWTON_SCHULZ = 3  # iterations; with torch's 5 a step takes longer, and losses fall alike (LOG.md)
 
@@ -37,9 +41,21 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         assert closure is None
-        for part, groups in zip(self.parts, self._split(), strict=True):
-            part.state, part.param_groups = self.state, groups  # a checkpoint brings new ones
-            part.step()
+        device = self.param_groups[0]["params"][0].device
+        with nullcontext() if fast_bf16(device) else _Float32():
+            for part, groups in zip(self.parts, self._split(), strict=True):
+                part.state, part.param_groups = self.state, groups  # a checkpoint brings new ones
+                part.step()
+
+
+class _Float32(TorchFunctionMode):
+    """What would become bf16 stays fp32: torch's Muon iterates in bf16, which takes ten times as long where a device
+    emulates it."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.bfloat16:
+            return args[0].float().clone()  # a copy, as it would be: what follows works in place
+        return function(*args, **(kwargs or {}))
 
 
 def optimizer_flops(optimizer: torch.optim.Optimizer) -> float:
