@@ -22,6 +22,8 @@ from torch import nn
 from sparsight.bridges import build_bridge
 from sparsight.config import ChainOfSight, Resampler
 from sparsight.cost import Trains, bridge_flops
+from sparsight.counting import precision_on
+from sparsight.pipeline import autocast
 
 # patches per side, layout; 27 is SigLIP's map, which no grid divides
 SHAPES = [(16, "cos-80"), (16, "cos-336"), (27, "cos-336"), (32, "cos-80"), (32, "cos-336"), (32, "cos-1296")]
@@ -70,7 +72,7 @@ class Loop(nn.Module):
 
 
 def measure(side: int, layout: str, device: torch.device, batch: int, rounds: int) -> dict[str, Any]:
-    """Median seconds of a step (forward, backward to weights and features, bf16) for each version, and its FLOPs."""
+    """Median seconds of a step (forward, backward to weights and features) for each version, and its FLOPs."""
     ours = ChainOfSight(layout)
     settings = {"ours": ours, "global": Resampler(tokens=ours.scales.tokens)}
     bridges = {name: build_bridge(value, [CONTEXT] * LEVELS, LANGUAGE) for name, value in settings.items()}
@@ -79,7 +81,7 @@ def measure(side: int, layout: str, device: torch.device, batch: int, rounds: in
     levels = [torch.randn(batch, side, side, CONTEXT, device=device, requires_grad=True) for _ in range(LEVELS)]
 
     def step(bridge: nn.Module) -> None:
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with autocast("auto", device):
             loss = bridge(levels).square().mean()
         loss.backward()
         bridge.zero_grad(set_to_none=True)
@@ -128,7 +130,7 @@ def main() -> None:
         "device": device_name(device),
         "config": {"context": CONTEXT, "width": WIDTH, "heads": HEADS, "language": LANGUAGE, "levels": LEVELS},
         "rounds": options.rounds,
-        "precision": "bf16 autocast",
+        "precision": precision_on(device, "auto"),
         "rows": rows,
     }
     write_result(f"bridge-{device.type}", result, options.out, console)

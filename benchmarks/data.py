@@ -1,6 +1,6 @@
 """What batching, packing and the feature cache do to the time of training, and how long it waits for data.
 
-Packing: SmolLM2-135M behind a Chain-of-Sight bridge on cached features, bf16; forward, backward and optimizer's step on
+Packing: SmolLM2-135M behind a Chain-of-Sight bridge on cached features; forward, backward and optimizer's step on
 batches of at most 2,048 positions. Answers are as long as captions that people wrote: the first lines of the 952
 English descriptions that come with the pictures of Tux Paint's stamps (tokens of SmolLM2). The ways of batching take
 turns in one process.
@@ -29,11 +29,12 @@ from rich.table import Table
 
 import sparsight
 from sparsight.config import Recipe, Stage, load_comparison
+from sparsight.counting import precision_on
 from sparsight.data.batching import plan_steps
 from sparsight.data.chat import encode_conversation
 from sparsight.data.collate import Collator
 from sparsight.modeling.packed import attention_for_packed_rows
-from sparsight.pipeline import run
+from sparsight.pipeline import autocast, run
 from sparsight.reporting.runlog import read_run, step_seconds
 
 # How many of the captions have 0, 1, 2, ... tokens.
@@ -98,7 +99,7 @@ def packing(layout: str, rounds: int, device: torch.device, console: Console) ->
         batch = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
         start = now(device)
         packed = attention_for_packed_rows(model.model.language_model) if way in WAYS[2:] else nullcontext()
-        with packed, torch.autocast(device.type, dtype=torch.bfloat16):
+        with packed, autocast("auto", device):
             loss = model(**batch, loss_only=True, use_cache=False).loss
         loss.backward()
         optimizer.step()
@@ -164,7 +165,7 @@ def main() -> None:
     for stage in stages:
         console.print(stage)
     result = {"device": device_name(device), "positions": POSITIONS, "rounds": options.rounds}
-    result |= {"precision": "bf16 autocast", "packing": rows, "demo": stages}
+    result |= {"precision": precision_on(device, "auto"), "packing": rows, "demo": stages}
     write_result(f"data-{device.type}", result, options.out, console)
 
 

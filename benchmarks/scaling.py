@@ -39,7 +39,7 @@ def losses(
             yield collate([encoded[index] for index in range(start, min(start + batch, count))])
 
     total, labels = 0.0, 0
-    with torch.no_grad(), autocast("bf16", model.device):
+    with torch.no_grad(), autocast("auto", model.device):
         for inputs in batches("validation", items):
             count = int((inputs["labels"][:, 1:] != -100).sum())
             total += float(model.eval()(**inputs, loss_only=True).loss) * count
@@ -48,7 +48,7 @@ def losses(
     trained = [p for n, p in model.named_parameters() if "vision_tower" not in n]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     for inputs in batches("train", steps * batch):
-        with autocast("bf16", model.device):
+        with autocast("auto", model.device):
             loss = model.train()(**inputs, loss_only=True).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -1,8 +1,8 @@
 """Time of a training step, way by way, beside what executed FLOPs allow.
 
-Forward, backward and AdamW in bf16; pictures come as cached features, but where the encoder is what is measured. On a
-CPU: SmolLM2-135M and EfficientNet-lite0, batch 8. On CUDA: a CLIP-L/14 and a Llama of 7B with LoRA, random weights, and
-the largest batch (a power of two) with which a group's first variant fits in memory. The variants of a group take turns
+Forward, backward and AdamW in bf16 (fp32 on a CPU without it); pictures come as cached features, but where the encoder is
+what is measured. On a CPU: SmolLM2-135M and EfficientNet-lite0, batch 8. On CUDA: a CLIP-L/14 and a Llama of 7B with
+LoRA, random weights, and the largest batch (a power of two) with which a group's first variant fits in memory. The variants of a group take turns
 in one process: what else the machine does weighs on all. `reached` is the share of executed FLOPs over the share of
 time, both of the variant's baseline: 1.0 where the clock follows the FLOPs, less where it lags behind.
 
@@ -43,10 +43,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from data import batches_of, caption_items
 from sparsight import ChainOfSight, build
 from sparsight.config import LayerSkipper, Resampler, ScratchLanguage, Stage, VisualTokenCompressor
+from sparsight.counting import precision_on
 from sparsight.data.collate import Collator
 from sparsight.modeling.build import language_folder, scratch_tokenizer
 from sparsight.modeling.packed import attention_for_packed_rows
 from sparsight.modeling.short import attention
+from sparsight.pipeline import autocast
 from sparsight.reporting import environment
 from sparsight.sparse.attach import SparseHandle, attach
 from sparsight.training.stages import add_lora, select_trainable
@@ -157,7 +159,7 @@ class Bench:
         with step.around() as handle:
             start = now(self.device)
             for loss in step.losses:
-                with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                with autocast("auto", self.device):
                     value = loss()
                 value.backward()
                 if isinstance(handle, SparseHandle):
@@ -441,7 +443,12 @@ def main() -> None:
         found = {"group": group, "trains": trains, "batch": None if own_batch else bench.batch, "rows": rows}
         groups = [other for other in groups if (other["group"], other["batch"]) != (group, found["batch"])]
         groups.append(found | {"rounds": options.rounds, "env": environment()})
-        result = {"device": device_name(device), "precision": "bf16", "text": TEXT, "groups": groups}
+        result = {
+            "device": device_name(device),
+            "precision": precision_on(device, "auto"),
+            "text": TEXT,
+            "groups": groups,
+        }
         result |= {"parameters": bench.language.num_parameters(), "layers": bench.language.config.num_hidden_layers}
         write_result(name, result, out, console)
     show(groups, console)

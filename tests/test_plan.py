@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from small_runs import quiet, recipe_values, save_encoder, stage_values
-from sparsight import cli, counting
+from sparsight import cli
 from sparsight.config import ChainOfSight, LayerSkipper, Recipe, Stage, VisualTokenCompressor, load_recipe, load_recipes
 from sparsight.cost.devices import keep_measurement, known_device, peak_flops
 from sparsight.cost.forecast import (
@@ -202,7 +202,7 @@ def test_page(paper, tmp_path):
     assert "language mlp" in (tmp_path / "plan.html").read_text()
 
 
-def test_time_rests_on_what_is_said(paper, monkeypatch):
+def test_time_rests_on_what_is_said(paper):
     automatic, paper = paper, paper.model_copy(update={"precision": "bf16"})
     assert automatic.precision == "auto"
     speed, said = speed_of(paper, None, None)
@@ -212,8 +212,8 @@ def test_time_rests_on_what_is_said(paper, monkeypatch):
     speed, said = speed_of(paper, None, 0.25)
     assert "200 GFLOP/s measured (a CPU, 2 threads, bf16), 25% of it (given)" in said
     assert "H100: its peak is 989 TFLOP/s" in speed_of(automatic, "H100", None)[1]
-    for fast, rate in ((("AMX-BF16",), "200 GFLOP/s"), ((), "100 GFLOP/s")):  # what a run would choose here
-        monkeypatch.setattr(counting, "cpu_bf16", lambda fast=fast: fast)
+    for auto, rate in (("bf16", "200 GFLOP/s"), ("fp32", "100 GFLOP/s")):
+        keep_measurement(auto=auto)
         assert rate in speed_of(automatic, None, None)[1]
     cost = forecast(paper)[0]
     assert speed(cost) == pytest.approx(sum(cost.flops.values()) / 5e10)

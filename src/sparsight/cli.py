@@ -141,13 +141,13 @@ def plan(
     if sweep and preset is not None:
         raise ValueError(f"--preset {preset} does not go with --sweep: give the values of one stage with KEY=A,B")
     found, refused = swept(recipe, overrides or []) if sweep else ([], [])
-    found = [(values, plan_page.settled(each, device)) for values, each in found]
     recipes = [found[0][1]] if found else load_recipes(recipe, overrides, preset)
-    recipes = [plan_page.settled(each, device) for each in recipes]
     if calibrate:
         from sparsight.pipeline import calibrate_recipe
 
         calibrate_recipe(recipes[0], _console())
+    found = [(values, plan_page.settled(each, device)) for values, each in found]
+    recipes = [plan_page.settled(each, device) for each in recipes]
     speed, said = plan_page.speed_of(recipes[0], device, mfu)
     limit = plan_page.memory_of(memory, device)
     console.print(said, highlight=False, markup=False)
@@ -300,7 +300,8 @@ def doctor(
         from sparsight import counting
         from sparsight.cost.devices import keep_measurement
 
-        keep_measurement(peak=counting.measure_peak(counting.default_device()))
+        device = counting.default_device()
+        keep_measurement(peak=counting.measure_peak(device), auto=counting.precision_on(device, "auto"))
     checks = diagnose()
     render(checks, Console())
     if any(check.status == "missing" for check in checks):

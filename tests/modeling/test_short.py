@@ -1,4 +1,4 @@
-"""Plain attention over short rows is the fused one, in numbers; longer rows, and all but training, keep the kernel."""
+"""Plain attention over short rows is the fused one, in numbers; longer rows, fp32, and inference keep the kernel."""
 
 import pytest
 import torch
@@ -42,7 +42,8 @@ def plain_calls(monkeypatch):
 
 
 @pytest.mark.parametrize("padded", [False, True, "weighted"])
-def test_gradients_equal_the_fused_ones(model, padded, plain_calls):
+def test_gradients_equal_the_fused_ones(model, padded, plain_calls, monkeypatch):
+    monkeypatch.setattr(short, "LONGEST", {torch.float32: 12})  # for exact numbers
     fused = gradients(model, padded)
     with attention(model.model):
         found = gradients(model, padded)
@@ -53,10 +54,19 @@ def test_gradients_equal_the_fused_ones(model, padded, plain_calls):
 
 
 def test_long_rows_and_inference_keep_the_fused_kernel(model, plain_calls, monkeypatch):
-    monkeypatch.setattr(short, "LONGEST", 11)
     with attention(model.model):
         assert model.config._attn_implementation == NAME
+        gradients(model, padded=False)  # fp32
+        monkeypatch.setattr(short, "LONGEST", {torch.float32: 11})
         gradients(model, padded=False)
-        monkeypatch.setattr(short, "LONGEST", 12)
+        monkeypatch.setattr(short, "LONGEST", {torch.float32: 12})
         model.eval().generate(torch.arange(5)[None], max_new_tokens=3)
     assert not plain_calls
+
+
+@pytest.mark.parametrize("length, calls", [(640, 4), (641, 0)])
+def test_in_bf16_short_rows_are_plain(model, plain_calls, length, calls):
+    ids = torch.arange(length)[None] % 64
+    with attention(model.model), torch.autocast("cpu", torch.bfloat16):
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    assert plain_calls == [length] * calls

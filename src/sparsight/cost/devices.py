@@ -82,7 +82,8 @@ def measurements_file() -> Path:
 
 
 def measurements() -> dict[str, Any]:
-    """``peak``: device, bf16 and fp32 in FLOP/s; ``calibrations`` by model. Empty where nothing was measured."""
+    """``peak``: device, bf16 and fp32 in FLOP/s; ``calibrations`` by model; ``auto``: the precision that it stands for
+    here. Empty where nothing was measured."""
     file = measurements_file()
     try:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -161,7 +161,7 @@ class StageCost:
         (encoder, language), bf16, trains = self.shapes, self.recipe.precision != "fp32", self.trains
         keep = max(keep for _, keep, _ in self._course())
         rows, positions = self._rows(count, keep)
-        plain = not isinstance(self.recipe.language, str)  # small models train on a CPU, see modeling/short.py
+        plain = bf16 and not isinstance(self.recipe.language, str)  # small models: on a CPU, see modeling/short.py
         held = language_activations(language, rows, positions, trains, bf16, plain)
         layer = language_activations(
             replace(language, layers=1), rows, positions, replace(trains, recompute=False), bf16, plain

@@ -14,7 +14,7 @@ from rich.progress import track
 from sparsight.config import ChainOfSight, Evaluation, Recipe, Resampler, Stage
 from sparsight.cost.devices import keep_measurement, measurements
 from sparsight.cost.forecast import calibration_key, forecast, inner_sizes
-from sparsight.counting import default_device, device_name
+from sparsight.counting import default_device, device_name, precision_on
 from sparsight.pipeline.train import run
 from sparsight.reporting import read_run
 from sparsight.reporting.runlog import step_seconds
@@ -32,6 +32,8 @@ def calibrate_recipe(recipe: Recipe, console: Console) -> dict[str, Any]:
     Returns:
         What is kept: seconds of a pass and of a FLOP, see ``cost.forecast.calibrated``.
     """
+    auto = precision_on(default_device(), "auto")
+    recipe = recipe.model_copy(update={"precision": auto}) if recipe.precision == "auto" else recipe
     cost = max(forecast(recipe), key=lambda cost: sum(cost.flops.values()))
     own, most = inner_sizes(cost.stage.bridge), max(each.tokens for each in forecast(recipe))
     bridges: list[Any] = [Resampler(tokens=n, **own) for n in sorted({16, most // 3 + 1, 2 * most // 3 + 1, most})]
@@ -47,7 +49,7 @@ def calibrate_recipe(recipe: Recipe, console: Console) -> dict[str, Any]:
     found: dict[str, Any] = fit(parts, [each.seconds / passes for each in done])
     found |= {"encoder": done[0].encoder or found["linear"], "device": device_name(default_device())}
     before = measurements().get("calibrations", {})
-    file = keep_measurement(calibrations=before | {calibration_key(recipe): found})
+    file = keep_measurement(calibrations=before | {calibration_key(recipe): found}, auto=auto)
     console.print(f"calibrated on [bold]{found['device']}[/]; kept in {file}")
     return found
 

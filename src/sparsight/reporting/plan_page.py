@@ -25,7 +25,6 @@ from sparsight.cost.forecast import (
     standard,
     total_flops,
 )
-from sparsight.counting import default_device, precision_on
 from sparsight.reporting.comparison import duration, human
 from sparsight.reporting.page import plot, table, write_page
 
@@ -43,11 +42,9 @@ Rows = list[list[str]]
 
 
 def settled(recipe: Recipe, device: str | None) -> Recipe:
-    """``precision: auto`` as a named device would take it, which is bf16, else as this computer does."""
-    precision = precision_on(default_device(), recipe.precision)
-    if device is not None and recipe.precision == "auto":
-        precision = "bf16"
-    return recipe.model_copy(update={"precision": precision})
+    """``precision: auto`` as bf16, or fp32 where this computer was measured and has no bf16."""
+    auto = measurements().get("auto", "bf16") if device is None else "bf16"
+    return recipe.model_copy(update={"precision": auto}) if recipe.precision == "auto" else recipe
 
 
 def speed_of(recipe: Recipe, device: str | None, mfu: float | None) -> tuple[Speed | None, str]:
