@@ -1,10 +1,11 @@
 """Time of a training step, way by way, beside what executed FLOPs allow.
 
-Forward, backward and AdamW in bf16 (fp32 on a CPU without it); pictures come as cached features, but where the encoder is
-what is measured. On a CPU: SmolLM2-135M and EfficientNet-lite0, batch 8. On CUDA: a CLIP-L/14 and a Llama of 7B with
-LoRA, random weights, and the largest batch (a power of two) with which a group's first variant fits in memory. The variants of a group take turns
-in one process: what else the machine does weighs on all. `reached` is the share of executed FLOPs over the share of
-time, both of the variant's baseline: 1.0 where the clock follows the FLOPs, less where it lags behind.
+Forward, backward and AdamW in bf16 (fp32 on a CPU without it); pictures come as cached features, but where the encoder
+is what is measured. On a CPU: SmolLM2-135M and EfficientNet-lite0, batch 8. On CUDA: a CLIP-L/14 and a Llama of 7B with
+LoRA, random weights, and the largest batch (a power of two) with which a group's first variant fits in memory. The
+variants of a group take turns in one process: what else the machine does weighs on all. `reached` is the share of
+executed FLOPs over the share of time, both of the variant's baseline: 1.0 where the clock follows the FLOPs, less where
+it lags behind.
 
 Peers run in the same step: transformers' LLaVA (with `use_cache=False`, to its advantage); layer dropout as in
 torchtune; random token dropping as in DeepSpeed's random-LTD.

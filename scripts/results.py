@@ -237,7 +237,8 @@ def quality_table(name: str, result: dict, data: str = "scenes", split: int = 1,
         means = {task: fmean(entry["test"]["scores"][task] for entry in seeds) for task in tasks}
         total = bootstrap(*grouped(seeds))
         mean = f"{100 * total.mean:.1f} ({100 * total.low:.1f} to {100 * total.high:.1f})"
-        cells = [row, tokens, cost, clock, *(f"{100 * means[task]:.0f}" for task in tasks), mean, str(len(seeds))]
+        shown = row + (" (fp32)" if seeds[0].get("precision") == "fp32" else "")
+        cells = [shown, tokens, cost, clock, *(f"{100 * means[task]:.0f}" for task in tasks), mean, str(len(seeds))]
         lines.append("| " + " | ".join(cells) + " |")
     control = first["test"]["shuffled"]
     cells = [f"*{base}*, shuffled pictures", "", "", "", *(f"{100 * control[task]:.0f}" for task in tasks), "", "1"]
