@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import os
@@ -439,8 +440,11 @@ def test_a_run_is_watched_from_another_terminal_and_compared(write: Callable[...
     process = started(killed, tmp_path / "long")
     when(process, tmp_path / "long", "pretrain", 3)
     watching = subprocess.Popen(command("watch", tmp_path / "long"), stdout=subprocess.PIPE, text=True)
-    time.sleep(6)  # its imports are over, on a busy machine too: a signal among them may be lost
-    watching.send_signal(signal.SIGINT)
+    for _ in range(10):  # a signal that comes while it imports may be lost, and how long that takes is the machine's
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            watching.wait(timeout=6)
+            break
+        watching.send_signal(signal.SIGINT)
     said, _ = watching.communicate(timeout=30)
     assert watching.returncode == 0 and "of 2000 steps" in said and "last record" in said and "time left" in said
     assert process.poll() is None
