@@ -162,7 +162,7 @@ def test_a_run_that_was_killed_before_it_began_is_started_over(
     tmp_path: Path, recipe: Callable[..., Recipe], text: bytes, resume: bool
 ) -> None:
     (tmp_path / "run.jsonl").write_bytes(text)
-    run(recipe(stages=[stage_values(samples=4)]), tmp_path, quiet(), resume=resume)
+    run(recipe(stages=[stage_values(samples=4)], precision="auto"), tmp_path, quiet(), resume=resume)
     found = read_run(tmp_path)
     assert [stage.finished for stage in found.stages] == [True] and found.problems == []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+@cache
 def cpu_bf16() -> tuple[str, ...]:
     """What makes bf16 fast on this CPU, by name; empty where it is emulated, and tens of times slower than fp32."""
     features = _cpu_features()

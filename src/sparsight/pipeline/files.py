@@ -34,10 +34,11 @@ class Session:
 def settle_precision(recipe: Recipe, out: Path, resume: bool, console: Console) -> Recipe:
     """``auto`` as bf16 or fp32: what a resumed run began in, also on another device, else what this one is fast in."""
     file, device, wanted = out / "run.jsonl", default_device(), recipe.precision
-    if wanted == "auto" and resume and file.is_file() and (lines := file.read_bytes().splitlines()):
+    lines = file.read_bytes().splitlines() if resume and file.is_file() else []
+    if wanted == "auto" and len(lines) > 1:  # else it has not begun, see `open_log`
         wanted = json.loads(lines[0]).get("recipe", {}).get("precision", wanted)
     found = precision_on(device, wanted)
-    if not fast_bf16(device):
+    if recipe.precision != "fp32" and not fast_bf16(device):
         slow = ", and fp32 by far faster" if found == "bf16" else ""
         name = device_name(device).partition(",")[0]
         console.print(f"precision {found}: {name} has no bf16 instructions here{slow}", highlight=False)

@@ -49,7 +49,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 class _Float32(TorchFunctionMode):
-    """What would become bf16 stays fp32: torch's Muon iterates in bf16, which takes ten times as long where a device
+    """What would become bf16 stays fp32: torch's Muon iterates in bf16, which takes twenty times as long where a device
     emulates it."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
