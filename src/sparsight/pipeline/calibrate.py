@@ -32,8 +32,8 @@ def calibrate_recipe(recipe: Recipe, console: Console) -> dict[str, Any]:
     Returns:
         What is kept: seconds of a pass and of a FLOP, see ``cost.forecast.calibrated``.
     """
-    auto = precision_on(default_device(), "auto")
-    recipe = recipe.model_copy(update={"precision": auto}) if recipe.precision == "auto" else recipe
+    device = default_device()
+    recipe = recipe.model_copy(update={"precision": precision_on(device, recipe.precision)})
     cost = max(forecast(recipe), key=lambda cost: sum(cost.flops.values()))
     own, most = inner_sizes(cost.stage.bridge), max(each.tokens for each in forecast(recipe))
     bridges: list[Any] = [Resampler(tokens=n, **own) for n in sorted({16, most // 3 + 1, 2 * most // 3 + 1, most})]
@@ -47,9 +47,10 @@ def calibrate_recipe(recipe: Recipe, console: Console) -> dict[str, Any]:
     passes = cost.batch // cost.micro_batch
     parts = [{part: value / passes for part, value in each.flops.items()} for each in done]
     found: dict[str, Any] = fit(parts, [each.seconds / passes for each in done])
-    found |= {"encoder": done[0].encoder or found["linear"], "device": device_name(default_device())}
+    found |= {"encoder": done[0].encoder or found["linear"], "device": device_name(device)}
     before = measurements().get("calibrations", {})
-    file = keep_measurement(calibrations=before | {calibration_key(recipe): found}, auto=auto)
+    kept = before | {calibration_key(recipe): found}
+    file = keep_measurement(calibrations=kept, auto=precision_on(device, "auto"))
     console.print(f"calibrated on [bold]{found['device']}[/]; kept in {file}")
     return found
 
