@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsight.config import ConversationData
@@ -120,6 +121,25 @@ def test_text_alone_makes_a_batch_without_pictures(tiny_vlm, source: Conversatio
     batch = Collator(0)([TrainingSet(source, processor, 4)[0]])
     assert batch.keys() == {"info", "input_ids", "labels", "attention_mask"}
     assert torch.isfinite(model(**batch, loss_only=True).loss)
+
+
+def test_batches_of_cached_features_can_be_pinned(
+    tmp_path: Path, tiny_vlm, source: ConversationSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the DataLoader does where there is a GPU: torch takes mappings apart, and outputs of transformers refuse."""
+    model, processor = tiny_vlm()
+    cache = cached(tmp_path, model, processor, source)
+    batch = Collator(processor.tokenizer.pad_token_id)(
+        [TrainingSet(source, processor, 4, cache)[index] for index in range(4)]
+    )
+    taken: list[int] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: taken.append(self.data_ptr()) or self.clone())
+    pinned = pin_memory(batch)
+    levels = batch["mm_encoder_outputs"]["image"].hidden_states
+    assert {level.data_ptr() for level in levels} <= set(taken)
+    with torch.no_grad():
+        losses = [model(**{k: v for k, v in each.items() if k != "info"}).loss for each in (batch, pinned)]
+    assert torch.equal(*losses)
 
 
 def test_cached_features_give_the_loss_of_pixels(tmp_path: Path, tiny_vlm, source: ConversationSource) -> None:

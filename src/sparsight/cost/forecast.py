@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from sparsight.config import (
@@ -46,8 +47,16 @@ class StageCost:
 
     @cached_property
     def shapes(self) -> tuple[Any, Any]:
-        """Of the encoder and of the language model."""
-        return encoder_shape(self.recipe.vision), language_shape(self.recipe.language, self.recipe.language_layers)
+        """Of the encoder and of the language model. What has trained is in fp32, however it was stored."""
+        encoder = encoder_shape(self.recipe.vision)
+        language = language_shape(self.recipe.language, self.recipe.language_layers)
+        before = takewhile(lambda stage: stage.name != self.stage.name, self.recipe.stages)
+        trained = [Trains.of(stage) for stage in (*before, self.stage)]
+        if self.recipe.precision == "fp32" or any(trains.vision for trains in trained):
+            encoder = replace(encoder, weight_bytes=4)
+        if self.recipe.precision == "fp32" or any(trains.language and not trains.lora_rank for trains in trained):
+            language = replace(language, weight_bytes=4)
+        return encoder, language
 
     @cached_property
     def map_size(self) -> tuple[int, int]:

@@ -41,7 +41,7 @@ class LanguageShape:
     """Sizes of a decoder-only language model.
 
     ``layer_vectors``: norms and biases of a layer; ``other``: parameters that are neither in layers nor in a table of
-    the vocabulary; ``weight_bytes``: of one weight as stored.
+    the vocabulary; ``weight_bytes``: of one weight while it is frozen.
     """
 
     layers: int
@@ -75,7 +75,7 @@ class LanguageShape:
             vocabulary=config.vocab_size,
             gated=rms or getattr(config, "hidden_act", "") in ("silu", "swish"),
             tied=bool(getattr(config, "tie_word_embeddings", False)),
-            weight_bytes=2 if "16" in str(getattr(config, "dtype", None) or getattr(config, "torch_dtype", "")) else 4,
+            weight_bytes=_weight_bytes(getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)),
         )
         vectors, family = 2 * hidden, getattr(config, "model_type", "")
         if family.startswith("gemma") and family != "gemma":
@@ -396,8 +396,13 @@ def encoder_shape(name: str) -> EncoderShape:
         values["prefix"],
         gated,
         values.get("vision_use_head", True),
-        2 if "16" in str(values.get("dtype") or values.get("torch_dtype")) else 4,
+        _weight_bytes(values.get("dtype") or values.get("torch_dtype")),
     )
+
+
+def _weight_bytes(dtype: Any) -> int:
+    """Of a weight stored so: bf16 stays, all else trains and rests in fp32."""
+    return 2 if "bfloat16" in str(dtype) else 4
 
 
 def bridge_parameters(settings: Any, level_widths: Sequence[int], out_width: int) -> int:

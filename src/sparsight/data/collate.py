@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,14 @@ class TrainingSet(Dataset):
         return found
 
 
+@dataclass
+class _Features(BaseModelOutputWithPooling):
+    """Cached features on their way: torch cannot pin an output of transformers, as that refuses ``update``."""
+
+    def pin_memory(self) -> _Features:
+        return _Features(hidden_states=tuple(level.pin_memory() for level in self.hidden_states or ()))
+
+
 class Collator:
     """Pads at the right and stacks. Samples may have 0 to k images.
 
@@ -237,7 +246,7 @@ class Collator:
         if features:
             # As an encoder gives them: without autocast, weights in fp32 take no bf16.
             levels = tuple(torch.cat(level).float() for level in zip(*features, strict=True))
-            batch["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(hidden_states=levels)}
+            batch["mm_encoder_outputs"] = {"image": _Features(hidden_states=levels)}
         return batch
 
     def _stacked(self, items: list[dict[str, Any]], counts: list[int]) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from sparsight.config import Evaluation, HeldOut, Recipe, SceneData
-from sparsight.counting import precision_on
+from sparsight.counting import default_device, precision_on
 from sparsight.data.scenes import ScenesDataset, chance
 from sparsight.data.sources import scene_config
 from sparsight.evaluation.ask import Item, Questions, Scores, ask
@@ -64,7 +64,10 @@ def _answers(
 ) -> Scores:
     """Scores, with a bar."""
     # A model that was trained in bf16 elsewhere is asked in fp32 where bf16 is slow.
-    precision = "fp32" if recipe is not None and recipe.precision == "fp32" else "auto"
+    wanted = "fp32" if recipe is not None and recipe.precision == "fp32" else "auto"
+    precision = precision_on(model.device, wanted)
+    if precision == "fp32":
+        model.float()
     with Progress(console=console) as bar, autocast(precision, model.device):
         task = bar.add_task(f"asking {asked.source}", total=None)
 
@@ -79,6 +82,7 @@ def score_run(
 ) -> None:
     """Ask what the recipe says; log scores, the shuffled control and examples."""
     recipe, log, settings = session.recipe, session.log, session.recipe.evaluation
+    model.to(default_device())  # where it is already, if it was trained in this sitting
     for asked in _to_ask(settings, recipe.scenes() or SceneData(), model.config.image_size):
         start = time.perf_counter()
         result = _answers(model, processor, asked, recipe, settings.batch_size, session.console)
@@ -115,6 +119,7 @@ def evaluate_checkpoint(
         ValueError: no model in ``folder``, no such split, or conversations that cannot be asked.
     """
     model, processor = load(folder)
+    model.to(default_device())
     settings = Evaluation.model_validate({"items": items, "split": split})
     if held_out is not None:
         settings = Evaluation(kind="none", held_out={Path(held_out.data.path).stem: held_out})

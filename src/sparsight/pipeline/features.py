@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.text import Text
 
 from sparsight.config import Stage
+from sparsight.counting import default_device
 from sparsight.data.cache import FeatureCache, build_cache, picture_rows
 from sparsight.data.sources import Source
 from sparsight.distributed import process_state
@@ -42,22 +43,29 @@ def cached_features(
     for tensor in model.model.vision_tower.state_dict().values():
         made_of.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     rows, contents = picture_rows(source.keys(), source.fingerprint)
-    made_of.update(f"{contents} {model.config.vision_levels} {processor.image_processor.to_json_string()}".encode())
+    how = model.config.vision_levels, session.recipe.precision, processor.image_processor.to_json_string()
+    made_of.update(f"{contents} {how}".encode())
     folder = session.cache_root / made_of.hexdigest()[:16]
     pictures = len(set(rows.values()))
 
+    # A model that comes from disk is not on the GPU yet; only the Trainer takes it there, and FSDP in its own way.
+    tower, device = model.model.vision_tower, default_device()
+
     def encode(part: Sequence[Hashable]) -> tuple[torch.Tensor, ...]:
         pixels = processor.pixels([source.picture(key) for key in part])
-        return model.model.encode_images(**pixels.to(model.device))
+        return model.model.encode_images(**pixels.to(device))
 
     model.eval()
     with (
         process_state().main_process_first(),
         Progress(console=session.console) as bar,
-        autocast(session.recipe.precision, model.device),
+        autocast(session.recipe.precision, device),
     ):
         task = bar.add_task("encoding pictures", total=pictures)
+        before = model.device
+        tower.to(device)
         cache = build_cache(folder, rows, encode, lambda n: bar.update(task, completed=n))
+        tower.to(before)
         bar.update(task, completed=pictures)
     _tell_whether_it_pays(cache, list(rows), stage, session.console)
     if not session.main:

@@ -6,9 +6,12 @@ import hashlib
 import json
 import shutil
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
+import torch
 from rich.console import Console
+from safetensors import safe_open
 
 from sparsight.config import Recipe, SceneData
 from sparsight.counting import default_device, device_name, fast_bf16, precision_on
@@ -100,15 +103,29 @@ def save(
 
 
 def load(folder: Path) -> tuple[SparsightForConditionalGeneration, SparsightProcessor]:
-    """A saved model and its processor.
+    """A saved model, each weight as wide as it was saved, and its processor.
 
     Raises:
         ValueError: the folder holds no Sparsight model.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no model there; expected a folder with config.json")
-    model = SparsightForConditionalGeneration.from_pretrained(folder)
+    # transformers gives all weights one dtype; here a frozen part may be in bf16, beside a trained one in fp32.
+    model = SparsightForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    narrow = _in_bf16(folder)
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if name in narrow:
+            tensor.data = tensor.data.bfloat16()
     return model, SparsightProcessor.from_pretrained(folder)
+
+
+def _in_bf16(folder: Path) -> set[str]:
+    """Names of the weights that were saved in bf16."""
+    found = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            found |= {name for name in tensors.keys() if tensors.get_slice(name).get_dtype() == "BF16"}  # noqa: SIM118
+    return found
 
 
 def trained_by(folder: Path) -> Recipe | None:

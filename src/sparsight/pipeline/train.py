@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def enter_stage(
     if isinstance(language, ScratchLanguage):
         language, tokenizer = scratch_language(language, texts(recipe, stage))
     try:
-        return build(
+        model, processor = build(
             recipe.vision,
             language,
             stage.bridge,
@@ -116,6 +117,11 @@ def enter_stage(
         )
     except OSError as error:
         raise not_loaded(recipe, error) from None
+    # Weights that were stored in 16 bits: none in an fp32 run, and bf16's autocast does not take fp16 beside it.
+    for tensor in chain(model.parameters(), model.buffers()):
+        if tensor.dtype == torch.float16 or (recipe.precision == "fp32" and tensor.dtype == torch.bfloat16):
+            tensor.data = tensor.data.float()
+    return model, processor
 
 
 def not_loaded(recipe: Recipe, error: OSError) -> ValueError:

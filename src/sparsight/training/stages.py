@@ -45,16 +45,23 @@ def part_of(name: str) -> str:
 def select_trainable(model: SparsightForConditionalGeneration, stage: Stage) -> list[PartPlan]:
     """Switch gradients on for what trains in this stage, and off for all else.
 
+    What trains is fp32 from now on, also where it was stored in 16 bits: most updates are too small for those.
+
     Returns:
         The plan, part by part, for the run log and the terminal.
     """
     prefixes = trainable_prefixes(stage)
+    for module in (prefix.rstrip(".") for part in prefixes for prefix in prefixes[part]):
+        if stage.lora is None or module not in ("model.language_model", "lm_head"):
+            model.get_submodule(module).float()  # with its buffers
     counts: dict[str, list[int]] = {part: [0, 0] for part in PARTS}
     for name, parameter in model.named_parameters():
         part = part_of(name)
         adapter = ".lora_" in name
         trains = part in prefixes and (adapter or not (part == "language" and stage.lora is not None))
         parameter.requires_grad_(trains)
+        if adapter:
+            parameter.data = parameter.data.float()
         counts[part][0] += parameter.numel() * trains
         counts[part][1] += parameter.numel()
     rates = stage.learning_rate.parts()
