@@ -35,7 +35,7 @@ stages:
     samples: 100
     batch_size: 16
   - name: finetune
-    bridge: {kind: chain_of_sight, layout: cos-80}
+    bridge: {kind: chain_of_sight, layout: "1:16,8:1"}
     learning_rate: {bridge: 1.0e-4, language: 2.0e-5}
     samples: 33
 """
@@ -68,7 +68,7 @@ def test_a_recipe_is_read(recipe_file):
         ("stages.finetune.batchsize=2", r"stages\.1: unknown key 'batchsize' in Stage; did you mean 'batch_size'\?"),
         ("stages.0.bridge.layot=cos-32", r"unknown key 'layot' in ChainOfSight; did you mean 'layout'\?"),
         ("data.senes=2", r"unknown key 'senes' in SceneData; did you mean 'scenes'\?"),
-        ("stages.0.learning_rate.llm=1", r"unknown key 'llm' in LearningRates Known keys: vision, bridge, language"),
+        ("stages.0.learning_rate.llm=1", r"unknown key 'llm' in LearningRates. Known keys: vision, bridge, language"),
         ("stages.0.bridge.layout=cos-81", r"stages\.0\.bridge\.chain_of_sight\.layout: unknown layout 'cos-81'"),
         ("stages.0.bridge.layout=1:16,4y4", r"'4y4' is not a scale"),
         ("stages.0.batch_size=many", r"stages\.0\.batch_size: .*integer.* \(given: 'many'\)"),
@@ -174,7 +174,7 @@ def test_a_comparison_merges(tmp_path):
         shared={"seed": 5, "data": {"kind": "scenes", "scenes": 7, "seed": 1}, "stages": [one, two]},
         runs={
             "a": {},
-            "b": {"data": {"scenes": 9}, "stages": [{"samples": 20}, {"bridge": {"kind": "mlp"}}]},
+            "b": {"data": {"scenes": 9}, "stages": [{"samples": 20}, {"image_size": 64}]},
             "c": {"seed": 6, "name": "ignored", "stages": [one]},
         },
     )
@@ -182,10 +182,7 @@ def test_a_comparison_merges(tmp_path):
     assert [r.name for r in (a, b, c)] == ["a", "b", "c"]
     assert (a.seed, b.seed, c.seed) == (5, 5, 6)
     assert (b.data.scenes, b.data.seed) == (9, 1)
-    assert [(s.name, s.samples, s.bridge.kind) for s in b.stages] == [
-        ("pretrain", 20, "linear"),
-        ("finetune", 10, "mlp"),
-    ]
+    assert [(s.name, s.samples, s.image_size) for s in b.stages] == [("pretrain", 20, 256), ("finetune", 10, 64)]
     assert [len(r.stages) for r in (a, b, c)] == [2, 2, 1]
     assert a == Comparison.model_validate(comparison.model_dump()).recipes()[0]  # nothing was changed in place
 
@@ -233,7 +230,7 @@ def test_bridge_settings_from_anything():
         ({"kind": "pixel_shuffle", "factor": 0}, r"factor: .*greater than or equal to 1 \(given: 0\)"),
         ({"kind": "chain_of_sight", "width": 30, "heads": 4}, "width 30 does not divide by heads 4"),
         (3, "3"),
-        (None, "None|dictionary"),
+        (None, "expected a mapping of keys to values"),
     ],
 )
 def test_bridge_settings_that_cannot_be(value, message):
@@ -277,9 +274,8 @@ def test_stages_with_data_of_their_own(tmp_path: Path) -> None:
     assert only.scenes() is None
     part = {"kind": "mixture", "parts": [{"data": own}, {"data": SCENES}]}
     assert Recipe.model_validate(recipe_values(tmp_path, data=own, stages=[stage_values(data=part)])).scenes()
-    wrong = Recipe.model_validate(recipe_values(tmp_path, stages=[stage_values(data=own, tasks={"caption": 1})]))
     with pytest.raises(ValueError, match="stage 'pretrain' names tasks, .* found data of kind 'json'"):
-        wrong.data_of(wrong.stages[0])
+        Recipe.model_validate(recipe_values(tmp_path, stages=[stage_values(data=own, tasks={"caption": 1})]))
 
 
 @pytest.mark.parametrize("name", ["fast", "balanced", "quality"])
@@ -289,7 +285,7 @@ def test_presets_take_the_place_of_bridges_and_methods(tmp_path: Path, name: str
     stages = [stage_values("a", bridge=wide, compressor={"keep": 0.5}), stage_values("b", bridge="mlp")]
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe_values(tmp_path, stages=stages) | {"vision": "x"}))
-    recipe = load_recipe(file, ["stages.a.bridge.mlp_ratio=3"], name)
+    recipe = load_recipe(file, ["stages.a.bridge.query_std=3", "stages.b.skipper.alpha=0.1"], name)
     early, *settle, late = recipe.stages
     assert bool(settle) == (name == "balanced")
     if settle:  # most of the last stage's samples come before scaling
@@ -300,7 +296,8 @@ def test_presets_take_the_place_of_bridges_and_methods(tmp_path: Path, name: str
     tokens = early.bridge.scales.tokens, late.bridge.scales.tokens
     assert tokens == {"fast": (24, 24), "balanced": (32, 336), "quality": (32, 336)}[name]
     assert (early.places_of is None) == (name == "fast") and late.places_of is None
-    assert (early.bridge.width, early.bridge.heads, early.bridge.mlp_ratio) == (64, 2, 3)
+    assert (early.bridge.width, early.bridge.heads, early.bridge.query_std) == (64, 2, 3)
+    assert late.skipper is not None and late.skipper.alpha == 0.1  # which the preset has switched off
     assert early.compressor is None and late.bridge.width == 64
     early.bridge.scales.lineage(late.bridge.scales)  # can be scaled
 
@@ -312,3 +309,80 @@ def test_presets_that_do_not_fit_are_told(tmp_path: Path) -> None:
         load_recipe(file, None, "best")
     with pytest.raises(ValueError, match="two stages or more"):
         load_recipe(file, None, "fast")
+
+
+COS = {"kind": "chain_of_sight", "width": 32, "heads": 2}
+
+
+@pytest.mark.parametrize(
+    "first, second, message",
+    [
+        (COS | {"layout": "cos-80"}, COS | {"layout": "cos-336-from-32"}, "has no source in"),
+        (COS | {"layout": "cos-32"}, COS | {"layout": "cos-32", "width": 64}, r"these differ: .*'width': \[32, 64"),
+        (COS | {"layout": "cos-32"}, COS | {"layout": "cos-32", "order": "fine_to_coarse"}, "differ: .*'order'"),
+        ({"kind": "mlp"}, COS, "kind mlp cannot become one of kind chain_of_sight"),
+        (COS, {"kind": "pixel_shuffle"}, "kind chain_of_sight cannot become one of kind pixel_shuffle"),
+    ],
+)  # fmt: skip
+def test_stages_that_cannot_follow_each_other_are_told_before_any_trains(tmp_path, first, second, message) -> None:
+    stages = [stage_values("pretrain", bridge=first), stage_values("finetune", bridge=second)]
+    with pytest.raises(ValueError, match=f"stages 'pretrain' -> 'finetune': .*({message})"):
+        Recipe.model_validate(recipe_values(tmp_path, stages=stages))
+    same = [stage | {"bridge": first} for stage in stages]
+    assert len(Recipe.model_validate(recipe_values(tmp_path, stages=same)).stages) == 2
+
+
+def test_names_that_comparisons_use_are_taken(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a stage cannot be named \['total'\]"):
+        Recipe.model_validate(recipe_values(tmp_path, stages=[stage_values("total")]))
+    held_out = {"mean": {"data": {"path": "x.json"}}}
+    with pytest.raises(ValueError, match="'mean' is the mean of all scores"):
+        Recipe.model_validate(recipe_values(tmp_path, evaluation={"held_out": held_out}))
+
+
+def test_what_was_saved_is_read_again(tmp_path: Path) -> None:
+    """Defaults are written, too: with batch_tokens, a batch_size that nobody gave."""
+    recipe = Recipe.model_validate(recipe_values(tmp_path, stages=[_by_tokens()]))
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    for key in ({"batch_size": 8}, {"pack_length": 64, "packing": True}):
+        with pytest.raises(ValueError, match="batch_tokens settles what batch_size and pack_length do"):
+            Recipe.model_validate(recipe_values(tmp_path, stages=[_by_tokens() | key]))
+
+
+def _by_tokens() -> dict[str, object]:
+    return {key: value for key, value in stage_values().items() if key != "batch_size"} | {"batch_tokens": 400}
+
+
+def test_places_are_those_of_coarse_to_fine(tmp_path: Path) -> None:
+    bridge = COS | {"layout": "cos-32", "order": "fine_to_coarse"}
+    with pytest.raises(ValueError, match="places_of goes with order: coarse_to_fine alone"):
+        Recipe.model_validate(
+            recipe_values(tmp_path, stages=[stage_values(bridge=bridge, places_of="cos-336-from-32")])
+        )
+
+
+def test_one_kind_of_file_is_not_taken_for_the_other(tmp_path: Path) -> None:
+    one, several = tmp_path / "one.yaml", tmp_path / "several.yaml"
+    one.write_text(yaml.safe_dump(recipe_values(tmp_path)))
+    several.write_text(yaml.safe_dump({"runs": {"a": {}, "b": {}}}))
+    with pytest.raises(ValueError, match="several.yaml compares runs; it is for: sparsight demo --recipe"):
+        load_recipe(several)
+    with pytest.raises(ValueError, match="one.yaml is the recipe of one run; it is for: sparsight train"):
+        load_comparison(one)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"stages": 3}, r"stages: expected a list \(given: 3\)"),
+        ({"stages": [stage_values(bridge="mlp")]}, r"stages.0.bridge: expected a mapping .* \(given: 'mlp'\)"),
+        ({"stages": [stage_values(bridge={"kind": "mpl"})]}, r"kind: expected one of 'linear', 'mlp'.*given: 'mpl'"),
+        ({"seeds": 1}, r"unknown key 'seeds' in Recipe; did you mean 'seed'\? Known keys: name"),
+        ({"foo": 1}, r"unknown key 'foo' in Recipe\. Known keys: name"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_in_the_recipes_words(tmp_path: Path, changes: dict, message: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe_values("encoder", **changes)))
+    with pytest.raises(ValueError, match=message):
+        load_recipe(file)

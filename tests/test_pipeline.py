@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -472,3 +473,52 @@ def test_a_checkpoint_is_asked_about_its_own_scenes(compared: tuple[Path, Compar
         evaluate_checkpoint(out, 2, "test", quiet())
     with pytest.raises(ValueError, match="validation"):
         evaluate_checkpoint(out / "sparsight" / "finetune" / "model", 2, "train", quiet())
+
+
+def test_a_comparison_does_not_replace_a_run_of_its_own(tmp_path: Path, compared: tuple[Path, Comparison, Any]) -> None:
+    log = tmp_path / "standard" / "run.jsonl"
+    log.parent.mkdir()
+    log.write_text("{}")
+    with pytest.raises(FileExistsError, match="a run of its own, which a comparison would replace; choose another"):
+        run_comparison(compared[1], tmp_path, quiet())
+    assert log.read_text() == "{}"
+
+
+def test_a_finished_comparison_is_not_passed_off_as_another(compared: tuple[Path, Comparison, Any]) -> None:
+    out, comparison, _ = compared
+    other = comparison.model_copy(update={"shared": comparison.shared | {"seed": 1}})
+    with pytest.raises(ValueError, match=r"another recipe; these keys differ: \['seed'\]"):
+        run_comparison(other, out, quiet(), resume=True)
+
+
+def test_sizes_of_a_start_that_failed_are_forgotten(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
+    """They were measured for a layout that has been changed since, as the error said."""
+    by_tokens = {key: value for key, value in stage_values().items() if key != "batch_size"}
+    with pytest.raises(ValueError, match="longest"):
+        run(recipe(stages=[by_tokens | {"bridge": FINER, "batch_tokens": 20}]), tmp_path / "r", quiet())
+    for folder in ("r", "anew"):
+        run(recipe(stages=[by_tokens | {"batch_tokens": 200}]), tmp_path / folder, quiet())
+    sizes = [np.load(tmp_path / folder / "pretrain" / "checkpoints" / "sizes.npy") for folder in ("r", "anew")]
+    assert np.array_equal(*sizes) and losses(tmp_path / "r") == losses(tmp_path / "anew")
+
+
+@pytest.mark.parametrize(
+    "late, message",
+    [
+        ({"skipper": {"protected": [3, 2]}}, r"stage 'finetune': protected layers 3 \+ 2: the model has 2"),
+        ({"max_length": 100_000}, "stage 'finetune': max_length 100000 is more than .* context of 512"),
+    ],
+)
+def test_what_a_later_stage_cannot_do_is_told_before_the_first_trains(
+    tmp_path: Path, recipe: Callable[..., Recipe], late: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(recipe(stages=[stage_values(), stage_values("finetune", **late)]), tmp_path / "r", quiet())
+    assert read_run(tmp_path / "r").stages == []
+    run(recipe(stages=[stage_values(samples=4)]), tmp_path / "r", quiet())  # mended, it may begin in the same folder
+
+
+def test_held_out_scores_do_not_take_a_tasks_name(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
+    evaluation = {"kind": "scenes", "held_out": {"count": {"data": {"path": "x.json"}}}}
+    with pytest.raises(ValueError, match=r"\['count'\] are tasks of scenes"):
+        run(recipe(evaluation=evaluation), tmp_path / "r", quiet())

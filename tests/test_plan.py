@@ -11,9 +11,18 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from small_runs import quiet, recipe_values, save_encoder, stage_values
+from small_runs import FINER, quiet, recipe_values, save_encoder, stage_values
 from sparsight import cli
-from sparsight.config import ChainOfSight, LayerSkipper, Recipe, Stage, VisualTokenCompressor, load_recipe, load_recipes
+from sparsight.config import (
+    ChainOfSight,
+    LayerSkipper,
+    LearningRates,
+    Recipe,
+    Stage,
+    VisualTokenCompressor,
+    load_recipe,
+    load_recipes,
+)
 from sparsight.cost.devices import keep_measurement, known_device, peak_flops
 from sparsight.cost.forecast import (
     StageCost,
@@ -158,7 +167,12 @@ def test_sweep(paper, tmp_path):
     assert len(found) == 6 and not refused and found[0][0] == {"layout": "cos-32", "skipper.alpha": "0"}
     last = found[-1][1]
     assert last.seed == 3 and last.stages[0].bridge.layout == "1:16,4:4" and last.stages[1].skipper.alpha == 0.9
-    assert last.stages[1].bridge == paper.stages[1].bridge and last.stages[0].skipper is None
+    # 80 tokens do not become the 336 that 32 become, but another 336.
+    assert found[0][1].stages[1].bridge == paper.stages[1].bridge
+    assert (
+        last.stages[1].bridge == paper.stages[1].bridge.model_copy(update={"layout": "1:16,2:16,8:4"})
+        and last.stages[0].skipper is None
+    )
     flops = [total_flops(forecast(recipe)) for _, recipe in found]
     assert flops[2] < flops[1] < flops[0] < flops[3]
     write_sweep(tmp_path / "sweep.html", found, None)
@@ -249,7 +263,10 @@ def test_calibration_of_a_small_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sparsight.pipeline.calibrate.CALIBRATION_STEPS", 5)
     monkeypatch.setattr("sparsight.pipeline.calibrate.CALIBRATED", ("1:2", "1:4", "1:4,2:1", "1:4,4:1"))
     file = tmp_path / "recipe.yaml"
-    file.write_text(json.dumps(recipe_values(str(save_encoder(tmp_path / "encoder")))))
+    # Layouts are tried that cannot be scaled to what the stage says.
+    to_come = {"places_of": "1:4,2:1,4:1", "proportional_attention": True}
+    stages = [stage_values(**to_come), stage_values("finetune", samples=4, bridge=FINER)]
+    file.write_text(json.dumps(recipe_values(str(save_encoder(tmp_path / "encoder")), stages=stages)))
     monkeypatch.setattr(sys, "argv", ["sparsight", "plan", str(file), "--calibrate", "--out", str(tmp_path / "p.html")])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
@@ -262,3 +279,29 @@ def test_console_is_narrow_enough(paper):
     console = Console(width=80, record=True, file=io.StringIO())
     print_plan(paper, at_peak(1e15, 0.4), None, console)
     assert all(len(line) <= 80 for line in console.export_text().splitlines())
+
+
+@pytest.mark.parametrize("name", ["NVIDIA RTX A4000", "NVIDIA RTX A1000", "H1000", "GB200", "A100X"])
+def test_a_device_is_not_taken_for_another_of_a_like_name(name: str) -> None:
+    with pytest.raises(ValueError, match=f"device '{name}' is not known"):
+        known_device(name)
+    for known in ("NVIDIA A100-SXM4-80GB", "NVIDIA H200", "NVIDIA GH200 480GB", "nvidia a40", "NVIDIA L4"):
+        assert known_device(known)[0].lower() in known.lower()
+
+
+def test_another_stages_own_pictures_are_encoded_too(paper):
+    """Only pictures of the same data are in the cache already."""
+    stages = [stage.model_copy(update={"cache_features": True, "image_size": 224}) for stage in paper.stages]
+    same = [cost.flops["encoder"] for cost in forecast(paper.model_copy(update={"stages": tuple(stages)}))]
+    own = paper.data.model_copy(update={"path": "other.json"})
+    stages[1] = stages[1].model_copy(update={"data": own})
+    apart = [cost.flops["encoder"] for cost in forecast(paper.model_copy(update={"stages": tuple(stages)}))]
+    assert apart[0] == same[0] and apart[1] > same[1]
+
+
+def test_what_trains_is_reckoned_in_fp32(paper):
+    """As it is trained; what is frozen stays as it is stored, and what has trained stays in fp32."""
+    frozen, tuned = forecast(changed(changed(paper, 1, lora=None), 0, learning_rate=LearningRates(bridge=1e-4)))
+    assert frozen.shapes[1].weight_bytes == 2 and tuned.shapes[1].weight_bytes == 4
+    assert forecast(changed(paper, 1))[1].shapes[1].weight_bytes == 2  # LoRA
+    assert forecast(paper.model_copy(update={"precision": "fp32"}))[0].shapes[1].weight_bytes == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +26,7 @@ class Settings(BaseModel):
             for key in values:
                 if key not in cls.model_fields:
                     near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
-                    hint = f"; did you mean '{near[0]}'?" if near else ""
+                    hint = f"; did you mean '{near[0]}'?" if near else "."
                     known = ", ".join(cls.model_fields)
                     raise ValueError(f"unknown key '{key}' in {cls.__name__}{hint} Known keys: {known}")
         return values
@@ -350,7 +351,9 @@ class Stage(Settings):
             raise ValueError(f"stage '{self.name}': batch_size {self.batch_size} is not a multiple of {micro}")
         if micro is not None and self.batch_tokens is not None:
             raise ValueError(f"stage '{self.name}': batch_tokens settles what micro_batch_size does; give one of them")
-        if self.batch_tokens is not None and self.model_fields_set & {"batch_size", "pack_length"}:
+        # By value: what was saved with its defaults is read again.
+        given = self.batch_size != type(self).model_fields["batch_size"].default or self.pack_length is not None
+        if self.batch_tokens is not None and given:
             raise ValueError(
                 f"stage '{self.name}': batch_tokens settles what batch_size and pack_length do; give it or them"
             )
@@ -366,6 +369,8 @@ class Stage(Settings):
                     f"stage '{self.name}': places_of '{self.places_of}' needs a resampler or chain_of_sight, and no "
                     f"packing; found {self.bridge.kind}, packing {self.packing}"
                 )
+            if getattr(self.bridge, "order", "coarse_to_fine") != "coarse_to_fine":
+                raise ValueError(f"stage '{self.name}': places_of goes with order: coarse_to_fine alone")
             self.bridge.scales.places(Layout.parse(self.places_of))
         if self.proportional_attention and (self.places_of is None or self.compressor is not None):
             raise ValueError(
@@ -382,6 +387,28 @@ class Stage(Settings):
     @property
     def steps(self) -> int:
         return -(-self.samples // self.batch_size)
+
+
+def _check_scaling(old: Stage, new: Stage) -> None:
+    """Raises ValueError if a stage's bridge cannot become the next one's: not when the first has trained for hours."""
+    before, after = old.bridge, new.bridge
+    if before == after:
+        return
+    step = f"stages '{old.name}' -> '{new.name}'"
+    if not (isinstance(before, _Windowed) and isinstance(after, _Windowed)):
+        raise ValueError(
+            f"{step}: a bridge of kind {before.kind} cannot become one of kind {after.kind}: only resampler and "
+            "chain_of_sight can be scaled; give both stages the same bridge"
+        )
+    sizes = ("width", "heads", "mlp_ratio", "depth", "order", "shared_queries")
+    values = {key: [getattr(each, key, ChainOfSight.model_fields[key].default) for each in (before, after)]
+              for key in sizes}  # fmt: skip
+    if changed := {key: pair for key, pair in values.items() if pair[0] != pair[1]}:
+        raise ValueError(f"{step}: scaling changes the layout alone, but these differ: {changed}")
+    try:
+        before.scales.lineage(after.scales)
+    except ValueError as error:
+        raise ValueError(f"{step}: {error}; choose layouts of which one can be born from the other") from None
 
 
 class HeldOut(Settings):
@@ -460,6 +487,18 @@ class Recipe(Settings):
                 f"on_bad_sample: quarantine, but the stages {cached} cache the features of all pictures before they "
                 "train: set cache_features: false, or take out what `sparsight data check` finds"
             )
+        if reserved := {"total", "score"} & set(names):
+            raise ValueError(f"a stage cannot be named {sorted(reserved)}: comparisons have figures of that name")
+        return self
+
+    @model_validator(mode="after")
+    def _every_stage_can_begin(self) -> Recipe:
+        for old, new in pairwise(self.stages):
+            _check_scaling(old, new)
+        for stage in self.stages:
+            self.data_of(stage)
+        if "mean" in self.evaluation.held_out:
+            raise ValueError("evaluation.held_out: 'mean' is the mean of all scores; choose another name")
         return self
 
     def source_of(self, stage: Stage) -> Data:
@@ -528,6 +567,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, preset: st
         FileNotFoundError: there is no such file.
     """
     values = _read_yaml(Path(path), overrides, preset)
+    if "runs" in values:
+        raise ValueError(f"{path} compares runs; it is for: sparsight demo --recipe {path}")
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -537,6 +578,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, preset: st
 def load_comparison(path: str | Path, overrides: list[str] | None = None) -> Comparison:
     """Read the YAML of a comparison; overrides and errors as in `load_recipe`."""
     values = _read_yaml(Path(path), overrides)
+    if "stages" in values and "runs" not in values:
+        raise ValueError(f"{path} is the recipe of one run; it is for: sparsight train {path}")
     try:
         return Comparison.model_validate(values)
     except ValidationError as error:
@@ -582,10 +625,11 @@ def _lay_over(values: dict[str, Any], name: str) -> None:
         settle = deepcopy(last) | {"name": "settle", "samples": samples, "schedule": "constant_with_warmup"}
         last["samples"] = whole - samples
         stages.insert(-1, settle)
-    kept: dict[str, Any] = {}
+    # A bridge keeps its width and the like: those of the first stage that has any, as scaling does not change them.
+    own = [stage.get("bridge") for stage in stages]
+    sizes = [{k: v for k, v in each.items() if k in _Windowed.model_fields} for each in own if isinstance(each, dict)]
+    kept = next(filter(None, sizes), {})
     for stage in stages:
-        own = stage.get("bridge") if isinstance(stage.get("bridge"), dict) else {}
-        kept = {key: value for key, value in own.items() if key in _Windowed.model_fields} or kept
         new = preset["late" if stage is last else "early"]
         stage |= {"compressor": None, "skipper": None, "places_of": None, "proportional_attention": stage is settle}
         stage |= new | {"bridge": kept | new["bridge"]}
@@ -601,7 +645,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if isinstance(node, list):
             node = _list_item(node, part, override)
         elif isinstance(node, dict):
-            node = node.setdefault(part, {})
+            if node.get(part) is None:  # also what a preset has switched off
+                node[part] = {}
+            node = node[part]
         else:
             raise ValueError(f"override '{override}': '{'.'.join(path[:index])}' is not a mapping, found {node!r}")
     if not isinstance(node, dict):
@@ -626,8 +672,14 @@ def readable(error: ValidationError) -> str:
     lines = []
     for fault in error.errors():
         where = ".".join(str(part) for part in fault["loc"]) or "recipe"
-        message = fault["msg"].removeprefix("Value error, ")
-        given = fault.get("input")
+        message, given = fault["msg"].removeprefix("Value error, "), fault.get("input")
+        if fault["type"] in ("model_type", "model_attributes_type", "dict_type"):
+            message = "expected a mapping of keys to values"
+        elif fault["type"] in ("list_type", "tuple_type"):
+            message = "expected a list"
+        elif fault["type"] == "union_tag_invalid":
+            message = f"kind: expected one of {fault['ctx']['expected_tags']}"
+            given = fault["ctx"]["tag"]
         shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
         lines.append(f"{where}: {message}{shown}")
     return "\n".join(lines)

@@ -84,9 +84,13 @@ def skip_probabilities(
 
 def skipped_layers(probabilities: Sequence[float], seed: int, step: int) -> tuple[bool, ...]:
     """Which layers are off in an optimizer step: a pure function, the same on every rank, after resume, and when
-    activations are recomputed. A layer's draw does not depend on how many others there are."""
+    activations are recomputed. A layer's draw does not depend on how many others there are. One layer always runs:
+    where all are drawn, the one whose chance was the smallest."""
     draws = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step]))).random(len(probabilities))
-    return tuple(bool(draw < p) for draw, p in zip(draws, probabilities, strict=True))
+    off = [bool(draw < p) for draw, p in zip(draws, probabilities, strict=True)]
+    if off and all(off):
+        off[min(range(len(off)), key=lambda layer: (probabilities[layer], layer))] = False
+    return tuple(off)
 
 
 def _check_progress(progress: float) -> None:

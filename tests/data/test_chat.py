@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from sparsight import assets
-from sparsight.data.chat import encode_conversation, render
+from sparsight.data.chat import encode_conversation, render, stop_tokens
 from sparsight.modeling import SparsightProcessor
 from sparsight.modeling.build import CHATML, FLATTEN, multimodal_template
 from templates import FAMILIES, FOLDER, family_tokenizer
@@ -105,3 +105,15 @@ def test_a_space_before_the_answer_does_not_lose_its_first_word(name: str) -> No
     labels = encode_conversation(tokenizer, [user("Is there a dog?"), says("dog")]).labels
     tokenizer.chat_template = own
     assert learnt(labels, tokenizer).strip() == "dog" + tokenizer.eos_token
+
+
+def test_an_answer_ends_where_training_taught_it_to() -> None:
+    """Base models come with a tokenizer whose end of text is not the end of a turn."""
+    _, tokenizer = make_language()
+    own = tokenizer.eos_token_id
+    assert stop_tokens(tokenizer) == [own]
+    tokenizer.eos_token = "<|system|>"
+    assert stop_tokens(tokenizer) == sorted([own, tokenizer.eos_token_id])
+    assert stop_tokens(tokenizer, 3) == stop_tokens(tokenizer, [3]) == sorted({own, tokenizer.eos_token_id, 3})
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert stop_tokens(tokenizer, None) == [tokenizer.eos_token_id]

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data._utils.pin_memory import pin_memory
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma3TextConfig,
+    Gemma3TextModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralModel,
+)
 
 from sparsight.config import ConversationData
 from sparsight.data.cache import build_cache, picture_rows
@@ -238,3 +245,31 @@ def test_a_weight_is_that_many_copies_of_a_token() -> None:
     torch.testing.assert_close(few, many)
     unweighted = model(inputs_embeds=embeds, position_ids=places).logits[:, 3:]
     assert (few - unweighted).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_packed_samples_longer_than_the_window_are_as_padded_ones(family: str) -> None:
+    """Sliding windows, in all layers or in some, hold within a sample by itself, too."""
+    sizes: dict[str, Any] = dict(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, sliding_window=8, attn_implementation="sdpa", pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    kinds = {"mistral": (MistralConfig, MistralModel), "gemma3": (Gemma3TextConfig, Gemma3TextModel)}
+    config, made = kinds[family]
+    model = made(config(**sizes)).eval()
+    lengths = (20, 5, 13)
+    ids = torch.randint(1, 64, (1, sum(lengths)))
+    places = torch.cat([torch.arange(length) for length in lengths])[None]
+    with torch.no_grad(), attention_for_packed_rows(model):
+        packed = model(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state[0]
+    with torch.no_grad():
+        alone = [model(input_ids=part, use_cache=False).last_hidden_state[0] for part in ids.split(lengths, 1)]
+    assert (packed - torch.cat(alone)).abs().max() < 1e-5
+
+
+def test_attention_in_chunks_is_not_packed() -> None:
+    language = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+    language.config.layer_types = ["chunked_attention"]
+    with pytest.raises(ValueError, match="LlamaForCausalLM attends in chunks: set packing: false"):
+        attention_for_packed_rows(language)

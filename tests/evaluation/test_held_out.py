@@ -78,3 +78,13 @@ def test_options_that_do_not_fit_are_told(tmp_path: Path) -> None:
         held_out_file(None, tmp_path, "exact_match", 5)
     with pytest.raises(ValueError, match="metric.*bleu"):
         held_out_file(tmp_path / "x.json", None, "bleu", 5)
+
+
+def test_no_caption_is_worth_more_than_one(tmp_path: Path) -> None:
+    """Rounding takes CIDEr-D of an exact caption above 10; a point is at most 1."""
+    words = ["a", "big", "small", "red", "dog", "cat", "house", "on", "the", "grass", "at", "door", "two", "three"]
+    captions = [("describe", " ".join(words[(3 * row + 5 * at) % len(words)] for at in range(7))) for row in range(40)]
+    settings = HeldOut(data={"path": str(write(tmp_path, captions))}, metric="cider_d")
+    questions = held_out_questions("captions", settings, 32)
+    points = questions.score(questions.items, [item.truth for item in questions.items])
+    assert max(points) <= 1 and min(points) > 0.99

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from sparsight.data.collate import TrainingSet
 from sparsight.data.images import load_image
 from sparsight.pipeline import check_data, run
 from sparsight.reporting import read_run
+from sparsight.training.quarantine import Quarantine
 from tiny import picture
 
 UNREADABLE = "cannot be read as a picture"
@@ -390,3 +392,32 @@ def test_the_check_counts_what_training_sees(tmp_path: Path, write: Callable[...
     step = read_run(tmp_path / "run").stages[0].steps[0]
     assert (step["text_tokens"], step["visual_tokens"]) == (record["text_tokens"], record["visual_tokens"])
     assert record["bad"] == [] and record["lengths"]["longest_id"] == "0"
+
+
+def test_bad_samples_of_other_data_do_not_count(tmp_path: Path) -> None:
+    """What one file has too many of is no fault of the next, and rows of the same number are others there."""
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl", most=0.01)
+    bad = [{"row": row, "id": str(row), "reason": "cut", "dropped": False} for row in range(50)]
+    quarantine.begin("a", 0, 0, 10_000, ["a", "c"])
+    quarantine.add(bad, 1, 9_000)
+    quarantine.begin("b", 0, 0, 10_000, ["b"])
+    quarantine.add(bad[7:8], 1, 32)
+    lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["row"]) for line in lines[-2:]] == [("a", 49), ("b", 7)] and len(lines) == 51
+    quarantine.begin("c", 0, 9_000, 10_000, ["a", "c"])  # the first data again: known ones are not written twice
+    quarantine.add(bad[:1], 1, 32)
+    assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 51
+    with pytest.raises(ValueError, match="stage 'c', step 2: 101 of "):
+        quarantine.add([entry | {"row": 100 + entry["row"]} for entry in [*bad, bad[0] | {"row": 50}]], 2, 32)
+
+
+def test_a_check_names_the_data_that_it_looked_at(tmp_path: Path, write: Callable[..., Recipe]) -> None:
+    recipe = write(few_bad(0, 3))
+    own = recipe.data.model_copy(update={"path": str(shutil.copy(recipe.data.path, tmp_path / "own.json"))})
+    stages = [recipe.stages[0].model_copy(update={"name": "first"}), recipe.stages[0].model_copy(update={"data": own})]
+    recipe = recipe.model_copy(update={"stages": tuple(stages)})
+    assert check_data(recipe, tmp_path / "check", 0, quiet(), stages[1].name)["data"] == own.path
+    with pytest.raises(ValueError, match=f"--stage nope: no such stage; expected one of first, {stages[1].name}"):
+        check_data(recipe, tmp_path / "check", 0, quiet(), "nope")
+    with pytest.raises(ValueError, match=r"stages have data of their own: name one of them, --stage first\|"):
+        check_data(recipe, tmp_path / "check", 0, quiet())

@@ -205,6 +205,28 @@ def test_a_run_has_ended_when_its_recipe_is_done(tmp_path):
         assert read_run(started(tmp_path / str(number), *records, recipe=recipe)).ended is ended
     recipe["evaluation"]["kind"] = "none"
     assert read_run(started(tmp_path / "none", *ends, recipe=recipe)).ended
+    # What is held out is asked last, and by itself where scenes are not.
+    held_out = {"type": "eval", "scores": {"pets": 0.5}}
+    for number, (kind, records, ended) in enumerate(
+        (
+            ("none", ends, False),
+            ("none", [*ends, held_out], True),
+            ("scenes", [*ends, scored], False),
+            ("scenes", [*ends, held_out], False),
+            ("scenes", [*ends, scored, held_out], True),
+        )
+    ):
+        recipe["evaluation"] = {"kind": kind, "held_out": {"pets": {}}}
+        folder = tmp_path / f"held out {number}"
+        assert read_run(started(folder, *records, recipe=recipe)).ended is ended
+
+
+def test_points_a_hair_above_one_are_points(tmp_path):
+    """CIDEr-D of the right caption is 10 but for rounding; older logs hold it as it came."""
+    points = [1.0000000000000002, 0.0]
+    scored = {"type": "eval", "scores": {"c": 0.5}, "points": {"c": points}, "pictures": {"c": [0, 1]}}
+    run = read_run(started(tmp_path, scored | {"questions": {"c": "x"}}))
+    assert run.points["c"].scores == points and run.problems == []
 
 
 def test_totals_that_contradict_the_steps_are_named(tmp_path):

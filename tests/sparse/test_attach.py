@@ -407,6 +407,10 @@ def test_what_cannot_be_attached():
         attach(model, skipper=LayerSkipper(protected=(3, 2)))
     with pytest.raises(ValueError, match="importance has 2 values, but the model has 4 layers"):
         attach(model, skipper=LayerSkipper(importance=(1.0, 2.0)))
+    with pytest.raises(ValueError, match="compressor: expected a VisualTokenCompressor, found LayerSkipper"):
+        attach(model, LayerSkipper())
+    with pytest.raises(ValueError, match=r"write attach\(model, skipper=LayerSkipper\(...\)\)"):
+        attach(model, skipper=0.25)
     attach(model, QUARTER)
     with pytest.raises(ValueError, match="has something attached already"):
         attach(model, QUARTER)

@@ -23,7 +23,7 @@ def packed(samples):
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("positions", ["original", "renumbered"])
-@pytest.mark.parametrize("method", ["uniform", "similarity", "merge"])
+@pytest.mark.parametrize("method", ["uniform", "similarity", "merge", "text"])
 def test_a_packed_row_gives_what_its_samples_give_alone(backend, positions, method):
     model = made(NAME)
     model.set_attn_implementation(backend)

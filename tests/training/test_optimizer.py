@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from small_runs import one_stage
+from small_runs import one_stage, train
 from sparsight.training import optimizer as optimizers
 from sparsight.training.optimizer import MuonAdamW, optimizer_flops
-from sparsight.training.stages import parameter_groups, select_trainable
+from sparsight.training.stages import add_lora, merge_lora, parameter_groups, select_trainable
 
 SETTINGS = {"betas": (0.9, 0.98), "lr": 1e-3, "fused": True}
 
@@ -80,3 +80,15 @@ def test_a_torch_without_muon_is_told(tiny_vlm, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(ValueError, match="needs torch 2.9 or newer, found"):
         MuonAdamW(groups)
+
+
+def test_adapters_alone_train_without_muons_part(tmp_path: Path, tiny_vlm) -> None:
+    """With LoRA there is no matrix for Muon, which takes no empty list."""
+    model, processor = tiny_vlm()
+    recipe, stage = one_stage(optimizer="muon", lora={"rank": 2}, learning_rate={"language": 1e-2}, samples=8)
+    lora = add_lora(model, stage, recipe.seed)
+    select_trainable(model, stage)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_B" in name}
+    train(model, processor, recipe, stage, tmp_path)
+    assert before and all((p != before[name]).any() for name, p in model.named_parameters() if name in before)
+    merge_lora(lora)

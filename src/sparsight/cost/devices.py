@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def known_device(name: str) -> tuple[str, float, float]:
         ValueError: it is not there.
     """
     for known, (peak, memory) in DEVICES.items():
-        if known.lower() in name.lower():
+        if re.search(rf"(?<!\w){re.escape(known)}(?!\w)", name, re.IGNORECASE):
             return known, peak, memory * 1e9
     raise ValueError(f"device '{name}' is not known; expected one of {', '.join(DEVICES)}")
 

@@ -204,13 +204,14 @@ def forecast(recipe: Recipe) -> list[StageCost]:
     Raises:
         ValueError: the sizes of encoder or language model are not known, or a layout does not fit the feature map.
     """
-    stages, cached = [], Counter[int]()
+    stages, cached = [], Counter[str]()
     for stage in recipe.stages:
-        cost = StageCost(recipe, stage, cached[stage.image_size])
+        pictures = f"{stage.image_size} {recipe.source_of(stage)}"
+        cost = StageCost(recipe, stage, cached[pictures])
         for scale in stage.bridge.scales.scales if hasattr(stage.bridge, "scales") else ():
             window_bounds(min(cost.map_size), scale.grid)
         if stage.cache_features:
-            cached[stage.image_size] = max(cached[stage.image_size], cost.pictures)
+            cached[pictures] = max(cached[pictures], cost.pictures)
         stages.append(cost)
     return stages
 
@@ -245,7 +246,8 @@ def levers(recipe: Recipe) -> list[tuple[str, float]]:
         changes: dict[str, dict[str, Any]] = {}
         if not last and cost.tokens > 32 and min(cost.map_size) >= 4:
             changes["bridge: cos-32"] = {"bridge": ChainOfSight("cos-32", **inner_sizes(stage.bridge))}
-        if not last and stage.compressor is None:
+        dense = not (isinstance(stage.bridge, ChainOfSight) or stage.proportional_attention)  # else few tokens already
+        if not last and stage.compressor is None and dense:
             changes["compressor: {keep: 0.25}"] = {"compressor": VisualTokenCompressor()}
         if last and stage.skipper is None:
             changes["skipper: {alpha: 0.6, epsilon: 0.3}"] = {"skipper": LayerSkipper()}

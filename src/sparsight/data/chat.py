@@ -94,6 +94,18 @@ def _with_probe(message: dict) -> dict:
     return message | {"content": _PROBE if as_text else [{"type": "text", "text": _PROBE}]}
 
 
+def stop_tokens(tokenizer: Any, known: int | Sequence[int] | None = None) -> list[int]:
+    """Ids at which an answer ends: ``known`` ones (of a generation config), the tokenizer's own, and what its chat
+    template puts behind an answer. It is that one which is learnt, and tokenizers may have another."""
+    found = {tokenizer.eos_token_id, *([known] if isinstance(known, int) else known or ())} - {None}
+    turns = [{"role": role, "content": [{"type": "text", "text": "?"}]} for role in ("user", "assistant")]
+    try:
+        *_, last = (label for label in encode_conversation(tokenizer, turns).labels if label != -100)
+    except ValueError:  # the template wants other turns
+        return sorted(found)
+    return sorted(found | ({last} & _controls(tokenizer, len(tokenizer))[1]))
+
+
 def _as_text(message: dict, controls: re.Pattern[str]) -> dict:
     """The message with what looks like a control token cut behind its first character, so that it is none."""
 

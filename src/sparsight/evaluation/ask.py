@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from sparsight.data.chat import stop_tokens
 from sparsight.evaluation.metrics import reads_yes
 from sparsight.statistics import Estimate, bootstrap
 
@@ -111,6 +112,7 @@ def answer_all(
 ) -> list[str]:
     """Greedy answers; ``visual_INE`` holds one row for each item. Items of like length go together."""
     tokenizer = processor.tokenizer
+    stops = stop_tokens(tokenizer, model.generation_config.eos_token_id)
     answers = [""] * len(items)
     order = sorted(range(len(items)), key=lambda place: (len(items[place].truth), place))
     for start in range(0, len(order), batch_size):
@@ -132,7 +134,7 @@ def answer_all(
             max_new_tokens=max(room),
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=stops,
         )
         tail = produced[:, coded["input_ids"].shape[1] :]
         cut = [ids[:length] for ids, length in zip(tail, room, strict=True)]

@@ -13,7 +13,9 @@ from sparsight.evaluation.metrics import box_match, cider_d, exact_match
 _SCORE: dict[str, Callable[[Sequence[str], Sequence[str]], list[float]]] = {
     "exact_match": lambda answers, truths: [exact_match(a, t, True) for a, t in zip(answers, truths, strict=True)],
     "box_match": lambda answers, truths: [box_match(a, t) for a, t in zip(answers, truths, strict=True)],
-    "cider_d": lambda answers, truths: [value / 10 for value in cider_d(answers, [[truth] for truth in truths])],
+    "cider_d": lambda answers, truths: [
+        min(1.0, value / 10) for value in cider_d(answers, [[truth] for truth in truths])
+    ],
 }
 
 

@@ -64,6 +64,7 @@ def packed_attention(
 
     Args:
         query: (B, heads, T, D); ``key`` and ``value`` may have fewer heads.
+        kwargs: as transformers gives them; with ``sliding_window``, a position sees so many, itself included.
 
     Returns:
         (B, T, heads, D)
@@ -83,7 +84,11 @@ def packed_attention(
         rows = _Rows.apply(x.transpose(1, 2).flatten(0, 1), there, back, real)
         return rows.view(*places_SL.shape, *rows.shape[1:]).transpose(1, 2)
 
-    out_SLHD, _ = short_attention(module, apart(query), apart(key), apart(value), None, is_causal=True, **kwargs)
+    seen, window = None, kwargs.get("sliding_window")
+    if window is not None and window < longest:
+        seen = torch.ones(longest, longest, dtype=torch.bool, device=query.device).tril().triu(1 - window)[None, None]
+    kwargs |= {"is_causal": seen is None}
+    out_SLHD, _ = short_attention(module, apart(query), apart(key), apart(value), seen, **kwargs)
     out = _Rows.apply(out_SLHD.flatten(0, 1), back, there, inside)
     return out.view(batch, length, heads, width), None
 
@@ -92,5 +97,11 @@ AttentionInterface.register(NAME, packed_attention)
 
 
 def attention_for_packed_rows(language_model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Within, ``language_model`` takes packed rows only; no change where it has attention over various lengths."""
+    """Within, ``language_model`` takes packed rows only; no change where it has attention over various lengths.
+
+    Raises:
+        ValueError: its attention is cut into chunks.
+    """
+    if "chunked_attention" in (getattr(language_model.config, "layer_types", None) or ()):
+        raise ValueError(f"{type(language_model).__name__} attends in chunks: set packing: false")
     return attention(language_model, NAME, of=("sdpa", "eager"))

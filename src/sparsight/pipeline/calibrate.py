@@ -67,7 +67,8 @@ class TimedSteps:
 def timed_steps(recipe: Recipe, stage: Stage, bridge: Any, folder: Path) -> TimedSteps:
     """A short real run of one stage, with another bridge and every token and layer. ``folder`` keeps its features."""
     samples = CALIBRATION_STEPS * (stage.batch_size if stage.batch_tokens is None else stage.batch_tokens // 64 + 1)
-    plain = {"samples": samples, "checkpoints": 0, "compressor": None, "skipper": None, "bridge": bridge}
+    plain = dict.fromkeys(("compressor", "skipper", "places_of")) | {"proportional_attention": False, "bridge": bridge}
+    plain |= {"samples": samples, "checkpoints": 0}
     update = {"stages": (stage.model_copy(update=plain),), "evaluation": Evaluation(kind="none"), "report_to": ()}
     with tempfile.TemporaryDirectory(dir=folder) as out:
         run(recipe.model_copy(update=update), Path(out), Console(quiet=True), cache_root=folder / "cache")

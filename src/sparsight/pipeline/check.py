@@ -39,8 +39,10 @@ def check_data(
         ValueError: the encoder or the tokenizer cannot be loaded, the data cannot be opened at all, or no such stage.
     """
     names = [stage.name for stage in recipe.stages]
-    if stage_name not in (None, *names) or (stage_name is None and len(recipe.all_data()) > 1):
-        raise ValueError(f"--stage {stage_name}: the stages have data of their own; expected one of {names}")
+    if stage_name not in (None, *names):
+        raise ValueError(f"--stage {stage_name}: no such stage; expected one of {', '.join(names)}")
+    if stage_name is None and len(recipe.all_data()) > 1:
+        raise ValueError(f"stages have data of their own: name one of them, --stage {'|'.join(names)}")
     recipe = recipe.model_copy(update={"on_bad_sample": "quarantine"})  # bad rows are to be told, all of them
     tokenizer, context = _tokenizer(recipe, recipe.stages[0])
     made = []
@@ -67,7 +69,8 @@ def check_data(
         task = bar.add_task("looking at samples", total=len(source))
         data = TrainingSet(source, processor, len(source))
         found = check_rows(data, workers, lambda done: bar.update(task, completed=done))
-    name = recipe.data.path if isinstance(recipe.data, ConversationData) else recipe.data.kind
+    own = recipe.source_of(stage)
+    name = own.path if isinstance(own, ConversationData) else own.kind
     made_by = {"recipe": recipe.name, "stage": stage.name, "data": name, "environment": environment()}
     record = made_by | found.record(stage.max_length or context)
     record["visual_tokens_per_image"] = processor.num_image_tokens

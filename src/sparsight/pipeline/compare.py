@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from sparsight.config import Comparison
+from sparsight.pipeline.files import open_log, settle_precision
 from sparsight.pipeline.train import run
 from sparsight.reporting import Run, read_run, read_runs, report
 from sparsight.reporting.page import table
@@ -24,15 +25,27 @@ def run_comparison(comparison: Comparison, out: Path, console: Console, resume: 
 
     Returns:
         The comparison, as in ``comparison.json``.
+
+    Raises:
+        FileExistsError: ``out`` holds a run of that name, but no comparison: it is somebody's own.
+        ValueError: ``resume``, and a run there is of another recipe.
     """
     recipes = comparison.recipes()
     cache = out / "cache"
     if not resume:
+        own = [] if (out / "comparison.json").is_file() or (out / "cache").is_dir() else recipes
+        if held := [str(out / recipe.name) for recipe in own if (out / recipe.name / "run.jsonl").is_file()]:
+            raise FileExistsError(
+                f"{', '.join(held)}: a run of its own, which a comparison would replace; choose another --out"
+            )
         for folder in [*(out / recipe.name for recipe in recipes), cache]:
             shutil.rmtree(folder, ignore_errors=True)
+    cache.mkdir(parents=True, exist_ok=True)  # also says that what lies beside it may be replaced
     start = time.perf_counter()
     for recipe in recipes:
-        if resume and (out / recipe.name / "run.jsonl").is_file() and read_run(out / recipe.name).scores:
+        if resume and (out / recipe.name / "run.jsonl").is_file() and read_run(out / recipe.name).ended:
+            settled = settle_precision(recipe, out / recipe.name, resume, Console(quiet=True))
+            open_log(settled, out / recipe.name, resume).close()  # raises if it was another recipe's
             console.print(f"run [bold]{recipe.name}[/]: done already")
             continue
         console.rule(f"[bold]{recipe.name}")
@@ -48,6 +61,6 @@ def run_comparison(comparison: Comparison, out: Path, console: Console, resume: 
 
 def _print_examples(runs: list[Run], console: Console) -> None:
     heads = ("picture", "question", "truth", *(each.name for each in runs))
-    examples = zip(*(each.examples for each in runs), strict=True)
+    examples = zip(*(each.examples for each in runs), strict=False)  # some may have been asked about fewer
     rows = [(*(rows[0][key] for key in ("id", "question", "truth")), *(r["answer"] for r in rows)) for rows in examples]
     console.print(table("Examples (pictures in the report)", heads, rows, left=len(heads)))

@@ -54,6 +54,8 @@ def open_log(recipe: Recipe, out: Path, resume: bool) -> RunLog:
     lines = file.read_bytes().splitlines() if file.is_file() else []
     if len(lines) < 2:  # no more than a header: it failed before its first stage, by a wrong name perhaps
         file.unlink(missing_ok=True)
+        for sizes in out.glob("*/checkpoints/sizes.npy"):  # of what may have been changed since
+            sizes.unlink()
     else:
         if not resume:
             raise FileExistsError(f"{out} holds a run already; go on with --resume, or choose another --out")

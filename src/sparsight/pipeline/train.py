@@ -16,7 +16,9 @@ from transformers import PreTrainedConfig
 
 from sparsight.config import Recipe, ScratchLanguage, Stage
 from sparsight.cost import Trains
+from sparsight.data.chat import stop_tokens
 from sparsight.data.collate import TrainingSet
+from sparsight.data.scenes import TASKS
 from sparsight.data.sources import open_source
 from sparsight.distributed import process_state
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
@@ -29,6 +31,7 @@ from sparsight.pipeline.files import Session, load, open_log, save, settle_preci
 from sparsight.reporting import RunLog, read_run, write_card
 from sparsight.reporting.page import table
 from sparsight.reporting.runlog import step_seconds
+from sparsight.schedules import skip_probabilities
 from sparsight.training.quarantine import Quarantine
 from sparsight.training.stages import PartPlan, add_lora, merge_lora, select_trainable
 from sparsight.training.trainer import StepCounter, plan_stage, train_stage
@@ -53,6 +56,8 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache
     """
     if missing := [name for name in recipe.report_to if importlib.util.find_spec(name) is None]:
         raise ValueError(f"report_to: {missing} cannot be imported; pip install {' '.join(missing)}, or take it out")
+    if recipe.evaluation.kind == "scenes" and (twice := set(TASKS) & set(recipe.evaluation.held_out)):
+        raise ValueError(f"evaluation.held_out: {sorted(twice)} are tasks of scenes, which are asked too; rename them")
     ranks = process_state()
     main = ranks.is_main_process  # it alone writes and tells
     console = console if main else Console(quiet=True)
@@ -75,6 +80,8 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache
                 model, processor = load(saved)
             else:
                 model, processor = enter_stage(recipe, stage, model, processor, console)
+                if stage is recipe.stages[0]:
+                    _check_stages(recipe, model.config.text_config)
                 _run_stage(session, stage, model, processor)
                 if main:
                     save(model, processor, session, saved)
@@ -84,6 +91,17 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache
             score_run(session, model, processor, str(final))
             write_card(final, recipe, read_run(session.log.path))  # now with scores
     return final
+
+
+def _check_stages(recipe: Recipe, language: PreTrainedConfig) -> None:
+    """Raises ValueError for what a later stage would not do with this language model, before the first one trains."""
+    for stage in recipe.stages:
+        max_length(stage, language)
+        if stage.skipper is not None:
+            try:
+                skip_probabilities(language.num_hidden_layers, 0.0, **stage.skipper.model_dump())
+            except ValueError as error:
+                raise ValueError(f"stage '{stage.name}': {error}") from None
 
 
 def enter_stage(
@@ -121,6 +139,8 @@ def enter_stage(
     for tensor in chain(model.parameters(), model.buffers()):
         if tensor.dtype == torch.float16 or (recipe.precision == "fp32" and tensor.dtype == torch.bfloat16):
             tensor.data = tensor.data.float()
+    stops = stop_tokens(processor.tokenizer, model.generation_config.eos_token_id)
+    model.generation_config.eos_token_id = stops  # so that `generate` ends where training did
     return model, processor
 
 

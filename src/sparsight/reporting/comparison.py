@@ -117,7 +117,7 @@ def _differences(runs: list[Run]) -> dict[str, list[Any]]:
 def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Dotted keys and values; items of a list go by their names, where they have some."""
     if isinstance(value, list) and value and all(isinstance(item, dict) and "name" in item for item in value):
-        value = {str(item["name"]): item for item in value}
+        value = {str(number if item["name"] is None else item["name"]): item for number, item in enumerate(value)}
     if not isinstance(value, dict):
         yield path, value
         return

@@ -246,8 +246,11 @@ class Run:
         stages = stages if isinstance(stages, list) else []
         names = {str(stage.get("name")) for stage in stages if isinstance(stage, dict)}
         names = names or {stage.name for stage in self.stages}
-        evaluation = asked.get("evaluation")
-        scored = not isinstance(evaluation, dict) or evaluation.get("kind") == "none" or bool(self.scores)
+        evaluation = _mapping(asked.get("evaluation"))
+        held_out = set(_mapping(evaluation.get("held_out")))
+        scored = held_out <= self.scores.keys()
+        if evaluation.get("kind", "none") != "none":
+            scored &= bool(self.scores.keys() - held_out)
         return bool(names) and scored and names <= {stage.name for stage in self.stages if stage.finished}
 
 
@@ -316,7 +319,11 @@ def _points(parts: list[Any], mean: float) -> Points | None:
     if not (isinstance(scores, list) and isinstance(pictures, list) and isinstance(questions, str)):
         return None
     numbers = [list(_numbers(dict(enumerate(part))).values()) for part in (scores, pictures)]
-    fit = numbers == [scores, pictures] and len(scores) == len(pictures) > 0 and all(0 <= each <= 1 for each in scores)
+    fit = (
+        numbers == [scores, pictures]
+        and len(scores) == len(pictures) > 0
+        and all(0 <= each <= 1 + 1e-9 for each in scores)
+    )
     return Points(*parts) if fit and math.isclose(fmean(scores), mean, abs_tol=1e-6) else None
 
 

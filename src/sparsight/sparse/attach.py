@@ -24,7 +24,7 @@ from sparsight.distributed import several_ranks, touched
 from sparsight.schedules import anneal, skip_probabilities, skipped_layers
 from sparsight.sparse.blank import blank_features
 from sparsight.sparse.compress import compress
-from sparsight.sparse.gather import Kept, gather_inputs
+from sparsight.sparse.gather import Kept, gather_inputs, packed_samples
 
 _IDLE = 50  # steps without an effect before the user is told
 
@@ -116,8 +116,13 @@ def attach(
         A `SparseHandle`, or `Parts`.
 
     Raises:
-        ValueError: the model cannot take them, or has them already.
+        ValueError: the model cannot take them, or has them already, or one is given in the place of the other.
     """
+    for name, given, kind in (("compressor", compressor, VisualTokenCompressor), ("skipper", skipper, LayerSkipper)):
+        if not isinstance(given, kind | None):
+            raise ValueError(
+                f"{name}: expected a {kind.__name__}, found {given!r}; write attach(model, {name}={kind.__name__}(...))"
+            )
     parts, decoder, layers, head = find_parts(model)
     if skipper is not None:
         skip_probabilities(parts.layers, 0.0, **_skip_options(skipper))  # more protected layers than there are, ...
@@ -385,7 +390,8 @@ class SparseHandle:
         if self.keep == 1.0 or visual == 0:
             self.passes.append(Pass(rows, length, length, run, visual, visual, self._pixels))
             return plain(*args, **kwargs)
-        embeds, keep_BT = self._compressed(embeds, visual_BT, kwargs.get("attention_mask"))
+        sample_BT = packed_samples(kwargs, rows, length)
+        embeds, keep_BT = self._compressed(embeds, visual_BT, kwargs.get("attention_mask"), sample_BT)
         kept = self._kept = Kept.of(keep_BT)
         after, left = kept.index_BK.shape[1], int((keep_BT & visual_BT).sum())
         self.passes.append(Pass(rows, length, after, run, visual, left, self._pixels))
@@ -414,9 +420,12 @@ class SparseHandle:
     # ------------------------------------------------------------------------------------------------ compression
 
     def _compressed(
-        self, embeds_BTD: torch.Tensor, visual_BT: torch.Tensor, mask: Any
+        self, embeds_BTD: torch.Tensor, visual_BT: torch.Tensor, mask: Any, packed_BT: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings in which kept places hold what they now stand for, and which places are kept, (B, T)."""
+        """Embeddings in which kept places hold what they now stand for, and which places are kept, (B, T).
+
+        ``packed_BT``: the packed sample that a position belongs to, if there are any.
+        """
         assert self.compressor is not None
         keep_BT = torch.ones_like(visual_BT)
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
@@ -438,7 +447,12 @@ class SparseHandle:
             tokens_IND = embeds_BTD[sample_IN, position_IN]
             if self.compressor.method == "text":
                 options["text_BTD"] = embeds_BTD[sample_IN[:, 0]].detach()
-                options["text_mask_BT"] = (keep_BT & ~visual_BT)[sample_IN[:, 0]]
+                text_IT = (keep_BT & ~visual_BT)[sample_IN[:, 0]]
+                if packed_BT is not None:  # that of the picture's own sample
+                    row_I, first_I = sample_IN[:, 0], position_IN[:, 0]
+                    owner_BT = packed_BT.expand(len(keep_BT), -1)
+                    text_IT = text_IT & (owner_BT[row_I] == owner_BT[row_I, first_I][:, None])
+                options["text_mask_BT"] = text_IT
             few_IKD, index_IK = compress(tokens_IND, self.keep, self.compressor.method, grid=grid, **options)
             # What follows a picture is said by its last position: that one stays.
             index_IK = torch.cat([index_IK[:, :-1], torch.full_like(index_IK[:, :1], length - 1)], 1)

@@ -68,7 +68,7 @@ def gather_inputs(
     for key, value in inputs.items():
         if key not in _KNOWN and isinstance(value, torch.Tensor) and tuple(value.shape[:2]) == (batch, length):
             inputs[key] = kept.gather(value, 1)
-    segment_BT = _segments(inputs, batch, length)
+    segment_BT = packed_samples(inputs, batch, length)
     segment_BK = None if segment_BT is None else kept.gather(segment_BT, 1)
     if segment_BK is None:
         inputs["attention_mask"] = _gather_mask(inputs.get("attention_mask"), kept)
@@ -102,7 +102,7 @@ def _gather_deep(inputs: dict[str, Any], kept: Kept, keep_BT: torch.Tensor) -> N
         inputs[places] = kept.gather(mask, 1) & valid
 
 
-def _segments(inputs: dict[str, Any], batch: int, length: int) -> torch.Tensor | None:
+def packed_samples(inputs: dict[str, Any], batch: int, length: int) -> torch.Tensor | None:
     """The number of the packed sample that a position belongs to, (B, T); None where a row is one sample.
 
     As transformers tells them: by the boundaries of variable-length attention, or, where there is no mask, by places

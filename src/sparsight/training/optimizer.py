@@ -27,24 +27,23 @@ class MuonAdamW(torch.optim.Optimizer):
         if not hasattr(torch.optim, "Muon"):
             raise ValueError(f"optimizer: muon needs torch 2.9 or newer, found {torch.__version__}; take adamw")
         super().__init__(groups, {})
-        muon, others = self._split()
         # Each takes the group's own dictionaries, so a schedule that sets rates here sets them there.
-        self.parts: list[Any] = [
-            torch.optim.Muon(muon, ns_steps=NEWTON_SCHULZ, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, **adamw),
-        ]
+        self.parts: dict[bool, Any] = {}
+        if muon := self._groups(True):  # none where adapters alone train
+            self.parts[True] = torch.optim.Muon(muon, ns_steps=NEWTON_SCHULZ, adjust_lr_fn="match_rms_adamw")
+        if others := self._groups(False):
+            self.parts[False] = torch.optim.AdamW(others, **adamw)
 
-    def _split(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        groups = self.param_groups
-        return [group for group in groups if group["muon"]], [group for group in groups if not group["muon"]]
+    def _groups(self, muon: bool) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["muon"] == muon]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         assert closure is None
         device = self.param_groups[0]["params"][0].device
         with nullcontext() if fast_bf16(device) else _Float32():
-            for part, groups in zip(self.parts, self._split(), strict=True):
-                part.state, part.param_groups = self.state, groups  # a checkpoint brings new ones
+            for muon, part in self.parts.items():
+                part.state, part.param_groups = self.state, self._groups(muon)  # a checkpoint brings new ones
                 part.step()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,20 @@ class Quarantine:
     def __init__(self, file: Path, most: float, writes: bool = True) -> None:
         self.file, self.most, self.writes = file, most, writes
 
-    def begin(self, stage: str, step: int, seen: int, rows: int) -> None:
+    def begin(self, stage: str, step: int, seen: int, rows: int, same: Collection[str]) -> None:
         """Enter a stage, or come back to it: what its later steps found will be found again.
 
         Args:
             step: the step that it goes on from.
-            seen: samples that the run has learnt from before.
+            seen: samples of these data that the run has learnt from before.
             rows: different samples that there are.
+            same: names of the stages that have these data.
         """
         self.stage, self.seen, self.rows = stage, seen, rows
         lines = self.file.read_text(encoding="utf-8").split("\n")[:-1] if self.file.is_file() else []
         found = [json.loads(line) for line in lines]  # a line that was cut short is the last one: found again, too
         known = [entry for entry in found if entry["stage"] != stage or entry["step"] <= step]
-        self.found = {(entry["row"], entry["id"]): entry for entry in known}
+        self.found = {(entry["row"], entry["id"]): entry for entry in known if entry["stage"] in {stage, *same}}
         if lines and self.writes:
             partial = self.file.with_suffix(".partial")
             partial.write_text("".join(map(_line, known)), encoding="utf-8")
@@ -44,7 +45,7 @@ class Quarantine:
         """Take what was replaced in a step of so many samples.
 
         Raises:
-            ValueError: more than ``most`` of the samples seen in the run were bad, and more than `FEW`.
+            ValueError: more than ``most`` of the samples of these data seen in the run were bad, and more than `FEW`.
         """
         self.seen += samples
         new = {(entry["row"], entry["id"]): {"stage": self.stage, "step": step} | entry for entry in entries}

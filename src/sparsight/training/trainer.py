@@ -454,7 +454,8 @@ def train_stage(
         began = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
         if quarantine is not None:
             seen = data.offset + sum(len(batch) for step in plan[:began] for batch in step)
-            quarantine.begin(stage.name, began, seen, len(data.source))
+            same = [each.name for each in recipe.stages if recipe.source_of(each) == recipe.source_of(stage)]
+            quarantine.begin(stage.name, began, seen, len(data.source), same)
         recorder = _Recorder(log, stage, counter, bar, task, quarantine if data.replaces else None)
         handle = None
         if stage.compressor is not None or stage.skipper is not None:
