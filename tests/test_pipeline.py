@@ -25,7 +25,7 @@ from sparsight.data.collate import TrainingSet
 from sparsight.data.scenes import TASKS
 from sparsight.data.sources import open_source
 from sparsight.pipeline import evaluate_checkpoint, load, run, run_comparison
-from sparsight.pipeline.files import trained_by
+from sparsight.pipeline.files import trained_by, with_cutouts
 from sparsight.reporting import Run, read_run, write_card
 from sparsight.reporting.comparison import human
 from tiny import ask
@@ -516,6 +516,16 @@ def test_what_a_later_stage_cannot_do_is_told_before_the_first_trains(
         run(recipe(stages=[stage_values(), stage_values("finetune", **late)]), tmp_path / "r", quiet())
     assert read_run(tmp_path / "r").stages == []
     run(recipe(stages=[stage_values(samples=4)]), tmp_path / "r", quiet())  # mended, it may begin in the same folder
+
+
+def test_a_model_remembers_what_its_scenes_were_drawn_with(recipe: Callable[..., Recipe]) -> None:
+    """Also as a part of a mixture, or of one stage; pictures that are not there when it is asked are no other ones."""
+    scenes = SCENES | {"cutouts": "auto"}
+    data = {"kind": "mixture", "parts": [{"data": SCENES}, {"data": scenes}]}
+    found = with_cutouts(recipe(data=data, stages=[stage_values(data=scenes)]))
+    here = "emoji" if assets.emoji_folder() else "shapes"
+    assert [part.data.cutouts for part in found.data.parts] == ["shapes", here]
+    assert found.stages[0].data.cutouts == here
 
 
 def test_held_out_scores_do_not_take_a_tasks_name(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:

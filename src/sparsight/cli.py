@@ -38,9 +38,12 @@ def _console() -> Console:
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
+    import logging
 
-    logging.disable_progress_bar()
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry, where there is no network
     return Console(quiet=os.environ.get("RANK", "0") != "0")
 
 
@@ -140,6 +143,10 @@ def plan(
     console = Console()
     if sweep and preset is not None:
         raise ValueError(f"--preset {preset} does not go with --sweep: give the values of one stage with KEY=A,B")
+    if not sweep and any(override.startswith("layout=") for override in overrides or []):
+        raise ValueError(
+            "layout=... stands for several stages and goes with --sweep; of one: stages.NAME.bridge.layout="
+        )
     found, refused = swept(recipe, overrides or []) if sweep else ([], [])
     recipes = [found[0][1]] if found else load_recipes(recipe, overrides, preset)
     if calibrate:
@@ -261,6 +268,8 @@ def preview(
         settings = load_recipe(recipe, overrides)
         stage = settings.stages[0]
         data, side = settings.data_of(stage), stage.image_size  # type: ignore[assignment]
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--out {out}: expected a picture's name, .png, .jpg or .webp")
     out.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(open_source(data, n, side), n).save(out)
     Console().print(f"wrote [bold]{out}[/]")

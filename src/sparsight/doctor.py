@@ -175,11 +175,12 @@ def _git() -> Check:
 
 def _assets() -> Iterator[Check]:
     """Real weights and data on this computer; all optional, as users bring their own."""
-    from sparsight.assets import inventory
+    from sparsight.assets import assets_dir, inventory
 
     for asset in inventory():
         if asset.found is None:
-            yield Check(asset.name, "warning", f"not found ({asset.purpose})", asset.command)
+            made = f", or set SPARSIGHT_ASSETS (now {assets_dir()})" if asset.command.startswith("make") else ""
+            yield Check(asset.name, "warning", f"not found ({asset.purpose})", asset.command + made)
         else:
             yield Check(asset.name, "ok", _short(asset.found))
 

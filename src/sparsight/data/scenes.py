@@ -115,7 +115,8 @@ class SceneConfig:
         found = assets.emoji_folder()
         if self.cutouts in ("emoji", "families") and found is None:
             raise FileNotFoundError(
-                f"cutouts='{self.cutouts}', but {assets.assets_dir()}/fluent-emoji-3d lacks them: run `make assets`"
+                f"cutouts='{self.cutouts}', but {assets.assets_dir()}/fluent-emoji-3d lacks them: run `make assets`, "
+                "or set SPARSIGHT_ASSETS to the folder that has them"
             )
         return replace(self, cutouts="emoji" if found else "shapes") if self.cutouts == "auto" else self
 

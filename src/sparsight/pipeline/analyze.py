@@ -104,7 +104,10 @@ def _load_any(name: str) -> tuple[Any, Any]:
         processor = AutoProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{name} cannot be loaded as a vision-language model of transformers: {reason:.300}") from None
+        where = "" if Path(name).is_dir() else "there is no such folder here, and from a hub "
+        raise ValueError(
+            f"{name}: {where}it cannot be loaded as a vision-language model of transformers: {reason:.300}"
+        ) from None
     if not hasattr(processor, "image_processor"):
         raise ValueError(f"{name}: expected a processor for pictures and text, found {type(processor).__name__}")
     return model.to(default_device()), processor

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sparsight.config import Evaluation, HeldOut, Recipe, SceneData
+from sparsight.config import Evaluation, HeldOut, Recipe, SceneData, readable
 from sparsight.counting import default_device, precision_on
 from sparsight.data.scenes import ScenesDataset, chance
 from sparsight.data.sources import scene_config
@@ -118,9 +119,12 @@ def evaluate_checkpoint(
     Raises:
         ValueError: no model in ``folder``, no such split, or conversations that cannot be asked.
     """
+    try:
+        settings = Evaluation.model_validate({"items": items, "split": split})
+    except ValidationError as error:
+        raise ValueError(f"--{readable(error)}") from None
     model, processor = load(folder)
     model.to(default_device())
-    settings = Evaluation.model_validate({"items": items, "split": split})
     if held_out is not None:
         settings = Evaluation(kind="none", held_out={Path(held_out.data.path).stem: held_out})
     table = Table(title=f"{folder}: scores in %", title_justify="left")

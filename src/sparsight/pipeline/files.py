@@ -8,11 +8,13 @@ import shutil
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from safetensors import safe_open
 
+from sparsight.assets import emoji_folder
 from sparsight.config import Recipe, SceneData
 from sparsight.counting import default_device, device_name, fast_bf16, precision_on
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
@@ -98,7 +100,7 @@ def save(
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
-    (partial / RECIPE_FILE).write_text(session.recipe.model_dump_json(indent=2), encoding="utf-8")
+    (partial / RECIPE_FILE).write_text(with_cutouts(session.recipe).model_dump_json(indent=2), encoding="utf-8")
     write_card(partial, session.recipe, read_run(session.log.path))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -128,6 +130,19 @@ def _in_bf16(folder: Path) -> set[str]:
         with safe_open(file, "pt") as tensors:
             found |= {name for name in tensors.keys() if tensors.get_slice(name).get_dtype() == "BF16"}  # noqa: SIM118
     return found
+
+
+def with_cutouts(recipe: Recipe) -> Recipe:
+    """The recipe with the cut-outs that its scenes had, so that a model is asked about these wherever it is asked."""
+    found = "emoji" if emoji_folder() else "shapes"
+
+    def settled(value: Any) -> Any:
+        if isinstance(value, dict):
+            named = {"cutouts": found} if (value.get("kind"), value.get("cutouts")) == ("scenes", "auto") else {}
+            return {key: settled(item) for key, item in value.items()} | named
+        return [settled(item) for item in value] if isinstance(value, list) else value
+
+    return Recipe.model_validate(settled(recipe.model_dump(mode="json")))
 
 
 def trained_by(folder: Path) -> Recipe | None:
