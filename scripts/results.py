@@ -245,7 +245,8 @@ def quality_table(name: str, result: dict, data: str = "scenes", split: int = 1,
         means = {task: fmean(entry["test"]["scores"][task] for entry in seeds) for task in tasks}
         total = bootstrap(*grouped(seeds))
         mean = f"{100 * total.mean:.1f} ({100 * total.low:.1f} to {100 * total.high:.1f})"
-        shown = row + (" (fp32)" if seeds[0].get("precision") == "fp32" else "")
+        fp32 = sum(entry.get("precision") == "fp32" for entry in seeds)
+        shown = row + (" (fp32)" if fp32 == len(seeds) else f" ({fp32} of {len(seeds)} in fp32)" if fp32 else "")
         cells = [shown, tokens, cost, clock, *(f"{100 * means[task]:.0f}" for task in tasks), mean, str(len(seeds))]
         lines.append("| " + " | ".join(cells) + " |")
     control = first["test"]["shuffled"]
@@ -263,7 +264,8 @@ def grouped(seeds: list[dict]) -> tuple[list[list[float]], list[int], list[str]]
 def margins_table(name: str, result: dict) -> str:
     """Each task of the core rows against the standard row, by paired tests over common seeds."""
     rows = entries(result)
-    standard = {entry["seed"]: entry for entry in rows.get("standard", [])}
+    alike = lambda entry: (entry["seed"], entry.get("precision", "bf16"))  # noqa: E731
+    standard = {alike(entry): entry for entry in rows.get("standard", [])}
     tasks = list(rows["standard"][0]["test"]["scores"]) if standard else []
     lines = [
         f"Task by task against *standard* (`benchmarks/results/{result['file']}`): difference in points and its 95% "
@@ -273,7 +275,7 @@ def margins_table(name: str, result: dict) -> str:
         "|---" * (len(tasks) + 2) + "|",
     ]
     for row in [row for row in rows if row in CORE and row != "standard"]:
-        pairs = [(entry, standard[entry["seed"]]) for entry in rows[row] if entry["seed"] in standard]
+        pairs = [(entry, standard[alike(entry)]) for entry in rows[row] if alike(entry) in standard]
         cells = []
         for task in tasks if pairs else ():
             ours, theirs = ([entry["test"]["points"][task] for entry in side] for side in zip(*pairs, strict=True))
@@ -291,6 +293,7 @@ def orderings_table(name: str, result: dict) -> str:
     for entry in result["rows"]:
         if "test" in entry and entry["data"] == "scenes" and entry["settings"]["late"] == 1:
             settings = str(sorted((key, float(value)) for key, value in entry["settings"].items()))
+            settings += entry.get("precision", "bf16")  # which moves a score as far as another seed does
             rows.setdefault(entry["row"], {}).setdefault(settings, {})[entry["seed"]] = entry
     means = [
         [fmean(entry["test"]["scores"].values()) for entry in seeds.values()]

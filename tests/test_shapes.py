@@ -1,10 +1,18 @@
 """Closed-form parameters and encoder FLOPs against real modules of the same configurations."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    MixtralConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 from sparsight.bridges import build_bridge
 from sparsight.config import ChainOfSight, Linear, Mlp, PixelShuffle, Resampler, ScratchLanguage
@@ -19,6 +27,7 @@ from sparsight.cost.shapes import (
     encoder_shape,
     language_shape,
 )
+from sparsight.counting import flop_counter
 from sparsight.modeling.configuration import EfficientNetLiteConfig
 from sparsight.modeling.encoders import EfficientNetLiteModel, count_flops, feature_levels
 from tiny import make_vlm
@@ -167,3 +176,24 @@ def test_a_folder_is_read_as_its_model_is(tmp_path):
     assert language_shape(str(tmp_path), layers=1).layers == 1
     parts = language_flops(language_shape(str(tmp_path)), 2, 10, 3, Trains())
     assert set(parts) == {"language_projections", "language_attention", "language_mlp", "vocabulary"}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3", "qwen2"])
+def test_experts_are_counted_as_torch_does(family: str) -> None:
+    """A token pays for the experts that it goes through, memory for all of them; the router's FLOPs are left out."""
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    some = sizes | {"num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 48}
+    config: Any = {
+        "mixtral": lambda: MixtralConfig(**sizes, num_local_experts=8, num_experts_per_tok=2),
+        "qwen3": lambda: Qwen3MoeConfig(**some, head_dim=16),
+        "qwen2": lambda: Qwen2MoeConfig(**some, shared_expert_intermediate_size=80),
+    }[family]()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model.set_experts_implementation("eager")  # torch's counter does not see into grouped products
+    shape = LanguageShape.from_config(config)
+    assert shape.parameters == pytest.approx(sum(p.numel() for p in model.parameters()), rel=1e-3)
+    with flop_counter(model) as counter, torch.no_grad():
+        model(input_ids=torch.ones(2, 40, dtype=torch.long), use_cache=False)
+    ours = sum(language_flops(shape, 2, 40, 80, Trains(False, False, False)).values())
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.01)

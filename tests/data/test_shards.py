@@ -124,6 +124,10 @@ ROWS: dict[str, tuple[list[tuple[str, bytes]], str]] = {
         [("k.txt", b" "), ("k.png", picture())],
         "TAR, sample 'k' (id k), field 'messages': an answer of the assistant is empty; expected text",
     ),
+    "a dot too many": (  # in the names: three samples, and the first alone would be read
+        [(f"k.{number}.json", conversation(image=None)) for number in range(3)],
+        "TAR, sample 'k': 3 members .json hold conversations; what stands before the first dot of a name tells samples",
+    ),
     "no conversation": (
         [("k.json", b'{"id": 4}')],
         "TAR, sample 'k' (id 4): expected 'conversations' (LLaVA) or 'messages', found the fields ['id']",

@@ -341,3 +341,41 @@ def test_without_the_package_the_extra_is_named(folder: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"'parquet' need the package datasets.*pip install 'sparsight\[data\]'"):
         TableSource(ConversationData(kind="parquet", path=str(folder)))
+
+
+def test_lines_of_windows_and_the_mark_of_its_editors_are_not_learnt(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "<image>\r\nWhat is it?\r\n"}, {"from": "gpt", "value": "A dog.\r\n"}]
+    text = json.dumps([row(conversations=turns)]).encode()
+    for name, content in (
+        ("a.json", text),
+        ("b.json", b"\xef\xbb\xbf" + text),
+        ("c.jsonl", b"\xef\xbb\xbf" + text[1:-1]),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert ConversationSource(ConversationData(path=str(tmp_path / name)))[0].messages == READ
+
+
+@pytest.mark.parametrize("images", [None, []])
+def test_an_empty_column_does_not_hide_the_picture(folder: Path, images: Any) -> None:
+    """Tables written as JSON have all columns in every row."""
+    filled = row() | {"images": images, "messages": None}
+    sample = opened(folder, filled, row(image=None) | {"images": images, "conversations": [
+        {"from": "human", "value": "Why?"}, ANSWER]})  # fmt: skip
+    assert (sample[0].images, sample[0].messages) == (("a.png",), READ)
+    assert sample[1].images == ()
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_half_of_a_character_is_told(folder: Path, name: str) -> None:
+    """A caption cut in the middle of an emoji is valid JSON, and no tokenizer takes it."""
+    cut = row(conversations=[QUESTION, {"from": "gpt", "value": "nice \ud83d"}])
+    (folder / name).write_text(json.dumps([cut]) if name == "data.json" else json.dumps(cut))
+    with pytest.raises(ValueError, match=r"the assistant's turn holds half of a character, '\\ud83d'"):
+        ConversationSource(ConversationData(path=str(folder / name)))[0]
+
+
+def test_a_row_too_deep_to_read_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ValueError, match="not valid JSON: maximum recursion depth"):
+        ConversationSource(ConversationData(path=str(tmp_path / "a.json")))

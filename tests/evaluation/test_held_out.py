@@ -11,6 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from sparsight.config import HeldOut, held_out_file
+from sparsight.evaluation.ask import Item, Scores
 from sparsight.evaluation.held_out import guess, held_out_questions
 from sparsight.pipeline import evaluate_checkpoint
 
@@ -88,3 +89,25 @@ def test_no_caption_is_worth_more_than_one(tmp_path: Path) -> None:
     questions = held_out_questions("captions", settings, 32)
     points = questions.score(questions.items, [item.truth for item in questions.items])
     assert max(points) <= 1 and min(points) > 0.99
+
+
+def test_case_and_punctuation_of_a_caption_do_not_count(tmp_path: Path) -> None:
+    captions = [("describe", "A big dog, on the grass."), ("describe", "Two small cats at the door.")]
+    settings = HeldOut(data={"path": str(write(tmp_path, captions))}, metric="cider_d")
+    questions = held_out_questions("captions", settings, 32)
+    said = ["a big dog on the grass", "two small cats at the door"]
+    assert questions.score(questions.items, said) == pytest.approx([1, 1])
+
+
+def test_an_option_that_reads_as_an_article_is_an_answer(tmp_path: Path) -> None:
+    rows = [("which ?", letter) for letter in ("A", "(A)", "B", "-")]
+    questions = held_out_questions("options", HeldOut(data={"path": str(write(tmp_path, rows))}), 32)
+    assert questions.score(questions.items, ["A", "a.", "B.", "-"]) == [1, 1, 1, 1]
+    assert questions.score(questions.items, ["", "", "", ""]) == [0, 0, 0, 0]
+    assert questions.score(questions.items, ["The", "B", "A", "A"]) == [0, 0, 0, 0]
+
+
+def test_other_right_answers_are_another_test() -> None:
+    """Captions have one question for all pictures: their numbers and the question alone tell nothing."""
+    one, other = (Scores([(Item("caption", 0, "describe", truth), "x")], {"caption": [0.0]}) for truth in ("a", "b"))
+    assert one.questions != other.questions and one.pictures == other.pictures

@@ -103,7 +103,7 @@ def test_the_control_asks_every_question_about_another_picture(
     (items, own), (again, other) = spy.calls
     assert items == again == make_items(data, 2)
     pictures = sorted({item.picture for item in items})
-    tokens = visual_tokens(model, processor, [data.image(picture) for picture in pictures], 7)
+    tokens = visual_tokens(model, processor, data.image, pictures, 7)
     row = {picture: tokens[place] for place, picture in enumerate(pictures)}
     for item, right, wrong in zip(items, own, other, strict=True):
         assert torch.allclose(right, row[item.picture], atol=1e-5)
@@ -179,7 +179,7 @@ def test_answers_are_those_of_plain_generation(tiny_vlm, data: ScenesDataset) ->
     model, processor = tiny_vlm()
     items = make_items(data, 2)
     pictures = [data.image(item.picture) for item in items]
-    visual = visual_tokens(model, processor, pictures, 4)
+    visual = visual_tokens(model, processor, data.image, [item.picture for item in items], 4)
     found = answer_all(model, processor, items, visual, 5)
     for item, image, answer in zip(items, pictures, found, strict=True):
         inputs = ask(processor, image, item.question)

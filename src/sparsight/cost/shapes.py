@@ -40,8 +40,9 @@ class Trains:
 class LanguageShape:
     """Sizes of a decoder-only language model.
 
-    ``layer_vectors``: norms and biases of a layer; ``other``: parameters that are neither in layers nor in a table of
-    the vocabulary; ``weight_bytes``: of one weight while it is frozen.
+    ``intermediate``: that of all experts that a token goes through; ``stored``: of all that there are, if that is more;
+    ``layer_vectors``: norms, biases and experts' router of a layer; ``other``: parameters that are neither in layers
+    nor in a table of the vocabulary; ``weight_bytes``: of one weight while it is frozen.
     """
 
     layers: int
@@ -56,15 +57,23 @@ class LanguageShape:
     layer_vectors: int = 0
     other: int = 0
     weight_bytes: int = 4
+    stored: int = 0
 
     @classmethod
     def from_config(cls, config: Any) -> LanguageShape:
-        """Read a transformers text config; names differ between families."""
+        """Read a transformers text config; names differ between families. Of experts, all layers are taken to have
+        the same, and those that every token shares."""
         heads = config.num_attention_heads
         hidden = config.hidden_size
         named = (getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
         intermediate = next((size for size in named if size), 4 * hidden)
         rms = hasattr(config, "rms_norm_eps")
+        experts, stored = _first(config, "num_local_experts", "num_experts", "n_routed_experts"), 0
+        if experts > 1:
+            width = _first(config, "moe_intermediate_size", "expert_ffn_hidden_size") or intermediate
+            shared = _first(config, "shared_expert_intermediate_size") or width * _first(config, "n_shared_experts")
+            stored = shared + width * experts
+            intermediate = shared + width * max(1, _first(config, "num_experts_per_tok", "num_experts_per_token"))
         shape = cls(
             layers=config.num_hidden_layers,
             hidden=hidden,
@@ -86,7 +95,9 @@ class LanguageShape:
             vectors += (shape.heads + 2 * shape.kv_heads) * shape.head_dim
         if not rms:  # LayerNorm, and mostly a bias with every map
             vectors += 2 * hidden + sum(outside for _, outside in shape.linear_maps())
-        return cls(**{**shape.__dict__, "layer_vectors": vectors, "other": hidden * (1 if rms else 2)})
+        vectors += hidden * experts if stored else 0
+        rest = {"layer_vectors": vectors, "other": hidden * (1 if rms else 2), "stored": stored}
+        return cls(**{**shape.__dict__, **rest})
 
     def attention_maps(self) -> Maps:
         """Queries, keys, values, output of a layer."""
@@ -104,10 +115,16 @@ class LanguageShape:
     def parameters(self) -> int:
         """All of them; exact for models with RMSNorm, nearly so for others."""
         layer = sum(a * b for a, b in self.linear_maps()) + self.layer_vectors
+        layer += max(0, self.stored - self.intermediate) * self.hidden * (2 + self.gated)
         return self.layers * layer + (1 if self.tied else 2) * self.vocabulary * self.hidden + self.other
 
     def lora_parameters(self, rank: int) -> int:
         return self.layers * rank * sum(a + b for a, b in self.linear_maps())
+
+
+def _first(config: Any, *names: str) -> int:
+    """The first of these numbers that a config has; 0 without any."""
+    return next((value for name in names if isinstance(value := getattr(config, name, None), int) and value), 0)
 
 
 def pick_levels(count: int, maps: bool, levels: Sequence[int] | None, name: str) -> list[int]:

@@ -205,7 +205,7 @@ class TableSource(RowSource):
             return super().content(key)
         number, place = key
         row = self._row(number)
-        cell = _as_list(row.get("images", row.get("image")))[place]
+        cell = _as_list(_image_field(row))[place]
         return _content(cell) or b"", f"{self.path}, row {number}, picture {place}"
 
 
@@ -301,12 +301,19 @@ def _number_and_name(name: str) -> tuple[int, str]:
 def _shard_row(shard: Shard, members: dict[str, int], pictures: int, where: str) -> Any:
     """The sample's row: a .json with a conversation, or else the .txt; a .json beside it may hold other things."""
     captions = [place for name, place in members.items() if _kind(name) == ".txt"]
-    row: Any = None
+    row, found = None, []
     for name, place in members.items():
         if _kind(name) == ".json":
             row = _parse(shard.read(place), shard.where(place))
             if isinstance(row, dict) and not row.keys().isdisjoint(("conversations", "messages")):
-                return row
+                found.append(row)
+    if len(found) > 1:
+        raise ValueError(
+            f"{where}: {len(found)} members .json hold conversations; what stands before the first dot of a name tells "
+            "samples apart, and these have the same"
+        )
+    if found:
+        return found[0]
     if not captions:
         return row
     if len(captions) > 1 or not pictures:
@@ -374,9 +381,10 @@ def _read_row(row: Any, name: str, where: str, find: Callable[[Any, str], Sequen
     """
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a mapping, found {type(row).__name__}")
+    row = {key: value for key, value in row.items() if value is not None}  # as a table writes what is not there
     name = str(row.get("id", name))
     where = f"{where} (id {name})"
-    images = (find or _image_paths)(row.get("images", row.get("image")), f"{where}, field 'images'")
+    images = (find or _image_paths)(_image_field(row), f"{where}, field 'images'")
     if "conversations" in row:
         field, speaker, text = "conversations", "from", "value"
     elif "messages" in row:
@@ -393,7 +401,7 @@ def _read_row(row: Any, name: str, where: str, find: Callable[[Any, str], Sequen
 
 def _decode(content: bytes, where: str) -> str:
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")  # some editors write a mark before the first character
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: expected text in UTF-8: {error}") from None
 
@@ -401,7 +409,7 @@ def _decode(content: bytes, where: str) -> str:
 def _parse(content: bytes, where: str) -> Any:
     try:
         return json.loads(_decode(content, where))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON: {error}") from None
 
 
@@ -433,6 +441,11 @@ class _Lines:
         return _parse(self.file.read(offset, size), f"{self.file.path}, line {number}")
 
 
+def _image_field(row: dict[str, Any]) -> Any:
+    """``images``, or ``image`` where that is empty: tables have both columns."""
+    return row.get("images") or row.get("image", row.get("images"))
+
+
 def _image_names(value: Any, where: str) -> list[str]:
     names = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(names, list):
@@ -458,7 +471,7 @@ def _message(role: Any, content: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: unknown speaker {role!r}; expected one of {sorted(_ROLES)}")
     role = _ROLES[role]
     if isinstance(content, str):
-        content = [{"type": "text", "text": content.strip("\n")}]
+        content = [{"type": "text", "text": content.replace("\r\n", "\n").strip("\n")}]
     if not isinstance(content, list):
         raise ValueError(f"{where}: the {role}'s turn has no text, found {content!r}")
     parts: list[dict[str, Any]] = []
@@ -467,7 +480,9 @@ def _message(role: Any, content: Any, where: str) -> dict[str, Any]:
         if kind == "image":
             parts.append({"type": "image"})
         elif kind == "text" and isinstance(text, str):
-            parts += _split_at_images(text)
+            if half := re.search("[\ud800-\udfff]", text):
+                raise ValueError(f"{where}: the {role}'s turn holds half of a character, {half[0]!a}: {text!a:.80}")
+            parts += _split_at_images(text.replace("\r\n", "\n"))
         else:
             raise ValueError(
                 f"{where}: the {role}'s turn: expected parts of type 'image' or 'text', found {part!r:.80}"

@@ -63,8 +63,11 @@ class Scores:
 
     @property
     def questions(self) -> dict[str, str]:
-        """A hash by task of pictures and questions: equal where the same was asked."""
-        asked = {task: repr([(item.picture, item.question) for item, _ in self._of(task)]) for task in self.points}
+        """A hash by task of pictures, questions and right answers: equal where the same was asked."""
+        asked = {
+            task: repr([(item.picture, item.question, item.truth) for item, _ in self._of(task)])
+            for task in self.points
+        }
         return {task: hashlib.sha256(text.encode()).hexdigest()[:16] for task, text in asked.items()}
 
     def estimates(self) -> dict[str, Estimate]:
@@ -92,11 +95,14 @@ class Questions:
 
 
 @torch.no_grad()
-def visual_tokens(model: Any, processor: Any, pictures: list[Image.Image], batch_size: int) -> torch.Tensor:
-    """Every picture's visual tokens (I, N, E): encoded once, however many questions are asked about it."""
+def visual_tokens(
+    model: Any, processor: Any, picture: Callable[[int], Image.Image], numbers: Sequence[int], batch_size: int
+) -> torch.Tensor:
+    """Every picture's visual tokens (I, N, E): encoded once, however many questions are asked about it. No more than a
+    batch of pictures is in memory."""
     parts = []
-    for start in range(0, len(pictures), batch_size):
-        pixels = processor.pixels(pictures[start : start + batch_size]).to(model.device)
+    for start in range(0, len(numbers), batch_size):
+        pixels = processor.pixels([picture(number) for number in numbers[start : start + batch_size]]).to(model.device)
         parts.append(model.get_image_features(**pixels, return_dict=True).pooler_output)
     return torch.cat(parts)
 
@@ -166,7 +172,7 @@ def ask(
     items = questions.items
     used = sorted({item.picture for item in items})
     row = {picture: place for place, picture in enumerate(used)}
-    visual_INE = visual_tokens(model, processor, [questions.picture(picture) for picture in used], batch_size)
+    visual_INE = visual_tokens(model, processor, questions.picture, used, batch_size)
     own = torch.tensor([row[item.picture] for item in items], device=visual_INE.device)
     other = (own + max(1, len(used) // 2)) % len(used)  # always another picture, when there are two or more
     result = Scores()

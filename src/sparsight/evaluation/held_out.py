@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -10,11 +11,17 @@ from sparsight.data.sources import open_source
 from sparsight.evaluation.ask import Item, Questions
 from sparsight.evaluation.metrics import box_match, cider_d, exact_match
 
+
+def _words(text: str) -> str:
+    """As CIDEr-D's own tokenizer leaves them, near enough: lower case, no punctuation."""
+    return " ".join(re.findall(r"\w+(?:'\w+)?", text.lower()))
+
+
 _SCORE: dict[str, Callable[[Sequence[str], Sequence[str]], list[float]]] = {
     "exact_match": lambda answers, truths: [exact_match(a, t, True) for a, t in zip(answers, truths, strict=True)],
     "box_match": lambda answers, truths: [box_match(a, t) for a, t in zip(answers, truths, strict=True)],
     "cider_d": lambda answers, truths: [
-        min(1.0, value / 10) for value in cider_d(answers, [[truth] for truth in truths])
+        min(1.0, value / 10) for value in cider_d([*map(_words, answers)], [[_words(truth)] for truth in truths])
     ],
 }
 

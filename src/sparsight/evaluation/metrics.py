@@ -52,9 +52,12 @@ def normalise_answer(answer: str) -> str:
 
 
 def exact_match(answer: str, truth: str, normalise: bool = False) -> float:
-    """1 if the answer is the truth but for case and space around it; with ``normalise``, for `normalise_answer`."""
+    """1 if the answer is the truth but for case and space around it; with ``normalise``, for `normalise_answer`, where
+    that leaves anything of the truth: of an option "A", which reads as an article, it does not."""
+    if normalise and (wanted := normalise_answer(truth)):
+        return float(normalise_answer(answer) == wanted)
     if normalise:
-        return float(normalise_answer(answer) == normalise_answer(truth))
+        answer, truth = (text.strip(" .()[]\n") or text for text in (answer, truth))
     return float(answer.strip().lower() == truth.strip().lower())
 
 

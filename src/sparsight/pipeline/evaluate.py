@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import Progress
@@ -103,7 +104,7 @@ def score_run(
             log.write(
                 "example",
                 id=f"{asked.source}/{item.picture}",
-                image_png_base64=png(asked.questions.picture(item.picture)),
+                image_png_base64=png(_small(asked.questions.picture(item.picture))),
                 answer=answer,
                 correct=answer == item.truth if item.task == "caption" else points >= 0.5,
                 **{key: value for key, value in asdict(item).items() if key != "picture"},
@@ -153,6 +154,13 @@ def _examples(result: Scores) -> list[tuple[Item, str, float]]:
         used = {item.picture for item, *_ in chosen}
         chosen += [each for each in own if each[0].picture not in used][:1]
     return chosen
+
+
+def _small(picture: Image.Image) -> Image.Image:
+    """At most 512 pixels a side: pages and logs hold it."""
+    small = picture.copy()
+    small.thumbnail((512, 512))
+    return small
 
 
 def png(picture: Any) -> str:

@@ -49,6 +49,9 @@ def compare(runs: list[Run], baseline: str | None = None) -> Comparison:
     base, *others = sorted(runs, key=lambda run: run.name != baseline)
     entries = [_entry(run) for run in (base, *others)]
     ratios = {entry["name"]: _ratios(entry, entries[0]) for entry in entries[1:]}
+    for run in others:
+        if not (run.trained and base.trained):  # a stage that has not begun is not among its stages
+            ratios[run.name]["total"] = dict.fromkeys(_COSTS)
     return {
         "runs": entries,
         "chance": {task: value for run in (*others, base) for task, value in run.chance.items()},

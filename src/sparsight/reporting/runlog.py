@@ -121,7 +121,7 @@ def environment() -> dict[str, Any]:
         versions["torch"] = str(torch.__version__)
         gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         threads = torch.get_num_threads()
-    commit, dirty = _git(Path(__file__))
+    commit, dirty = _git(Path(__file__).parents[1] / "__init__.py")  # the whole package
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
     return {
@@ -238,20 +238,23 @@ class Run:
     caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # by stage: folder, and what this run paid
 
     @property
-    def ended(self) -> bool:
-        """Whether nothing more will come: the recipe's stages are finished, and scored if they were to be."""
-        recipe = self.header.get("recipe")
-        asked = recipe if isinstance(recipe, dict) else {}
-        stages = asked.get("stages")
+    def trained(self) -> bool:
+        """Whether all of the recipe's stages are finished, also those that have not begun."""
+        stages = _mapping(self.header.get("recipe")).get("stages")
         stages = stages if isinstance(stages, list) else []
         names = {str(stage.get("name")) for stage in stages if isinstance(stage, dict)}
         names = names or {stage.name for stage in self.stages}
-        evaluation = _mapping(asked.get("evaluation"))
+        return bool(names) and names <= {stage.name for stage in self.stages if stage.finished}
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come: the recipe's stages are finished, and scored if they were to be."""
+        evaluation = _mapping(_mapping(self.header.get("recipe")).get("evaluation"))
         held_out = set(_mapping(evaluation.get("held_out")))
         scored = held_out <= self.scores.keys()
         if evaluation.get("kind", "none") != "none":
             scored &= bool(self.scores.keys() - held_out)
-        return bool(names) and scored and names <= {stage.name for stage in self.stages if stage.finished}
+        return self.trained and scored
 
 
 def running_mean(values: Sequence[float | None]) -> list[float | None]:
