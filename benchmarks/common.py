@@ -30,12 +30,12 @@ def timing_options(doc: str, **more: dict[str, Any]) -> tuple[argparse.Namespace
 def now(device: torch.device) -> float:
     """Seconds, with the device's queue empty."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def result_file(name: str, out: Path | None = None) -> Path:

@@ -233,6 +233,8 @@ def fused_loss(model: Any, batch: dict[str, Any]) -> Loss:
 def compiled_layers(bench: Bench, model: Any) -> Callable[[], AbstractContextManager[None]]:
     if bench.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise LeftOut("torch.compile on a CPU needs a C++ compiler (g++, or what CXX names), and there is none")
+    if bench.device.type == "cuda" and not any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
+        raise LeftOut("torch.compile on a GPU needs a C compiler for Triton (gcc, clang, or what CC names): none found")
     layers, compiled = model.model.language_model.layers, []
     for layer in layers:  # compiled at the first call; all layers share the code, so once
         layer.compile()
@@ -406,6 +408,19 @@ def measure(group: str, bench: Bench, rounds: int, console: Console) -> list[dic
     return rows
 
 
+def measure_what_fits(group: str, bench: Bench, rounds: int, console: Console, shrink: bool) -> list[dict[str, Any]]:
+    """As `measure`; where memory runs out while all variants stand ready, again with half of the batch."""
+    while True:
+        try:
+            return measure(group, bench, rounds, console)
+        except torch.OutOfMemoryError:
+            if not shrink or bench.batch == 1:
+                raise
+        bench.batch //= 2  # here, as the error holds on to the memory
+        bench.models.clear()
+        bench.free()
+
+
 def show(groups: list[dict[str, Any]], console: Console) -> None:
     table = Table("", title="a training step: shares of its baseline's", title_justify="left")
     for column in ("seconds", "time", "rounds", "FLOPs", "reached"):
@@ -440,7 +455,8 @@ def main() -> None:
             own_batch = group in ("packing", "idle")
             if cuda and options.batch is None and not own_batch:
                 bench.batch = largest_batch(bench, next(variant for variant in VARIANTS if variant.group == group))
-            rows = measure(group, bench, options.rounds * (6 if group == "idle" else 1), console)
+            rounds, may_shrink = options.rounds * (6 if group == "idle" else 1), cuda and options.batch is None
+            rows = measure_what_fits(group, bench, rounds, console, may_shrink and not own_batch)
         found = {"group": group, "trains": trains, "batch": None if own_batch else bench.batch, "rows": rows}
         groups = [other for other in groups if (other["group"], other["batch"]) != (group, found["batch"])]
         groups.append(found | {"rounds": options.rounds, "env": environment()})

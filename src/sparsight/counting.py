@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,21 +14,29 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparsight.cost.devices import cpu_bf16, cpu_name
 
 
+def forked_rng() -> AbstractContextManager[None]:
+    """`torch.random.fork_rng` for the devices that are in use, of which it would warn at length."""
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
+
+
 @contextmanager
 def flop_counter(encoder: Any) -> Iterator[FlopCounterMode]:
     """Count what runs inside, and leave no trace of it in ``encoder`` or in the random generators.
 
-    Attention is taken apart: the counter does not see into fused kernels on CPU. Modules are in eval mode, but where
+    On a CPU attention is taken apart: the counter does not see into its fused kernels. On a GPU it does, and a matrix
+    for each head might not fit. Modules are in eval mode, but where
     they recompute activations, which they do in training alone.
     """
     config, was_training = getattr(encoder, "config", None), encoder.training
     kernel = getattr(config, "_attn_implementation", None)
+    on_cpu = next(encoder.parameters()).device.type == "cpu"
     foreign = kernel not in (None, "eager", "sdpa") and hasattr(encoder, "set_attn_implementation")
     encoder.train(was_training and bool(getattr(encoder, "is_gradient_checkpointing", False)))
     if foreign:
-        encoder.set_attn_implementation("eager")
+        encoder.set_attn_implementation("eager" if on_cpu else "sdpa")
     try:
-        with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        apart = sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()
+        with forked_rng(), apart, FlopCounterMode(display=False) as counter:
             yield counter
     finally:
         if foreign:
@@ -62,11 +70,11 @@ def precision_on(device: torch.device, precision: str) -> str:
 def timed(run: Callable[[], Any], device: torch.device) -> float:
     """Seconds, with the device's queue empty before and after."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     run()
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
@@ -11,8 +12,11 @@ from torch.distributed.tensor import DTensor
 
 
 def process_state() -> PartialState:
-    """This process's place in its group, which is joined on the first call, if a launcher such as torchrun made one."""
-    return PartialState(cpu=not torch.cuda.is_available())
+    """This process's place in its group, which is joined on the first call, if a launcher such as torchrun made one.
+
+    Its patience is long: while the first rank measures samples or encodes pictures, the others wait for it.
+    """
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
 def several_ranks() -> bool:

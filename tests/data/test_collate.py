@@ -160,7 +160,7 @@ def test_cached_features_give_the_loss_of_pixels(tmp_path: Path, tiny_vlm, sourc
         levels = model.model.encode_images(drawn["pixel_values"])
         losses = [model(**batch, loss_only=True).loss.item() for batch in (drawn, read)]
     for found, right in zip(read["mm_encoder_outputs"]["image"].hidden_states, levels, strict=True):
-        assert torch.equal(found, right.to(torch.bfloat16).float())
+        assert torch.equal(found, right.to(torch.bfloat16))
     assert losses[0] != losses[1]  # features in bf16, all else in fp32
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)  # measured: 4e-6
 

@@ -87,9 +87,9 @@ class Spy:
         self.calls: list[tuple[list[Item], torch.Tensor]] = []
         real = evaluation.answer_all
 
-        def spied(model: Any, processor: Any, items: list[Item], visual: torch.Tensor, *rest: Any) -> list[str]:
-            self.calls.append((items, visual))
-            return real(model, processor, items, visual, *rest)
+        def spied(model: Any, processor: Any, items: list[Item], visual: Any, rows: Any, *rest: Any) -> list[str]:
+            self.calls.append((items, visual[rows]))
+            return real(model, processor, items, visual, rows, *rest)
 
         monkeypatch.setattr(evaluation, "answer_all", spied)
 
@@ -180,7 +180,7 @@ def test_answers_are_those_of_plain_generation(tiny_vlm, data: ScenesDataset) ->
     items = make_items(data, 2)
     pictures = [data.image(item.picture) for item in items]
     visual = visual_tokens(model, processor, data.image, [item.picture for item in items], 4)
-    found = answer_all(model, processor, items, visual, 5)
+    found = answer_all(model, processor, items, visual, torch.arange(len(items)), 5)
     for item, image, answer in zip(items, pictures, found, strict=True):
         inputs = ask(processor, image, item.question)
         room = len(processor.tokenizer(item.truth)["input_ids"]) + 8

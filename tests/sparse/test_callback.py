@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +82,13 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
     trained(tmp_path)
     with pytest.raises(ValueError, match="was written with other settings; these differ .*skipper"):
         trained(tmp_path, resume=str(tmp_path / "checkpoint-3"), skipper=LayerSkipper(alpha=0.1))
+
+
+def test_copies_of_the_model_are_refused():
+    """Without torchrun, transformers wraps a model in nn.DataParallel where it sees several GPUs."""
+    handle = attach(made(NAME), VisualTokenCompressor())
+    with pytest.raises(ValueError, match="2 GPUs in one process: nn.DataParallel .* start with torchrun"):
+        SparsightCallback(handle).on_train_begin(SimpleNamespace(n_gpu=2), TrainerState(), None)
 
 
 def test_an_engine_that_cannot_skip_is_refused(tmp_path, monkeypatch):

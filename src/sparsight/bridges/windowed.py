@@ -43,6 +43,11 @@ def window_index(sizes_B2: torch.Tensor, height: int, width: int, grid: int) -> 
     return index_BWP * valid_BWP, valid_BWP
 
 
+def _one_size(x_BLMC: torch.Tensor) -> torch.Tensor:
+    """Height and width of all maps, (1, 2); filled on the device, as a copy from the host would wait for it."""
+    return torch.stack([torch.full((1,), side, device=x_BLMC.device) for side in x_BLMC.shape[1:3]], dim=1)
+
+
 def cut_windows(
     x_BLMD: torch.Tensor, grid: int, sizes_B2: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -59,7 +64,7 @@ def cut_windows(
         if height % grid == 0 and width % grid == 0:
             x_BGIGJD = x_BLMD.unflatten(2, (grid, -1)).unflatten(1, (grid, -1))
             return x_BGIGJD.transpose(2, 3).flatten(3, 4).flatten(1, 2), None
-        sizes_B2 = torch.tensor([[height, width]], device=x_BLMD.device)
+        sizes_B2 = _one_size(x_BLMD)
     elif not torch.compiler.is_compiling() and int(sizes_B2.min()) < grid:
         window_bounds(int(sizes_B2.min()), grid)
     index_BWP, valid_BWP = (t.expand(batch, -1, -1) for t in window_index(sizes_B2, height, width, grid))
@@ -157,8 +162,7 @@ class ResamplerBlock(nn.Module):
         """Where each query looks: attention weights, mean over the heads, on the whole map, (B, W, Q, L*M)."""
         weights_BWQP = self._weights(q_BWQD, x_BLMC, grid, sizes_B2, self._key_value()[0])[0].mean(2)
         batch, height, width = x_BLMC.shape[:3]
-        if sizes_B2 is None:
-            sizes_B2 = torch.tensor([[height, width]], device=x_BLMC.device)
+        sizes_B2 = _one_size(x_BLMC) if sizes_B2 is None else sizes_B2
         index_BWP, _ = window_index(sizes_B2, height, width, grid)
         empty = weights_BWQP.new_zeros(*weights_BWQP.shape[:3], height * width)
         return empty.scatter_add_(3, index_BWP[:, :, None].expand(batch, *weights_BWQP.shape[1:]), weights_BWQP)

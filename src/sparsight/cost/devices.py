@@ -14,6 +14,7 @@ from typing import Any
 DEVICES: dict[str, tuple[float, float]] = {
     "B200": (2250e12, 180),
     "GH200": (989e12, 96),
+    "H200 NVL": (835e12, 141),
     "H200": (989e12, 141),
     "H100 PCIe": (756e12, 80),
     "H100 NVL": (835e12, 94),

@@ -244,8 +244,7 @@ class Collator:
         if pixels:  # and the grids of a native-resolution encoder
             batch |= {key: torch.cat([item[key] for item in pixels]) for key in pixels[0]}
         if features:
-            # As an encoder gives them: without autocast, weights in fp32 take no bf16.
-            levels = tuple(torch.cat(level).float() for level in zip(*features, strict=True))
+            levels = tuple(torch.cat(level) for level in zip(*features, strict=True))
             batch["mm_encoder_outputs"] = {"image": _Features(hidden_states=levels)}
         return batch
 

@@ -113,10 +113,12 @@ def answer_all(
     processor: Any,
     items: list[Item],
     visual_INE: torch.Tensor,
+    rows: torch.Tensor,
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """Greedy answers; ``visual_INE`` holds one row for each item. Items of like length go together."""
+    """Greedy answers; ``rows`` says where in ``visual_INE`` each item's picture is. Items of like length go
+    together."""
     tokenizer = processor.tokenizer
     stops = stop_tokens(tokenizer, model.generation_config.eos_token_id)
     answers = [""] * len(items)
@@ -136,7 +138,7 @@ def answer_all(
         produced = model.generate(
             input_ids=coded["input_ids"],
             attention_mask=coded["attention_mask"],
-            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=visual_INE[places])},
+            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=visual_INE[rows[places]])},
             max_new_tokens=max(room),
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
@@ -180,7 +182,7 @@ def ask(
     for shuffled, rows in ((False, own), (True, other))[: 1 + control]:
         done = len(items) * shuffled
         answers = answer_all(
-            model, processor, items, visual_INE[rows], batch_size, partial(_report, progress, done, total)
+            model, processor, items, visual_INE, rows, batch_size, partial(_report, progress, done, total)
         )
         points = result.shuffled_points if shuffled else result.points
         for item, value in zip(items, questions.score(items, answers), strict=True):

@@ -207,7 +207,9 @@ class SparsightModel(SparsightPreTrainedModel):
         if encoded is not None:
             visual_INE = encoded.pooler_output
             if visual_INE is None:  # cached features of a frozen encoder
-                visual_INE = self.bridge_features(encoded.hidden_states, image_grid_thw)
+                # As an encoder gives them: without autocast, weights in fp32 take no bf16.
+                levels = tuple(level.float() for level in encoded.hidden_states)
+                visual_INE = self.bridge_features(levels, image_grid_thw)
             mask_BT1 = self.get_placeholder_mask(input_ids, inputs_embeds, visual_INE)
             inputs_embeds = inputs_embeds.masked_scatter(mask_BT1, visual_INE.to(inputs_embeds.dtype))
         elif input_ids is not None and input_ids.shape[1] > 1 and (input_ids == self.config.image_token_id).any():

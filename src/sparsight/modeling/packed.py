@@ -43,6 +43,15 @@ def segments(position_ids: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch
     return starts_S, ends_S, int((ends_S - starts_S).max())
 
 
+def _apart(position_ids: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Flat places of samples side by side, padded to the longest (S, L); which are real, flat; and the way back."""
+    starts_S, ends_S, longest = segments(position_ids, rows)
+    places_SL = starts_S[:, None] + torch.arange(longest, device=position_ids.device)
+    inside_SL = places_SL < ends_S[:, None]
+    inside = inside_SL.flatten()
+    return torch.where(inside_SL, places_SL, starts_S[:, None]), inside, inside.nonzero()[:, 0]
+
+
 def compared(language_model: PreTrainedModel, inputs: Mapping[str, Any]) -> float | None:
     """Positions that attention compares with one another; None for those of whole rows."""
     if language_model.config._attn_implementation != NAME:
@@ -71,14 +80,12 @@ def packed_attention(
     """
     assert position_ids is not None and attention_mask is None
     batch, heads, length, width = query.shape
-    starts_S, ends_S, longest = segments(position_ids, batch)
-    places_SL = starts_S[:, None] + torch.arange(longest, device=query.device)
-    inside_SL = places_SL < ends_S[:, None]
-    places_SL = torch.where(inside_SL, places_SL, starts_S[:, None])
-
-    there, inside = places_SL.flatten(), inside_SL.flatten()
-    back = inside.nonzero()[:, 0]
-    real = torch.ones_like(back, dtype=torch.bool)
+    # All layers get the same tensor: what follows from it, and makes a GPU wait, is found once a pass.
+    found = getattr(position_ids, "_sparsight_apart", None)
+    if found is None:
+        found = position_ids._sparsight_apart = _apart(position_ids, batch)  # type: ignore[attr-defined]
+    places_SL, inside, back = found
+    there, longest, real = places_SL.flatten(), places_SL.shape[1], torch.ones_like(back, dtype=torch.bool)
 
     def apart(x: torch.Tensor) -> torch.Tensor:
         rows = _Rows.apply(x.transpose(1, 2).flatten(0, 1), there, back, real)

@@ -325,7 +325,8 @@ class SparseHandle:
             given = kwargs.get("pixel_values", args[0] if args else None)
             if isinstance(given, torch.Tensor) and self.active():
                 self._pixels += given.numel()
-                self.image_call = self.image_call or (args, kwargs, given.numel())
+                if self.pixel_flops is None:
+                    self.image_call = self.image_call or (args, kwargs, given.numel())
             return found
 
         if hasattr(self.splicer, "get_image_features"):

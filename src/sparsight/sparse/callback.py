@@ -64,6 +64,11 @@ class SparsightCallback(TrainerCallback):
         self.since = time.perf_counter()
         if self.handle.skipper is not None:
             _refuse_engine(self.handle.model)
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process: nn.DataParallel runs copies of the model, to which nothing is "
+                "attached; start with torchrun, or let CUDA_VISIBLE_DEVICES show one GPU"
+            )
         self.peak = peak_flops(device_name(args.device), "bf16" if args.bf16 else "fp32")
         self.handle.step(state.global_step, _progress(state))
         folders = (args.resume_from_checkpoint, f"{args.output_dir}/checkpoint-{state.global_step}")

@@ -38,6 +38,7 @@ def figures(handle: SparseHandle, passes: Sequence[Pass]) -> dict[str, float]:
     pixels = sum(done.pixels for done in passes)
     if pixels and handle.pixel_flops is None and not several_ranks():
         handle.pixel_flops = vision_flops(handle)
+        handle.image_call = None  # its pixels are no longer needed
     if not pixels or handle.pixel_flops is not None:
         found["flops"] = executed + pixels * (handle.pixel_flops or 0.0)
     return found

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sparsight.config import Stage
+from sparsight.counting import forked_rng
 from sparsight.modeling import SparsightForConditionalGeneration
 
 PARTS: dict[str, tuple[str, ...]] = {
@@ -112,7 +113,7 @@ def add_lora(model: SparsightForConditionalGeneration, stage: Stage, seed: int) 
             if isinstance(module, nn.Linear) and name.startswith("model.language_model.")
         ],
     )
-    with torch.random.fork_rng():
+    with forked_rng():
         torch.manual_seed(seed)
         return LoraModel(model, config, "default")
 

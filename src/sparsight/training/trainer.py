@@ -266,6 +266,8 @@ class _Recorder(TrainerCallback):
         self.started = time.perf_counter()
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        if torch.cuda.is_available():  # else the next wait for the device would be taken for one for data
+            torch.cuda.synchronize()
         self.counter.seconds["optimizer"] += time.perf_counter() - self.started
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -341,7 +343,7 @@ def plan_stage(data: TrainingSet, recipe: Recipe, stage: Stage, folder: Path, co
 def training_arguments(recipe: Recipe, stage: Stage, steps: int, folder: Path) -> TrainingArguments:
     """HF's arguments for a stage of so many steps."""
     saving = stage.checkpoints > 0
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         gradient_accumulation_steps=micro_batches(stage, process_state().num_processes),
         num_train_epochs=1,
@@ -369,6 +371,9 @@ def training_arguments(recipe: Recipe, stage: Stage, steps: int, folder: Path) -
         disable_tqdm=True,
         ddp_find_unused_parameters=False,  # what a batch leaves out is given gradients of zero
     )
+    # Other GPUs join by torchrun. transformers would wrap the model in nn.DataParallel, which cuts batches apart.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def last_checkpoint(folder: Path) -> str | None:
