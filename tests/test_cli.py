@@ -438,7 +438,7 @@ def when(process: subprocess.Popen[str], folder: Path, stage: str, steps: int) -
 
 def test_a_run_is_watched_from_another_terminal_and_compared(write: Callable[..., Path], tmp_path: Path) -> None:
     """Ctrl-C ends the watching, and not the run; what is left of a killed run is shown beside a whole one."""
-    killed = write(stages=[stage_values(samples=8000)]).rename(tmp_path / "long.yaml")
+    killed = write(stages=[stage_values(samples=80_000)]).rename(tmp_path / "long.yaml")  # longer than this test
     recipe, folder = write(), tmp_path / "out"
     process = started(killed, tmp_path / "long")
     when(process, tmp_path / "long", "pretrain", 3)
@@ -449,7 +449,7 @@ def test_a_run_is_watched_from_another_terminal_and_compared(write: Callable[...
             break
         watching.send_signal(signal.SIGINT)
     said, _ = watching.communicate(timeout=30)
-    assert watching.returncode == 0 and "of 2000 steps" in said and "last record" in said and "time left" in said
+    assert watching.returncode == 0 and "of 20000 steps" in said and "last record" in said and "time left" in said
     assert process.poll() is None
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
