@@ -161,6 +161,7 @@ def plan_table(name: str, result: dict) -> str:
 
 
 CORE = ("standard", "cos 24-24", "cos 24-24 sts", "cos 32-32", "cos 32-336 settled", "cos 32-336 settled sts")
+SHOWN = (*CORE, "linear")  # the other ordinary bridge
 # The papers' orderings: what is said, the row that should be ahead, the other one.
 ORDERINGS = (
     ("Several scales beat one at as many tokens (32)", "cos 32-32", "single 32-32"),
@@ -368,7 +369,7 @@ def draw(result: dict, file: Path) -> None:
     for panel, (key, title) in zip(panels, titles.items(), strict=True):
         heights = [getattr(point, key) for point in points]
         edge = [place for place, height in enumerate(heights) if height > max(heights[:place], default=0)]
-        named = [place for place, point in enumerate(points) if place in edge or point.row in CORE]
+        named = [place for place, point in enumerate(points) if place in edge or point.row in SHOWN]
         for place, (point, height) in enumerate(zip(points, heights, strict=True)):
             style: dict = {"color": "#1f5fa8" if place in named else "#b5b5b5", "markersize": 5, "elinewidth": 0.8}
             style |= {"fmt": "o" if point.seeds > 1 else "s", "mfc": None if point.seeds > 1 else "white"}
@@ -382,7 +383,7 @@ def draw(result: dict, file: Path) -> None:
         for place in sorted(named, key=lambda place: heights[place]):  # names beside, none over another
             point, last = points[place], max(heights[place], last + step)
             line = {"arrowstyle": "-", "color": "#888888", "linewidth": 0.5}
-            text = (0.7 if point.row == "standard" else 0.36, last)
+            text = (0.7 if point.cost > 0.5 else 0.36, last)
             panel.annotate(point.row, (point.cost, heights[place]), text, arrowprops=line, fontsize=7, va="center")
     panels[1].axhline(99, color="#888888", linestyle=":")
     figure.savefig(file, metadata={"Date": None})
@@ -395,7 +396,7 @@ def newest(folder: Path) -> dict[str, dict]:
     return {name: json.loads(file.read_text(encoding="utf-8")) | {"file": file.name} for name, file in files.items()}
 
 
-core = partial(quality_table, only=CORE)
+core = partial(quality_table, only=SHOWN)
 methods = partial(speed_table, only=("methods", "idle"))
 Show = Callable[[str, dict], str]
 # Page -> results whose names begin so, and how they are shown.
