@@ -528,10 +528,14 @@ class Recipe(Settings):
                 found.append(data)
         return found
 
+    def of_the_same_data(self, stage: Stage) -> list[Stage]:
+        """The stages that see the same data as this one, itself included, in their order."""
+        return [each for each in self.stages if self.source_of(each) == self.source_of(stage)]
+
     def samples_before(self, stage: Stage) -> int:
         """Conversations that earlier stages have had of the same data."""
-        before = self.stages[: self.stages.index(stage)]
-        return sum(each.samples for each in before if self.source_of(each) == self.source_of(stage))
+        same = self.of_the_same_data(stage)
+        return sum(each.samples for each in same[: same.index(stage)])
 
     def scenes(self) -> SceneData | None:
         """The first scenes among the recipe's data."""

@@ -62,8 +62,7 @@ def check_data(
             raise not_loaded(recipe, error) from None
         made.append((processor.num_image_tokens, stage, processor))
     _, stage, processor = max(made, key=lambda each: each[0])
-    same = [each for each in recipe.stages if recipe.source_of(each) == recipe.source_of(stage)]
-    conversations = sum(each.samples for each in same)
+    conversations = sum(each.samples for each in recipe.of_the_same_data(stage))
     source = open_source(recipe.data_of(stage), conversations, stage.image_size, strict=False)
     with Progress(console=console) as bar:
         task = bar.add_task("looking at samples", total=len(source))
@@ -100,7 +99,5 @@ def _tokenizer(recipe: Recipe, stage: Stage) -> tuple[Any, int | None]:
 
 
 def _shown(sample: Sample, source: Source) -> dict[str, str]:
-    picture = source.picture(sample.images[0])
-    picture.thumbnail((320, 320))
     parts = [part["text"] for message in sample.messages for part in message["content"] if part["type"] == "text"]
-    return {"id": sample.id, "text": " / ".join(parts)[:300], "image": png(picture)}
+    return {"id": sample.id, "text": " / ".join(parts)[:300], "image": png(source.picture(sample.images[0]), 320)}

@@ -14,6 +14,7 @@ from sparsight.pipeline.files import open_log, settle_precision
 from sparsight.pipeline.train import run
 from sparsight.reporting import Run, read_run, read_runs, report
 from sparsight.reporting.page import table
+from sparsight.reporting.runlog import example_key
 
 
 def run_comparison(comparison: Comparison, out: Path, console: Console, resume: bool = False) -> dict[str, Any]:
@@ -61,6 +62,7 @@ def run_comparison(comparison: Comparison, out: Path, console: Console, resume: 
 
 def _print_examples(runs: list[Run], console: Console) -> None:
     heads = ("picture", "question", "truth", *(each.name for each in runs))
-    examples = zip(*(each.examples for each in runs), strict=False)  # some may have been asked about fewer
-    rows = [(*(rows[0][key] for key in ("id", "question", "truth")), *(r["answer"] for r in rows)) for rows in examples]
+    asked = [{example_key(example): example for example in each.examples} for each in runs]
+    common = [[each[key] for each in asked] for key in asked[0] if all(key in each for each in asked)]
+    rows = [(*(rows[0][key] for key in ("id", "question", "truth")), *(r["answer"] for r in rows)) for rows in common]
     console.print(table("Examples (pictures in the report)", heads, rows, left=len(heads)))

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -104,7 +103,7 @@ def score_run(
             log.write(
                 "example",
                 id=f"{asked.source}/{item.picture}",
-                image_png_base64=png(_small(asked.questions.picture(item.picture))),
+                image_png_base64=png(asked.questions.picture(item.picture), 512),
                 answer=answer,
                 correct=answer == item.truth if item.task == "caption" else points >= 0.5,
                 **{key: value for key, value in asdict(item).items() if key != "picture"},
@@ -156,14 +155,9 @@ def _examples(result: Scores) -> list[tuple[Item, str, float]]:
     return chosen
 
 
-def _small(picture: Image.Image) -> Image.Image:
-    """At most 512 pixels a side: pages and logs hold it."""
-    small = picture.copy()
-    small.thumbnail((512, 512))
-    return small
-
-
-def png(picture: Any) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
+def png(picture: Image.Image, side: int) -> str:
+    """In base64, at most so many pixels a side: logs and pages hold it."""
+    buffer, small = io.BytesIO(), picture.copy()
+    small.thumbnail((side, side))
+    small.save(buffer, format="PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()

@@ -148,7 +148,7 @@ def not_loaded(recipe: Recipe, error: OSError) -> ValueError:
     """transformers does not say which name it could not find."""
     language = recipe.language
     names = f"vision '{recipe.vision}'" + (f" or language '{language}'" if isinstance(language, str) else "")
-    return ValueError(f"{names} cannot be loaded; neither is a folder here, nor could a hub give it: {error}")
+    return ValueError(f"{names} cannot be loaded, from a folder here or from a hub: {error}")
 
 
 def max_length(stage: Stage, language: PreTrainedConfig) -> int | None:

@@ -459,7 +459,7 @@ def train_stage(
         began = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
         if quarantine is not None:
             seen = data.offset + sum(len(batch) for step in plan[:began] for batch in step)
-            same = [each.name for each in recipe.stages if recipe.source_of(each) == recipe.source_of(stage)]
+            same = [each.name for each in recipe.of_the_same_data(stage)]
             quarantine.begin(stage.name, began, seen, len(data.source), same)
         recorder = _Recorder(log, stage, counter, bar, task, quarantine if data.replaces else None)
         handle = None
