@@ -379,13 +379,19 @@ def draw(result: dict, file: Path) -> None:
         panel.grid(alpha=0.25)
         panel.margins(y=0.1)
         panel.axvline(0.25, color="#888888", linestyle=":")
-        step, last = (panel.get_ylim()[1] - panel.get_ylim()[0]) / 22, -1.0
-        for place in sorted(named, key=lambda place: heights[place]):  # names beside, none over another
-            point, last = points[place], max(heights[place], last + step)
-            line = {"arrowstyle": "-", "color": "#888888", "linewidth": 0.5}
-            text = (0.7 if point.cost > 0.5 else 0.36, last)
-            panel.annotate(point.row, (point.cost, heights[place]), text, arrowprops=line, fontsize=7, va="center")
+        low, high = panel.get_ylim()
+        step = (high - low) / 22
+        for column, cheap in ((0.36, True), (0.7, False)):  # names beside, none over another, all inside
+            places = sorted((n for n in named if (points[n].cost <= 0.5) == cheap), key=heights.__getitem__)
+            at = low
+            for above, place in zip(range(len(places), 0, -1), places, strict=True):
+                at = max(at + step, min(heights[place], high - step * above))
+                line = {"arrowstyle": "-", "color": "#888888", "linewidth": 0.5}
+                spot, box = (points[place].cost, heights[place]), {"fc": "white", "ec": "none", "pad": 0.5}
+                panel.annotate(points[place].row, spot, (column, at), arrowprops=line, va="center", bbox=box, size=7)
+        panel.text(0.26, low + step / 2, "aim: a quarter", color="#666666", size=7)
     panels[1].axhline(99, color="#888888", linestyle=":")
+    panels[1].text(1.01, 99, "aim: 99", color="#666666", size=7, ha="right", va="top")
     figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)
 
