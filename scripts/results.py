@@ -174,12 +174,12 @@ ORDERINGS = (
     ("Scales born from others beat fresh ones (32 to 336)", "cos 32-336", "cos 32-336 fresh"),
     ("Coarse to fine beats fine to coarse (32)", "cos 32-32", "fine to coarse 32-32"),
     (
-        "A falling share of skipped layers beats a constant one (20% off on average, both)",
+        "A falling share of skipped layers beats a constant one (20% off by their chances, both)",
         "skipper falling",
         "skipper constant",
     ),
     (
-        "A falling share of skipped layers beats a rising one (20% off on average against 59%)",
+        "A falling share of skipped layers beats a rising one (20% off by their chances against 59%)",
         "skipper falling",
         "skipper rising",
     ),
