@@ -318,9 +318,10 @@ COS = {"kind": "chain_of_sight", "width": 32, "heads": 2}
     "first, second, message",
     [
         (COS | {"layout": "cos-80"}, COS | {"layout": "cos-336-from-32"}, "has no source in"),
-        (COS | {"layout": "cos-32"}, COS | {"layout": "cos-32", "width": 64}, r"these differ: .*'width': \[32, 64"),
-        (COS | {"layout": "cos-32"}, COS | {"layout": "cos-32", "order": "fine_to_coarse"}, "differ: .*'order'"),
+        (COS | {"layout": "cos-32"}, COS | {"layout": "cos-32", "width": 64}, r"these differ .*'width': \[32, 64"),
+        (COS | {"layout": "cos-32"}, COS | {"layout": "cos-32", "order": "fine_to_coarse"}, "differ .*'order'"),
         ({"kind": "mlp"}, COS, "kind mlp cannot become one of kind chain_of_sight"),
+        (COS, {"kind": "resampler", "tokens": 16, "width": 32, "heads": 2}, "cannot become one of kind resampler"),
         (COS, {"kind": "pixel_shuffle"}, "kind chain_of_sight cannot become one of kind pixel_shuffle"),
     ],
 )  # fmt: skip

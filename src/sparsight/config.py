@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from sparsight.layouts import Layout
+from sparsight.layouts import Layout, Scale
 
 
 class Settings(BaseModel):
@@ -155,6 +156,24 @@ def bridge_settings(value: Any) -> Linear | Mlp | PixelShuffle | Resampler | Cha
         return _BRIDGE.validate_python(value)
     except ValidationError as error:
         raise ValueError(readable(error)) from None
+
+
+def check_scaling(old: Bridge, new: Bridge, sources: Mapping[int, int] | None = None) -> dict[Scale, Scale]:
+    """Where each scale of a bridge would be born from; ``sources`` as in `Layout.lineage`.
+
+    Raises:
+        ValueError: the bridge ``old`` cannot become ``new``: a scale has no source, or more than the layout differs.
+    """
+    if not isinstance(old, _Windowed) or not isinstance(new, ChainOfSight | type(old)):
+        raise ValueError(
+            f"a bridge of kind {old.kind} cannot become one of kind {new.kind}: only resampler and chain_of_sight can "
+            "be scaled, to chain_of_sight"
+        )
+    sizes = ("width", "heads", "mlp_ratio", "depth", "order", "shared_queries")
+    values = {key: [getattr(each, key, ChainOfSight.model_fields[key].default) for each in (old, new)] for key in sizes}
+    if changed := {key: pair for key, pair in values.items() if pair[0] != pair[1]}:
+        raise ValueError(f"scaling changes the layout alone, but these differ (old, new): {changed}")
+    return old.scales.lineage(new.scales, sources)
 
 
 class VisualTokenCompressor(Settings):
@@ -389,28 +408,6 @@ class Stage(Settings):
         return -(-self.samples // self.batch_size)
 
 
-def _check_scaling(old: Stage, new: Stage) -> None:
-    """Raises ValueError if a stage's bridge cannot become the next one's: not when the first has trained for hours."""
-    before, after = old.bridge, new.bridge
-    if before == after:
-        return
-    step = f"stages '{old.name}' -> '{new.name}'"
-    if not (isinstance(before, _Windowed) and isinstance(after, _Windowed)):
-        raise ValueError(
-            f"{step}: a bridge of kind {before.kind} cannot become one of kind {after.kind}: only resampler and "
-            "chain_of_sight can be scaled; give both stages the same bridge"
-        )
-    sizes = ("width", "heads", "mlp_ratio", "depth", "order", "shared_queries")
-    values = {key: [getattr(each, key, ChainOfSight.model_fields[key].default) for each in (before, after)]
-              for key in sizes}  # fmt: skip
-    if changed := {key: pair for key, pair in values.items() if pair[0] != pair[1]}:
-        raise ValueError(f"{step}: scaling changes the layout alone, but these differ: {changed}")
-    try:
-        before.scales.lineage(after.scales)
-    except ValueError as error:
-        raise ValueError(f"{step}: {error}; choose layouts of which one can be born from the other") from None
-
-
 class HeldOut(Settings):
     """Conversations to ask after training; each question is asked by itself."""
 
@@ -494,7 +491,11 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _every_stage_can_begin(self) -> Recipe:
         for old, new in pairwise(self.stages):
-            _check_scaling(old, new)
+            try:
+                if old.bridge != new.bridge:
+                    check_scaling(old.bridge, new.bridge)
+            except ValueError as error:
+                raise ValueError(f"stages '{old.name}' -> '{new.name}': {error}") from None
         for stage in self.stages:
             self.data_of(stage)
         if "mean" in self.evaluation.held_out:

@@ -142,9 +142,9 @@ def test_training_mode_and_precision_are_kept():
     [
         ("1:4,2:3", {}, "scale 2:3 of '1:4,2:3' has no source in '1:4,2:2'"),
         ("1:4,16:2", {}, "a grid of 16 windows per side needs at least 16 patches .* has 8"),
-        ("mlp", {}, "a bridge chain_of_sight cannot become mlp"),
-        (Resampler(tokens=4, width=32, heads=2), {}, "a bridge chain_of_sight cannot become resampler"),
-        (ChainOfSight("1:4,4:2", width=64, heads=2), {}, "of the new bridge is .* of the old one is"),
+        ("mlp", {}, "kind chain_of_sight cannot become one of kind mlp"),
+        (Resampler(tokens=4, width=32, heads=2), {}, "kind chain_of_sight cannot become one of kind resampler"),
+        (ChainOfSight("1:4,4:2", width=64, heads=2), {}, r"differ \(old, new\): {'width': \[32, 64\]}"),
         ("1:4,4:2", {"sources": {8: 1}}, r"sources name grids \[8\]"),
         ("cos-528", {}, "ambiguous"),
         (None, {"vision_levels": [2, 9]}, r"CLIPVisionModel has no feature level \[9\]: it has 0 to 4"),
@@ -164,7 +164,7 @@ def test_what_cannot_be_reached_changes_nothing(bridge, options, message):
 
 def test_bridges_without_a_layout_cannot_become_others():
     model, processor = make_vlm("mlp")
-    with pytest.raises(ValueError, match="a bridge mlp cannot become linear"):
+    with pytest.raises(ValueError, match="kind mlp cannot become one of kind linear"):
         scale_tokens(model, processor, "linear")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsight.bridges.windowed import WindowedResampler
-from sparsight.config import ChainOfSight
+from sparsight.config import check_scaling
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def scale_bridge(
     bridge: WindowedResampler,
     target: WindowedResampler,
     sources: Mapping[int, int] | None = None,
-    levels: tuple[Sequence[int], Sequence[int]] | None = None,
+    levels: Sequence[Sequence[int]] | None = None,
 ) -> list[Born]:
     """Copy a bridge's weights into one of another layout, in place, verbatim but for the queries.
 
@@ -71,12 +71,7 @@ def scale_bridge(
     Raises:
         ValueError: a new scale has no source, or the bridges differ in more than layout and levels.
     """
-    born = bridge.layout.lineage(target.layout, sources)
-    for key in ("heads", "depth", "shared_queries", "order"):  # weights might fit, but would mean something else
-        default = ChainOfSight.model_fields[key].default
-        old, new = (getattr(part.settings, key, default) for part in (bridge, target))
-        if old != new:
-            raise ValueError(f"'{key}' cannot change in scaling: the new bridge has {new}, the old one {old}")
+    born = check_scaling(bridge.settings, target.settings, sources)
     before, after = levels or ([*range(len(bridge.level_widths))], [*range(len(target.level_widths))])
     if not set(before) & set(after):
         raise ValueError(f"the new feature levels {list(after)} share none with the old ones {list(before)}")

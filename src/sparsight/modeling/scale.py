@@ -18,7 +18,7 @@ from transformers import AutoModel
 
 from sparsight.bridges import WindowedResampler, build_bridge
 from sparsight.bridges.scaling import Born, scale_bridge
-from sparsight.config import ChainOfSight, bridge_settings
+from sparsight.config import ChainOfSight, bridge_settings, check_scaling
 from sparsight.layouts import window_bounds
 from sparsight.modeling.build import probe, set_image_size
 from sparsight.modeling.configuration import SparsightConfig
@@ -97,8 +97,10 @@ def scale_tokens(
     numbers = None if vision_levels is None else level_numbers(encoder, side, config.vision_levels, wanted)
     born: list[Born] = []
     if new != old or (numbers and numbers[0] != numbers[1]):
-        bridge, born = _grown(bridge, old, new, widths, sources, numbers)
-        bridge.train(model.training)
+        check_scaling(old, new, sources)
+        grown = WindowedResampler(new, widths, bridge.proj.out_features).to(bridge.proj.weight)
+        born = scale_bridge(bridge, grown, sources, numbers)
+        bridge = grown.train(model.training)
     table, patches = _position_table(encoder), _patches(encoder, side)
     positions = (
         f"{table.side}x{table.side} -> {patches}x{patches}" if table and table.side != patches else "as they are"
@@ -120,24 +122,6 @@ def _laid_out(old: Any, layout: Any) -> Any:
     if isinstance(layout, str) and isinstance(new, ChainOfSight) and hasattr(old, "scales"):
         return ChainOfSight.model_validate(old.model_dump(exclude={"kind", "tokens"}) | {"layout": new.layout})
     return new
-
-
-def _grown(
-    bridge: nn.Module,
-    old: Any,
-    new: Any,
-    level_widths: Sequence[int],
-    sources: Mapping[int, int] | None,
-    numbers: Sequence[list[int]] | None,
-) -> tuple[WindowedResampler, list[Born]]:
-    """The new bridge, with the old one's weights. ``numbers``: old and new feature levels, where they may differ."""
-    if not isinstance(bridge, WindowedResampler) or not isinstance(new, ChainOfSight | type(old)):
-        raise ValueError(
-            f"a bridge {old.kind} cannot become {new.kind} ({new.model_dump()}): only a resampler and "
-            "chain_of_sight can be scaled, to chain_of_sight"
-        )
-    target = WindowedResampler(new, level_widths, bridge.proj.out_features).to(bridge.proj.weight)
-    return target, scale_bridge(bridge, target, sources, (numbers[0], numbers[1]) if numbers else None)
 
 
 # ------------------------------------------------------------------------------------- positions of the encoder
