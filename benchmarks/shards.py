@@ -78,7 +78,7 @@ def resume(data: ConversationData, sizes: Path) -> float:
     start = time.perf_counter()
     values = {"name": "x", "bridge": {"kind": "linear"}, "learning_rate": {"bridge": 1}, "samples": SAMPLES}
     stage = Stage.model_validate(values | {"batch_size": BATCH, "micro_batch_size": BATCH // 4})
-    plan = plan_steps(stage, SAMPLES, 0, 1, np.load(sizes), largest_second=True)
+    plan = plan_steps(stage, SAMPLES, 0, 1, np.load(sizes), largest_first=True)
     loader = DataLoader(Decoded(ShardSource(data)), batch_sampler=RankBatches(plan), collate_fn=list)
     batch = next(iter(skip_first_batches(loader, len(loader) * 9 // 10)))
     assert len(batch) == BATCH // 4

@@ -133,6 +133,23 @@ def test_resume_with_another_recipe_names_the_keys(tmp_path: Path, recipe: Calla
     assert (tmp_path / "r" / "run.jsonl").read_bytes() == log
 
 
+def test_a_run_goes_on_in_smaller_micro_batches(
+    tmp_path: Path, recipe: Callable[..., Recipe], lights_out: Callable[[int], None]
+) -> None:
+    """As the error advises where memory has run out, and after hours of earlier stages perhaps."""
+    less = {"micro_batch_size": 2, "gradient_checkpointing": True}
+    right = weights(run(recipe(stages=[stage_values(checkpoints=4)]), tmp_path / "straight", quiet()))
+    lights_out(4 * 2 + 1)
+    with pytest.raises(Crash):
+        run(recipe(stages=[stage_values(checkpoints=4)]), tmp_path / "broken", quiet())
+    lights_out(0)
+    final = run(recipe(stages=[stage_values(checkpoints=4, **less)]), tmp_path / "broken", quiet(), resume=True)
+    for name, found in weights(final).items():
+        torch.testing.assert_close(found, right[name], rtol=1e-4, atol=1e-5, msg=name)
+    before, after = losses(tmp_path / "straight"), losses(tmp_path / "broken")
+    assert after == pytest.approx(before, rel=1e-4) and len(after) == 4
+
+
 @pytest.mark.parametrize("fast, precision", [(("AMX-BF16",), "bf16"), ((), "fp32")])
 def test_auto_precision_is_the_devices_and_stays_the_runs(
     tmp_path: Path,
@@ -235,6 +252,16 @@ def test_a_run_on_a_mixture_is_cached_and_resumed(
     found = weights(run(mixed, tmp_path / "broken", quiet(), resume=True))
     assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
     assert all(torch.equal(found[name], right[name]) for name in right)
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_an_engine_that_shards_weights_is_refused(
+    tmp_path: Path, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(ValueError, match=f"(?i){engine}: .* start it with torchrun"):
+        run(recipe(), tmp_path / "r", quiet())
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_finished_run_is_not_trained_again(

@@ -26,7 +26,9 @@ _PUBLIC = {
     "VisualTokenCompressor": "sparsight.config",
     "attach": "sparsight.sparse.attach",
     "build": "sparsight.modeling.build",
+    "load_bridge": "sparsight.modeling.bridge_file",
     "load_recipe": "sparsight.config",
+    "save_bridge": "sparsight.modeling.bridge_file",
     "scale_checkpoint": "sparsight.modeling.scale",
     "scale_tokens": "sparsight.modeling.scale",
 }

@@ -33,8 +33,8 @@ def test_every_sample_once_and_the_same_ones_in_a_step_however_it_is_cut(
 ) -> None:
     samples, size = len(sizes), 8
     cut = stage(batch_size=size, micro_batch_size=size // (ranks * accumulate), packing=packing)
-    steps = plan_steps(cut, samples, seed, ranks, sizes, largest_second=True)
-    whole = plan_steps(stage(batch_size=size, packing=packing), samples, seed, 1, sizes, largest_second=True)
+    steps = plan_steps(cut, samples, seed, ranks, sizes, largest_first=True)
+    whole = plan_steps(stage(batch_size=size, packing=packing), samples, seed, 1, sizes, largest_first=True)
     assert [sorted(set(learnt([step]))) for step in steps] == [sorted(learnt([step])) for step in whole]
     assert sorted(learnt(whole)) == list(range(samples))
     assert {len(step) for step in steps} == {ranks * accumulate} and all(batch for step in steps for batch in step)

@@ -334,6 +334,21 @@ def test_a_resumed_run_writes_and_computes_the_same(
         assert [step[key] for step in steps[0]] == [step[key] for step in steps[1]]
 
 
+def test_a_run_that_a_bad_picture_stopped_goes_on_without_it(tmp_path: Path, write: Callable[..., Recipe]) -> None:
+    files = {f"{n}.png": encoded(picture(n, 16)) if n != 7 else b"x" for n in range(32)}
+    strict = write(files, on_bad_sample="error", stages=[stage_values(samples=32, checkpoints=8)])
+    lenient = strict.model_copy(update={"on_bad_sample": "quarantine", "max_bad": 1.0, "workers": 1})
+    run(lenient, tmp_path / "whole", quiet())
+    with pytest.raises(
+        ValueError, match=r"7\.png: .*set on_bad_sample=quarantine; a run that has begun goes on with --res"
+    ):
+        run(strict, tmp_path / "stopped", quiet())
+    assert len(read_run(tmp_path / "stopped").stages[0].steps) > 1
+    run(lenient, tmp_path / "stopped", quiet(), resume=True)
+    steps = [read_run(tmp_path / name).stages[0].steps for name in ("whole", "stopped")]
+    assert len(steps[0]) == 8 and [step["loss"] for step in steps[0]] == [step["loss"] for step in steps[1]]
+
+
 def test_a_mistake_in_the_code_is_no_bad_sample(
     tmp_path: Path, write: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:

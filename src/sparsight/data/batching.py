@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -15,6 +16,7 @@ from torch.utils.data import Sampler
 from sparsight.config import Stage
 
 Step = list[list[int]]  # micro-batches of sample indices; those of rank r of R are step[r::R]
+LARGEST = 1, 2  # steps, from 0, in which memory is at its highest
 WINDOW = 32  # micro-batches whose samples are sorted by length, where batch_tokens makes them
 
 
@@ -41,7 +43,7 @@ def plan_steps(
     seed: int,
     ranks: int = 1,
     sizes: np.ndarray | None = None,
-    largest_second: bool = False,
+    largest_first: bool = False,
 ) -> list[Step]:
     """Deal ``samples`` out to optimizer steps, every sample once; the last step may repeat some, so that each of its
     micro-batches has one.
@@ -53,8 +55,9 @@ def plan_steps(
     Args:
         sizes: (samples, 2): positions of each sample, visual tokens included, and its images. Needed if there is
             anything to deal out.
-        largest_second: the step with the longest sample (packed: with most positions) comes second, where optimizer
-            states exist too: memory runs out at once or never.
+        largest_first: the step with the longest sample (packed or with ``batch_tokens``: with most positions, padding
+            included) comes second, where optimizer states exist too, and that with most pictures third: memory runs
+            out at once or never.
 
     Raises:
         ValueError: the batch cannot be dealt out evenly; a sample alone is longer than ``batch_tokens``.
@@ -67,12 +70,26 @@ def plan_steps(
     else:
         groups = [order[start : start + stage.batch_size] for start in range(0, samples, stage.batch_size)]
         steps = [_deal(group, ranks, accumulate, sizes, stage.packing) for group in groups]
-    if largest_second and sizes is not None and len(steps) > 1:
-        # Of whole steps, so that their order does not depend on ranks and micro-batches.
-        own = [sizes[sorted({index for batch in step for index in batch}), 0] for step in steps]
-        worst = max(range(len(steps)), key=lambda n: own[n].sum() if stage.packing else own[n].max())
-        steps[1], steps[worst] = steps[worst], steps[1]
+    if largest_first and sizes is not None:
+        for place, load in zip(LARGEST, (partial(_positions, stage, sizes), partial(_images, sizes)), strict=True):
+            worst = max(range(len(steps)), key=lambda n: load(steps[n]))
+            # What is second stays there; where all are alike, as with a picture each, so do all.
+            if place < len(steps) and load(steps[worst]) > max(map(load, steps[1 : place + 1])):
+                steps[place], steps[worst] = steps[worst], steps[place]
     return steps
+
+
+def _positions(stage: Stage, sizes: np.ndarray, step: Step) -> int:
+    """Positions that tell which step needs most memory."""
+    if stage.batch_tokens is not None and not stage.packing:
+        return max(len(batch) * int(sizes[batch, 0].max()) for batch in step)
+    # Of the whole step, so that the steps' order does not depend on ranks and micro-batches.
+    own = sizes[sorted({index for batch in step for index in batch}), 0]
+    return int(own.sum() if stage.packing else own.max())
+
+
+def _images(sizes: np.ndarray, step: Step) -> int:
+    return int(sizes[sorted({index for batch in step for index in batch}), 1].sum())
 
 
 def _deal(group: list[int], ranks: int, accumulate: int, sizes: np.ndarray | None, packing: bool) -> Step:

@@ -92,7 +92,10 @@ class TrainingSet(Dataset):
                 return read(row), replaced
             except BadSampleError as bad:
                 if not (self.replace_bad or bad.entry["dropped"]):
-                    raise
+                    raise BadSampleError(
+                        f"{bad}. To train without it, set on_bad_sample=quarantine; a run that has begun goes on with "
+                        "--resume. `sparsight data check` finds all of them beforehand"
+                    ) from None
                 replaced.append(bad.entry)
         reason = replaced[0]["reason"]
         raise ValueError(f"{reason}. {TRIES - 1} others, drawn in its place, are bad too: `sparsight data check`")

@@ -21,6 +21,9 @@ from sparsight.modeling import SparsightForConditionalGeneration, SparsightProce
 from sparsight.reporting import RunLog, environment, read_run, write_card
 
 RECIPE_FILE = "sparsight_recipe.json"
+# How samples are read, dealt out and told of, not what is learnt from them: a run may go on with others.
+MAY_CHANGE = ("on_bad_sample", "max_bad", "workers", "report_to")
+MAY_CHANGE_IN_STAGES = ("micro_batch_size", "gradient_checkpointing")
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,22 @@ def settle_precision(recipe: Recipe, out: Path, resume: bool, console: Console) 
     return recipe.model_copy(update={"precision": found})
 
 
+def _what_is_learnt(values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's values without those that a resumed run may change."""
+    stages = [
+        {key: value for key, value in stage.items() if key not in MAY_CHANGE_IN_STAGES}
+        for stage in values.get("stages", ())
+    ]
+    return {key: value for key, value in values.items() if key not in MAY_CHANGE} | {"stages": stages}
+
+
 def open_log(recipe: Recipe, out: Path, resume: bool) -> RunLog:
+    """A new run's log, or that of the run which goes on.
+
+    Raises:
+        FileExistsError: ``out`` holds a run, and ``resume`` is off.
+        ValueError: that run's recipe differs in more than `MAY_CHANGE` and `MAY_CHANGE_IN_STAGES`.
+    """
     file = out / "run.jsonl"
     values = recipe.model_dump(mode="json")
     lines = file.read_bytes().splitlines() if file.is_file() else []
@@ -62,10 +80,13 @@ def open_log(recipe: Recipe, out: Path, resume: bool) -> RunLog:
         if not resume:
             raise FileExistsError(f"{out} holds a run already; go on with --resume, or choose another --out")
         header = json.loads(lines[0])
-        before = header.get("recipe", {})
-        changed = sorted(key for key in values if before.get(key) != values[key])
+        before, now = _what_is_learnt(header.get("recipe", {})), _what_is_learnt(values)
+        changed = sorted(key for key in now if before.get(key) != now[key])
         if changed:
-            raise ValueError(f"{out} was run with another recipe; these keys differ: {changed}")
+            free = ", ".join(MAY_CHANGE + MAY_CHANGE_IN_STAGES)
+            raise ValueError(
+                f"{out} was run with another recipe; these keys differ: {changed}. A resumed run may only change {free}"
+            )
         return RunLog(file, append=True)
     log = RunLog(file)
     log.write(

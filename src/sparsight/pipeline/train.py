@@ -52,12 +52,14 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache
 
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` is off.
-        ValueError: ``resume`` with a recipe that differs from the run's, or a tracker that is not installed.
+        ValueError: ``resume`` with a recipe that differs from the run's, a tracker that is not installed, or an
+            engine that shards weights.
     """
     if missing := [name for name in recipe.report_to if importlib.util.find_spec(name) is None]:
         raise ValueError(f"report_to: {missing} cannot be imported; pip install {' '.join(missing)}, or take it out")
     if recipe.evaluation.kind == "scenes" and (twice := set(TASKS) & set(recipe.evaluation.held_out)):
         raise ValueError(f"evaluation.held_out: {sorted(twice)} are tasks of scenes, which are asked too; rename them")
+    _refuse_shards()
     ranks = process_state()
     main = ranks.is_main_process  # it alone writes and tells
     console = console if main else Console(quiet=True)
@@ -91,6 +93,16 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache
             score_run(session, model, processor, str(final))
             write_card(final, recipe, read_run(session.log.path))  # now with scores
     return final
+
+
+def _refuse_shards() -> None:
+    """Raises ValueError under an engine that shards weights: models are handed from stage to stage whole."""
+    for name, engine in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(name, "").lower() in ("1", "true"):  # set by accelerate
+            raise ValueError(
+                f"{engine}: `sparsight train` deals conversations out to ranks whose weights are whole (DDP): start it "
+                "with torchrun. For sharded weights, train what `sparsight.build` gives with a Trainer of your own"
+            )
 
 
 def _check_stages(recipe: Recipe, language: PreTrainedConfig) -> None:

@@ -221,6 +221,12 @@ class SparseHandle:
             chances = skip_probabilities(self.parts.layers, progress, **_skip_options(self.skipper))
             self.off = skipped_layers(chances, self.seed, step)
 
+    def at_its_largest(self) -> None:
+        """Settle for this step what takes most memory in the course of training: the most tokens, and all layers."""
+        if (c := self.compressor) is not None:
+            self.keep = 1.0 if c.dense_every is not None else max(c.keep, c.final or 0.0)
+        self.off = (False,) * self.parts.layers
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The plain model, for a while."""

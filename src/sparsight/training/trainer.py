@@ -36,7 +36,7 @@ from sparsight.config import Recipe, SceneData, Stage
 from sparsight.cost import LanguageShape, Trains, step_flops
 from sparsight.cost.devices import peak_flops
 from sparsight.counting import default_device, device_name
-from sparsight.data.batching import RankBatches, Step, micro_batches, plan_steps
+from sparsight.data.batching import LARGEST, RankBatches, Step, micro_batches, plan_steps
 from sparsight.data.collate import Collator, TrainingSet
 from sparsight.distributed import any_rank, process_state, several_ranks
 from sparsight.layouts import Layout
@@ -221,7 +221,8 @@ class SparsightTrainer(Trainer):
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"step {self.state.global_step + 1}: out of memory on {tuple(inputs['input_ids'].shape)} positions "
-                "(the largest batch of a stage comes second). Lower micro_batch_size or batch_tokens, or the layout"
+                "(the largest batches of a stage come second and third). Lower micro_batch_size or batch_tokens, or "
+                "the layout; with another micro_batch_size the run goes on by --resume"
             ) from error
         passes = self.handle.take_passes() if self.handle is not None else []
         self.counter.add(inputs, info, passes[0] if passes else None)
@@ -247,9 +248,10 @@ class _Recorder(TrainerCallback):
         bar: Progress,
         task: Any,
         quarantine: Quarantine | None,
+        probed: SparseHandle | None,
     ) -> None:
         self.log, self.stage, self.counter, self.bar, self.task = log, stage, counter, bar, task
-        self.quarantine = quarantine
+        self.quarantine, self.probed = quarantine, probed
         self.stop = False
         self.started = 0.0
         self.rates: dict[str, float] = {}
@@ -257,6 +259,10 @@ class _Recorder(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.update(self.task, completed=state.global_step)
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.probed is not None and state.global_step in LARGEST:  # else methods would be at their smallest there
+            self.probed.at_its_largest()
 
     def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
         # Here, and not at the step's end: by then the schedule has moved to the next step's.
@@ -331,13 +337,18 @@ def plan_stage(data: TrainingSet, recipe: Recipe, stage: Stage, folder: Path, co
         ValueError: the batch cannot be dealt out to the ranks, or a sample cannot be read.
     """
     ranks, sizes = process_state().num_processes, None
-    alike = isinstance(recipe.data_of(stage), SceneData)  # where they need not be dealt out, sizes need not be known
+    alike = _alike(recipe, stage)  # where they need not be dealt out, sizes need not be known
     if ranks * micro_batches(stage, ranks) > 1 or stage.packing or stage.batch_tokens or not alike:
         with process_state().main_process_first(), Progress(console=console) as bar:
             task = bar.add_task("measuring samples", total=len(data))
             sizes = data.sizes(folder / "sizes.npy", lambda done: bar.update(task, completed=done))
             bar.update(task, completed=len(data))
-    return plan_steps(stage, len(data), recipe.seed, ranks, sizes, largest_second=not alike)
+    return plan_steps(stage, len(data), recipe.seed, ranks, sizes, largest_first=not alike)
+
+
+def _alike(recipe: Recipe, stage: Stage) -> bool:
+    """Whether all samples are of about one size."""
+    return isinstance(recipe.data_of(stage), SceneData)
 
 
 def training_arguments(recipe: Recipe, stage: Stage, steps: int, folder: Path) -> TrainingArguments:
@@ -461,10 +472,11 @@ def train_stage(
             seen = data.offset + sum(len(batch) for step in plan[:began] for batch in step)
             same = [each.name for each in recipe.of_the_same_data(stage)]
             quarantine.begin(stage.name, began, seen, len(data.source), same)
-        recorder = _Recorder(log, stage, counter, bar, task, quarantine if data.replaces else None)
         handle = None
         if stage.compressor is not None or stage.skipper is not None:
             handle = attach(model, stage.compressor, stage.skipper, seed=recipe.seed)
+        probed = None if _alike(recipe, stage) else handle
+        recorder = _Recorder(log, stage, counter, bar, task, quarantine if data.replaces else None, probed)
         trainer = SparsightTrainer(
             model,
             training_arguments(recipe, stage, len(plan), folder),

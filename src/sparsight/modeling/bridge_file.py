@@ -1,0 +1,72 @@
+"""A bridge alone in a file: whole, also where its weights are shards that ranks hold together (FSDP version 2)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from sparsight.config import bridge_settings
+from sparsight.distributed import several_ranks
+
+
+def save_bridge(model: Any, file: str | Path) -> None:
+    """Write the bridge of a composed model as one safetensors file, its settings with it.
+
+    Where weights are sharded, all ranks call this together, and the first one writes.
+
+    Raises:
+        ValueError: the model has no bridge.
+    """
+    file, (bridge, settings) = Path(file), _bridge_of(model)
+    state = {
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().contiguous()
+        for name, tensor in bridge.state_dict().items()
+    }
+    if not several_ranks() or torch.distributed.get_rank() == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, file, metadata={"format": "pt", "bridge": json.dumps(settings)})
+    if several_ranks():
+        torch.distributed.barrier()
+
+
+@torch.no_grad()
+def load_bridge(model: Any, file: str | Path) -> None:
+    """Give a composed model the bridge of `save_bridge`, sharded as the model's own is, in place.
+
+    Raises:
+        ValueError: ``file`` holds no bridge, or one with other settings, or for another encoder or language model.
+    """
+    bridge, settings = _bridge_of(model)
+    with safe_open(Path(file), framework="pt") as tensors:
+        before = json.loads((tensors.metadata() or {}).get("bridge", "null"))
+        state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    if before != settings:
+        raise ValueError(f"{file} holds the bridge {before}, and the model's is {settings}: expected the same")
+    own = bridge.state_dict()
+    sizes = [{name: tuple(tensor.shape) for name, tensor in each.items()} for each in (own, state)]
+    if other := sorted({name for name, _ in sizes[0].items() ^ sizes[1].items()}):
+        raise ValueError(
+            f"{file} is for another encoder or language model, these differ (model, file): "
+            f"{ {name: tuple(each.get(name) for each in sizes) for name in other[:3]} }"
+        )
+    for name, tensor in own.items():
+        value = state[name].to(tensor.device, tensor.dtype)
+        if isinstance(tensor, DTensor):
+            value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+        tensor.copy_(value)
+
+
+def _bridge_of(model: Any) -> tuple[nn.Module, dict[str, Any]]:
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    bridge = getattr(getattr(model, "model", None), "multi_modal_projector", None)
+    settings = getattr(getattr(model, "config", None), "bridge_config", None)
+    if bridge is None or settings is None:
+        raise ValueError(f"{type(model).__name__} has no bridge of Sparsight's; expected a model of `sparsight.build`")
+    return bridge, bridge_settings(settings).model_dump(mode="json")
