@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ import torch
 from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import (
     PrinterCallback,
@@ -84,6 +86,7 @@ class StepCounter:
         self.flops: dict[str, float] = defaultdict(float)
         self.seconds: dict[str, float] = defaultdict(float)
         self.loss = 0.0
+        self.ids: list[str] = []  # of this rank's samples
         self.replaced: list[dict[str, Any]] = []  # entries of bad samples, see `TrainingSet`
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()  # a step's peak is its own, not that of a stage before
@@ -119,6 +122,7 @@ class StepCounter:
             self.flops[part] += flops
         self.last_flops = sum(parts.values())
         filled = info["filled"]
+        self.ids += info["ids"]
         self.counts["samples"] += len(info["ids"])
         self.counts["visual_tokens"] += visual
         self.counts["visual_tokens_kept"] += kept
@@ -226,14 +230,30 @@ class SparsightTrainer(Trainer):
         passes = self.handle.take_passes() if self.handle is not None else []
         self.counter.add(inputs, info, passes[0] if passes else None)
         value = loss.item()
-        if value != value or abs(value) == float("inf"):
-            raise ValueError(
-                f"step {self.state.global_step + 1}: the loss is {value}; training stops here. Its samples: "
-                + ", ".join(info["ids"])
-            )
+        if not math.isfinite(value):
+            raise self._not_finite(f"loss is {value}", info["ids"])
         self.counter.loss += value
         self.counter.seconds["compute"] += time.perf_counter() - start
         return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """The Trainer's, which sees every step's gradients last: a norm that is not finite would make all weights NaN.
+
+        A recipe's ``max_grad_norm`` is above 0, so there is no step without it. Ranks share gradients, hence the norm:
+        all come to the same end.
+        """
+        start = time.perf_counter()
+        norm = super()._clip_grad_norm(model)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of all shards
+        if norm is not None and not math.isfinite(norm):  # None: an engine that does not tell
+            found = f"norm of the gradients is {float(norm)}, though the loss is finite"
+            raise self._not_finite(found, gather_object(self.counter.ids))
+        self.counter.seconds["optimizer"] += time.perf_counter() - start  # on a GPU, it was waited for
+        return norm
+
+    def _not_finite(self, found: str, ids: Sequence[str]) -> ValueError:
+        step = self.state.global_step + 1
+        return ValueError(f"step {step}: the {found}; training stops here. Its samples: " + ", ".join(ids))
 
 
 class _Recorder(TrainerCallback):
@@ -448,8 +468,8 @@ def train_stage(
 
     Raises:
         Interrupted: Ctrl-C; the last step is in a checkpoint.
-        ValueError: a bad sample, or more of them than the recipe allows; or a loss that is not finite; or attention by
-            a kernel that takes no weights of tokens.
+        ValueError: a bad sample, or more of them than the recipe allows; or a loss or gradients that are not finite; or
+            attention by a kernel that takes no weights of tokens.
     """
     _check_kernel(model, stage)
     with process_state().main_process_first():
