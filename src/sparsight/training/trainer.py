@@ -21,6 +21,7 @@ import torch
 from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import (
@@ -43,6 +44,7 @@ from sparsight.data.collate import Collator, TrainingSet
 from sparsight.distributed import any_rank, process_state, several_ranks
 from sparsight.layouts import Layout
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
+from sparsight.modeling.encoders import count_flops
 from sparsight.modeling.packed import attention_for_packed_rows, compared
 from sparsight.modeling.short import attention
 from sparsight.sparse.attach import Pass, SparseHandle, attach
@@ -66,7 +68,8 @@ class Interrupted(Exception):
 class StepCounter:
     """What the steps since the last record executed, counted from the batches themselves.
 
-    ``encoder_flops``: of one picture's pass through the encoder (``encoders.count_flops``). ``precision``: bf16 or
+    ``encoder_flops``: of one picture's pass through the encoder (``encoders.count_flops``); what pictures at their
+    native resolution take is counted by their grids, when one is first met. ``precision``: bf16 or
     fp32, of whose peak on this device the share (``mfu``) is taken, where that is known.
     """
 
@@ -79,6 +82,8 @@ class StepCounter:
         self.peak = peak_flops(device_name(default_device()), self.precision)
         self.shape = LanguageShape.from_config(self.model.config.text_config)
         self.layers_run = self.shape.layers
+        self.encoder_size = _numel(self.model.model.vision_tower)
+        self.flops_of_grid: dict[tuple[int, int], float] = {}
         self.clear()
 
     def clear(self) -> None:
@@ -104,13 +109,19 @@ class StepCounter:
         kept, self.layers_run, length = visual, self.shape.layers, positions
         if done is not None:
             kept, self.layers_run, length = done.visual_out, done.layers_run, done.length
-        cached = inputs.get("mm_encoder_outputs") is not None
+        encoder_flops, (high, wide) = self.encoder_flops, config.map_size
+        if inputs.get("mm_encoder_outputs") is not None:
+            encoder_flops = 0.0
+        elif (grids := inputs.get("image_grid_thw")) is not None:
+            sizes = [(rows, columns) for _, rows, columns in grids.tolist()]
+            encoder_flops = sum(map(self._of_grid, sizes)) / len(sizes)
+            high, wide = (max(sides) for sides in zip(*sizes, strict=True))  # smaller maps are padded for the bridge
         parts = step_flops(
             replace(self.shape, layers=self.layers_run),
             config.bridge_config,
             config.level_widths,
-            tuple(config.map_size),  # type: ignore[arg-type]
-            0.0 if cached else self.encoder_flops,
+            (high, wide),
+            encoder_flops,
             batch,
             length,
             labels,
@@ -128,6 +139,18 @@ class StepCounter:
         self.counts["visual_tokens_kept"] += kept
         self.counts["text_tokens"] += filled - visual
         self.counts["padding_tokens"] += ids.numel() - filled
+
+    def _of_grid(self, grid: tuple[int, int]) -> float:
+        """FLOPs of a picture of so many rows and columns of patches in the encoder."""
+        if grid not in self.flops_of_grid:
+            encoder, config = self.model.model.vision_tower, self.model.config
+            if _numel(encoder) == self.encoder_size:
+                size = grid[0] * encoder.config.patch_size, grid[1] * encoder.config.patch_size
+                self.flops_of_grid[grid] = count_flops(encoder, size, config.vision_levels)
+            else:  # in shards: ranks meet other grids, and none can run it alone. But for attention, patches cost alike
+                share = math.prod(grid) / math.prod(config.map_size)
+                self.flops_of_grid[grid] = self.encoder_flops * share
+        return self.flops_of_grid[grid]
 
     def record(self) -> dict[str, Any]:
         """The step's record for the run log: counts, FLOPs in all and by part, seconds, memory in bytes.
@@ -154,6 +177,11 @@ class StepCounter:
             "seconds": dict(self.seconds),
             "memory_bytes": _memory(),
         }
+
+
+def _numel(module: nn.Module) -> int:
+    """Parameters that this rank holds: all of them, or those of its shard."""
+    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in module.parameters())
 
 
 def _memory() -> int:
