@@ -49,6 +49,7 @@ from sparsight.modeling.packed import attention_for_packed_rows, compared
 from sparsight.modeling.short import attention
 from sparsight.sparse.attach import Pass, SparseHandle, attach
 from sparsight.sparse.callback import SparsightCallback
+from sparsight.training.idle import IdleWarning
 from sparsight.training.optimizer import MuonAdamW, optimizer_flops
 from sparsight.training.quarantine import Quarantine
 from sparsight.training.stages import parameter_groups
@@ -513,6 +514,7 @@ def train_stage(
         handle = None
         if stage.compressor is not None or stage.skipper is not None:
             handle = attach(model, stage.compressor, stage.skipper, seed=recipe.seed)
+        idle = IdleWarning(model, stage.name, log, console, handle)
         trainer = SparsightTrainer(
             model,
             training_arguments(recipe, stage, len(plan), folder),
@@ -523,7 +525,7 @@ def train_stage(
             train_dataset=data,
             data_collator=_collator(processor, stage),
             processing_class=processor,
-            callbacks=[recorder] if handle is None else [SparsightCallback(handle), recorder],
+            callbacks=[recorder, idle] if handle is None else [SparsightCallback(handle), recorder, idle],
         )
         recorder.track = trainer.track if recipe.report_to else None
         if resume:  # without a checkpoint, too: steps that are in the log, but not in the weights, do not count
