@@ -11,10 +11,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from families import batch_of, made
+from families import CONFIGS, batch_of, made
+from PIL import Image
+from transformers import Qwen2VLImageProcessorPil
 
 from small_runs import one_stage, train
-from sparsight.config import LayerSkipper, Linear, Lora, Stage, VisualTokenCompressor
+from sparsight.config import ChainOfSight, LayerSkipper, Linear, Lora, Stage, VisualTokenCompressor
 from sparsight.cost import Trains
 from sparsight.cost.devices import keep_measurement
 from sparsight.counting import default_device, device_name
@@ -106,6 +108,55 @@ def test_a_step_of_our_own_model(name, bridge):
     assert_close(sum(counter.flops.values()), measured)
     record = counter.record()
     assert record["flops"] == sum(counter.flops.values())
+
+
+SIZES = {
+    "all alike": ((128, 128), (128, 128)),
+    "large and small": ((128, 128), (64, 64)),
+    "small": ((64, 64), (64, 64)),
+    "long": ((640, 64), (64, 320)),
+    "one": ((96, 160),),
+}
+
+
+@pytest.mark.parametrize("bridge", ["1:4,2:1", "1:1,2:8"])
+@pytest.mark.parametrize("rates", [FROZEN, ALL], ids=["frozen encoder", "all train"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_a_step_at_native_resolution(sizes, rates, bridge):
+    """Each picture as large as it is; maps are padded to the largest for the bridge. Measured: to the last FLOP."""
+    image_processor = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2)
+    model, processor = make_vlm(
+        ChainOfSight(bridge, width=32, heads=2),
+        vision=CONFIGS["qwen2_5_vl"]().vision_config,
+        image_processor=image_processor,
+        image_size=128,
+    )
+    stage = Stage(name="s", bridge=Linear(), learning_rate=rates, samples=1)
+    select_trainable(model, stage)
+    model.set_attn_implementation("eager")
+    model.train()
+    batch = items(model, [1] * len(sizes), [20] * len(sizes))
+    for item, size in zip(batch, sizes, strict=True):
+        item["pixels"] = processor.pixels([Image.new("RGB", size)])
+    inputs = Collator(processor.tokenizer.pad_token_id)(batch)
+    info = inputs.pop("info")
+    counter = StepCounter(
+        model, Trains.of(stage), count_flops(model.model.vision_tower, 128, model.config.vision_levels)
+    )
+    for _ in range(2):
+        measured = counted(lambda: model(**inputs, loss_only=True, use_cache=False).loss.backward())
+        counter.add(inputs, info)
+        assert_close(sum(counter.flops.values()), measured)
+        counter.clear()
+    assert len(counter.flops_of_grid) == len(set(sizes))
+
+
+def test_an_encoder_in_shards_is_not_run_to_count_a_grid():
+    """The other ranks would have to run it, too: pictures count by their patches."""
+    model, _ = make_vlm(vision=CONFIGS["qwen2_5_vl"]().vision_config, image_size=128)
+    counter = StepCounter(model, Trains(bridge=True, language=True), 4e6)
+    counter.encoder_size += 1  # as if this rank had lost some since
+    assert [counter._of_grid(grid) for grid in ((16, 16), (8, 8), (4, 32))] == [4e6, 1e6, 2e6]
 
 
 FAMILIES = ["llava, clip + llama", "llava, siglip + qwen2", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]

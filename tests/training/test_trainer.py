@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import get_last_checkpoint
 
-from small_runs import Crash, Records, one_stage, train, training_set
+from small_runs import Crash, Records, one_stage, quiet, train, training_set
 from sparsight.data.collate import Collator
 from sparsight.modeling.scale import scale_tokens
 from sparsight.training.stages import add_lora, merge_lora, select_trainable
-from sparsight.training.trainer import Interrupted
+from sparsight.training.trainer import Interrupted, plan_stage
 
 BRIDGE_AND_LANGUAGE = {"bridge": 2e-3, "language": 1e-3}
 ALL = BRIDGE_AND_LANGUAGE | {"vision": 1e-3}
@@ -120,6 +121,32 @@ def test_a_loss_that_is_not_finite_stops_training(tmp_path: Path, tiny_vlm) -> N
         train(model, processor, recipe, stage, tmp_path, training_set(processor, recipe, stage, 3, poison), log=log)
     assert sorted(log.steps()) == [1, 2]
     assert get_last_checkpoint(str(tmp_path)).endswith("checkpoint-2")  # none of the poisoned step
+
+
+@pytest.mark.parametrize("bad, micro", [(2, 4), (3, 2), (8, 2)], ids=["middle", "first micro-batch", "last step"])
+def test_a_gradient_that_is_not_finite_stops_training(tmp_path: Path, tiny_vlm, bad: int, micro: int) -> None:
+    """Behind a loss that is finite: clipping would make all weights NaN, and a checkpoint would keep them."""
+    recipe, stage = one_stage(micro_batch_size=micro, checkpoints=4)
+    model, processor, _ = prepared(tiny_vlm, stage)
+    passes = []
+
+    def poison(gradient: torch.Tensor) -> torch.Tensor:
+        passes.append(1)
+        return gradient * float("nan") if len(passes) == bad else gradient
+
+    model.lm_head.weight.register_hook(poison)
+    log, step = Records(), -(-bad * micro // 4)
+    with pytest.raises(ValueError, match=f"step {step}: the norm of the gradients is nan, though the loss") as told:
+        train(model, processor, recipe, stage, tmp_path, log=log)
+    data = training_set(processor, recipe, stage)
+    plan = plan_stage(data, recipe, stage, tmp_path, quiet())
+    samples = [data[index]["id"] for batch in plan[step - 1] for index in batch]
+    assert len(samples) == 4 and sorted(str(told.value).partition("samples: ")[2].split(", ")) == sorted(samples)
+    assert sorted(log.steps()) == list(range(1, step))
+    last = get_last_checkpoint(str(tmp_path))
+    assert last.endswith(f"checkpoint-{step - 1}")
+    assert all(tensor.isfinite().all() for tensor in load_file(Path(last) / "model.safetensors").values())
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 # ---------------------------------------------------------------------------------------- records

@@ -324,13 +324,15 @@ def sincos_2d(height: int, width: int, channels: int, device: torch.device, dtyp
     return torch.cat([rows_HC, columns_WC], -1)[..., :channels].to(dtype)
 
 
-def count_flops(encoder: Any, image_size: int, levels: Sequence[int] | None = None) -> float:
+def count_flops(encoder: Any, image_size: int | tuple[int, int], levels: Sequence[int] | None = None) -> float:
     """FLOPs of one picture's pass, counted on the real modules (attention in full).
 
+    ``image_size``: the side of a square picture, or height and width, in pixels.
     The backward pass is in it if parameters of the encoder train: it runs only below the last feature level.
     """
     parameter = next(encoder.parameters())
-    pixels = torch.zeros(1, 3, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    pixels = torch.zeros(1, 3, height, width, dtype=parameter.dtype, device=parameter.device)
     trained = [p for p in encoder.parameters() if p.requires_grad]
     with flop_counter(encoder) as counter, torch.set_grad_enabled(bool(trained)):
         outputs = feature_levels(encoder, pixels, levels)

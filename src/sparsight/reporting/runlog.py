@@ -37,6 +37,7 @@ _REQUIRED: dict[str, dict[str, type]] = {
     "stage_end": {"stage": str},
     "resume": {"stage": str, "step": int},
     "cache": {"stage": str, "folder": str},
+    "note": {"stage": str, "text": str},  # what a reader of the log should know; nothing is made of it
     "eval": {"scores": dict},
     "example": {"id": str},
 }

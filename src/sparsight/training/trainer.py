@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -20,6 +21,8 @@ import torch
 from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import (
     PrinterCallback,
@@ -41,10 +44,12 @@ from sparsight.data.collate import Collator, TrainingSet
 from sparsight.distributed import any_rank, process_state, several_ranks
 from sparsight.layouts import Layout
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
+from sparsight.modeling.encoders import count_flops
 from sparsight.modeling.packed import attention_for_packed_rows, compared
 from sparsight.modeling.short import attention
 from sparsight.sparse.attach import Pass, SparseHandle, attach
 from sparsight.sparse.callback import SparsightCallback
+from sparsight.training.idle import IdleWarning
 from sparsight.training.optimizer import MuonAdamW, optimizer_flops
 from sparsight.training.quarantine import Quarantine
 from sparsight.training.stages import parameter_groups
@@ -64,7 +69,8 @@ class Interrupted(Exception):
 class StepCounter:
     """What the steps since the last record executed, counted from the batches themselves.
 
-    ``encoder_flops``: of one picture's pass through the encoder (``encoders.count_flops``). ``precision``: bf16 or
+    ``encoder_flops``: of one picture's pass through the encoder (``encoders.count_flops``); what pictures at their
+    native resolution take is counted by their grids, when one is first met. ``precision``: bf16 or
     fp32, of whose peak on this device the share (``mfu``) is taken, where that is known.
     """
 
@@ -77,6 +83,8 @@ class StepCounter:
         self.peak = peak_flops(device_name(default_device()), self.precision)
         self.shape = LanguageShape.from_config(self.model.config.text_config)
         self.layers_run = self.shape.layers
+        self.encoder_size = _numel(self.model.model.vision_tower)
+        self.flops_of_grid: dict[tuple[int, int], float] = {}
         self.clear()
 
     def clear(self) -> None:
@@ -84,6 +92,7 @@ class StepCounter:
         self.flops: dict[str, float] = defaultdict(float)
         self.seconds: dict[str, float] = defaultdict(float)
         self.loss = 0.0
+        self.ids: list[str] = []  # of this rank's samples
         self.replaced: list[dict[str, Any]] = []  # entries of bad samples, see `TrainingSet`
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()  # a step's peak is its own, not that of a stage before
@@ -101,13 +110,19 @@ class StepCounter:
         kept, self.layers_run, length = visual, self.shape.layers, positions
         if done is not None:
             kept, self.layers_run, length = done.visual_out, done.layers_run, done.length
-        cached = inputs.get("mm_encoder_outputs") is not None
+        encoder_flops, (high, wide) = self.encoder_flops, config.map_size
+        if inputs.get("mm_encoder_outputs") is not None:
+            encoder_flops = 0.0
+        elif (grids := inputs.get("image_grid_thw")) is not None:
+            sizes = [(rows, columns) for _, rows, columns in grids.tolist()]
+            encoder_flops = sum(map(self._of_grid, sizes)) / len(sizes)
+            high, wide = (max(sides) for sides in zip(*sizes, strict=True))  # smaller maps are padded for the bridge
         parts = step_flops(
             replace(self.shape, layers=self.layers_run),
             config.bridge_config,
             config.level_widths,
-            tuple(config.map_size),  # type: ignore[arg-type]
-            0.0 if cached else self.encoder_flops,
+            (high, wide),
+            encoder_flops,
             batch,
             length,
             labels,
@@ -119,11 +134,24 @@ class StepCounter:
             self.flops[part] += flops
         self.last_flops = sum(parts.values())
         filled = info["filled"]
+        self.ids += info["ids"]
         self.counts["samples"] += len(info["ids"])
         self.counts["visual_tokens"] += visual
         self.counts["visual_tokens_kept"] += kept
         self.counts["text_tokens"] += filled - visual
         self.counts["padding_tokens"] += ids.numel() - filled
+
+    def _of_grid(self, grid: tuple[int, int]) -> float:
+        """FLOPs of a picture of so many rows and columns of patches in the encoder."""
+        if grid not in self.flops_of_grid:
+            encoder, config = self.model.model.vision_tower, self.model.config
+            if _numel(encoder) == self.encoder_size:
+                size = grid[0] * encoder.config.patch_size, grid[1] * encoder.config.patch_size
+                self.flops_of_grid[grid] = count_flops(encoder, size, config.vision_levels)
+            else:  # in shards: ranks meet other grids, and none can run it alone. But for attention, patches cost alike
+                share = math.prod(grid) / math.prod(config.map_size)
+                self.flops_of_grid[grid] = self.encoder_flops * share
+        return self.flops_of_grid[grid]
 
     def record(self) -> dict[str, Any]:
         """The step's record for the run log: counts, FLOPs in all and by part, seconds, memory in bytes.
@@ -150,6 +178,11 @@ class StepCounter:
             "seconds": dict(self.seconds),
             "memory_bytes": _memory(),
         }
+
+
+def _numel(module: nn.Module) -> int:
+    """Parameters that this rank holds: all of them, or those of its shard."""
+    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in module.parameters())
 
 
 def _memory() -> int:
@@ -227,14 +260,30 @@ class SparsightTrainer(Trainer):
         passes = self.handle.take_passes() if self.handle is not None else []
         self.counter.add(inputs, info, passes[0] if passes else None)
         value = loss.item()
-        if value != value or abs(value) == float("inf"):
-            raise ValueError(
-                f"step {self.state.global_step + 1}: the loss is {value}; training stops here. Its samples: "
-                + ", ".join(info["ids"])
-            )
+        if not math.isfinite(value):
+            raise self._not_finite(f"loss is {value}", info["ids"])
         self.counter.loss += value
         self.counter.seconds["compute"] += time.perf_counter() - start
         return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """The Trainer's, which sees every step's gradients last: a norm that is not finite would make all weights NaN.
+
+        A recipe's ``max_grad_norm`` is above 0, so there is no step without it. Ranks share gradients, hence the norm:
+        all come to the same end.
+        """
+        start = time.perf_counter()
+        norm = super()._clip_grad_norm(model)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of all shards
+        if norm is not None and not math.isfinite(norm):  # None: an engine that does not tell
+            found = f"norm of the gradients is {float(norm)}, though the loss is finite"
+            raise self._not_finite(found, gather_object(self.counter.ids))
+        self.counter.seconds["optimizer"] += time.perf_counter() - start  # on a GPU, it was waited for
+        return norm
+
+    def _not_finite(self, found: str, ids: Sequence[str]) -> ValueError:
+        step = self.state.global_step + 1
+        return ValueError(f"step {step}: the {found}; training stops here. Its samples: " + ", ".join(ids))
 
 
 class _Recorder(TrainerCallback):
@@ -459,8 +508,8 @@ def train_stage(
 
     Raises:
         Interrupted: Ctrl-C; the last step is in a checkpoint.
-        ValueError: a bad sample, or more of them than the recipe allows; or a loss that is not finite; or attention by
-            a kernel that takes no weights of tokens.
+        ValueError: a bad sample, or more of them than the recipe allows; or a loss or gradients that are not finite; or
+            attention by a kernel that takes no weights of tokens.
     """
     _check_kernel(model, stage)
     with process_state().main_process_first():
@@ -477,6 +526,7 @@ def train_stage(
             handle = attach(model, stage.compressor, stage.skipper, seed=recipe.seed)
         probed = None if _alike(recipe, stage) else handle
         recorder = _Recorder(log, stage, counter, bar, task, quarantine if data.replaces else None, probed)
+        idle = IdleWarning(model, stage.name, log, console, handle)
         trainer = SparsightTrainer(
             model,
             training_arguments(recipe, stage, len(plan), folder),
@@ -487,7 +537,7 @@ def train_stage(
             train_dataset=data,
             data_collator=_collator(processor, stage),
             processing_class=processor,
-            callbacks=[recorder] if handle is None else [SparsightCallback(handle), recorder],
+            callbacks=[recorder, idle] if handle is None else [SparsightCallback(handle), recorder, idle],
         )
         recorder.track = trainer.track if recipe.report_to else None
         if resume:  # without a checkpoint, too: steps that are in the log, but not in the weights, do not count
