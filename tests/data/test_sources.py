@@ -58,6 +58,7 @@ def test_llava(folder: Path, name: str) -> None:
     assert (source[0].images, source[1].images) == (("a.png",), ("sub/b.png",))
     assert source.keys() == ["a.png", "sub/b.png"]
     assert source.picture("sub/b.png").getpixel((0, 0)) == (255, 0, 0)
+    assert source.size("sub/b.png") == (8, 8)
     assert len(source) == len(list(source)) == 2
 
 
@@ -203,7 +204,7 @@ def test_scenes_repeat_pictures_with_other_questions() -> None:
     assert len(source) == 12 and list(source.keys()) == [0, 1, 2, 3, 4]
     assert [source[i].images for i in (0, 5, 10)] == [(0,)] * 3
     assert any(source[i].messages != source[i + 5].messages for i in range(5))
-    assert source.picture(3).size == (64, 64)
+    assert source.picture(3).size == source.size(3) == (64, 64)
 
 
 # ---------------------------------------------------------------------------------------- files in general
@@ -293,6 +294,7 @@ def test_pictures_of_a_table_in_every_form(folder: Path, kind: str, form: str, f
     (key,) = source[1].images
     assert key == ("sub/b.png" if "path" in form else (1, 0))
     assert source.picture(key).getpixel((0, 0)) == (255, 0, 0)
+    assert source.size(key) == (8, 8)
     assert list(source.keys()) == (["sub/b.png"] if "path" in form else [(0, 0), (1, 0)])
 
 

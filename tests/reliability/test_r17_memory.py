@@ -145,7 +145,9 @@ def test_what_is_kept_of_tokens_is_as_large_as_is_said(monkeypatch: pytest.Monke
             turns = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
             return Sample(str(row), turns, ())
 
-    processor = SimpleNamespace(tokenizer=family_tokenizer("smollm2"), image_token="<image>", num_image_tokens=1)
+    processor = SimpleNamespace(
+        tokenizer=family_tokenizer("smollm2"), image_token="<image>", num_image_tokens=1, native=False
+    )
     monkeypatch.setattr("sparsight.data.collate.KEPT", 1_000_000)
     data = TrainingSet(Rows(), processor, 300)  # type: ignore[arg-type]
     assert 600 < len(data.encode(0, text_alone=True)["input_ids"]) < 900

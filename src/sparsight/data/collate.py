@@ -111,7 +111,7 @@ class TrainingSet(Dataset):
         """One row of the source as an item.
 
         Args:
-            text_alone: without its pictures, which are not read.
+            text_alone: without its pictures, which are not read; at native resolution with the number of their patches.
 
         Raises:
             BadSampleError: its conversation or a picture cannot be read or learnt from.
@@ -127,7 +127,9 @@ class TrainingSet(Dataset):
             else:
                 name, ids, labels, images = kept
                 item = {"id": name, "input_ids": ids.tolist(), "labels": labels.tolist()}
-            return item if text_alone else item | self._pictures(images)
+            if not text_alone:
+                return item | self._pictures(images)
+            return item | ({"patches": self._patches(images)} if self.processor.native else {})
         except (ValueError, OSError) as error:
             bad = BadSampleError(f"sample '{name}': {error}" if name is not None else str(error))
             name = str(row) if name is None else name
@@ -162,9 +164,12 @@ class TrainingSet(Dataset):
             return {}
         return {"pixels": dict(self.processor.pixels([self.source.picture(key) for key in keys]))}
 
+    def _patches(self, keys: Sequence[Any]) -> int:
+        return sum(self.processor.patches(*self.source.size(key)) for key in keys)
+
     def sizes(self, file: Path, progress: Callable[[int], None] = lambda done: None) -> np.ndarray:
-        """Positions of each item, visual tokens included, and its images, (items, 2); no picture is read. Kept in
-        ``file``, for the next time."""
+        """Positions of each item, visual tokens included, and its images, or at native resolution their patches,
+        (items, 2). No picture is decoded. Kept in ``file``, for the next time: a resumed run deals as it began."""
         if file.is_file() and len(kept := np.load(file)) == self.length:
             return kept
         known: dict[int, tuple[int, int]] = {}
@@ -172,8 +177,9 @@ class TrainingSet(Dataset):
 
         def measure(row: int) -> tuple[int, int]:
             if row not in known:
-                ids = self.encode(row, text_alone=True)["input_ids"]
-                known[row] = len(ids), ids.count(processor.image_token_id) // processor.num_image_tokens
+                item = self.encode(row, text_alone=True)
+                images = item["input_ids"].count(processor.image_token_id) // processor.num_image_tokens
+                known[row] = len(item["input_ids"]), item.get("patches", images)
             return known[row]
 
         found = np.zeros((self.length, 2), dtype=np.int32)

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from sparsight.config import ConversationData, Data, MixtureData, SceneData
-from sparsight.data.images import load_image
+from sparsight.data.images import load_image, picture_size
 from sparsight.data.mixture import Quotas
 from sparsight.data.scenes import SceneConfig, ScenesDataset
 from sparsight.data.shards import PICTURES, File, Shard, open_shards, stem
@@ -47,6 +47,10 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
     def picture(self, key: Any) -> Image.Image: ...
+
+    def size(self, key: Any) -> tuple[int, int]:
+        """A picture's sides, without decoding it."""
+        ...
 
     def fingerprint(self, key: Any) -> str:
         """Equal for pictures that are the same, and for those alone."""
@@ -79,6 +83,9 @@ class SceneSource:
 
     def picture(self, key: int) -> Image.Image:
         return self.scenes.image(key)
+
+    def size(self, key: int) -> tuple[int, int]:
+        return self.config.image_size, self.config.image_size
 
     def fingerprint(self, key: int) -> str:
         return f"{self.config} {self.split} {self.scenes.seed} {key}"  # they are drawn from these alone
@@ -122,6 +129,9 @@ class RowSource:
 
     def picture(self, key: Any) -> Image.Image:
         return load_image(*self.content(key))
+
+    def size(self, key: Any) -> tuple[int, int]:
+        return picture_size(self.folder / key) if isinstance(key, str) else picture_size(*self.content(key))
 
     def fingerprint(self, key: Any) -> str:
         return hashlib.sha256(self.content(key)[0]).hexdigest()
@@ -366,6 +376,9 @@ class MixtureSource:
 
     def picture(self, key: tuple[int, Any]) -> Image.Image:
         return self.parts[key[0]].picture(key[1])
+
+    def size(self, key: tuple[int, Any]) -> tuple[int, int]:
+        return self.parts[key[0]].size(key[1])
 
     def fingerprint(self, key: tuple[int, Any]) -> str:
         return self.parts[key[0]].fingerprint(key[1])
