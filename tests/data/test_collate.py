@@ -189,6 +189,24 @@ def test_a_picture_that_goes_bad_is_reported_with_the_sample(
     assert data[1]["pixels"]["pixel_values"].shape == (1, 3, 64, 64)
 
 
+def test_what_is_kept_of_a_row_is_what_was_read(
+    tiny_vlm, source: ConversationSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor, read = tiny_vlm()[1], []
+    one = ConversationSource.__getitem__
+    monkeypatch.setattr(ConversationSource, "__getitem__", lambda self, row: read.append(row) or one(self, row))
+    data = TrainingSet(source, processor, 4)
+    first, again = ([data.encode(row, text_alone=True) for row in range(4)] for _ in range(2))
+    assert first == again and read == [0, 1, 2, 3]
+    for item in again:
+        assert [type(item[key]) for key in ("id", "input_ids", "labels")] == [str, list, list]
+        assert {type(number) for number in item["input_ids"] + item["labels"]} == {int}
+    monkeypatch.setattr("sparsight.data.collate.KEPT", 8 * len(first[0]["input_ids"]) + 1000)
+    data = TrainingSet(source, processor, 4)  # with room for the first row alone
+    assert [data.encode(row, text_alone=True) for row in (0, 1, 0, 1)] == first[:2] * 2
+    assert read[4:] == [0, 1, 1]
+
+
 def test_places_of_the_tokens_to_come() -> None:
     """Visual tokens (9) spread over the span of the last layout; text behind a picture stands behind the whole span."""
     items = [

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparsight.data.images import load_image
+from sparsight.data.images import load_image, picture_size
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -36,6 +36,19 @@ def test_formats(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"a.{suffix}"
     two_halves(RED, BLUE).save(file, **({"lossless": True} if suffix == "webp" else {}))
     assert near(colours(load_image(file)), [RED, BLUE], within=8 if suffix == "jpg" else 0)
+
+
+def test_sizes_come_from_the_header_alone(tmp_path: Path) -> None:
+    for name in ("png", "bmp", "gif", "webp", "tiff", "jpg"):
+        two_halves(RED, BLUE).save(tmp_path / f"a.{name}")
+        assert picture_size(tmp_path / f"a.{name}") == picture_size((tmp_path / f"a.{name}").read_bytes()) == (40, 20)
+    Image.effect_noise((200, 100), 50).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:1000])
+    assert picture_size(tmp_path / "cut.jpg") == (200, 100)
+    with pytest.raises(ValueError, match="a.png: there is no such file"):
+        picture_size(tmp_path / "sub" / "a.png")
+    with pytest.raises(ValueError, match="some.png: cannot be read as a picture: empty"):
+        picture_size(b"", "some.png")
 
 
 def test_transparency_is_laid_on_white(tmp_path: Path) -> None:

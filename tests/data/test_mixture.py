@@ -75,6 +75,7 @@ def test_parts_run_in_order_and_start_again(tmp_path: Path) -> None:
 def test_pictures_are_those_of_the_parts(tmp_path: Path) -> None:
     source = open_source(mixture(tmp_path, 1, 1, 1), 12, 64)
     sizes = {source[i].id[0]: source.picture(source[i].images[0]).size for i in range(12) if source[i].images}
+    assert sizes == {source[i].id[0]: source.size(source[i].images[0]) for i in range(12) if source[i].images}
     assert sizes == {"1": (8, 8), "2": (64, 64)}
     used = {key for i in range(12) for key in source[i].images}
     assert used <= set(source.keys()) and len(source.keys()) == 6 + 3

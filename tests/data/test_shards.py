@@ -65,7 +65,8 @@ def test_names_long_and_foreign_in_every_format_of_tar(tmp_path: Path, form: int
         members += [(f"{key}.json", conversation()), (f"{key}.png", picture())]
     source = opened(write_tar(tmp_path / "a.tar", members, form))
     assert [source[index].id for index in range(3)] == ["x/1", long, foreign]
-    assert source.picture(source[1].images[0]).size == (8, 8)
+    key = source[1].images[0]
+    assert source.picture(key).size == source.size(key) == (8, 8)
 
 
 def test_members_of_a_sample_need_not_be_neighbours(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def test_llava(folder: Path, name: str) -> None:
     assert (source[0].images, source[1].images) == (("a.png",), ("sub/b.png",))
     assert source.keys() == ["a.png", "sub/b.png"]
     assert source.picture("sub/b.png").getpixel((0, 0)) == (255, 0, 0)
+    assert source.size("sub/b.png") == (8, 8)
     assert len(source) == len(list(source)) == 2
 
 
@@ -177,6 +178,10 @@ def test_a_path_out_of_the_folder_is_refused_also_where_a_picture_is(folder: Pat
         ("data.jsonl", b"\n{", "data.jsonl, line 2: not valid JSON"),
         ("data.json", b'{"id": 1}', "data.json: expected a list of samples, found dict"),
         ("data.json", b"[]", "data.json: no samples"),
+        ("data.json", b"[{},]", r"data.json: not valid JSON: .*line 1 column 5 \(char 4\)"),
+        ("data.json", b"[{}\n{}]", r"data.json: not valid JSON: Expecting ',' delimiter: line 2 column 1 \(char 4\)"),
+        ("data.json", b"[{}", "data.json: not valid JSON: Expecting ',' delimiter"),
+        ("data.json", b"[{}] []", "data.json: not valid JSON: Extra data"),
         ("data.jsonl", b"\n", "data.jsonl: no samples"),
         ("data.json", b'["\xff"]', "data.json: .*UTF-8"),
         ("other.json", None, "other.json: there is no such file"),
@@ -199,7 +204,7 @@ def test_scenes_repeat_pictures_with_other_questions() -> None:
     assert len(source) == 12 and list(source.keys()) == [0, 1, 2, 3, 4]
     assert [source[i].images for i in (0, 5, 10)] == [(0,)] * 3
     assert any(source[i].messages != source[i + 5].messages for i in range(5))
-    assert source.picture(3).size == (64, 64)
+    assert source.picture(3).size == source.size(3) == (64, 64)
 
 
 # ---------------------------------------------------------------------------------------- files in general
@@ -212,6 +217,24 @@ def test_lines_are_read_when_asked_for_and_travel_by_pickle(folder: Path) -> Non
     assert [pickle.loads(content)[i].id for i in (299, 0)] == ["299", "0"]
     (folder / "data.jsonl").write_text("{}")
     with pytest.raises(ValueError, match=r"data.jsonl, offset \d+: expected \d+ bytes, found 0; is it cut short\?"):
+        source[299]
+
+
+def test_rows_of_a_list_are_read_when_asked_for_and_travel_by_pickle(folder: Path) -> None:
+    """Of a list written over many lines too, and with characters of several bytes."""
+    rows = [
+        row(id=f"ü\u2028😀{number}", conversations=[QUESTION, {"from": "gpt", "value": "],\t[é"}])
+        for number in range(300)
+    ]
+    text = json.dumps(rows, ensure_ascii=False, indent="\t").encode()
+    (folder / "data.json").write_bytes(b"\xef\xbb\xbf \r\n" + text + b"\n")
+    source = ConversationSource(ConversationData(path=str(folder / "data.json")))
+    assert list(source.rows) == rows
+    content = pickle.dumps(source)
+    assert len(content) < 300 * 24 + 1000  # three numbers for each row
+    assert [pickle.loads(content)[i].id for i in (299, 0)] == ["ü\u2028😀299", "ü\u2028😀0"]
+    (folder / "data.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"data.json, offset \d+: expected \d+ bytes, found 0; is it cut short\?"):
         source[299]
 
 
@@ -271,6 +294,7 @@ def test_pictures_of_a_table_in_every_form(folder: Path, kind: str, form: str, f
     (key,) = source[1].images
     assert key == ("sub/b.png" if "path" in form else (1, 0))
     assert source.picture(key).getpixel((0, 0)) == (255, 0, 0)
+    assert source.size(key) == (8, 8)
     assert list(source.keys()) == (["sub/b.png"] if "path" in form else [(0, 0), (1, 0)])
 
 

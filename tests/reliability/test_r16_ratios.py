@@ -58,7 +58,7 @@ def test_extreme_ratios_in_native_resolution() -> None:
         warnings.simplefilter("error")
         for size in SIZES:
             batch = own.pixels([noise(*size)])
-            assert batch["image_grid_thw"].prod() == len(batch["pixel_values"])
+            assert batch["image_grid_thw"].prod() == len(batch["pixel_values"]) == own.patches(*size)
 
 
 def test_crop_is_what_clips_own_processor_does() -> None:

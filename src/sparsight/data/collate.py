@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -24,7 +25,8 @@ from sparsight.data.chat import TooLong, encode_conversation
 from sparsight.data.sources import Sample, Source
 
 TRIES = 50
-KEPT = 20_000  # rows whose tokens are kept for the next epoch: 100 MB with 576 visual tokens in each
+# Bytes of tokens that each process keeps for the next epoch. Measured: 15,000 rows of 712 (576 visual) take 103 MB.
+KEPT = 100_000_000
 
 
 class BadSampleError(ValueError):
@@ -70,7 +72,9 @@ class TrainingSet(Dataset):
         self.drop_too_long = drop_too_long
         self.replace_bad = replace_bad
         self.seed = seed
-        self._kept: dict[int, tuple[dict[str, Any], Sequence[Any]]] = {}  # a row's text, and keys of its pictures
+        # A row's id, token ids and labels, and keys of its pictures. As lists, tokens would take three times the room.
+        self._kept: dict[int, tuple[str, array[int], array[int], tuple[Any, ...]]] = {}
+        self._room = KEPT
 
     @property
     def replaces(self) -> bool:
@@ -110,7 +114,7 @@ class TrainingSet(Dataset):
         """One row of the source as an item.
 
         Args:
-            text_alone: without its pictures, which are not read.
+            text_alone: without its pictures, which are not read; at native resolution with the number of their patches.
 
         Raises:
             BadSampleError: its conversation or a picture cannot be read or learnt from.
@@ -121,17 +125,26 @@ class TrainingSet(Dataset):
             if kept is None:
                 sample = self.source[row]
                 name = sample.id
-                kept = self._text(sample), sample.images
-                if len(self._kept) < KEPT:
-                    self._kept[row] = kept
-            item, images = kept
-            name = item["id"]
-            return item if text_alone else item | self._pictures(images)
+                item, images = self._text(sample), sample.images
+                self._keep(row, item, images)
+            else:
+                name, ids, labels, images = kept
+                item = {"id": name, "input_ids": ids.tolist(), "labels": labels.tolist()}
+            if not text_alone:
+                return item | self._pictures(images)
+            return item | ({"patches": self._patches(images)} if self.processor.native else {})
         except (ValueError, OSError) as error:
             bad = BadSampleError(f"sample '{name}': {error}" if name is not None else str(error))
             name = str(row) if name is None else name
             bad.entry = {"row": row, "id": name, "reason": str(error), "dropped": isinstance(error, TooLong)}
             raise bad from None
+
+    def _keep(self, row: int, item: dict[str, Any], images: tuple[Any, ...]) -> None:
+        ids, labels = array("i", item["input_ids"]), array("i", item["labels"])
+        size = 2 * ids.itemsize * len(ids) + 1000  # and what Python takes for all the rest
+        if size <= self._room:
+            self._kept[row] = item["id"], ids, labels, images
+            self._room -= size
 
     def _text(self, sample: Sample) -> dict[str, Any]:
         processor = self.processor
@@ -154,9 +167,12 @@ class TrainingSet(Dataset):
             return {}
         return {"pixels": dict(self.processor.pixels([self.source.picture(key) for key in keys]))}
 
+    def _patches(self, keys: Sequence[Any]) -> int:
+        return sum(self.processor.patches(*self.source.size(key)) for key in keys)
+
     def sizes(self, file: Path, progress: Callable[[int], None] = lambda done: None) -> np.ndarray:
-        """Positions of each item, visual tokens included, and its images, (items, 2); no picture is read. Kept in
-        ``file``, for the next time."""
+        """Positions of each item, visual tokens included, and its images, or at native resolution their patches,
+        (items, 2). No picture is decoded. Kept in ``file``, for the next time: a resumed run deals as it began."""
         if file.is_file() and len(kept := np.load(file)) == self.length:
             return kept
         known: dict[int, tuple[int, int]] = {}
@@ -164,8 +180,9 @@ class TrainingSet(Dataset):
 
         def measure(row: int) -> tuple[int, int]:
             if row not in known:
-                ids = self.encode(row, text_alone=True)["input_ids"]
-                known[row] = len(ids), ids.count(processor.image_token_id) // processor.num_image_tokens
+                item = self.encode(row, text_alone=True)
+                images = item["input_ids"].count(processor.image_token_id) // processor.num_image_tokens
+                known[row] = len(item["input_ids"]), item.get("patches", images)
             return known[row]
 
         found = np.zeros((self.length, 2), dtype=np.int32)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Refused from the header, before anything is decoded: 150 megapixels are 600 MB in memory.
 MAX_PIXELS = 150_000_000
+Found = TypeVar("Found")
 
 
 def load_image(source: str | Path | bytes | Image.Image, name: str | None = None) -> Image.Image:
@@ -25,15 +28,28 @@ def load_image(source: str | Path | bytes | Image.Image, name: str | None = None
         ValueError: the file is missing or cannot be read, has 32-bit pixels, or more than `MAX_PIXELS`; the message
             names it.
     """
+    return _opened(source, name, _rgb)
+
+
+def picture_size(source: str | Path | bytes, name: str | None = None) -> tuple[int, int]:
+    """Width and height of a picture from its header alone, as it is stored: EXIF may turn it.
+
+    Raises:
+        ValueError: as `load_image`, but for what only decoding finds.
+    """
+    return _opened(source, name, _size)
+
+
+def _opened(source: str | Path | bytes | Image.Image, name: str | None, use: Callable[[Image.Image], Found]) -> Found:
     name = name or (str(source) if isinstance(source, str | Path) else "picture")
     try:
         if isinstance(source, Image.Image):
-            return _rgb(source)
+            return use(source)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit decides
             opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         with opened:
-            return _rgb(opened)
+            return use(opened)
     except FileNotFoundError:
         raise ValueError(f"{name}: there is no such file") from None
     except UnidentifiedImageError:
@@ -42,10 +58,15 @@ def load_image(source: str | Path | bytes | Image.Image, name: str | None = None
         raise ValueError(f"{name}: cannot be read as a picture: {error or type(error).__name__}") from None
 
 
-def _rgb(opened: Image.Image) -> Image.Image:
+def _size(opened: Image.Image) -> tuple[int, int]:
     width, height = opened.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS:,}; make it smaller")
+    return width, height
+
+
+def _rgb(opened: Image.Image) -> Image.Image:
+    _size(opened)
     picture = _eight_bits(ImageOps.exif_transpose(opened), opened.format)
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")

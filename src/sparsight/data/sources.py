@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import json
@@ -9,7 +10,7 @@ import os
 import re
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -18,12 +19,14 @@ from typing import Any, Protocol
 from PIL import Image
 
 from sparsight.config import ConversationData, Data, MixtureData, SceneData
-from sparsight.data.images import load_image
+from sparsight.data.images import load_image, picture_size
 from sparsight.data.mixture import Quotas
 from sparsight.data.scenes import SceneConfig, ScenesDataset
 from sparsight.data.shards import PICTURES, File, Shard, open_shards, stem
 
 IMAGE_TAG = "<image>"
+_LIST_START = re.compile(r"[ \t\n\r]*\[[ \t\n\r]*(\][ \t\n\r]*\Z)?")
+_ITEM_END = re.compile(r"[ \t\n\r]*(?:,[ \t\n\r]*|(\][ \t\n\r]*\Z))")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -44,6 +47,10 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
     def picture(self, key: Any) -> Image.Image: ...
+
+    def size(self, key: Any) -> tuple[int, int]:
+        """A picture's sides, without decoding it."""
+        ...
 
     def fingerprint(self, key: Any) -> str:
         """Equal for pictures that are the same, and for those alone."""
@@ -76,6 +83,9 @@ class SceneSource:
 
     def picture(self, key: int) -> Image.Image:
         return self.scenes.image(key)
+
+    def size(self, key: int) -> tuple[int, int]:
+        return self.config.image_size, self.config.image_size
 
     def fingerprint(self, key: int) -> str:
         return f"{self.config} {self.split} {self.scenes.seed} {key}"  # they are drawn from these alone
@@ -120,6 +130,9 @@ class RowSource:
     def picture(self, key: Any) -> Image.Image:
         return load_image(*self.content(key))
 
+    def size(self, key: Any) -> tuple[int, int]:
+        return picture_size(self.folder / key) if isinstance(key, str) else picture_size(*self.content(key))
+
     def fingerprint(self, key: Any) -> str:
         return hashlib.sha256(self.content(key)[0]).hexdigest()
 
@@ -141,7 +154,7 @@ class ConversationSource(RowSource):
         super().__init__(data)
         if not self.path.is_file():
             raise ValueError(f"{self.path}: there is no such file")
-        self.rows = _Lines(self.path) if self.path.suffix == ".jsonl" else _read_list(self.path)
+        self.rows = (_Lines if self.path.suffix == ".jsonl" else _List)(self.path)
         if not self.rows:
             raise ValueError(f"{self.path}: no samples in it")
         if strict:
@@ -364,6 +377,9 @@ class MixtureSource:
     def picture(self, key: tuple[int, Any]) -> Image.Image:
         return self.parts[key[0]].picture(key[1])
 
+    def size(self, key: tuple[int, Any]) -> tuple[int, int]:
+        return self.parts[key[0]].size(key[1])
+
     def fingerprint(self, key: tuple[int, Any]) -> str:
         return self.parts[key[0]].fingerprint(key[1])
 
@@ -413,23 +429,17 @@ def _parse(content: bytes, where: str) -> Any:
         raise ValueError(f"{where}: not valid JSON: {error}") from None
 
 
-def _read_list(file: Path) -> list[Any]:
-    rows = _parse(file.read_bytes(), str(file))
-    if not isinstance(rows, list):
-        raise ValueError(f"{file}: expected a list of samples, found {type(rows).__name__}")
-    return rows
+class _Rows:
+    """Rows of a file, read when they are asked for; only their places are kept: number, offset and size in bytes.
 
+    As objects they would be many times as large, and copied into every process that loads data: to read an object
+    is to write its reference count.
+    """
 
-class _Lines:
-    """Rows of a .jsonl file; only their places are kept: line, offset and size in bytes. Blank lines are none."""
+    unit = "row"
 
     def __init__(self, path: Path) -> None:
-        self.file, self.places, offset = File(path), array("q"), 0
-        with path.open("rb") as file:  # its lines end at newlines alone, not at U+2028 as those of text do
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    self.places.extend((number, offset, len(line)))
-                offset += len(line)
+        self.file, self.places = File(path), array("q")
 
     def __len__(self) -> int:
         return len(self.places) // 3
@@ -438,7 +448,58 @@ class _Lines:
         if row >= len(self):
             raise IndexError(row)
         number, offset, size = self.places[3 * row : 3 * row + 3]
-        return _parse(self.file.read(offset, size), f"{self.file.path}, line {number}")
+        return _parse(self.file.read(offset, size), f"{self.file.path}, {self.unit} {number}")
+
+
+class _Lines(_Rows):
+    """Rows of a .jsonl file, by their lines. Blank lines are none."""
+
+    unit = "line"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        offset = 0
+        with path.open("rb") as file:  # its lines end at newlines alone, not at U+2028 as those of text do
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    self.places.extend((number, offset, len(line)))
+                offset += len(line)
+
+
+class _List(_Rows):
+    """Rows of a .json file that holds a list of them.
+
+    Raises:
+        ValueError: it holds no list, or no JSON.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        content = path.read_bytes()
+        text = _decode(content, str(path))
+        offset, passed = len(codecs.BOM_UTF8) * content.startswith(codecs.BOM_UTF8), 0
+        try:
+            for number, (start, end) in enumerate(_items(text)):
+                offset, size = offset + len(text[passed:start].encode()), len(text[start:end].encode())
+                self.places.extend((number, offset, size))
+                offset, passed = offset + size, end
+        except (ValueError, RecursionError):
+            rows = _parse(content, str(path))  # what is wrong is told of the file as a whole
+            raise ValueError(f"{path}: expected a list of samples, found {type(rows).__name__}") from None
+
+
+def _items(text: str) -> Iterator[tuple[int, int]]:
+    """Start and end of each item of a JSON list, one parsed at a time. Raises ValueError if the text is none."""
+    read, found = json.JSONDecoder().raw_decode, _LIST_START.match(text)
+    if not found:
+        raise ValueError("no list")
+    while not found[1]:  # which is the end of the list
+        start = found.end()
+        end = read(text, start)[1]
+        found = _ITEM_END.match(text, end)
+        if not found:
+            raise ValueError("neither another item nor the end")
+        yield start, end
 
 
 def _image_field(row: dict[str, Any]) -> Any:

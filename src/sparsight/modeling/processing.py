@@ -13,6 +13,7 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 from sparsight.modeling.configuration import SparsightConfig
 
 IMAGE_TOKEN = "<image>"
+_THINNEST = 200  # ratio of sides that native resolution takes
 
 
 class SparsightProcessor(ProcessorMixin):
@@ -38,6 +39,17 @@ class SparsightProcessor(ProcessorMixin):
         """What the encoder takes of pictures in RGB: ``pixel_values``, and grids where their shapes differ."""
         shaped = [_tamed(picture, self.image_processor) for picture in pictures]
         return self.image_processor(shaped, return_tensors="pt")
+
+    @property
+    def native(self) -> bool:
+        """Whether a picture has as many patches as its shape asks for, and their number can be told beforehand."""
+        counts = hasattr(self.image_processor, "get_number_of_image_patches")
+        return counts and resize_mode(self.image_processor) == "keep"
+
+    def patches(self, width: int, height: int) -> int:
+        """Patches that `pixels` makes of a picture of that size, at native resolution."""
+        sides = [max(side, -(-max(width, height) // _THINNEST)) for side in (height, width)]
+        return self.image_processor.get_number_of_image_patches(*sides)
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
         flat = [
@@ -80,7 +92,7 @@ def _tamed(picture: Image.Image, image_processor: Any) -> Image.Image:
         start = (long - most) // 2
         box = (start, 0, start + most, short) if wide else (0, start, short, start + most)
         return picture.crop(box) if long > most else picture
-    side = image_processor.size["max_height"] // 2 if mode == "pad" else 200
+    side = image_processor.size["max_height"] // 2 if mode == "pad" else _THINNEST
     thick = -(-long // side)
     return picture.resize((long, thick) if wide else (thick, long)) if thick > short else picture
 
