@@ -53,8 +53,8 @@ def plan_steps(
     samples of like length as have so many positions, padding included, and a step one for each rank.
 
     Args:
-        sizes: (samples, 2): positions of each sample, visual tokens included, and its images. Needed if there is
-            anything to deal out.
+        sizes: (samples, 2): positions of each sample, visual tokens included, and its images (at native resolution
+            their patches). Needed if there is anything to deal out.
         largest_first: the step with the longest sample (packed or with ``batch_tokens``: with most positions, padding
             included) comes second, where optimizer states exist too, and that with most pictures third: memory runs
             out at once or never.
