@@ -61,6 +61,21 @@ def test_r01_gradients_of_two_ranks_are_those_of_one_process(tmp_path, kind):
                         error = (gradient - wanted.get(key, torch.zeros_like(gradient))).abs().max()
                         assert error <= 1e-5 * largest, (name, recompute, step, key, error)
             model.zero_grad()
+    for name in ranks.VIDEOS:
+        model, handle = ranks.prepared(name, False)
+        both = ranks.with_video(name, model)
+        for batch in both:
+            ranks.loss_of(model, batch, ranks.labels_in(both), 1).backward()
+        handle.clear_gradients()
+        wanted = ranks.gradients(model)
+        largest = max(gradient.abs().max() for gradient in wanted.values())
+        for found in (first, second):
+            calls, gradients = found["video", name]
+            assert calls == 2  # R04: the second one has pictures alone
+            assert [n for n in wanted if n not in gradients and wanted[n].abs().sum() > 0] == []
+            for key, gradient in gradients.items():
+                error = (gradient - wanted.get(key, torch.zeros_like(gradient))).abs().max()
+                assert error <= 1e-5 * largest, (name, key, error)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from sparsight.config import LayerSkipper, VisualTokenCompressor
-from sparsight.distributed import several_ranks, touched
+from sparsight.distributed import largest, several_ranks, touched
 from sparsight.schedules import anneal, skip_probabilities, skipped_layers
 from sparsight.sparse.blank import blank_features
 from sparsight.sparse.compress import compress
@@ -187,7 +187,10 @@ class SparseHandle:
         self.pixel_flops: float | None = None
         self.image_call: tuple[Any, dict[str, Any], int] | None = None  # the first one, to be measured on
         self._pixels = 0
-        self._pictures, self._embeds_due, self._probing = True, False, False
+        # Pictures and videos go through the vision tower one after the other.
+        self.videos = "pixel_values_videos" in inspect.signature(self.splicer.forward).parameters
+        self._given = 0  # inputs of the vision tower in this batch
+        self._embeds_due, self._probing = False, False
         self._idle = {"compressor": 0, "skipper": 0}
         self._patched: list[tuple[Any, str, Any, Any]] = []  # owner, attribute, ours, what stood on the instance
         self._hooks = [model.register_forward_pre_hook(self._before, with_kwargs=True)]
@@ -338,23 +341,29 @@ class SparseHandle:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if self.model.training:
             self._batch = args, kwargs
-        self._visual_BT, self._pictures, self._embeds_due = None, True, True
+        self._given = sum(kwargs.get(key) is not None for key in ("pixel_values", "pixel_values_videos"))
+        self._visual_BT, self._embeds_due = None, True
         if isinstance(ids, torch.Tensor):
             self._visual_BT = torch.isin(ids, torch.tensor(self.parts.visual_token_ids, device=ids.device))
-            self._pictures = not several_ranks() or bool(self._visual_BT.any())
 
     def _embedded(self, _: nn.Module, __: Any, embeds: torch.Tensor) -> torch.Tensor:
-        """Where there are several ranks: one that has text alone does as the others, which have pictures.
+        """Where there are several ranks: one that has text alone, or no videos, does as the others, which have some.
 
-        A blank picture goes through vision tower and projector, whose shards all ranks have to gather together, and
+        Blank pictures go through vision tower and projector, whose shards all ranks have to gather together, and
         what gets no gradient gets a zero. Here, behind the embeddings, is where the others encode their pictures.
         """
         first, self._embeds_due = self._embeds_due, False
         if not first or not several_ranks() or not (self._probing or (self.model.training and torch.is_grad_enabled())):
             return embeds
         alone = hasattr(self.splicer, "_without_pictures") and self.model.training  # ours does so by itself
-        if not (self._pictures or alone):
-            embeds = embeds + 0.0 * blank_features(self.splicer, embeds).to(embeds.dtype)
+        if not alone:
+            seen = self._visual_BT is None or bool(self._visual_BT.any())
+            calls = max(self._given, int(seen))
+            # At least one, so that ranks need not ask each other where pictures are all that there may be.
+            wanted = max(1, largest(calls, embeds.device)) if self.videos else 1
+            for _blank in range(wanted - calls):
+                embeds = embeds + 0.0 * blank_features(self.splicer, embeds).to(embeds.dtype)
+            self._images = []  # of this batch, blank ones are none
         inside = self.parts.decoder + ".", self.parts.head + "."
         return touched(embeds, (p for name, p in self.model.named_parameters() if not name.startswith(inside)))
 
