@@ -16,6 +16,7 @@ from functools import wraps
 from itertools import accumulate, groupby, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -177,7 +178,7 @@ class SparseHandle:
         self.compressor, self.skipper, self.seed, self.train_only = compressor, skipper, seed, train_only
         self.attached, self.enabled = True, True
         self.passes: list[Pass] = []
-        self._drawn = 0  # passes of the present step: each draws its own random tokens
+        self._drawn = 0  # pictures of the present step so far: each draws its own random tokens
         self._batch: tuple[Any, dict[str, Any]] | None = None
         self._visual_BT: torch.Tensor | None = None
         self._kept: Kept | None = None
@@ -396,7 +397,6 @@ class SparseHandle:
         self._watch("skipper", self.skipper is not None and not any(self.off))
         rows, length = embeds.shape[:2]
         run = self.parts.layers - sum(self.off)
-        self._drawn += 1
         if self.keep == 1.0 or visual == 0:
             self.passes.append(Pass(rows, length, length, run, visual, visual, self._pixels))
             return plain(*args, **kwargs)
@@ -443,18 +443,18 @@ class SparseHandle:
         places_M2 = visual_BT.nonzero()
         runs = self._runs(places_M2)
         options: dict[str, Any] = {}
-        if self.compressor.method == "random":
-            draw = self.global_step * 2**20 + self._drawn
-            options["generator"] = torch.Generator().manual_seed((self.seed * 2**40 + draw) % 2**63)
+        first, self._drawn = self._drawn, self._drawn + len(runs)
         starts = [0, *accumulate(runs)]
         grids = self._grids(runs)
         kinds = [(length, grid or (1, length)) for length, grid in zip(runs, grids, strict=True)]
-        for kind, members in groupby(sorted(range(len(runs)), key=kinds.__getitem__), kinds.__getitem__):
-            length, grid = kind
+        for kind, group in groupby(sorted(range(len(runs)), key=kinds.__getitem__), kinds.__getitem__):
+            (length, grid), members = kind, list(group)
             rows_I = torch.tensor([starts[number] for number in members], device=embeds_BTD.device)
             place_IN2 = places_M2[rows_I[:, None] + torch.arange(length, device=embeds_BTD.device)]
             sample_IN, position_IN = place_IN2.unbind(-1)
             tokens_IND = embeds_BTD[sample_IN, position_IN]
+            if self.compressor.method == "random":  # by number, however the step is cut into micro-batches
+                options["generators"] = [self._generator(first + number) for number in members]
             if self.compressor.method == "text":
                 options["text_BTD"] = embeds_BTD[sample_IN[:, 0]].detach()
                 text_IT = (keep_BT & ~visual_BT)[sample_IN[:, 0]]
@@ -473,6 +473,11 @@ class SparseHandle:
             keep_BT[target] = True
             embeds_BTD = embeds_BTD.index_put(target, few_IKD.to(embeds_BTD.dtype))
         return embeds_BTD, keep_BT
+
+    def _generator(self, picture: int) -> torch.Generator:
+        # Mixed into 32 bits, as torch looks at no more of a seed.
+        mixed = np.random.SeedSequence([self.seed, self.global_step, picture]).generate_state(1)
+        return torch.Generator().manual_seed(int(mixed[0]))
 
     def _runs(self, places_M2: torch.Tensor) -> list[int]:
         """How many visual tokens each image has, in reading order: as its features say, else by unbroken runs."""
