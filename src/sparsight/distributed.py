@@ -24,13 +24,18 @@ def several_ranks() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def largest(number: int, device: torch.device) -> int:
+    """The largest number that any rank gives; the same answer on all."""
+    if not several_ranks():
+        return number
+    found = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return int(found)
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether any rank says so; the same answer on all."""
-    if not several_ranks():
-        return flag
-    found = torch.tensor(int(flag), device=device)
-    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    return bool(found)
+    return bool(largest(int(flag), device))
 
 
 def touched(x: torch.Tensor, parameters: Iterable[nn.Parameter]) -> torch.Tensor:

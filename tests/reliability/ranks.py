@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from families import batch_of, made
+from families import IMAGE, WORDS, batch_of, made
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -21,6 +21,7 @@ from sparsight.config import LayerSkipper, VisualTokenCompressor
 from sparsight.sparse.attach import attach
 
 NAMES = ("sparsight", "llava, clip + llama", "qwen2_5_vl", "qwen3_vl", "smolvlm")
+VIDEOS = ("qwen2_5_vl", "qwen3_vl")  # pictures and videos go through the vision tower one after the other
 STEPS, LONG = 3, 50
 
 
@@ -39,6 +40,17 @@ def batches(name: str, model: Any, step: int) -> list[dict[str, Any]]:
         return [batch_of(name, model, (1, 1), seed=step)] * 2
     both = [batch_of(name, model, (1, 1), seed=step), batch_of(name, model, (0, 0), seed=100 + step)]
     return both if step % 2 == 0 else both[::-1]
+
+
+def with_video(name: str, model: Any) -> list[dict[str, Any]]:
+    """What each rank sees: a picture and a video of one frame on the first, pictures alone on the second."""
+    both = [batch_of(name, model, (1, 1), seed=step) for step in (0, 1)]
+    batch, ids = both[0], both[0]["input_ids"]
+    ids[1][ids[1] == IMAGE] = WORDS + 3
+    batch["mm_token_type_ids"] = (ids == IMAGE).long() + 2 * (ids == WORDS + 3).long()
+    batch["pixel_values"], batch["pixel_values_videos"] = batch["pixel_values"].chunk(2)
+    batch["image_grid_thw"], batch["video_grid_thw"] = batch["image_grid_thw"].chunk(2)
+    return both
 
 
 def labels_in(both: list[dict[str, Any]]) -> int:
@@ -90,6 +102,14 @@ def main() -> None:
             # Not through DDP, which would ask the plain LLaVA for gradients of a block that it does not use.
             loss_of(model, both[rank], labels_in(both), 2).backward()
             found[name, recompute, STEPS] = handle.off, 1, gradients(model)
+    for name in VIDEOS:
+        model, handle = prepared(name, False)
+        calls = []
+        model.get_submodule(handle.parts.vision).register_forward_pre_hook(lambda *_, c=calls: c.append(1))
+        parallel, both = wrapped(model, handle, kind), with_video(name, model)
+        loss_of(parallel, both[rank], labels_in(both), 2).backward()
+        handle.clear_gradients()
+        found["video", name] = len(calls), gradients(model)
     # R03: pictures and text at random, in another order on each rank.
     model, handle = prepared("llava, clip + llama", False)
     parallel, order = wrapped(model, handle, kind), random.Random(rank)

@@ -1,13 +1,13 @@
-"""R01 to R04, R06 to R08: two ranks, one of them with text alone, compressor and skipper on."""
+"""R01 to R04, R06 to R08, R24: two ranks, one of them with text alone, compressor and skipper on."""
 
 import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import ranks
+import sharded
 import torch
 from families import FAMILIES, made
 
@@ -21,15 +21,20 @@ def free_port():
         return found.getsockname()[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_r01_gradients_of_two_ranks_are_those_of_one_process(tmp_path, kind):
+def two_ranks(script, folder, *arguments):
+    """What each rank of a script wrote."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(free_port()), str(Path(ranks.__file__)), str(tmp_path), kind]
+    command += ["--master-port", str(free_port()), script, str(folder), *arguments]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)  # a hang is a failure
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_r01_gradients_of_two_ranks_are_those_of_one_process(tmp_path, kind):
+    first, second = two_ranks(ranks.__file__, tmp_path, kind)
     drawn = [first["long", step] for step in range(ranks.LONG)]
     assert drawn == [second["long", step] for step in range(ranks.LONG)] and any(any(off) for off in drawn)
     assert all(torch.equal(tensor, second["weights"][name]) for name, tensor in first["weights"].items())
@@ -56,6 +61,28 @@ def test_r01_gradients_of_two_ranks_are_those_of_one_process(tmp_path, kind):
                         error = (gradient - wanted.get(key, torch.zeros_like(gradient))).abs().max()
                         assert error <= 1e-5 * largest, (name, recompute, step, key, error)
             model.zero_grad()
+    for name in ranks.VIDEOS:
+        model, handle = ranks.prepared(name, False)
+        both = ranks.with_video(name, model)
+        for batch in both:
+            ranks.loss_of(model, batch, ranks.labels_in(both), 1).backward()
+        handle.clear_gradients()
+        wanted = ranks.gradients(model)
+        largest = max(gradient.abs().max() for gradient in wanted.values())
+        for found in (first, second):
+            calls, gradients = found["video", name]
+            assert calls == 2  # R04: the second one has pictures alone
+            assert [n for n in wanted if n not in gradients and wanted[n].abs().sum() > 0] == []
+            for key, gradient in gradients.items():
+                error = (gradient - wanted.get(key, torch.zeros_like(gradient))).abs().max()
+                assert error <= 1e-5 * largest, (name, key, error)
+
+
+@pytest.mark.slow
+def test_r24_resumed_in_shards_is_the_run_that_was_never_interrupted(tmp_path):
+    for whole, resumed in two_ranks(sharded.__file__, tmp_path):
+        assert (tmp_path / "run" / "checkpoint-2" / "model.safetensors").is_file()  # that has the other names
+        assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
 @pytest.mark.parametrize("name", FAMILIES)

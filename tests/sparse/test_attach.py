@@ -323,13 +323,14 @@ def test_activation_checkpointing_recomputes_the_same(name):
     assert all(torch.allclose(grad, found[1][1][key], atol=1e-6) for key, grad in found[0][1].items())
 
 
-def test_accumulation_is_the_large_batch():
+@pytest.mark.parametrize("method", METHODS)
+def test_accumulation_is_the_large_batch(method):
     """R13 with both methods: (4), (2, 2) and (1, 1, 1, 1) give the same gradients; the draw of a step is shared."""
     name = "llava, clip + llama"
     found = []
     for parts in (1, 2, 4):
         model = made(name)
-        handle = attach(model, VisualTokenCompressor(keep=0.5, method="similarity"), HALF_OFF)
+        handle = attach(model, VisualTokenCompressor(keep=0.5, method=method), HALF_OFF)
         handle.step(3, 0.2)
         batch = batch_of(name, model, (1, 1, 1, 1))
         total = (batch["labels"] != -100).sum()
@@ -340,6 +341,25 @@ def test_accumulation_is_the_large_batch():
     for other in found[1:]:
         assert found[0].keys() == other.keys()
         assert all(torch.allclose(grad, other[key], atol=1e-5) for key, grad in found[0].items())
+
+
+def test_random_tokens_are_a_function_of_seed_step_and_picture():
+    """Also of numbers that differ in high bits alone, of which torch's generator sees nothing."""
+    name, steps, seeds = "llava, clip + llama", (0, 4096), (0, 1, 2**32)
+    kept = []
+    for seed in seeds:
+        model = made(name)
+        handle = attach(model, VisualTokenCompressor(keep=0.5, method="random"), seed=seed)
+        seen = []
+        handle.layers[0].register_forward_pre_hook(
+            lambda _, args, kwargs, seen=seen: seen.append(kwargs["position_ids"].tolist()), with_kwargs=True
+        )
+        for step in (*steps, *steps):
+            handle.step(step, 0.0)
+            model(**batch_of(name, model, (1, 1)))
+        assert seen[:2] == seen[2:]
+        kept += [row for rows in seen[:2] for row in rows]
+    assert len({tuple(row) for row in kept}) == len(seeds) * len(steps) * 2
 
 
 def test_the_dense_probe_is_the_plain_loss_and_leaves_no_trace():

@@ -31,7 +31,7 @@ class Pictures(torch.utils.data.Dataset):
         return self.rows[index]
 
 
-def trained(folder, steps=6, resume=None, accumulate=2, skipper=SKIPPER, **options):
+def trained(folder, resume=None, said=None, accumulate=2, skipper=SKIPPER, seed=1, **options):
     model = made(NAME)
     callback = SparsightCallback(attach(model, COMPRESSOR, skipper, seed=3), **options)
     arguments = TrainingArguments(
@@ -46,8 +46,9 @@ def trained(folder, steps=6, resume=None, accumulate=2, skipper=SKIPPER, **optio
         use_cpu=True,
         report_to="none",
         disable_tqdm=True,
-        seed=1,
+        seed=seed,
         dataloader_pin_memory=False,
+        resume_from_checkpoint=said,
     )
     trainer = Trainer(model, arguments, train_dataset=Pictures(model), callbacks=[callback])
     trainer.train(resume_from_checkpoint=resume)
@@ -82,6 +83,23 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
     trained(tmp_path)
     with pytest.raises(ValueError, match="was written with other settings; these differ .*skipper"):
         trained(tmp_path, resume=str(tmp_path / "checkpoint-3"), skipper=LayerSkipper(alpha=0.1))
+
+
+def test_r24_resuming_in_another_folder_goes_on_from_the_checkpoint(tmp_path):
+    """The Trainer loads nothing of a LLaVA, whose names it does not know: we do, or say that we cannot."""
+    whole, _ = trained(tmp_path / "a")
+    checkpoint = str(tmp_path / "a" / "checkpoint-3")
+    with pytest.raises(ValueError, match="from step 3, but .*TrainingArguments.resume_from_checkpoint"):
+        trained(tmp_path / "b", checkpoint)
+    trained(tmp_path / "b", seed=2)  # now there is a checkpoint of that step, but of another run
+    with pytest.raises(ValueError, match="from step 3, but .*TrainingArguments.resume_from_checkpoint"):
+        trained(tmp_path / "b", checkpoint)
+    resumed, _ = trained(tmp_path / "b", checkpoint, said=checkpoint)
+    theirs = resumed.model.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in whole.model.state_dict().items())
+    (tmp_path / "a" / "checkpoint-3" / STATE_FILE).unlink()  # as if nothing had been attached until then
+    later, _ = trained(tmp_path / "a", checkpoint)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in later.model.state_dict().items())
 
 
 def test_copies_of_the_model_are_refused():

@@ -15,7 +15,11 @@ def made(batch=2, tokens=24, width=6, seed=0):
 def options(method, batch=2, width=6):
     if method == "text":
         return {"text_BTD": made(batch, 5, width, seed=1)}
-    return {"generator": torch.Generator().manual_seed(3)} if method == "random" else {}
+    return {"generators": generators(3, batch)} if method == "random" else {}
+
+
+def generators(seed, batch=2):
+    return [torch.Generator().manual_seed(seed + image) for image in range(batch)]
 
 
 @settings(max_examples=60)
@@ -42,10 +46,9 @@ def test_keep_all_is_the_same_tensor(method):
 def test_images_of_a_batch_do_not_meet_and_gradients_flow(method):
     x = made().requires_grad_()
     kept, index = compress(x, 0.25, method, **options(method))
-    if method != "random":  # which draws for the whole batch
-        text = {key: value[:1] for key, value in options(method).items()}
-        alone, where = compress(x[:1], 0.25, method, **text)
-        assert torch.equal(index[:1], where) and torch.allclose(kept[:1], alone, atol=1e-6)
+    first = {key: value[:1] for key, value in options(method).items()}
+    alone, where = compress(x[:1], 0.25, method, **first)
+    assert torch.equal(index[:1], where) and torch.allclose(kept[:1], alone, atol=1e-6)
     kept.sum().backward()
     touched = (x.grad.abs().sum(-1) > 0).sum(1)
     assert (touched == (24 if method in ("pool", "merge") else 6)).all()  # made of all tokens, or of those kept
@@ -55,11 +58,12 @@ def test_uniform_is_evenly_spread():
     assert compress(made(), 0.25)[1][0].tolist() == [2, 6, 10, 14, 18, 22]
 
 
-def test_random_is_a_function_of_its_generator():
+def test_random_is_a_function_of_its_generators():
     def drawn(seed):
-        return compress(made(), 0.5, "random", generator=torch.Generator().manual_seed(seed))[1]
+        return compress(made(), 0.5, "random", generators=generators(seed))[1]
 
     assert torch.equal(drawn(1), drawn(1)) and not torch.equal(drawn(1), drawn(2))
+    assert not torch.equal(*drawn(1))
     torch.manual_seed(0)
     before = torch.get_rng_state()
     drawn(5)

@@ -16,11 +16,12 @@ from functools import wraps
 from itertools import accumulate, groupby, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from sparsight.config import LayerSkipper, VisualTokenCompressor
-from sparsight.distributed import several_ranks, touched
+from sparsight.distributed import largest, several_ranks, touched
 from sparsight.schedules import anneal, skip_probabilities, skipped_layers
 from sparsight.sparse.blank import blank_features
 from sparsight.sparse.compress import compress
@@ -177,7 +178,7 @@ class SparseHandle:
         self.compressor, self.skipper, self.seed, self.train_only = compressor, skipper, seed, train_only
         self.attached, self.enabled = True, True
         self.passes: list[Pass] = []
-        self._drawn = 0  # passes of the present step: each draws its own random tokens
+        self._drawn = 0  # pictures of the present step so far: each draws its own random tokens
         self._batch: tuple[Any, dict[str, Any]] | None = None
         self._visual_BT: torch.Tensor | None = None
         self._kept: Kept | None = None
@@ -187,7 +188,10 @@ class SparseHandle:
         self.pixel_flops: float | None = None
         self.image_call: tuple[Any, dict[str, Any], int] | None = None  # the first one, to be measured on
         self._pixels = 0
-        self._pictures, self._embeds_due, self._probing = True, False, False
+        # Pictures and videos go through the vision tower one after the other.
+        self.videos = "pixel_values_videos" in inspect.signature(self.splicer.forward).parameters
+        self._given = 0  # inputs of the vision tower in this batch
+        self._embeds_due, self._probing = False, False
         self._idle = {"compressor": 0, "skipper": 0}
         self._patched: list[tuple[Any, str, Any, Any]] = []  # owner, attribute, ours, what stood on the instance
         self._hooks = [model.register_forward_pre_hook(self._before, with_kwargs=True)]
@@ -344,23 +348,29 @@ class SparseHandle:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if self.model.training:
             self._batch = args, kwargs
-        self._visual_BT, self._pictures, self._embeds_due = None, True, True
+        self._given = sum(kwargs.get(key) is not None for key in ("pixel_values", "pixel_values_videos"))
+        self._visual_BT, self._embeds_due = None, True
         if isinstance(ids, torch.Tensor):
             self._visual_BT = torch.isin(ids, torch.tensor(self.parts.visual_token_ids, device=ids.device))
-            self._pictures = not several_ranks() or bool(self._visual_BT.any())
 
     def _embedded(self, _: nn.Module, __: Any, embeds: torch.Tensor) -> torch.Tensor:
-        """Where there are several ranks: one that has text alone does as the others, which have pictures.
+        """Where there are several ranks: one that has text alone, or no videos, does as the others, which have some.
 
-        A blank picture goes through vision tower and projector, whose shards all ranks have to gather together, and
+        Blank pictures go through vision tower and projector, whose shards all ranks have to gather together, and
         what gets no gradient gets a zero. Here, behind the embeddings, is where the others encode their pictures.
         """
         first, self._embeds_due = self._embeds_due, False
         if not first or not several_ranks() or not (self._probing or (self.model.training and torch.is_grad_enabled())):
             return embeds
         alone = hasattr(self.splicer, "_without_pictures") and self.model.training  # ours does so by itself
-        if not (self._pictures or alone):
-            embeds = embeds + 0.0 * blank_features(self.splicer, embeds).to(embeds.dtype)
+        if not alone:
+            seen = self._visual_BT is None or bool(self._visual_BT.any())
+            calls = max(self._given, int(seen))
+            # At least one, so that ranks need not ask each other where pictures are all that there may be.
+            wanted = max(1, largest(calls, embeds.device)) if self.videos else 1
+            for _blank in range(wanted - calls):
+                embeds = embeds + 0.0 * blank_features(self.splicer, embeds).to(embeds.dtype)
+            self._images = []  # of this batch, blank ones are none
         inside = self.parts.decoder + ".", self.parts.head + "."
         return touched(embeds, (p for name, p in self.model.named_parameters() if not name.startswith(inside)))
 
@@ -393,7 +403,6 @@ class SparseHandle:
         self._watch("skipper", self.skipper is not None and not any(self.off))
         rows, length = embeds.shape[:2]
         run = self.parts.layers - sum(self.off)
-        self._drawn += 1
         if self.keep == 1.0 or visual == 0:
             self.passes.append(Pass(rows, length, length, run, visual, visual, self._pixels))
             return plain(*args, **kwargs)
@@ -440,18 +449,18 @@ class SparseHandle:
         places_M2 = visual_BT.nonzero()
         runs = self._runs(places_M2)
         options: dict[str, Any] = {}
-        if self.compressor.method == "random":
-            draw = self.global_step * 2**20 + self._drawn
-            options["generator"] = torch.Generator().manual_seed((self.seed * 2**40 + draw) % 2**63)
+        first, self._drawn = self._drawn, self._drawn + len(runs)
         starts = [0, *accumulate(runs)]
         grids = self._grids(runs)
         kinds = [(length, grid or (1, length)) for length, grid in zip(runs, grids, strict=True)]
-        for kind, members in groupby(sorted(range(len(runs)), key=kinds.__getitem__), kinds.__getitem__):
-            length, grid = kind
+        for kind, group in groupby(sorted(range(len(runs)), key=kinds.__getitem__), kinds.__getitem__):
+            (length, grid), members = kind, list(group)
             rows_I = torch.tensor([starts[number] for number in members], device=embeds_BTD.device)
             place_IN2 = places_M2[rows_I[:, None] + torch.arange(length, device=embeds_BTD.device)]
             sample_IN, position_IN = place_IN2.unbind(-1)
             tokens_IND = embeds_BTD[sample_IN, position_IN]
+            if self.compressor.method == "random":  # by number, however the step is cut into micro-batches
+                options["generators"] = [self._generator(first + number) for number in members]
             if self.compressor.method == "text":
                 options["text_BTD"] = embeds_BTD[sample_IN[:, 0]].detach()
                 text_IT = (keep_BT & ~visual_BT)[sample_IN[:, 0]]
@@ -470,6 +479,11 @@ class SparseHandle:
             keep_BT[target] = True
             embeds_BTD = embeds_BTD.index_put(target, few_IKD.to(embeds_BTD.dtype))
         return embeds_BTD, keep_BT
+
+    def _generator(self, picture: int) -> torch.Generator:
+        # Mixed into 32 bits, as torch looks at no more of a seed.
+        mixed = np.random.SeedSequence([self.seed, self.global_step, picture]).generate_state(1)
+        return torch.Generator().manual_seed(int(mixed[0]))
 
     def _runs(self, places_M2: torch.Tensor) -> list[int]:
         """How many visual tokens each image has, in reading order: as its features say, else by unbroken runs."""

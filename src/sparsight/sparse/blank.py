@@ -1,4 +1,4 @@
-"""A blank picture for any VLM: what a rank that has text alone sends through its vision tower."""
+"""A blank picture for any VLM: what a rank that has fewer inputs than others sends through its vision tower."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 _NO_PICTURE = (
-    "{name}: this rank's batch has no picture, while others may have some, and all ranks must go through the vision "
-    "tower together. A blank picture did not fit this model ({error}): put one picture into every rank's batch"
+    "{name}: this rank's batch has no picture, or no video, while others may have some, and all ranks must go through "
+    "the vision tower together. A blank picture did not fit this model ({error}): put one picture into every rank's "
+    "batch, and one video if there are any"
 )
 
 

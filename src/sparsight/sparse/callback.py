@@ -8,10 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import DistributedType
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from sparsight.cost.devices import peak_flops
 from sparsight.counting import device_name
@@ -59,7 +62,7 @@ class SparsightCallback(TrainerCallback):
         """Refuse an engine that cannot skip, and other settings than those of the run that is resumed.
 
         Raises:
-            ValueError: the message says why, or what differs.
+            ValueError: the message says why, or what differs, or that the checkpoint to resume from was not found.
         """
         self.since = time.perf_counter()
         if self.handle.skipper is not None:
@@ -71,16 +74,19 @@ class SparsightCallback(TrainerCallback):
             )
         self.peak = peak_flops(device_name(args.device), "bf16" if args.bf16 else "fp32")
         self.handle.step(state.global_step, _progress(state))
-        folders = (args.resume_from_checkpoint, f"{args.output_dir}/checkpoint-{state.global_step}")
-        files = [Path(folder) / STATE_FILE for folder in folders if isinstance(folder, str)]
-        file = next((file for file in files if file.is_file()), None)
-        if not state.global_step or file is None:
+        if not state.global_step:
             return
-        before = json.loads(file.read_text(encoding="utf-8"))
-        changed = {key: (before.get(key), value) for key, value in self.settings().items() if before.get(key) != value}
-        if changed:
-            raise ValueError(f"{file} was written with other settings; these differ (then, now): {changed}")
-        _reload_if_renamed(self.handle.model, file.parent)
+        folder = _resumed_from(args, state)
+        file = folder / STATE_FILE
+        if file.is_file():  # else nothing was attached before
+            before = json.loads(file.read_text(encoding="utf-8"))
+            now = self.settings()
+            changed = {key: (before.get(key), value) for key, value in now.items() if before.get(key) != value}
+            if changed:
+                raise ValueError(f"{file} was written with other settings; these differ (then, now): {changed}")
+        # These engines keep weights in files of their own, by the model's own names, and have loaded them.
+        if args.distributed_state.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            _reload_if_renamed(self.handle.model, folder)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.handle.step(state.global_step, _progress(state))
@@ -115,7 +121,7 @@ class SparsightCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
+        if args.should_save and folder.is_dir():
             (folder / STATE_FILE).write_text(json.dumps(self.settings(), indent=2), encoding="utf-8")
 
 
@@ -134,6 +140,28 @@ def _refuse_engine(model: nn.Module) -> None:
     )
 
 
+def _resumed_from(args: TrainingArguments, state: TrainerState) -> Path:
+    """The checkpoint that training goes on from. The Trainer tells no callback: it is the one that holds this state.
+
+    Raises:
+        ValueError: neither folder that may be it is.
+    """
+    folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
+    if isinstance(args.resume_from_checkpoint, str | os.PathLike):
+        folders.insert(0, Path(args.resume_from_checkpoint))
+    for folder in folders:
+        if (file := folder / TRAINER_STATE_NAME).is_file():
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            # Two runs may have a checkpoint of the same step. As text: NaN is not equal to itself.
+            if str((saved["global_step"], saved["log_history"])) == str((state.global_step, state.log_history)):
+                return folder
+    raise ValueError(
+        f"training goes on from step {state.global_step}, but not from a checkpoint that was looked for: "
+        f"{', '.join(map(str, folders))}. So its settings cannot be compared, nor its weights be checked. Give the "
+        "path that train(resume_from_checkpoint=...) is given to TrainingArguments(resume_from_checkpoint=...) too"
+    )
+
+
 def _reload_if_renamed(model: Any, folder: Path) -> None:
     """Load a checkpoint whose tensors were saved under other names than the model's.
 
@@ -145,7 +173,8 @@ def _reload_if_renamed(model: Any, folder: Path) -> None:
         with safe_open(path, framework="pt") as file:
             names |= set(file.keys())
     if names and not names <= model.state_dict().keys() and hasattr(type(model), "from_pretrained"):
-        model.load_state_dict(type(model).from_pretrained(folder).state_dict())
+        saved = type(model).from_pretrained(folder).state_dict()
+        set_model_state_dict(model, saved, options=StateDictOptions(full_state_dict=True))  # into shards too
 
 
 def _progress(state: TrainerState) -> float:

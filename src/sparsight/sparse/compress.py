@@ -5,7 +5,7 @@ Shapes: B images, N visual tokens, K kept ones, D width, T text positions, H x W
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def compress(
     grid: tuple[int, int] | None = None,
     text_BTD: torch.Tensor | None = None,
     text_mask_BT: torch.Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generators: Sequence[torch.Generator] | None = None,
 ) -> Compressed:
     """Keep a share of the visual tokens of each image, in their order.
 
@@ -33,7 +33,7 @@ def compress(
         grid: rows and columns of the tokens, for "pool" and "similarity"; without it they go along the sequence.
         text_BTD: the text's embeddings, for "text".
         text_mask_BT: which of them are text; all if not given.
-        generator: for "random".
+        generators: for "random", one for each image.
 
     Returns:
         Tokens (B, K, D) and, for each, the position (B, K) that it had, or for a token made of several, that of one of
@@ -50,7 +50,7 @@ def compress(
     kept = kept_tokens(tokens, keep)
     if kept == tokens:
         return tokens_BND, torch.arange(tokens, device=tokens_BND.device).expand(batch, -1)
-    given: dict[str, Any] = {"text": text_BTD, "mask": text_mask_BT, "generator": generator}
+    given: dict[str, Any] = {"text": text_BTD, "mask": text_mask_BT, "generators": generators}
     return METHODS[method](tokens_BND, kept, grid=grid or (1, tokens), **given)
 
 
@@ -70,9 +70,11 @@ def _uniform(tokens_BND: torch.Tensor, kept: int, **_: Any) -> Compressed:
     return _pick(tokens_BND, index_K.expand(tokens_BND.shape[0], -1))
 
 
-def _random(tokens_BND: torch.Tensor, kept: int, generator: torch.Generator | None, **_: Any) -> Compressed:
-    # Drawn on the CPU: the same tokens whatever the device.
-    draws_BN = torch.rand(tokens_BND.shape[:2], generator=generator)
+def _random(tokens_BND: torch.Tensor, kept: int, generators: Sequence[torch.Generator] | None, **_: Any) -> Compressed:
+    # Drawn on the CPU: the same tokens whatever the device; by image: whatever the batch.
+    batch, tokens = tokens_BND.shape[:2]
+    each: Sequence[torch.Generator | None] = generators or [None] * batch
+    draws_BN = torch.stack([torch.rand(tokens, generator=generator) for generator in each])
     return _best(tokens_BND, draws_BN.to(tokens_BND.device), kept)
 
 
