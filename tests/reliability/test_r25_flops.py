@@ -151,14 +151,6 @@ def test_a_step_at_native_resolution(sizes, rates, bridge):
     assert len(counter.flops_of_grid) == len(set(sizes))
 
 
-def test_an_encoder_in_shards_is_not_run_to_count_a_grid():
-    """The other ranks would have to run it, too: pictures count by their patches."""
-    model, _ = make_vlm(vision=CONFIGS["qwen2_5_vl"]().vision_config, image_size=128)
-    counter = StepCounter(model, Trains(bridge=True, language=True), 4e6)
-    counter.encoder_size += 1  # as if this rank had lost some since
-    assert [counter._of_grid(grid) for grid in ((16, 16), (8, 8), (4, 32))] == [4e6, 1e6, 2e6]
-
-
 FAMILIES = ["llava, clip + llama", "llava, siglip + qwen2", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 FAMILIES += ["internvl", "paligemma"]
 FROZEN_PARTS = {"all train": (), "frozen tower": ("vision",), "frozen but the projector": ("vision", "language")}

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import torch
 from rich.console import Console
 from rich.text import Text
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from sparsight.distributed import several_ranks
 from sparsight.sparse.attach import SparseHandle
 
 AFTER = 50  # steps, or the stage's last one
@@ -23,20 +20,16 @@ class _Log(Protocol):
 
 
 def idle_parameters(optimizer: Any) -> set[nn.Parameter]:
-    """Parameters that no gradient but zero has reached, on any rank.
+    """Parameters that no gradient but zero has reached, on any rank: gradients, hence moments, are the same on all.
 
     The optimizer's moments tell. Gradients do not: what a batch leaves out is given zeros (`distributed.touched`).
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    reached = torch.zeros(len(parameters), dtype=torch.int, device=parameters[0].device)
-    for number, parameter in enumerate(parameters):
-        for key, moment in optimizer.state.get(parameter, {}).items():
-            if key != "step":
-                own = moment.to_local() if isinstance(moment, DTensor) else moment
-                reached[number] |= own.any()
-    if several_ranks():  # of a shard, a rank sees its own
-        torch.distributed.all_reduce(reached, torch.distributed.ReduceOp.MAX)
-    return {parameter for parameter, some in zip(parameters, reached.tolist(), strict=True) if not some}
+    idle = set()
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        moments = [moment for key, moment in optimizer.state.get(parameter, {}).items() if key != "step"]
+        if not any(bool(moment.any()) for moment in moments):
+            idle.add(parameter)
+    return idle
 
 
 def describe_idle(model: nn.Module, optimizer: Any, handle: SparseHandle | None = None) -> str:

@@ -21,8 +21,6 @@ import torch
 from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import (
     PrinterCallback,
@@ -83,7 +81,6 @@ class StepCounter:
         self.peak = peak_flops(device_name(default_device()), self.precision)
         self.shape = LanguageShape.from_config(self.model.config.text_config)
         self.layers_run = self.shape.layers
-        self.encoder_size = _numel(self.model.model.vision_tower)
         self.flops_of_grid: dict[tuple[int, int], float] = {}
         self.clear()
 
@@ -145,12 +142,8 @@ class StepCounter:
         """FLOPs of a picture of so many rows and columns of patches in the encoder."""
         if grid not in self.flops_of_grid:
             encoder, config = self.model.model.vision_tower, self.model.config
-            if _numel(encoder) == self.encoder_size:
-                size = grid[0] * encoder.config.patch_size, grid[1] * encoder.config.patch_size
-                self.flops_of_grid[grid] = count_flops(encoder, size, config.vision_levels)
-            else:  # in shards: ranks meet other grids, and none can run it alone. But for attention, patches cost alike
-                share = math.prod(grid) / math.prod(config.map_size)
-                self.flops_of_grid[grid] = self.encoder_flops * share
+            size = grid[0] * encoder.config.patch_size, grid[1] * encoder.config.patch_size
+            self.flops_of_grid[grid] = count_flops(encoder, size, config.vision_levels)
         return self.flops_of_grid[grid]
 
     def record(self) -> dict[str, Any]:
@@ -178,11 +171,6 @@ class StepCounter:
             "seconds": dict(self.seconds),
             "memory_bytes": _memory(),
         }
-
-
-def _numel(module: nn.Module) -> int:
-    """Parameters that this rank holds: all of them, or those of its shard."""
-    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in module.parameters())
 
 
 def _memory() -> int:
@@ -274,8 +262,7 @@ class SparsightTrainer(Trainer):
         """
         start = time.perf_counter()
         norm = super()._clip_grad_norm(model)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of all shards
-        if norm is not None and not math.isfinite(norm):  # None: an engine that does not tell
+        if not math.isfinite(norm):
             found = f"norm of the gradients is {float(norm)}, though the loss is finite"
             raise self._not_finite(found, gather_object(self.counter.ids))
         self.counter.seconds["optimizer"] += time.perf_counter() - start  # on a GPU, it was waited for
