@@ -21,18 +21,18 @@ def main() -> None:
     dist.init_process_group("gloo")
     model = make_vlm("1:4,2:2")[0]
     bridge = model.model.multi_modal_projector
-    whole = {name: tensor.clone() for name, tensor in bridge.state_dict().items()}
+    whole = sum(tensor.numel() for tensor in bridge.state_dict().values())
     fully_shard(bridge)
     fully_shard(model)
     shards = [tensor.to_local().numel() for tensor in bridge.state_dict().values()]
-    assert sum(shards) < sum(tensor.numel() for tensor in whole.values())  # really sharded
+    assert sum(shards) < whole  # really sharded
     sparsight.save_bridge(model, folder / "bridge.safetensors")
     with torch.no_grad():
         for parameter in bridge.parameters():
             parameter.zero_()
     sparsight.load_bridge(model, folder / "bridge.safetensors")
-    for name, tensor in bridge.state_dict().items():
-        assert torch.equal(tensor.full_tensor(), whole[name]), name
+    found = {name: tensor.full_tensor() for name, tensor in bridge.state_dict().items()}
+    torch.save(found, folder / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 

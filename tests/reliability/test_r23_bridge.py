@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,7 @@ import bridge_ranks
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_ranks import free_port
+from test_ranks import two_ranks
 
 import sparsight
 
@@ -20,14 +17,10 @@ LAYOUT = "1:4,2:2"
 
 
 def test_a_sharded_bridge_is_whole_in_its_file(tmp_path: Path, tiny_vlm: Any) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(free_port()), str(Path(bridge_ranks.__file__)), str(tmp_path)]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
+    loaded = two_ranks(bridge_ranks.__file__, tmp_path)
     whole = tiny_vlm(LAYOUT)[0].model.multi_modal_projector.state_dict()  # the one that the ranks made
-    found = load_file(tmp_path / "bridge.safetensors")
-    assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
+    for found in (load_file(tmp_path / "bridge.safetensors"), *loaded):
+        assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
 
 
 def test_a_bridge_goes_from_model_to_model(tmp_path: Path, tiny_vlm: Any) -> None:
