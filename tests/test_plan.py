@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -180,6 +181,7 @@ def test_sweep(paper, tmp_path):
     figures = json.loads(page.split('id="figures">')[1].split("</script>")[0])
     assert [bar["name"] for bar in figures[0]["data"]] == [f"skipper.alpha={a}" for a in ("0", "0.5", "0.9")]
     assert figures[0]["data"][0]["y"] == [flops[0], flops[3]]
+    assert "6 recipes, from 1" in page.split('<p class="lead">')[1] and "(layout=cos-32, skipper.alpha=0.9) to" in page
     some, refused = sweep(PAPER, ["layout=cos-32,cos-80", "skipper.alpha=0,0.9"])
     assert len(some) == 2 and len(refused) == 2
     assert (
@@ -213,7 +215,14 @@ def test_a_preset_is_planned_before_it_is_trained():
 def test_page(paper, tmp_path):
     named = paper.model_copy(update={"name": "paper"})
     write_plan(tmp_path / "plan.html", named, at_peak(1e15, 0.4), 80e9)
-    assert "language mlp" in (tmp_path / "plan.html").read_text()
+    page = (tmp_path / "plan.html").read_text()
+    assert "language mlp" in page
+    lead = page.split('<p class="lead">')[1].split("</p>")[0]  # F27: there was no headline
+    assert re.fullmatch(
+        r"[\d.]+ EFLOP in all: 0\.\d\dx of the standard recipe&#39;s; \d+ h: 0\.\d\dx of its time\.", lead
+    )
+    bars = json.loads(page.split('id="figures">')[1].split("</script>")[0])[0]["data"]
+    assert len({json.dumps(bar["marker"]) for bar in bars}) == len(bars) == 6  # two were in one grey
 
 
 def test_time_rests_on_what_is_said(paper):

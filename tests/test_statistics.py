@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsight.evaluation.metrics import yes_no_scores
-from sparsight.statistics import bootstrap, paired_test
+from sparsight.statistics import bootstrap, holm, paired_test
 
 POINT = st.sampled_from([0.0, 0.25, 1.0])
 
@@ -191,3 +191,18 @@ def test_users_mistakes_are_told() -> None:
             bootstrap([1.0], level=level, draws=draws)
     with pytest.raises(ValueError, match=r"\(1, 2\) and \(1, 1\)"):
         paired_test([1.0, 0.0], [1.0])
+
+
+# ---------------------------------------------------------------------------------------- several tests
+
+
+def test_holm_is_what_the_book_computes() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.6]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_of_families_without_a_difference_one_in_twenty_has_one_below_the_level() -> None:
+    rng = np.random.default_rng(0)
+    found = np.mean([min(holm(list(rng.random(7)))) < 0.05 for _ in range(4000)])
+    assert found == pytest.approx(0.05, abs=0.01)
+    assert np.mean([min(rng.random(7)) < 0.05 for _ in range(4000)]) > 0.25  # what it corrects

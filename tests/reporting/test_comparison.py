@@ -19,7 +19,7 @@ from sparsight.reporting import (
     write_comparison,
     write_report,
 )
-from sparsight.reporting.comparison import duration, human, score_rows, speed_up
+from sparsight.reporting.comparison import _score_table, duration, human, score_rows, speed_up
 
 
 def printed(comparison):
@@ -195,13 +195,63 @@ def test_the_verdict_hides_nothing(runs):
     total = result["ratios"]["sparsight"]["total"]
     assert verdict(result) == (
         f"sparsight took {total['seconds']:.2f}x of the time of standard: speed-up {1 / total['seconds']:.1f}x of "
-        f"{1 / total['executed_flops']:.1f}x possible; score -0.6 points on average; "
-        "worse on: caption (-0.4), count (-3.0), text (-5.0)."
+        f"{1 / total['executed_flops']:.1f}x possible; score -0.6 points on average, within what chance allows; "
+        "no difference could be told on any task."
     )
-    better = compare([replace(runs[0], scores=dict.fromkeys(STANDARD, 0.95), problems=["cut"]), runs[1]])
-    assert verdict(better).endswith("worse on: no task. 1 warning: the comparison may not be fair.")
+    worse = STANDARD | {"text": 0.4, "count": 0.9}
+    mixed = compare([replace(runs[0], scores=worse, problems=["cut"]), runs[1]])
+    assert verdict(mixed).endswith(
+        "worse on: text (-21.0); better on: count (+16.5); no difference could be told on the other tasks. "
+        "1 warning: the comparison may not be fair."
+    )
     assert "no scores to compare" in verdict(compare([replace(runs[0], scores={}), runs[1]]))
     assert verdict(compare(runs[:1])) == "one run: nothing to compare it with."
+
+
+def test_F27_only_differences_that_hold_after_correction_are_named(tmp_path):
+    """Seven tasks with points: the verdict names those whose corrected p-value is small, and no other."""
+    logs = [write_points(write_run(tmp_path / name, name), better) for name, better in (("mine", 0.1), ("standard", 0))]
+    result = compare([read_run(log) for log in logs])
+    tests = result["tests"]["mine"]
+    ordered = sorted(TASKS, key=lambda task: tests[task]["p_value"])
+    below = [(len(TASKS) - rank) * tests[task]["p_value"] < 0.05 for rank, task in enumerate(ordered)]
+    held = set(ordered[: below.index(False)])
+    alone = {task for task in TASKS if tests[task]["p_value"] < 0.05}
+    assert held < alone  # else nothing is tried here
+    rows = {row["task"]: row for row in score_rows(result)}
+    assert {task for task in TASKS if rows[task]["named"][1]} == held
+    assert {task for task in TASKS if f"{task} (+" in verdict(result)} == held
+    assert {task for task in TASKS if rows[task]["told"][1]} == {t for t in alone if tests[t]["interval"][0] > 0}
+
+
+@pytest.mark.parametrize("flipped, told", [(0, 0), (1, 0), (12, -1)])
+def test_F21_one_item_in_sixty_is_no_difference(tested, flipped, told):
+    """-1.7 points with p = 1 was "worse on: existence"; twelve items are a difference, and are coloured and named."""
+    base = tested[1]
+    points = base.points["existence"]
+    right = [place for place, score in enumerate(points.scores) if score == 1][:flipped]
+    scores = [0.0 if place in right else score for place, score in enumerate(points.scores)]
+    ours = base.points | {"existence": points._replace(scores=scores)}
+    mean = {task: fmean(own.scores) for task, own in ours.items()}
+    result = compare([replace(base, name="mine", points=ours, scores=mean), base])
+    row = next(row for row in score_rows(result) if row["task"] == "existence")
+    assert (row["told"], row["named"]) == ([0, told], [0, told])
+    assert ("worse on: existence (-20.0)" in verdict(result)) == bool(told)
+    assert ("no difference could be told on any task" in verdict(result)) == (not told)
+    console = Console(file=io.StringIO(), width=160, force_terminal=True, color_system="standard")
+    console.print(_score_table(result, True))
+    assert ("\x1b[1;31m" in console.file.getvalue()) == bool(told) and "\x1b[32m" not in console.file.getvalue()
+
+
+def test_few_items_without_pairs_tell_nothing(runs):
+    """And where all answers are wrong, the interval is not zero wide."""
+    none, right = (dict.fromkeys(TASKS, share) for share in (0.0, 1.0))
+    for items, told in ((2, 0), (400, 1)):
+        few = dict.fromkeys(TASKS, items)
+        pair = [replace(run, scores=own, items=few) for run, own in zip(runs, (right, none), strict=True)]
+        rows = score_rows(compare(pair))
+        assert all(row["interval"][1] > 0 for row in rows)
+        assert [row["told"][1] for row in rows[:-1]] == [told] * len(TASKS)
 
 
 def test_the_tables_show_every_figure(runs):

@@ -11,6 +11,7 @@ from rich.console import Console
 from synthetic import write_run
 
 from sparsight.reporting import compare, read_run, render_table, write_report
+from sparsight.reporting.comparison import score_rows
 from sparsight.reporting.watch import render
 
 ATTACK = "</script><img src=x onerror=alert(1)>\"'&{{ 7*7 }}"
@@ -105,13 +106,35 @@ def test_the_page_says_what_the_comparison_says(tmp_path, runs):
         f"{ratios['seconds']:.2f}x",
         f"{ratios['executed_flops']:.2f}x",
         "32 → 336",
-        "worse on: caption (-0.4), count (-3.0), text (-5.0).",
+        "no difference could be told on any task.",
         "✗ HARBUR",
         "✓ HARBOR",
     ):
         assert expected in text
     assert "✗ Three" not in text  # a description is not judged by equality
     assert "Mind, before you trust" not in text
+
+
+def test_F27_only_differences_that_can_be_told_are_coloured(tmp_path, tested):
+    """Green marked "+0.0" and differences within their interval."""
+    rows = score_rows(compare(tested))
+    page = page_of(tested, tmp_path)
+    shown = re.findall(r'<td class="(quiet|good|bad)">([+−][\d.]+)', page)
+    assert [kind for kind, _ in shown] == [("quiet", "good", "bad")[row["told"][1]] for row in rows]
+    assert {kind for kind, _ in shown} == {"quiet", "good"}
+    same = [replace(tested[1], name="same"), tested[1]]
+    page = page_of(same, tmp_path)
+    assert page.count('<td class="quiet">+0.0') == len(rows) and 'class="card figure quiet"' in page
+
+
+def test_F27_no_two_series_look_alike(tmp_path, runs):
+    """Colours come again behind the eighth run; then curves are dashed and bars have a pattern."""
+    many = [replace(runs[0], name=f"run-{number}") for number in range(20)]
+    figures = json.loads(Page(page_of([runs[1], *many], tmp_path)).scripts["figures"])
+    for figure in figures:
+        named = [trace for trace in figure["data"] if trace.get("showlegend", True) and "run-" in trace["name"]]
+        looks = {json.dumps([trace.get("marker"), trace.get("line")]) for trace in named}
+        assert len(looks) == len(named) == 20
 
 
 def test_warnings_are_on_the_page(tmp_path, runs):
@@ -202,6 +225,17 @@ def test_a_browser_draws_it_without_a_complaint(tmp_path, runs):
     assert int(re.search(r'data-width="(\d+)"', dom).group(1)) <= 1280
     _, console = dump("control.html", page_of(runs, tmp_path), tmp_path, "throw Error('seen')")
     assert len(console) == 1, "an error on the page must show, or the test above proves nothing"
+
+
+@needs_chromium
+@pytest.mark.parametrize("more", [0, 2])
+def test_F27_no_column_is_cut_at_1280_pixels(tmp_path, tested, more):
+    """Of two runs and of four: the last column of the scores, *items*, was."""
+    wide = [replace(tested[0], name=f"sparsight-{number}") for number in range(1 + more)]
+    script = "document.body.dataset.cut = [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > "
+    script += "e.clientWidth).map(e => e.textContent.trim().slice(0, 9)).join() || 'none';"
+    dom, _ = dump("wide.html", page_of([*wide, tested[1]], tmp_path), tmp_path, script)
+    assert 'data-cut="none"' in dom, re.search('data-cut="[^"]*"', dom)
 
 
 @needs_chromium

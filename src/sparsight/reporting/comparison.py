@@ -4,7 +4,8 @@ Ratios are run / baseline: below 1 is cheaper. The ratio of executed FLOPs is th
 machine would reach, so the speed-up had is shown next to the one possible; a stage that is not finished has no ratio.
 Losses are running means (`Curve`). Scores are fractions of 1; differences are in points (hundredths), with the half
 width of the 95% interval that the number of items leaves. Where both logs hold the points of the same items, it is that
-of a paired bootstrap, and a paired permutation test stands beside it (`sparsight.statistics`).
+of a paired bootstrap, and a paired permutation test stands beside it (`sparsight.statistics`). A difference is called
+one, and coloured, only where its interval excludes zero; the verdict names the tasks that Holm's correction leaves.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from math import copysign, erfc
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,10 +23,12 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsight.reporting.runlog import Run, StageRun
-from sparsight.statistics import paired_test
+from sparsight.statistics import holm, paired_test
 
 Comparison = dict[str, Any]
 _COSTS = ("seconds", "executed_flops")
+_LEVEL = 0.05  # a difference that chance alone makes less often is called one
+_ITEMS = 20  # fewer tell nothing, where no items are paired
 _BEYOND = 0.75  # of the ratio of FLOPs: a ratio of seconds below that is hard to believe
 
 
@@ -256,8 +260,9 @@ def score_rows(comparison: Comparison) -> list[dict[str, Any]]:
     """A row for each task, then the mean over the tasks that all runs have.
 
     `scores`, `shuffled`, `points` (difference from the baseline), `interval` (its 95% half width in points: half the
-    paired interval, or from the number of items; seeds would add to it) and `p_value` (of the paired test) hold one
-    value a run, the baseline first, None where there is none.
+    paired interval, or from the number of items; seeds would add to it), `p_value` (of the paired test), `told` (the
+    sign of a difference whose interval excludes zero, by itself) and `named` (of one that Holm's correction for the
+    number of tasks leaves) hold one value a run, the baseline first, None where there is none.
     """
     runs, chance, items = comparison["runs"], comparison["chance"], comparison["items"]
     tests = [comparison["tests"].get(run["name"], {}) for run in runs]
@@ -266,8 +271,7 @@ def score_rows(comparison: Comparison) -> list[dict[str, Any]]:
         scores = [run["scores"].get(task) for run in runs]
         shuffled = [run["shuffled"].get(task) for run in runs]
         count = items.get(task)
-        # p(1-p) is the largest variance that a score within [0, 1] of mean p can have
-        spread = [max(p * (1 - p), 0) / count if p is not None and count else None for p in scores]
+        spread = [None if p is None or not count else _variance(p, count) for p in scores]
         rows.append({"task": task, "items": count, "chance": chance.get(task), "scores": scores, "shuffled": shuffled})
         rows[-1]["variance"] = spread
     common = [row for row in rows if None not in row["scores"]]
@@ -278,7 +282,7 @@ def score_rows(comparison: Comparison) -> list[dict[str, Any]]:
             mean[key] = [_mean([row[key][index] for row in common]) for index in range(len(runs))]
         mean["variance"] = [None if each is None else each / len(common) for each in mean["variance"]]
         rows.append(mean)
-    for row in rows:
+    for row in rows:  # the mean last
         spread = row.pop("variance")
         row["points"] = [_points(score, row["scores"][0]) for score in row["scores"]]
         row["interval"] = [None if None in (v, spread[0]) else 196 * (v + spread[0]) ** 0.5 for v in spread]
@@ -287,7 +291,40 @@ def score_rows(comparison: Comparison) -> list[dict[str, Any]]:
             if row["task"] in own:
                 low, high = own[row["task"]]["interval"]
                 row["interval"][index] = (high - low) / 2
+    tasks = [row for row in rows if row["task"] != "mean"]
+    raised = [holm([_p_value(row, index) for row in tasks]) for index in range(len(runs))]
+    for number, row in enumerate(rows):
+        row["told"] = [_sign(row, index, own.get(row["task"], {})) for index, own in enumerate(tests)]
+        row["named"] = [
+            sign if row not in tasks or raised[index][number] < _LEVEL else 0 for index, sign in enumerate(row["told"])
+        ]
     return rows
+
+
+def _variance(p: float, count: int) -> float:
+    """Of the mean of so many items: p(1-p) is the largest variance that a score within [0, 1] of mean p can have. All
+    right or all wrong is not certain: one item more could be otherwise."""
+    p = min(max(p, 1 / (count + 2)), 1 - 1 / (count + 2))
+    return p * (1 - p) / count
+
+
+def _p_value(row: Mapping[str, Any], index: int) -> float:
+    """Of the paired test, else of two independent means; 1 where nothing can be told."""
+    points, interval, paired = (row[key][index] for key in ("points", "interval", "p_value"))
+    if paired is not None:
+        return float(paired)
+    if points is None or not interval or row["items"] < _ITEMS:
+        return 1.0
+    return erfc(1.96 * abs(points) / interval / 2**0.5)
+
+
+def _sign(row: Mapping[str, Any], index: int, test: Mapping[str, Any]) -> int:
+    """1 or -1 where a run differs from the baseline by itself: its interval excludes zero, and chance is small."""
+    points = row["points"][index]
+    if not index or points is None or _p_value(row, index) >= _LEVEL:
+        return 0
+    low, high = test.get("interval", (points - row["interval"][index], points + row["interval"][index]))
+    return int(copysign(1, points)) if low > 0 or high < 0 else 0
 
 
 def _mean(values: list[float | None]) -> float | None:
@@ -308,14 +345,27 @@ def verdict(comparison: Comparison) -> str:
         total = ratios["total"]
         text = f"{run['name']} took {times(total['seconds'])} of the time of {runs[0]['name']}: "
         text += f"speed-up {speed_up(total)}; "
-        points = {row["task"]: row["points"][index] for row in rows if row["points"][index] is not None}
-        mean = points.pop("mean", None)
-        lower = ", ".join(f"{task} ({value:+z.1f})" for task, value in points.items() if round(value, 1) < 0)
-        scores = f"score {mean:+z.1f} points on average; " if mean is not None else "no scores to compare"
-        said.append(text + scores + (f"worse on: {lower or 'no task'}" if mean is not None else ""))
+        said.append(text + scored(rows, index))
     if count := len(comparison["warnings"]):
         said.append(f"{count} warning{'s' if count > 1 else ''}: the comparison may not be fair")
     return ". ".join(said or ["one run: nothing to compare it with"]) + "."
+
+
+def scored(rows: list[dict[str, Any]], index: int) -> str:
+    """The scores of a run beside the baseline's, from `score_rows`: what differs, as far as that can be told."""
+    shown = {row["task"]: row for row in rows if row["points"][index] is not None}
+    if (mean := shown.pop("mean", None)) is None:
+        return "no scores to compare"
+    points, told = mean["points"][index], mean["told"][index]
+    text = f"score {points:+z.1f} points on average" + ("" if told else ", within what chance allows")
+    named = 0
+    for word, sign in (("worse", -1), ("better", 1)):
+        tasks = [f"{task} ({row['points'][index]:+z.1f})" for task, row in shown.items() if row["named"][index] == sign]
+        named += len(tasks)
+        text += f"; {word} on: {', '.join(tasks)}" if tasks else ""
+    if named < len(shown):
+        text += f"; no difference could be told on {'the other tasks' if named else 'any task'}"
+    return text
 
 
 def decimals(value: float | None) -> str:
@@ -440,8 +490,9 @@ def _score_table(comparison: Comparison, wide: bool) -> Table:
     table = Table(title="Scores, in %", title_justify="left")
     table.add_column("task", no_wrap=True)
     table.caption = "points: difference from the baseline" + (
-        ", with its 95% interval; shuffled: with wrong pictures, in the same order" if few else ""
+        ", with its 95% interval; shuffled: with wrong images, in the same order" if few else ""
     )
+    table.caption += "; coloured where the interval excludes 0"
     tested = few and any(comparison["tests"].values())
     if tested:
         table.caption += "; p: paired test on the same items, of each task by itself"
@@ -456,7 +507,7 @@ def _score_table(comparison: Comparison, wide: bool) -> Table:
             cells.append(Text(percent(score)))
             if index:
                 points = row["points"][index]
-                style = "bold red" if points is not None and round(points, 1) < 0 else "green"
+                style = ("", "green", "bold red")[row["told"][index]]
                 cells.append(Text(signed(points, row["interval"][index] if few else None), style=style))
                 cells += [Text(p_value(row["p_value"][index]))] if tested else []
         if few:

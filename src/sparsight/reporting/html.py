@@ -28,10 +28,9 @@ from sparsight.reporting.comparison import (
     times,
     write_comparison,
 )
-from sparsight.reporting.page import plot, write_page
+from sparsight.reporting.page import line, marker, plot, write_page
 from sparsight.reporting.runlog import Run, StageRun, example_key, number_in, read_runs, running_mean
 
-_COLOURS = 5  # --run-0 (the baseline) ... --run-4 in the template
 _POINTS = 1500  # the most points in a curve
 _FREE_TEXT = 4  # a truth of that many words or numbers is a description or a box: equality cannot judge it
 _WINDOWS = 64  # per side; more are no lines but a grey
@@ -84,10 +83,6 @@ def report(paths: Sequence[str | Path], out: Path, console: Console) -> Comparis
     return comparison
 
 
-def _colour(index: int) -> dict[str, str]:
-    return {"$css": f"--run-{index if index < _COLOURS else 1 + (index - 1) % (_COLOURS - 1)}"}
-
-
 def _cards(comparison: Comparison) -> list[dict[str, str]]:
     """Label, value, note and CSS class of the big figures: four for each run that is not the baseline."""
     base, *others = comparison["runs"]
@@ -95,9 +90,7 @@ def _cards(comparison: Comparison) -> list[dict[str, str]]:
     cards = []
     for index, run in enumerate(others, start=1):
         total = comparison["ratios"][run["name"]]["total"]
-        points = {row["task"]: row["points"][index] for row in rows if row["points"][index] is not None}
-        mean = points.pop("mean", None)
-        lower = sum(round(value, 1) < 0 for value in points.values())
+        mean = next((row for row in rows if row["task"] == "mean" and row["points"][index] is not None), None)
         ours, theirs = (
             " → ".join(count for count, _ in groupby(str(stage["visual_tokens"] or "?") for stage in each["stages"]))
             for each in (run, base)
@@ -105,17 +98,25 @@ def _cards(comparison: Comparison) -> list[dict[str, str]]:
         saved = f"{duration(run['seconds'])} instead of {duration(base['seconds'])}"
         had, _, possible = speed_up(total).partition(" ")
         flops = f"{human(run['executed_flops'], 'FLOP')} instead of {human(base['executed_flops'], 'FLOP')}"
-        scored = "not comparable" if mean is None else f"points, mean of {len(points)} tasks; lower on {lower}"
-        for label, value, note in (
-            ("Speed-up", had, f"{possible}; {saved}"),
-            ("Executed FLOPs", times(total["executed_flops"]), flops),
-            ("Visual tokens an image", ours, f"by stage; {base['name']}: {theirs}"),
-            ("Score", signed(mean, None), scored),
+        for label, value, note, kind in (
+            ("Speed-up", had, f"{possible}; {saved}", ""),
+            ("Executed FLOPs", times(total["executed_flops"]), flops, ""),
+            ("Visual tokens an image", ours, f"by stage; {base['name']}: {theirs}", ""),
+            ("Score", *_score_card(mean, index)),
         ):
-            kind = "bad" if label == "Score" and mean is not None and round(mean, 1) < 0 else ""
             label = f"{run['name']}: {label}" if len(others) > 1 else label
             cards.append({"label": label, "value": value, "note": note, "kind": kind})
     return cards
+
+
+def _score_card(mean: Mapping[str, Any] | None, index: int) -> tuple[str, str, str]:
+    """Value, note and CSS class, from the mean's row: a difference is coloured only if it can be told."""
+    if mean is None:
+        return "-", "not comparable", ""
+    interval, told = mean["interval"][index], mean["told"][index]
+    note = "points, mean of the tasks" if interval is None else f"points ±{interval:.1f}, mean of the tasks"
+    kind = ("quiet", "", "bad")[told]
+    return signed(mean["points"][index], None), note if told else f"{note}: no difference could be told", kind
 
 
 def _figures(comparison: Comparison, runs: list[Run]) -> list[dict[str, Any]]:
@@ -152,7 +153,7 @@ def _share(part: float | None, whole: float | None) -> float | None:
 
 
 def _bar(index: int, run: Mapping[str, Any], hover: str, **fields: object) -> dict[str, Any]:
-    shown = {"name": html.escape(run["name"]), "marker": {"color": _colour(index)}}
+    shown = {"name": html.escape(run["name"]), "marker": marker(index)}
     hover = f"{hover}<extra>%{{fullData.name}}</extra>"
     return {"type": "bar", "orientation": "h", "hovertemplate": hover} | shown | fields
 
@@ -193,13 +194,13 @@ def _plot(
     for index, run in enumerate(runs):
         points = _points(run, along, values)
         of = html.escape(run.name)
-        line: dict[str, Any] = {"type": "scatter", "mode": "lines", "name": of, "legendgroup": str(index)}
-        line["x"] = [x for x, *_ in points]
+        curve: dict[str, Any] = {"type": "scatter", "mode": "lines", "name": of, "legendgroup": str(index)}
+        curve["x"] = [x for x, *_ in points]
         hover = f"%{{text}}<br>{title} %{{y:.4~r}} at %{{x:.4~s}} {along}<extra>{of}</extra>"
-        faint = {"opacity": 0.28, "line": {"color": _colour(index), "width": 1}, "hoverinfo": "skip"}
-        bold = {"line": {"color": _colour(index), "width": 2.5}, "hovertemplate": hover}
-        traces.append(line | faint | {"y": [y for _, y, *_ in points], "showlegend": False})
-        traces.append(line | bold | {"y": [y for *_, y, _ in points], "text": [text for *_, text in points]})
+        faint = {"opacity": 0.28, "line": line(index, width=1), "hoverinfo": "skip"}
+        bold = {"line": line(index, width=2.5), "hovertemplate": hover}
+        traces.append(curve | faint | {"y": [y for _, y, *_ in points], "showlegend": False})
+        traces.append(curve | bold | {"y": [y for *_, y, _ in points], "text": [text for *_, text in points]})
     return plot(name, traces, {"title": {"text": along}, "rangemode": "tozero"}, {"title": {"text": title}, **axis})
 
 
@@ -239,7 +240,7 @@ def _scores(comparison: Comparison) -> dict[str, Any]:
         for row, centre in zip(rows, centres, strict=True):
             shuffled.append((row["shuffled"][index], centre, width * 0.46))
     chance = [(row["chance"], float(place), 0.44) for place, row in enumerate(rows)]
-    traces += [_marks("shuffled pictures", shuffled, 2.5, "solid"), _marks("chance", chance, 1.5, "2px,2px")]
+    traces += [_marks("shuffled images", shuffled, 2.5, "solid"), _marks("chance", chance, 1.5, "2px,2px")]
     ticks = {"tickvals": list(range(len(rows))), "ticktext": [html.escape(row["task"]) for row in rows]}
     vertical = {"range": [len(rows) - 0.4, -0.6], "fixedrange": True, "showgrid": False}
     horizontal = {"title": {"text": "%"}, "range": [0, 102], "fixedrange": True}

@@ -16,6 +16,29 @@ from rich.text import Text
 
 from sparsight.reporting.comparison import write_atomic
 
+COLOURS = 8  # --run-0 (grey: the baseline) ... --run-7 in page.html.j2
+
+
+def slot(index: int) -> int:
+    """Number of the colour of a series; behind the last one they come again, but for the baseline's grey."""
+    return index if index < COLOURS else 1 + (index - 1) % (COLOURS - 1)
+
+
+def line(index: int, **fields: Any) -> dict[str, Any]:
+    """Colour of a curve, dashed where the colours come again."""
+    dash = ("solid", "dash", "dot", "dashdot")[_round(index)]
+    return {"color": {"$css": f"--run-{slot(index)}"}, "dash": dash} | fields
+
+
+def marker(index: int) -> dict[str, Any]:
+    """Colour of a series of bars, with a pattern where the colours come again."""
+    return {"color": {"$css": f"--run-{slot(index)}"}, "pattern": {"shape": ("", "/", "x", ".")[_round(index)]}}
+
+
+def _round(index: int) -> int:
+    """How often all colours have come before this series, up to three times."""
+    return min(3, max(0, index - 1) // (COLOURS - 1))
+
 
 def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> Table:
     """A table for the terminal, its first ``left`` columns ranged left; nothing in it is read as markup."""
@@ -54,8 +77,8 @@ def write_page(
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= filters or {}
+    environment.filters |= {"slot": slot} | (filters or {})
     data = json.dumps(figures, allow_nan=False).replace("<", "\\u003c")
     nonce = hashlib.sha256(data.encode()).hexdigest()[:32]
-    values |= {"figures": data, "plotly": get_plotlyjs() if figures else "", "nonce": nonce}
+    values |= {"colours": COLOURS, "figures": data, "plotly": get_plotlyjs() if figures else "", "nonce": nonce}
     write_atomic(path, environment.get_template(template).render(values))

@@ -26,7 +26,7 @@ from sparsight.cost.forecast import (
     total_flops,
 )
 from sparsight.reporting.comparison import duration, human
-from sparsight.reporting.page import plot, table, write_page
+from sparsight.reporting.page import marker, plot, table, write_page
 
 HEADINGS = ("stage", "visual tokens", "layers run", "length", "micro-batch", "steps", "FLOPs", "memory")
 STANDARD = (
@@ -116,16 +116,17 @@ def gigabytes(size: float) -> str:
 
 
 def notes(recipe: Recipe, stages: Sequence[StageCost], speed: Speed | None) -> list[str]:
-    """What the table does not say: the ratio to the standard recipe, what dominates, which lever helps most."""
+    """What the table does not say: the ratio to the standard recipe (first, as the headline) and what that is, what
+    dominates, which lever helps most."""
     plain, now = forecast(standard(recipe)), total_flops(list(stages))
     ratio = now / total_flops(plain)
-    line = f"In all {human(now, 'FLOP')}: {ratio:.2f}x of the standard recipe"
+    line = f"{human(now, 'FLOP')} in all: {ratio:.2f}x of the standard recipe's"
     if speed is not None:
         seconds, full = (sum(map(speed, costs)) for costs in (stages, plain))
-        line += f"; {duration(seconds)}: {seconds / full:.2f}x"
+        line += f"; {duration(seconds)}: {seconds / full:.2f}x of its time"
     shares = Counter({(cost.stage.name, part): f / now for cost in stages for part, f in cost.flops.items()})
     (stage, part), share = shares.most_common(1)[0]
-    lines = [f"{line}. " + STANDARD.format(tokens=plain[0].tokens)]
+    lines = [f"{line}.", STANDARD.format(tokens=plain[0].tokens)]
     lines.append(f"{share:.0%} of the FLOPs are {part.replace('_', ' ')} in stage {stage}.")
     if found := levers(recipe):
         best = "; ".join(f"{change} -> {after:.2f}x" for change, after in found[:3])
@@ -161,17 +162,19 @@ def print_plan(recipe: Recipe, speed: Speed | None, limit: float | None, console
         ValueError: a stage does not fit into ``limit`` bytes; what is too large, and what would fit.
     """
     stages = forecast(recipe)
-    (_, *names), *figures = zip(headings(speed, limit), *stage_rows(stages, speed, limit), strict=True)
-    built = table(recipe.name, ["", *names], figures)
-    built.add_section()
-    for row in part_rows(stages):
-        built.add_row(*map(Text, row))
-    console.print(built)
+    heads, figures = _plan_table(stages, speed, limit)
+    console.print(table(recipe.name, heads, figures))
     for line in notes(recipe, stages, speed):
         console.print(Text(line))
     for cost in stages if limit is not None else ():
         check_fits(cost, limit)  # type: ignore[arg-type]
     return stages
+
+
+def _plan_table(stages: Sequence[StageCost], speed: Speed | None, limit: float | None) -> tuple[list[str], Rows]:
+    """A column for each stage: its figures, and below them those of its parts."""
+    (_, *names), *figures = zip(headings(speed, limit), *stage_rows(stages, speed, limit), strict=True)
+    return ["", *names], [*map(list, figures), *part_rows(stages)]
 
 
 def check_fits(cost: StageCost, limit: float) -> None:
@@ -208,12 +211,11 @@ def write_plan(path: Path, recipe: Recipe, speed: Speed | None, limit: float | N
     """One recipe as a self-contained page."""
     stages = forecast(recipe)
     bars = [
-        _bar(part.replace("_", " "), [c.stage.name for c in stages], [c.flops[part] for c in stages], number % 5)
+        _bar(part.replace("_", " "), [c.stage.name for c in stages], [c.flops[part] for c in stages], number)
         for number, part in enumerate(stages[0].flops)
     ]
-    tables = [(headings(speed, limit), stage_rows(stages, speed, limit))]
-    tables.append((["", *(cost.stage.name for cost in stages)], part_rows(stages)))
-    _write(path, recipe.name, bars, tables, notes(recipe, stages, speed))
+    lead, *lines = notes(recipe, stages, speed)
+    _write(path, recipe.name, lead, "FLOPs by stage and part", bars, *_plan_table(stages, speed, limit), lines)
 
 
 def write_sweep(path: Path, found: Sequence[tuple[Mapping[str, str], Recipe]], speed: Speed | None) -> None:
@@ -225,18 +227,29 @@ def write_sweep(path: Path, found: Sequence[tuple[Mapping[str, str], Recipe]], s
         names, values = groups.setdefault(", ".join("=".join(pair) for pair in others), ([], []))
         names.append("=".join(first))
         values.append(value)
-    bars = [_bar(name or "FLOPs", *values, n % 5) for n, (name, values) in enumerate(groups.items())]
-    _write(path, found[0][1].name, bars, [(heads, rows)], [], "group")
+    bars = [_bar(name or "FLOPs", *values, number) for number, (name, values) in enumerate(groups.items())]
+    lowest, highest = (end(range(len(flops)), key=flops.__getitem__) for end in (min, max))
+    said = ", ".join("=".join(pair) for pair in found[lowest][0].items())
+    lead = f"{len(found)} recipes, from {human(flops[lowest], 'FLOP')} ({said}) to {human(flops[highest], 'FLOP')}."
+    _write(path, found[0][1].name, lead, "FLOPs of the whole training", bars, heads, rows, [], "group")
 
 
-def _bar(name: str, x: list[str], y: list[float], colour: int) -> dict[str, Any]:
-    marker = {"color": {"$css": f"--run-{colour}"}}
-    return {"type": "bar", "name": name, "x": x, "y": y, "marker": marker, "hovertemplate": "%{x}: %{y:.3s}FLOP"}
+def _bar(name: str, x: list[str], y: list[float], index: int) -> dict[str, Any]:
+    shown = {"name": name, "marker": marker(index), "hovertemplate": "%{x}: %{y:.3s}FLOP"}
+    return {"type": "bar", "x": x, "y": y} | shown
 
 
 def _write(
-    path: Path, name: str, bars: list[dict[str, Any]], tables: list[Any], lines: list[str], mode: str = "stack"
+    path: Path,
+    name: str,
+    lead: str,
+    title: str,
+    bars: list[dict[str, Any]],
+    heads: list[str],
+    rows: Rows,
+    lines: list[str],
+    mode: str = "stack",
 ) -> None:
-    vertical = {"title": {"text": "FLOPs"}, "fixedrange": True}
+    vertical = {"title": {"text": "FLOPs"}, "tickformat": "~s", "fixedrange": True}
     figure = plot("flops", bars, {"type": "category", "fixedrange": True}, vertical, 400, barmode=mode)
-    write_page(path, "plan.html.j2", [figure], name=name, tables=tables, notes=lines)
+    write_page(path, "plan.html.j2", [figure], name=name, lead=lead, title=title, heads=heads, rows=rows, notes=lines)
