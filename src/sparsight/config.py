@@ -539,13 +539,17 @@ class Recipe(Settings):
         return sum(each.samples for each in same[: same.index(stage)])
 
     def scenes(self) -> SceneData | None:
-        """The first scenes among the recipe's data."""
-        for data in self.all_data():
-            for part in data.parts if isinstance(data, MixtureData) else (data,):
-                found = part.data if isinstance(part, MixturePart) else part
-                if isinstance(found, SceneData):
-                    return found
-        return None
+        """The first scenes among the recipe's data, with the tasks that any stage trains on (None: all)."""
+        found: list[SceneData] = []
+        for stage in self.stages:
+            data = self.data_of(stage)
+            parts = [part.data for part in data.parts] if isinstance(data, MixtureData) else [data]
+            found += [part for part in parts if isinstance(part, SceneData)]
+        if not found:
+            return None
+        named = [each.tasks for each in found if each.tasks is not None]
+        tasks = {task: w for own in named for task, w in own.items() if w > 0} if len(named) == len(found) else None
+        return found[0].model_copy(update={"tasks": tasks})
 
 
 def builtin_recipe(name: str) -> Path:

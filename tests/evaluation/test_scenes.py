@@ -67,6 +67,14 @@ def test_each_task_has_its_number_of_questions(data: ScenesDataset) -> None:
     assert items == make_items(data, 5)
 
 
+def test_F21_only_the_tasks_that_are_trained_are_asked(data: ScenesDataset) -> None:
+    """The demo asked four tasks that it had hardly trained, and they stayed at chance."""
+    own = ScenesDataset(data.config, "test", scenes=30, tasks={"naming": 2, "position": 0, "caption": 1})
+    assert [(item.task, item.picture) for item in make_items(own, 2)] == [
+        (item.task, item.picture) for item in make_items(data, 2) if item.task in ("caption", "naming")
+    ]
+
+
 def test_the_truth_scores_one(data: ScenesDataset) -> None:
     for item in make_items(data, 5):
         assert score_answer(item.task, item.truth, item.truth, data.scene(item.picture)) == 1

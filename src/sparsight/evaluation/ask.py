@@ -93,6 +93,11 @@ class Questions:
     picture: Callable[[int], Image.Image]
     score: Callable[[Sequence[Item], Sequence[str]], list[float]]
 
+    @property
+    def tasks(self) -> list[str]:
+        """In the order in which they are asked."""
+        return list(dict.fromkeys(item.task for item in self.items))
+
 
 @torch.no_grad()
 def visual_tokens(

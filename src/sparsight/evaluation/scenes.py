@@ -10,9 +10,9 @@ from sparsight.evaluation.metrics import box_match, exact_match
 
 
 def make_items(data: ScenesDataset, per_task: int) -> list[Item]:
-    """``per_task`` questions of each task, over as few pictures as carry them."""
+    """``per_task`` questions of each task that ``data`` names, or of all, over as few pictures as carry them."""
     items = []
-    for task in TASKS:
+    for task in TASKS if data.tasks is None else [task for task in TASKS if data.tasks.get(task, 0) > 0]:
         found = 0
         for picture in range(data.scenes):
             if found == per_task:
@@ -34,7 +34,7 @@ def score_answer(task: str, answer: str, truth: str, scene: Scene) -> float:
 
 
 def scene_questions(data: ScenesDataset, per_task: int) -> Questions:
-    """``per_task`` questions of each task."""
+    """Questions as `make_items` finds them."""
     return Questions(
         make_items(data, per_task),
         data.image,

@@ -47,9 +47,10 @@ class _Asked:
 def _to_ask(settings: Evaluation, data: SceneData, side: int) -> Iterator[_Asked]:
     if settings.kind == "scenes":
         pictures = max(4 * settings.items, 50)  # not every picture carries every task
-        scenes = ScenesDataset(scene_config(data, side), settings.split, scenes=pictures, seed=data.seed)
-        guesses = dict(chance(scenes.config, settings.split))
-        yield _Asked(f"scenes/{settings.split}", scene_questions(scenes, settings.items), guesses)
+        scenes = ScenesDataset(scene_config(data, side), settings.split, pictures, seed=data.seed, tasks=data.tasks)
+        questions, guesses = scene_questions(scenes, settings.items), chance(scenes.config, settings.split)
+        own = {task: guess for task, guess in guesses.items() if task in questions.tasks}
+        yield _Asked(f"scenes/{settings.split}", questions, own)
     for name, held_out in settings.held_out.items():
         questions = held_out_questions(name, held_out, side)
         yield _Asked(name, questions, {name: guess(questions)})
