@@ -1,12 +1,16 @@
+import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from typer.models import OptionInfo
 
 from small_runs import SCENES, recipe_values, stage_values
+from sparsight import cli
 from sparsight.config import (
     BRIDGE_KINDS,
     ChainOfSight,
@@ -19,6 +23,7 @@ from sparsight.config import (
     Resampler,
     Stage,
     bridge_settings,
+    builtin_recipe,
     load_comparison,
     load_recipe,
 )
@@ -278,7 +283,21 @@ def test_stages_with_data_of_their_own(tmp_path: Path) -> None:
         Recipe.model_validate(recipe_values(tmp_path, stages=[stage_values(data=own, tasks={"caption": 1})]))
 
 
-@pytest.mark.parametrize("name", ["fast", "balanced", "quality"])
+def test_F21_scenes_hold_every_task_that_a_stage_trains(tmp_path: Path) -> None:
+    def tasks(data: dict, *stages: dict) -> dict | None:
+        each = [stage_values(str(number), **own) for number, own in enumerate(stages)]
+        found = Recipe.model_validate(recipe_values(tmp_path, data=data, stages=each)).scenes()
+        return found and found.tasks
+
+    few = SCENES | {"tasks": {"count": 5, "naming": 1, "text": 0}}
+    assert tasks(SCENES, {}, {"tasks": {"caption": 1}}) is None  # all
+    assert set(tasks(few, {})) == {"count", "naming"}
+    assert set(tasks(few, {"tasks": {"caption": 1}}, {})) == {"caption", "count", "naming"}
+    assert set(tasks(few, {"tasks": {"caption": 1}})) == {"caption"}
+    assert tasks({"kind": "json", "path": "x"}, {}, {"data": few}) == {"count": 5, "naming": 1}
+
+
+@pytest.mark.parametrize("name", ["few-tokens", "scale-settled", "scale"])
 def test_presets_take_the_place_of_bridges_and_methods(tmp_path: Path, name: str) -> None:
     """Few tokens early, the recipe's own sizes of the bridge, and overrides on top."""
     wide = {"kind": "resampler", "tokens": 336, "width": 64, "heads": 2}
@@ -287,15 +306,15 @@ def test_presets_take_the_place_of_bridges_and_methods(tmp_path: Path, name: str
     file.write_text(yaml.safe_dump(recipe_values(tmp_path, stages=stages) | {"vision": "x"}))
     recipe = load_recipe(file, ["stages.a.bridge.query_std=3", "stages.b.skipper.alpha=0.1"], name)
     early, *settle, late = recipe.stages
-    assert bool(settle) == (name == "balanced")
+    assert bool(settle) == (name == "scale-settled")
     if settle:  # most of the last stage's samples come before scaling
         assert [stage.name for stage in settle] == ["settle"] and settle[0].proportional_attention
         assert settle[0].bridge.scales == early.bridge.scales and settle[0].learning_rate == late.learning_rate
         assert settle[0].samples == round(0.75 * stages[1]["samples"])
     assert sum(stage.samples for stage in (*settle, late)) == stages[1]["samples"]
     tokens = early.bridge.scales.tokens, late.bridge.scales.tokens
-    assert tokens == {"fast": (24, 24), "balanced": (32, 336), "quality": (32, 336)}[name]
-    assert (early.places_of is None) == (name == "fast") and late.places_of is None
+    assert tokens == (24, 24) if name == "few-tokens" else (32, 336)
+    assert (early.places_of is None) == (name == "few-tokens") and late.places_of is None
     assert (early.bridge.width, early.bridge.heads, early.bridge.query_std) == (64, 2, 3)
     assert late.skipper is not None and late.skipper.alpha == 0.1  # which the preset has switched off
     assert early.compressor is None and late.bridge.width == 64
@@ -305,10 +324,26 @@ def test_presets_take_the_place_of_bridges_and_methods(tmp_path: Path, name: str
 def test_presets_that_do_not_fit_are_told(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe_values(tmp_path, stages=[stage_values()])))
-    with pytest.raises(ValueError, match="--preset best: expected one of fast, balanced, quality"):
+    with pytest.raises(ValueError, match="--preset best: expected one of few-tokens, scale-settled, scale"):
         load_recipe(file, None, "best")
     with pytest.raises(ValueError, match="two stages or more"):
-        load_recipe(file, None, "fast")
+        load_recipe(file, None, "few-tokens")
+
+
+@pytest.mark.parametrize("old, new", [("fast", "few-tokens"), ("balanced", "scale-settled"), ("quality", "scale")])
+def test_F25_old_names_of_presets_are_the_new_ones_with_a_warning(tmp_path: Path, old: str, new: str) -> None:
+    """Their order, fast to quality, was none of the figures'."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe_values(tmp_path, stages=[stage_values("a"), stage_values("b")])))
+    with pytest.warns(FutureWarning, match=f"--preset {old} is now called {new}; the old name goes with the next"):
+        assert load_recipe(file, None, old) == load_recipe(file, None, new)
+
+
+def test_F25_the_help_names_every_preset() -> None:
+    presets = yaml.safe_load(builtin_recipe("presets.yaml").read_text(encoding="utf-8"))
+    (option,) = (each for each in get_args(cli.Preset)[1:] if isinstance(each, OptionInfo))
+    names = re.findall(r"[a-z-]+", option.help.partition(":")[0].replace(" or ", ", "))
+    assert names == list(presets)
 
 
 COS = {"kind": "chain_of_sight", "width": 32, "heads": 2}

@@ -203,13 +203,13 @@ def test_a_comparison_is_planned_run_by_run():
 def test_a_preset_is_planned_before_it_is_trained():
     """The preset's stages, each cheaper than the recipe's own plan says; what it does not go with is told."""
     own = PAPER.parent / "own-data.yaml"
-    (balanced,) = load_recipes(own, None, "balanced")
-    assert [stage.name for stage in balanced.stages] == ["pretrain", "settle", "finetune"]
-    assert total_flops(forecast(balanced)) < total_flops(forecast(load_recipe(own)))
-    with pytest.raises(ValueError, match=r"--preset fast: .*demo\.yaml compares runs"):
-        load_recipes(PAPER.parent / "demo.yaml", None, "fast")
-    with pytest.raises(ValueError, match="--preset fast does not go with --sweep"):
-        cli.plan(own, ["seed=1,2"], preset="fast", sweep=True)
+    (settled,) = load_recipes(own, None, "scale-settled")
+    assert [stage.name for stage in settled.stages] == ["pretrain", "settle", "finetune"]
+    assert total_flops(forecast(settled)) < total_flops(forecast(load_recipe(own)))
+    with pytest.raises(ValueError, match=r"--preset few-tokens: .*demo\.yaml compares runs"):
+        load_recipes(PAPER.parent / "demo.yaml", None, "few-tokens")
+    with pytest.raises(ValueError, match="--preset few-tokens does not go with --sweep"):
+        cli.plan(own, ["seed=1,2"], preset="few-tokens", sweep=True)
 
 
 def test_page(paper, tmp_path):

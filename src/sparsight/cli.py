@@ -30,7 +30,9 @@ Overrides = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option(help="folder of the run; runs/NAME if not given")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint")]
-Preset = Annotated[str | None, typer.Option(help="fast, balanced or quality: bridges and methods that were measured")]
+Preset = Annotated[
+    str | None, typer.Option(help="few-tokens, scale-settled or scale: bridges and methods of recipes/presets.yaml")
+]
 
 
 def _console() -> Console:

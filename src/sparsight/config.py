@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from itertools import pairwise
@@ -567,8 +568,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, preset: st
     ``stages.pretrain.batch_size=8`` and ``data.scenes=200`` are overrides.
 
     Args:
-        preset: ``fast``, ``balanced`` or ``quality``: bridges and methods of `recipes/presets.yaml`, in place of the
-            recipe's; overrides come after it.
+        preset: ``few-tokens``, ``scale-settled`` or ``scale``: bridges and methods of `recipes/presets.yaml`, in place
+            of the recipe's; overrides come after it.
 
     Raises:
         ValueError: the file is not a YAML mapping, or a key or value is wrong; the message names each. Or there is no
@@ -620,7 +621,14 @@ def _read_yaml(file: Path, overrides: list[str] | None, preset: str | None = Non
     return values
 
 
+_OLD_PRESETS = {"fast": "few-tokens", "balanced": "scale-settled", "quality": "scale"}  # until the next release
+
+
 def _lay_over(values: dict[str, Any], name: str) -> None:
+    if (new := _OLD_PRESETS.get(name)) is not None:
+        text = f"--preset {name} is now called {new}; the old name goes with the next release"
+        warnings.warn(text, FutureWarning, stacklevel=2)
+        name = new
     presets = yaml.safe_load(builtin_recipe("presets.yaml").read_text(encoding="utf-8"))
     if name not in presets:
         raise ValueError(f"--preset {name}: expected one of {', '.join(presets)}")

@@ -77,7 +77,7 @@ def write_page(
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"slot": slot} | (filters or {})
+    environment.filters |= {"slot": slot, **(filters or {})}
     data = json.dumps(figures, allow_nan=False).replace("<", "\\u003c")
     nonce = hashlib.sha256(data.encode()).hexdigest()[:32]
     values |= {"colours": COLOURS, "figures": data, "plotly": get_plotlyjs() if figures else "", "nonce": nonce}
