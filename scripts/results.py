@@ -1,12 +1,11 @@
 """Write the tables of README and docs from the newest results in benchmarks/results/. A test checks them."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
 
 from sparsight.statistics import bootstrap, paired_test
 
@@ -29,7 +28,7 @@ def table(name: str, result: dict) -> str:
     lines = [
         f"**{name}** ({hardware['cpu']}, {hardware['cores']} cores; one seed; `benchmarks/results/{result['file']}`)",
         "",
-        row("", (run["name"] for run in runs), "chance", "shuffled pictures"),
+        row("", (run["name"] for run in runs), "chance", "shuffled images"),
         "|---" * (len(runs) + 3) + "|",
         row(
             "visual tokens by stage",
@@ -81,7 +80,7 @@ def bridge_table(name: str, result: dict) -> str:
         f"**{name}** ({where}; {result['precision']}; median of {result['rounds']}; "
         f"`benchmarks/results/{result['file']}`)",
         "",
-        "| map | layout | tokens | ms a picture | time, of the loop's | time, of one global resampler's |",
+        "| map | layout | tokens | ms an image | time, of the loop's | time, of one global resampler's |",
         "|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
@@ -114,7 +113,7 @@ def data_table(name: str, result: dict) -> str:
     hardware, (cached, plain) = result["env"]["hardware"], result["demo"]
     where = f"{hardware['cpu']}, {hardware['cores']} cores" if result["device"] == "cpu" else result["device"]
     lines = [
-        f"**{name}**: SmolLM2-135M, pictures with captions that people wrote, batches of {result['positions']} "
+        f"**{name}**: SmolLM2-135M, images with captions that people wrote, batches of {result['positions']} "
         f"positions ({where}; {result['precision']}; medians; `benchmarks/results/{result['file']}`)",
         "",
         "| layout | batches | not padding | ms a sample | of the padded one's |",
@@ -160,26 +159,35 @@ def plan_table(name: str, result: dict) -> str:
     return "\n".join(lines)
 
 
-CORE = ("standard", "cos 24-24", "cos 24-24 sts", "cos 32-32", "cos 32-336 settled", "cos 32-336 settled sts")
-SHOWN = (*CORE, "linear")  # the other ordinary bridge
+# The core rows, and the other ordinary bridge, in words that need no key.
+SHOWN = {
+    "standard": "*standard*: resampler, 336 tokens",
+    "cos 24-24": "24 tokens throughout",
+    "cos 24-24 sts": "24 tokens throughout, layer skipper in fine-tuning",
+    "cos 32-32": "32 tokens throughout",
+    "cos 32-336 settled": "32 tokens, then 336",
+    "cos 32-336 settled sts": "32 tokens, then 336, layer skipper in fine-tuning",
+    "linear": "LLaVA's MLP, 256 tokens",
+}
+CORE = tuple(row for row in SHOWN if row != "linear")
 # The papers' orderings: what is said, the row that should be ahead, the other one.
 ORDERINGS = (
     ("Several scales beat one at as many tokens (32)", "cos 32-32", "single 32-32"),
     ("Several scales beat one at as many tokens (80)", "cos 80-80", "single 80-80"),
     ("Scaling after pre-training gains (32 to 336)", "cos 32-336", "cos 32-32"),
     ("Scaling after pre-training gains (80 to 336)", "cos 80-336", "cos 80-80"),
-    ("The same with places of the scaled layout (ours; 32 to 336)", "cos 32-336 places", "cos 32-32"),
-    ("Places of the scaled layout in pre-training gain (ours; 32 to 336)", "cos 32-336 places", "cos 32-336"),
+    ("The same with positions of the scaled layout (ours; 32 to 336)", "cos 32-336 places", "cos 32-32"),
+    ("Positions of the scaled layout in pre-training gain (ours; 32 to 336)", "cos 32-336 places", "cos 32-336"),
     ("Local scaling beats global scaling (32 to 80, to 96)", "cos 32-80 local", "cos 32-96 global"),
-    ("Scales born from others beat fresh ones (32 to 336)", "cos 32-336", "cos 32-336 fresh"),
+    ("Scales that start from source scales beat fresh ones (32 to 336)", "cos 32-336", "cos 32-336 fresh"),
     ("Coarse to fine beats fine to coarse (32)", "cos 32-32", "fine to coarse 32-32"),
     (
-        "A falling share of skipped layers beats a constant one (20% off by their chances, both)",
+        "A falling share of skipped layers beats a constant one (20% skipped by their chances, both)",
         "skipper falling",
         "skipper constant",
     ),
     (
-        "A falling share of skipped layers beats a rising one (20% off by their chances against 59%)",
+        "A falling share of skipped layers beats a rising one (20% skipped by their chances against 59%)",
         "skipper falling",
         "skipper rising",
     ),
@@ -220,11 +228,13 @@ def seconds(result: dict, entry: dict) -> float | None:
     return sum(stage["planned_steps"] * step["seconds"] + step["encoding"] for stage, step in pairs)
 
 
-def quality_table(name: str, result: dict, data: str = "scenes", split: int = 1, only: tuple[str, ...] = ()) -> str:
+def quality_table(
+    name: str, result: dict, data: str = "scenes", split: int = 1, names: Mapping[str, str] | None = None
+) -> str:
     """Rows of the quality benchmark: cost relative to the standard row (where it did not run, to cos 24-24),
-    and scores by task, means over seeds."""
+    and scores by task, means over seeds. ``names``: only these rows, and how they are called."""
     rows, hardware = entries(result, data, split), result["env"]["hardware"]
-    rows = {row: seeds for row, seeds in rows.items() if not only or row in only}
+    rows = {row: seeds for row, seeds in rows.items() if names is None or row in names}
     which = data + (", fine-tuning half of *standard*'s time" if split > 1 else "")
     base = next((row for row in ("standard", "cos 24-24") if row in rows), None)
     if base is None:
@@ -247,11 +257,12 @@ def quality_table(name: str, result: dict, data: str = "scenes", split: int = 1,
         total = bootstrap(*grouped(seeds))
         mean = f"{100 * total.mean:.1f} ({100 * total.low:.1f} to {100 * total.high:.1f})"
         fp32 = sum(entry.get("precision") == "fp32" for entry in seeds)
-        shown = row + (" (fp32)" if fp32 == len(seeds) else f" ({fp32} of {len(seeds)} in fp32)" if fp32 else "")
+        precision = "" if not fp32 else " (fp32)" if fp32 == len(seeds) else f" ({fp32} of {len(seeds)} in fp32)"
+        shown = (names or {}).get(row, row) + precision
         cells = [shown, tokens, cost, clock, *(f"{100 * means[task]:.0f}" for task in tasks), mean, str(len(seeds))]
         lines.append("| " + " | ".join(cells) + " |")
     control = first["test"]["shuffled"]
-    cells = [f"*{base}*, shuffled pictures", "", "", "", *(f"{100 * control[task]:.0f}" for task in tasks), "", "1"]
+    cells = [f"*{base}*, shuffled images", "", "", "", *(f"{100 * control[task]:.0f}" for task in tasks), "", "1"]
     return "\n".join([*lines, "| " + " | ".join(cells) + " |"])
 
 
@@ -270,7 +281,7 @@ def margins_table(name: str, result: dict) -> str:
     tasks = list(rows["standard"][0]["test"]["scores"]) if standard else []
     lines = [
         f"Task by task against *standard* (`benchmarks/results/{result['file']}`): difference in points and its 95% "
-        "interval over pictures and seeds; bold where the score is below 99% of *standard*'s.",
+        "interval over images and seeds; bold where the score is below 99% of *standard*'s.",
         "",
         "| row | " + " | ".join(tasks) + " | seeds |",
         "|---" * (len(tasks) + 2) + "|",
@@ -304,7 +315,7 @@ def orderings_table(name: str, result: dict) -> str:
     spread = max((max(each) - min(each) for each in means), default=0.0)
     lines = [
         f"The papers' orderings in `benchmarks/results/{result['file']}`: difference of the mean score in points, 95% "
-        "interval over pictures and seeds, p-value of the paired test. *Reproduced*: the interval is above zero; "
+        "interval over images and seeds, p-value of the paired test. *Reproduced*: the interval is above zero; "
         "*contrary*: below; else *not seen at this scale*. Of one seed, the interval does not hold what another one "
         f"would change: means of a row's seeds lie up to {100 * spread:.1f} points apart.",
         "",
@@ -328,70 +339,44 @@ def orderings_table(name: str, result: dict) -> str:
     return "\n".join(lines)
 
 
-class TradeOff(NamedTuple):
-    """A row: FLOPs of *standard*'s, mean score and half its interval, and on the task that pays most the share of
-    *standard*'s score; the last three in percent."""
-
-    row: str
-    seeds: int
-    cost: float
-    mean: float
-    error: float
-    worst: float
-
-
-def trade_offs(result: dict) -> list[TradeOff]:
-    """Every row, cheapest first."""
-    rows = entries(result)
-    standard = {entry["seed"]: entry["test"]["scores"] for entry in rows["standard"]}
-    tasks, points = list(rows["standard"][0]["test"]["scores"]), []
-    for row, seeds in rows.items():
-        pairs = [(entry["test"]["scores"], standard[entry["seed"]]) for entry in seeds if entry["seed"] in standard]
-        means = [(fmean(ours[task] for ours, _ in pairs), fmean(theirs[task] for _, theirs in pairs)) for task in tasks]
-        total, cost = bootstrap(*grouped(seeds)), flops(seeds[0]) / flops(rows["standard"][0])
-        error, worst = (total.high - total.low) / 2, min(ours / theirs for ours, theirs in means)
-        points.append(TradeOff(row, len(seeds), cost, 100 * total.mean, 100 * error, 100 * worst))
-    return sorted(points, key=lambda point: point.cost)
+# Rows of the figure: what they are to a stranger, and where their text stands beside the point (x, y in points).
+FIGURE = {
+    "standard": ("standard: a resampler of 336 queries,\n336 visual tokens throughout", "right", (-9, 0)),
+    "linear": ("LLaVA's MLP on each of 256 patches,\n256 visual tokens throughout", "left", (9, 0)),
+    "cos 24-24": ("Chain-of-Sight,\n24 visual tokens throughout", "left", (9, 2)),
+    "cos 32-336 settled": ("Chain-of-Sight,\n32 visual tokens, then 336", "left", (9, -14)),
+}
 
 
 def draw(result: dict, file: Path) -> None:
-    """What rows cost against what they score, and against the task that pays most; the line joins rows that
-    nothing cheaper beats. Circles have several seeds, squares one. Rows that are far off would squeeze the rest."""
+    """Cost of the whole training against the mean score, with its 95% interval: the rows of `FIGURE`. The figure has a
+    ground of its own, so that it can be read on a light page and on a dark one."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    matplotlib.rcParams |= {"svg.hashsalt": "sparsight", "font.size": 9, "svg.fonttype": "none"}
-    points = [point for point in trade_offs(result) if not point.row.endswith(("fresh", "longer", "equal time"))]
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), sharex=True, layout="constrained")
-    titles = {"mean": "mean of seven tasks, percent", "worst": "the worst task, percent of standard's"}
-    for panel, (key, title) in zip(panels, titles.items(), strict=True):
-        heights = [getattr(point, key) for point in points]
-        edge = [place for place, height in enumerate(heights) if height > max(heights[:place], default=0)]
-        named = [place for place, point in enumerate(points) if place in edge or point.row in SHOWN]
-        for place, (point, height) in enumerate(zip(points, heights, strict=True)):
-            style: dict = {"color": "#1f5fa8" if place in named else "#b5b5b5", "markersize": 5, "elinewidth": 0.8}
-            style |= {"fmt": "o" if point.seeds > 1 else "s", "mfc": None if point.seeds > 1 else "white"}
-            panel.errorbar(point.cost, height, point.error if key == "mean" else None, **style)
-        panel.plot([points[place].cost for place in edge], [heights[place] for place in edge], "#1f5fa8", linewidth=0.8)
-        panel.set(xlabel="executed FLOPs of the whole training, share of standard's", title=title)
-        panel.grid(alpha=0.25)
-        panel.margins(y=0.1)
-        panel.axvline(0.25, color="#888888", linestyle=":")
-        low, high = panel.get_ylim()
-        step = (high - low) / 22
-        for column, cheap in ((0.36, True), (0.7, False)):  # names beside, none over another, all inside
-            places = sorted((n for n in named if (points[n].cost <= 0.5) == cheap), key=heights.__getitem__)
-            at = low
-            for above, place in zip(range(len(places), 0, -1), places, strict=True):
-                at = max(at + step, min(heights[place], high - step * above))
-                line = {"arrowstyle": "-", "color": "#888888", "linewidth": 0.5}
-                spot, box = (points[place].cost, heights[place]), {"fc": "white", "ec": "none", "pad": 0.5}
-                panel.annotate(points[place].row, spot, (column, at), arrowprops=line, va="center", bbox=box, size=7)
-        panel.text(0.26, low + step / 2, "aim: a quarter", color="#666666", size=7)
-    panels[1].axhline(99, color="#888888", linestyle=":")
-    panels[1].text(1.01, 99, "aim: 99", color="#666666", size=7, ha="right", va="top")
+    matplotlib.rcParams |= {"svg.hashsalt": "sparsight", "font.size": 11, "svg.fonttype": "none"}
+    rows = entries(result)
+    figure, panel = pyplot.subplots(figsize=(8.6, 4.4), layout="constrained", facecolor="white")
+    for row, (text, side, offset) in FIGURE.items():
+        seeds, colour = rows[row], "#1f5fa8" if row.startswith("cos") else "#6b6b6b"
+        total, cost = bootstrap(*grouped(seeds)), flops(seeds[0]) / flops(rows["standard"][0])
+        low, high = 100 * (total.mean - total.low), 100 * (total.high - total.mean)
+        style = {"fmt": "o", "color": colour, "markersize": 8, "elinewidth": 1.2, "capsize": 3}
+        panel.errorbar(cost, 100 * total.mean, [[low], [high]], **style)
+        text += (
+            f"\n{100 * total.mean:.0f}% at {cost:.2f} of the cost ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})"
+        )
+        place = {"xytext": offset, "textcoords": "offset points", "ha": side, "va": "center", "linespacing": 1.35}
+        panel.annotate(text, (cost, 100 * total.mean), color=colour, **place)
+    panel.set(xlim=(0, 1.08), ylim=(76, 98), xlabel="cost: executed FLOPs of the whole training (standard = 1)")
+    panel.set_ylabel("mean score of seven tasks, %")
+    panel.set(xticks=[0, 0.25, 0.5, 0.75, 1], yticks=[80, 85, 90, 95])
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+    panel.grid(alpha=0.3)
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)
     figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)
 
@@ -402,7 +387,7 @@ def newest(folder: Path) -> dict[str, dict]:
     return {name: json.loads(file.read_text(encoding="utf-8")) | {"file": file.name} for name, file in files.items()}
 
 
-core = partial(quality_table, only=SHOWN)
+core = partial(quality_table, names=SHOWN)
 methods = partial(speed_table, only=("methods", "idle"))
 Show = Callable[[str, dict], str]
 # Page -> results whose names begin so, and how they are shown.

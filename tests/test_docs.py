@@ -200,3 +200,39 @@ def test_F21_the_demo_learns_all_that_it_asks() -> None:
         pytest.skip("the newest result of the demo is one of an older recipe, with other tasks")
     for run in newest["runs"]:
         assert all(score - newest["chance"][task] >= 0.15 for task, score in run["scores"].items()), run["name"]
+
+
+def test_F27_the_figure_speaks_plainly() -> None:
+    """Its labels were names of rows that only their authors know ("cos 24-24 sts")."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import results
+
+    shown = " ".join(re.findall(r"<text[^>]*>([^<]*)</text>", (ROOT / "docs/quality.svg").read_text(encoding="utf-8")))
+    quality = results.newest(ROOT / "benchmarks/results")["quality"]
+    assert not [row for row in {entry["row"] for entry in quality["rows"]} - {"standard", "linear"} if row in shown]
+    for text, *_ in results.FIGURE.values():
+        assert all(line in shown for line in text.splitlines()), text
+    assert shown.count(" of the cost (") == 4
+
+
+def test_the_figure_has_a_ground_of_its_own() -> None:
+    """It is read on light pages and on dark ones."""
+    assert re.search(r'id="patch_1">\s*<path d="[^"]*" style="fill: #ffffff"', (ROOT / "docs/quality.svg").read_text())
+
+
+def test_F28_the_readme_says_only_what_is_so() -> None:
+    """Figures of its prose stand in its tables; presets exist; what was said too broadly is gone; limits are there."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import results
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    prose = readme.split(results.END)[1].split("## More")[0]
+    figures = re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", prose)
+    tables = results.render("README.md")
+    assert len(figures) >= 3 and not [figure for figure in figures if not re.search(rf"(?<!\d){figure}(?!\d)", tables)]
+    presets = yaml.safe_load((ROOT / "recipes/presets.yaml").read_text(encoding="utf-8"))
+    assert all(f"`{name}`" in readme for name in presets)
+    for broad in ("always run beside", "ordinary", "like any other"):
+        assert broad not in readme
+    limits = readme.split("## Limits")[1].split("## More")[0]
+    assert all(word in limits for word in ("GPU", "seed", "DeepSpeed", "FSDP version 1", "LLaVA's MLP"))
