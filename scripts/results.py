@@ -357,23 +357,23 @@ def draw(result: dict, file: Path) -> None:
     from matplotlib import pyplot
 
     matplotlib.rcParams |= {"svg.hashsalt": "sparsight", "font.size": 11, "svg.fonttype": "none"}
+    matplotlib.rcParams |= {"figure.constrained_layout.w_pad": 0.15, "figure.constrained_layout.h_pad": 0.15}
     rows = entries(result)
     figure, panel = pyplot.subplots(figsize=(8.6, 4.4), layout="constrained", facecolor="white")
     for row, (text, side, offset) in FIGURE.items():
         seeds, colour = rows[row], "#1f5fa8" if row.startswith("cos") else "#6b6b6b"
         total, cost = bootstrap(*grouped(seeds)), flops(seeds[0]) / flops(rows["standard"][0])
         low, high = 100 * (total.mean - total.low), 100 * (total.high - total.mean)
-        style = {"fmt": "o", "color": colour, "markersize": 8, "elinewidth": 1.2, "capsize": 3}
+        style: dict = {"fmt": "o", "color": colour, "markersize": 8, "elinewidth": 1.2, "capsize": 3}
         panel.errorbar(cost, 100 * total.mean, [[low], [high]], **style)
         text += (
             f"\n{100 * total.mean:.0f}% at {cost:.2f} of the cost ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})"
         )
-        place = {"xytext": offset, "textcoords": "offset points", "ha": side, "va": "center", "linespacing": 1.35}
+        place: dict = {"xytext": offset, "textcoords": "offset points", "ha": side, "va": "center", "linespacing": 1.35}
         panel.annotate(text, (cost, 100 * total.mean), color=colour, **place)
     panel.set(xlim=(0, 1.08), ylim=(76, 98), xlabel="cost: executed FLOPs of the whole training (standard = 1)")
     panel.set_ylabel("mean score of seven tasks, %")
     panel.set(xticks=[0, 0.25, 0.5, 0.75, 1], yticks=[80, 85, 90, 95])
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
     panel.grid(alpha=0.3)
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)

@@ -14,6 +14,7 @@ from sparsight.evaluation import ask as evaluation
 from sparsight.evaluation.ask import Item, Scores, answer_all, visual_tokens
 from sparsight.evaluation.metrics import yes_no_scores
 from sparsight.evaluation.scenes import evaluate_scenes, make_items, score_answer
+from sparsight.pipeline.evaluate import judged
 from tiny import ask
 
 CONFIG = SceneConfig(cutouts="shapes", numbers=1.0)
@@ -78,6 +79,20 @@ def test_F21_only_the_tasks_that_are_trained_are_asked(data: ScenesDataset) -> N
 def test_the_truth_scores_one(data: ScenesDataset) -> None:
     for item in make_items(data, 5):
         assert score_answer(item.task, item.truth, item.truth, data.scene(item.picture)) == 1
+
+
+@pytest.mark.parametrize(
+    "task, answer, points, right",
+    [
+        ("caption", "a dog , a cat", 1.0, True),
+        ("caption", "a dog , a car", 0.5, None),
+        ("caption", "a car", 0.0, False),
+        ("count", "2", 1.0, True),
+        ("grounding", "1 2 3 4", 0.0, False),
+    ],
+)
+def test_F21_a_caption_that_is_right_in_part_is_not_judged(task: str, answer: str, points: float, right: bool) -> None:
+    assert judged(Item(task, 0, "?", "a dog , a cat"), answer, points) is right
 
 
 def test_too_few_pictures_give_fewer_questions(data: ScenesDataset) -> None:

@@ -172,7 +172,7 @@ def test_p_values_stand_in_table_and_page(tmp_path, tested):
     for task, test in result["tests"]["mine"].items():
         shown = f"{test['p_value']:.3f}" if test["p_value"] >= 0.001 else "<0.001"
         assert shown in next(line for line in printed(result).splitlines() if f" {task} " in line)
-        assert f'<td class="quiet">{shown.replace("<", "&lt;")}</td>' in page
+        assert f'<td class="wide-only quiet">{shown.replace("<", "&lt;")}</td>' in page
     assert "paired permutation test" in page and "p: paired test" in " ".join(printed(result).split())
 
 

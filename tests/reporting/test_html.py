@@ -137,6 +137,16 @@ def test_F27_no_two_series_look_alike(tmp_path, runs):
         assert len(looks) == len(named) == 20
 
 
+def test_F21_a_caption_that_is_right_in_part_has_no_mark(tmp_path, runs):
+    """It was marked wrong beside a score that counts its right things."""
+    example = {"id": "1", "task": "caption", "question": "?", "truth": "a dog", "answer": "a dog , a car"}
+    marks = []
+    for correct in (True, False, None):
+        shown = Page(page_of([replace(runs[0], examples=[example | {"correct": correct}])], tmp_path)).text
+        marks.append(re.search("(✓ |✗ |)a dog , a car", shown).group(1))
+    assert marks == ["✓ ", "✗ ", ""]
+
+
 def test_warnings_are_on_the_page(tmp_path, runs):
     text = Page(page_of([replace(runs[0], problems=["line 3: cut"]), runs[1]], tmp_path)).text
     assert "sparsight: line 3: cut" in text

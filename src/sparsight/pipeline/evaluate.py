@@ -106,7 +106,7 @@ def score_run(
                 id=f"{asked.source}/{item.picture}",
                 image_png_base64=png(asked.questions.picture(item.picture), 512),
                 answer=answer,
-                correct=answer == item.truth if item.task == "caption" else points >= 0.5,
+                correct=judged(item, answer, points),
                 **{key: value for key, value in asdict(item).items() if key != "picture"},
             )
 
@@ -141,6 +141,13 @@ def evaluate_checkpoint(
         results.append(result)
     console.print(table)
     return results
+
+
+def judged(item: Item, answer: str, points: float) -> bool | None:
+    """Whether an example's answer is right; None for a caption that is so in part."""
+    if item.task != "caption":
+        return points >= 0.5
+    return True if answer == item.truth else None if points > 0 else False
 
 
 def _examples(result: Scores) -> list[tuple[Item, str, float]]:

@@ -293,9 +293,9 @@ def _windows(runs: list[Run]) -> dict[int, str]:
 
 
 def _right(record: Mapping[str, Any]) -> bool | None:
-    """The record's own `correct`, else whether the answer is the truth, up to case and punctuation."""
-    if isinstance(record.get("correct"), bool):
-        return bool(record["correct"])
+    """The record's own `correct` (None: not judged), else whether answer and truth are alike, up to case and punctuation."""
+    if "correct" in record:
+        return record["correct"] if isinstance(record["correct"], bool) else None
     answer, truth = (re.findall(r"\w+", str(record.get(key, "")).casefold()) for key in ("answer", "truth"))
     return True if answer == truth else None if len(truth) >= _FREE_TEXT else False
 
