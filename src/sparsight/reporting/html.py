@@ -293,7 +293,7 @@ def _windows(runs: list[Run]) -> dict[int, str]:
 
 
 def _right(record: Mapping[str, Any]) -> bool | None:
-    """The record's own `correct` (None: not judged), else whether answer and truth are alike, up to case and punctuation."""
+    """The record's own `correct`, else whether answer and truth are alike but for case and punctuation; None: free."""
     if "correct" in record:
         return record["correct"] if isinstance(record["correct"], bool) else None
     answer, truth = (re.findall(r"\w+", str(record.get(key, "")).casefold()) for key in ("answer", "truth"))
