@@ -234,5 +234,7 @@ def test_F28_the_readme_says_only_what_is_so() -> None:
     assert all(f"`{name}`" in readme for name in presets)
     for broad in ("always run beside", "ordinary", "like any other"):
         assert broad not in readme
+    card = (ROOT / "src/sparsight/reporting/card.md.j2").read_text(encoding="utf-8")
+    assert "ordinary" not in card and "import sparsight" in card
     limits = readme.split("## Limits")[1].split("## More")[0]
     assert all(word in limits for word in ("GPU", "seed", "DeepSpeed", "FSDP version 1", "LLaVA's MLP"))

@@ -1,4 +1,4 @@
-"""The composed VLM as an ordinary model of transformers.
+"""The composed VLM as a model of transformers.
 
 Names are loaded when asked for: a configuration alone must load no model (see ``sparsight._register``).
 """

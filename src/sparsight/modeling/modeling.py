@@ -1,4 +1,4 @@
-"""The composed VLM, an ordinary model of transformers.
+"""The composed VLM, a model of transformers.
 
 Shapes: I images in the whole batch, B samples, T text positions, N visual tokens an image, E language width,
 V vocabulary.
