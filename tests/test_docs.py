@@ -144,6 +144,7 @@ def test_the_tutorial_on_own_data_runs(tmp_path: Path, monkeypatch: pytest.Monke
         assert len(read_run(Path("runs") / name).points["things"].scores) == 8
 
 
+@pytest.mark.filterwarnings("error:.*stood on visual tokens")  # F02: its data have no such labels
 def test_the_tutorial_on_trl_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict = {}

@@ -19,6 +19,9 @@ from transformers import (
     SmolVLMConfig,
 )
 
+from sparsight.config import VisualTokenCompressor
+from sparsight.sparse.attach import attach
+from sparsight.sparse.gather import gather_inputs
 from tiny import make_vlm
 
 IMAGE, WORDS, SIDE, PATCH = 3, 60, 32, 8
@@ -178,3 +181,48 @@ def _pixels(name: str, images: int, generator: torch.Generator) -> dict[str, Any
             "image_sizes": torch.tensor([[SIDE, SIDE]] * images),
         }
     return {"pixel_values": pixels[:, None] if name in ("smolvlm", "idefics3") else pixels}
+
+
+def masked_reference(
+    model: Any, batch: dict[str, Any], method: str, monkeypatch: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits of the short pass, those of the full model where dropped positions are hidden from every other one, and
+    which positions were kept."""
+    batch = {key: value for key, value in batch.items() if key != "labels"}
+    handle = attach(model, VisualTokenCompressor(keep=0.5, method=method), train_only=False)
+    seen = {}
+
+    def spy(kwargs, kept, keep_BT, *options):
+        seen.update(keep=keep_BT)
+        return gather_inputs(kwargs, kept, keep_BT, *options)
+
+    monkeypatch.setattr("sparsight.sparse.attach.gather_inputs", spy)
+    with torch.no_grad():
+        short = model(**batch).logits
+    handle.detach()
+    keep = seen["keep"]
+    assert keep.sum() < batch["attention_mask"].sum()
+
+    def hide(plain, *args, **kwargs):
+        mask = kwargs["attention_mask"]
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+            kwargs["attention_mask"] = mask * keep
+        else:
+            hidden = ~keep[:, None, None] & ~torch.eye(keep.shape[1], dtype=torch.bool)
+            masks = mask if isinstance(mask, dict) else {"": mask}
+            masks = {
+                key: m.masked_fill(hidden, False if m.dtype == torch.bool else torch.finfo(m.dtype).min)
+                for key, m in masks.items()
+            }
+            kwargs["attention_mask"] = masks if isinstance(mask, dict) else masks[""]
+        if kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = torch.arange(keep.shape[1])[None]
+        return plain(*args, **kwargs)
+
+    decoder = model.get_decoder()
+    plain = decoder.forward
+    decoder.forward = lambda *args, **kwargs: hide(plain, *args, **kwargs)
+    with torch.no_grad():
+        full = model(**batch).logits
+    decoder.forward = plain
+    return short, full, keep

@@ -3,7 +3,7 @@ import warnings
 
 import pytest
 import torch
-from families import FAMILIES, IMAGE, TEXT, batch_of, made, tokens_of_an_image
+from families import FAMILIES, IMAGE, TEXT, batch_of, made, masked_reference, tokens_of_an_image
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
@@ -11,7 +11,6 @@ from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausa
 from sparsight.config import LayerSkipper, VisualTokenCompressor
 from sparsight.sparse.attach import NoEffectWarning, attach
 from sparsight.sparse.compress import compress
-from sparsight.sparse.gather import gather_inputs
 from tiny import make_vlm
 
 QUARTER = VisualTokenCompressor(keep=0.25)
@@ -105,42 +104,8 @@ def test_a_dropped_token_is_as_if_it_were_masked(name, method, monkeypatch):
     """The short pass gives what the full model gives when the dropped positions are hidden from every other one."""
     model = made(name).eval()
     batch = batch_of(name, model, (1, 2) if name != "paligemma" else (1, 1))
-    labels = batch.pop("labels")
-    handle = attach(model, VisualTokenCompressor(keep=0.5, method=method), train_only=False)
-    seen = {}
-
-    def spy(kwargs, kept, keep_BT, *options):
-        seen.update(keep=keep_BT)
-        return gather_inputs(kwargs, kept, keep_BT, *options)
-
-    monkeypatch.setattr("sparsight.sparse.attach.gather_inputs", spy)
-    with torch.no_grad():
-        short = model(**batch).logits
-    handle.detach()
-    keep = seen["keep"]
-    assert keep.sum() < batch["attention_mask"].sum()
-
-    def hide(plain, *args, **kwargs):
-        mask = kwargs["attention_mask"]
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            kwargs["attention_mask"] = mask * keep
-        else:
-            hidden = ~keep[:, None, None] & ~torch.eye(keep.shape[1], dtype=torch.bool)
-            masks = mask if isinstance(mask, dict) else {"": mask}
-            masks = {
-                key: m.masked_fill(hidden, False if m.dtype == torch.bool else torch.finfo(m.dtype).min)
-                for key, m in masks.items()
-            }
-            kwargs["attention_mask"] = masks if isinstance(mask, dict) else masks[""]
-        if kwargs.get("position_ids") is None:
-            kwargs["position_ids"] = torch.arange(keep.shape[1])[None]
-        return plain(*args, **kwargs)
-
-    decoder = model.get_decoder()
-    plain = decoder.forward
-    decoder.forward = lambda *args, **kwargs: hide(plain, *args, **kwargs)
-    with torch.no_grad():
-        full = model(**batch).logits
+    short, full, keep = masked_reference(model, batch, method, monkeypatch)
+    labels = batch["labels"]
     learnt = labels != -100
     before = torch.cat([learnt[:, 1:], torch.zeros_like(learnt[:, :1])], 1)  # the positions that predict a label
     assert (keep | ~before).all()  # none of them was dropped
@@ -234,7 +199,7 @@ def test_lora_before_or_after(name):
         wrapped = get_peft_model(model, adapters) if attached_first else wrapped
         handle.off = (False, True, False, True)[: handle.parts.layers]
         wrapped.train()(**batch_of(name, model, (2, 1))).loss.backward()
-        assert handle._images == [tokens_of_an_image(name)] * 3
+        assert handle._sizes["image"] == [tokens_of_an_image(name)] * 3
         found.append({key.removeprefix("base_model.model."): p.grad for key, p in wrapped.named_parameters()})
         handle.detach()
     learnt = {key for key, grad in found[0].items() if grad is not None}

@@ -1,9 +1,11 @@
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from families import batch_of, made
+from families import FAMILIES, batch_of, made
+from test_families import script
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Trainer, TrainerState, TrainingArguments
 
@@ -211,3 +213,89 @@ def test_with_trl(tmp_path):
     assert sum(entry["loss"] for entry in logged[-3:]) < sum(entry["loss"] for entry in logged[:3])
     assert logged[-1]["layers_run"] == 1 > min(entry["layers_run"] for entry in logged)
     assert "mean_token_accuracy" in logged[0]  # taken from the logits: they have their full length
+
+
+class Repeated(torch.utils.data.Dataset):
+    """The same batch of two, eight times."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return self.batch
+
+
+def model_and_data(name):
+    """One of `families`, or one that `try_families` makes."""
+    if name in FAMILIES:
+        model = made(name)
+        return model, batch_of(name, model)
+    model = script.made(name)
+    return model, script.batch_of(model)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "gemma3", "gemma4"])
+def test_F40_the_whole_path_in_every_family(name, tmp_path):
+    """Train, log, save, resume; layers of other sizes (Gemma 4) are counted too."""
+    ends = []
+    for resume in (None, str(tmp_path / "checkpoint-1")):
+        model, batch = model_and_data(name)
+        skipper = None if name == "gemma4" else SKIPPER
+        callback = SparsightCallback(attach(model, COMPRESSOR, skipper, seed=3), dense_probe=1)
+        arguments = TrainingArguments(
+            str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=1,
+            save_steps=1,
+            logging_steps=1,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = Trainer(
+            model, arguments, data_collator=lambda x: x[0], train_dataset=Repeated(batch), callbacks=[callback]
+        )
+        trainer.floating_point_ops = callback.floating_point_ops
+        trainer.train(resume_from_checkpoint=resume)
+        logged = steps(trainer)
+        assert len(logged) == 2
+        for entry in logged:
+            assert entry["visual_tokens_out"] < entry["visual_tokens_in"] or entry["keep"] == 1.0
+            assert 0 < entry["language_flops"] < entry["flops"] and entry["language_flops_ratio"] < 1
+            assert {"loss_dense", "loss_sparse"} <= entry.keys() or entry is logged[0]
+        ends.append((logged[-1]["loss"], logged[-1]["language_flops"], model.state_dict()))
+    (loss, count, state), (again, recount, restate) = ends
+    assert loss == again and count == recount
+    assert all(torch.equal(tensor, restate[key]) for key, tensor in state.items())
+
+
+def test_F40_layers_of_other_sizes_count_by_their_own():
+    model, batch = model_and_data("gemma4")
+    handle = attach(model, VisualTokenCompressor(keep=0.5))
+    model(**batch).loss.backward()
+    (done,) = handle.take_passes()
+    found = figures(handle, [done])["language_flops"]
+    config = model.config.get_text_config()
+    shapes = [LanguageShape.from_config(layer) for layer in config.per_layer_config]
+    assert {shape.head_dim for shape in shapes} == {32, 512}
+    each = [
+        language_flops(replace(shape, layers=1), done.rows, done.length, done.rows * done.length, Trains(vision=True))
+        for shape in shapes
+    ]
+    vocabulary = each[0]["vocabulary"]
+    assert found == pytest.approx(sum(sum(parts.values()) - vocabulary for parts in each) + vocabulary)
+
+
+def test_F40_accounting_never_ends_a_training(tmp_path, monkeypatch):
+    def fails(*_):
+        raise ZeroDivisionError("no such layer")
+
+    monkeypatch.setattr("sparsight.sparse.callback.figures", fails)
+    with pytest.warns(UserWarning, match="FLOPs are left out of the log: Llava.* .ZeroDivisionError: no such layer."):
+        trainer, callback = trained(tmp_path)
+    assert len(steps(trainer)) == 6 and "language_flops" not in steps(trainer)[0]
+    assert callback.floating_point_ops({}) == 0.0

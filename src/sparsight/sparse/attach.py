@@ -11,9 +11,9 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
-from itertools import accumulate, groupby, pairwise
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,21 @@ from sparsight.schedules import anneal, skip_probabilities, skipped_layers
 from sparsight.sparse.blank import blank_features
 from sparsight.sparse.compress import compress
 from sparsight.sparse.gather import Kept, gather_inputs, packed_samples
+from sparsight.sparse.visual import (
+    GRID_INPUTS,
+    Run,
+    named,
+    runs,
+    sizes_of,
+    tell_of_visual_labels,
+    without_visual_labels,
+)
 
+_UNEVEN = (
+    "this cache was filled from padded rows, or from rows that keep different numbers of positions, whose visual "
+    "tokens were compressed: what follows cannot tell which of its positions are padding. Use rows of one length "
+    "without padding, or use_cache=False, or train_only=True"
+)
 _IDLE = 50  # steps without an effect before the user is told
 
 
@@ -48,7 +62,7 @@ class Parts:
 @dataclass(frozen=True)
 class Pass:
     """One forward pass in which the methods were on: rows, their length before and after, layers run, visual tokens,
-    and values of the pictures' ``pixel_values``."""
+    and values of the inputs of each encoder (``pixel_values`` of "image", ``pixel_values_videos`` of "video", ...)."""
 
     rows: int
     length_in: int
@@ -56,7 +70,7 @@ class Pass:
     layers_run: int
     visual_in: int
     visual_out: int
-    pixels: int = 0
+    pixels: Mapping[str, int] = field(default_factory=dict)
 
 
 def find_parts(model: Any) -> tuple[Parts, Any, list[nn.Module], Any]:
@@ -181,13 +195,18 @@ class SparseHandle:
         self._drawn = 0  # pictures of the present step so far: each draws its own random tokens
         self._batch: tuple[Any, dict[str, Any]] | None = None
         self._visual_BT: torch.Tensor | None = None
+        self._video_BT: torch.Tensor | None = None
+        self._padding_BT: torch.Tensor | None = None  # 0 at padding, as the model was told
         self._kept: Kept | None = None
-        self._images: list[int] = []
+        self._sizes: dict[str, list[int]] = {}  # visual tokens of each image, and of each video
+        self._told_of_labels = False
         self._grid_inputs: dict[str, Any] = {}
         self.splicer = _splicer(model, parts.vision)
-        self.pixel_flops: float | None = None
-        self.image_call: tuple[Any, dict[str, Any], int] | None = None  # the first one, to be measured on
-        self._pixels = 0
+        self.pixel_flops: dict[str, float] = {}
+        # The first one of each kind, to be measured on: arguments, and how many values they have.
+        self.encoder_calls: dict[str, tuple[Any, dict[str, Any], int]] = {}
+        self._pixels: dict[str, int] = {}
+        self._encoding = False
         # Pictures and videos go through the vision tower one after the other.
         self.videos = "pixel_values_videos" in inspect.signature(self.splicer.forward).parameters
         self._given = 0  # inputs of the vision tower in this batch
@@ -326,32 +345,66 @@ class SparseHandle:
         setattr(owner, name, patched)
 
     def _watch_features(self) -> None:
-        """Let the module that splices visual tokens in tell how many each image has."""
+        """Let the module that splices visual tokens in tell how many each image and each video has, and count what
+        goes into its encoders, that of sound too."""
+        for kind in ("image", "video", "audio"):
+            if hasattr(self.splicer, f"get_{kind}_features"):
+                self._patch(self.splicer, f"get_{kind}_features", self._features(kind))
 
-        def get_image_features(plain: Any, *args: Any, **kwargs: Any) -> Any:
-            found = plain(*args, **kwargs)
-            features = getattr(found, "pooler_output", found)
-            self._images = [int(image.shape[-2]) for image in features] if features is not None else []
-            given = kwargs.get("pixel_values", args[0] if args else None)
-            if isinstance(given, torch.Tensor) and self.active():
-                self._pixels += given.numel()
-                if self.pixel_flops is None:
-                    self.image_call = self.image_call or (args, kwargs, given.numel())
+    def _features(self, kind: str) -> Any:
+        def features(plain: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._encoding:  # some families encode a video as they do images
+                return plain(*args, **kwargs)
+            self._encoding = True
+            try:
+                found = plain(*args, **kwargs)
+            finally:
+                self._encoding = False
+            given = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
+            if kind != "audio":
+                self._sizes[kind] = sizes_of(self.splicer, getattr(found, "pooler_output", found), given)
+            if given is not None and self.active():
+                self._pixels[kind] = self._pixels.get(kind, 0) + given.numel()
+                if kind not in self.pixel_flops:
+                    self.encoder_calls.setdefault(kind, (args, kwargs, given.numel()))
             return found
 
-        if hasattr(self.splicer, "get_image_features"):
-            self._patch(self.splicer, "get_image_features", get_image_features)
+        return features
 
-    def _before(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._kept, self._images, self._pixels = None, [], 0
-        self._grid_inputs = {key: kwargs.get(key) for key in ("image_grid_thw", "image_sizes")}
-        ids = kwargs.get("input_ids", args[0] if args else None)
+    def _before(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        self._kept, self._sizes, self._pixels = None, {}, {}
         if self.model.training:
             self._batch = args, kwargs
-        self._given = sum(kwargs.get(key) is not None for key in ("pixel_values", "pixel_values_videos"))
+        inputs = named(self.model, args, kwargs)
+        self._grid_inputs = {key: inputs.get(key) for key in GRID_INPUTS}
+        self._given = sum(inputs.get(key) is not None for key in ("pixel_values", "pixel_values_videos"))
+        self._padding_BT = inputs.get("attention_mask")
         self._visual_BT, self._embeds_due = None, True
-        if isinstance(ids, torch.Tensor):
-            self._visual_BT = torch.isin(ids, torch.tensor(self.parts.visual_token_ids, device=ids.device))
+        if not isinstance(ids := inputs.get("input_ids"), torch.Tensor):
+            return None
+        self._visual_BT = torch.isin(ids, torch.tensor(self.parts.visual_token_ids, device=ids.device))
+        image, video = (getattr(self.model.config, f"{kind}_token_id", None) for kind in ("image", "video"))
+        self._video_BT = ids == video if video not in (None, image) else torch.zeros_like(self._visual_BT)
+        if inputs.get("pixel_values_videos") is not None and not bool(self._video_BT.any()):
+            self._video_BT = self._visual_BT  # GLM-4V: frames stand at the places of images
+        return self._unlabelled(inputs)
+
+    def _unlabelled(self, inputs: dict[str, Any]) -> Any:
+        """In training, and where dense and sparse are compared: no loss is taken on visual tokens. Said once.
+
+        Returns:
+            Arguments, as a hook gives them; None where nothing changes.
+        """
+        assert self._visual_BT is not None
+        if not (self._probing or (self.model.training and self.enabled)):
+            return None
+        inputs, visual, count = without_visual_labels(inputs, self._visual_BT)
+        if not visual:
+            return None
+        if not self._told_of_labels:
+            self._told_of_labels = True
+            tell_of_visual_labels(visual, count)
+        return (), inputs
 
     def _embedded(self, _: nn.Module, __: Any, embeds: torch.Tensor) -> torch.Tensor:
         """Where there are several ranks: one that has text alone, or no videos, does as the others, which have some.
@@ -370,12 +423,12 @@ class SparseHandle:
             wanted = max(1, largest(calls, embeds.device)) if self.videos else 1
             for _blank in range(wanted - calls):
                 embeds = embeds + 0.0 * blank_features(self.splicer, embeds).to(embeds.dtype)
-            self._images = []  # of this batch, blank ones are none
+            self._sizes.pop("image", None)  # of this batch, blank ones are none
         inside = self.parts.decoder + ".", self.parts.head + "."
         return touched(embeds, (p for name, p in self.model.named_parameters() if not name.startswith(inside)))
 
     def _after(self, *_: Any) -> None:
-        self._kept = self._visual_BT = None
+        self._kept = self._visual_BT = self._video_BT = self._padding_BT = None
 
     def _layer_forward(self, number: int) -> Any:
         def forward(plain: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -396,21 +449,25 @@ class SparseHandle:
 
     def _decoder_forward(self, plain: Any, *args: Any, **kwargs: Any) -> Any:
         embeds, visual_BT = kwargs.get("inputs_embeds"), self._visual_BT
+        if getattr(kwargs.get("past_key_values"), "_sparsight_uneven", False):
+            raise ValueError(_UNEVEN)
         if not self.active() or embeds is None or visual_BT is None or visual_BT.shape != embeds.shape[:2]:
             return plain(*args, **kwargs)
+        visual_BT = visual_BT.to(embeds.device)
         visual = int(visual_BT.sum())
         self._watch("compressor", self.compressor is not None and visual == 0)
         self._watch("skipper", self.skipper is not None and not any(self.off))
         rows, length = embeds.shape[:2]
         run = self.parts.layers - sum(self.off)
         if self.keep == 1.0 or visual == 0:
-            self.passes.append(Pass(rows, length, length, run, visual, visual, self._pixels))
+            self.passes.append(Pass(rows, length, length, run, visual, visual, dict(self._pixels)))
             return plain(*args, **kwargs)
         sample_BT = packed_samples(kwargs, rows, length)
+        sample_BT = None if sample_BT is None else sample_BT.to(embeds.device)
         embeds, keep_BT = self._compressed(embeds, visual_BT, kwargs.get("attention_mask"), sample_BT)
         kept = self._kept = Kept.of(keep_BT)
         after, left = kept.index_BK.shape[1], int((keep_BT & visual_BT).sum())
-        self.passes.append(Pass(rows, length, after, run, visual, left, self._pixels))
+        self.passes.append(Pass(rows, length, after, run, visual, left, dict(self._pixels)))
         renumbered = self.compressor is not None and self.compressor.positions == "renumbered"
         kwargs = gather_inputs(kwargs, kept, keep_BT, renumbered, self.decoder.config)
         output = plain(*args, **(kwargs | {"inputs_embeds": kept.gather(embeds, 1)}))
@@ -419,6 +476,9 @@ class SparseHandle:
                 f"{type(self.model).__name__} was asked for router_logits, whose loss balances experts over all "
                 "positions: with a compressor, set output_router_logits=False"
             )
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None and not bool(keep_BT[~visual_BT].all() and kept.valid_BK.all()):
+            cache._sparsight_uneven = True
         for key in ("last_hidden_state", "hidden_states"):
             value = getattr(output, key, None)
             if isinstance(value, torch.Tensor):
@@ -444,18 +504,17 @@ class SparseHandle:
         """
         assert self.compressor is not None
         keep_BT = torch.ones_like(visual_BT)
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            keep_BT &= mask.bool()
+        for known in (mask, self._padding_BT):  # masks for each kind of layer do not tell padding, the model's own does
+            if isinstance(known, torch.Tensor) and known.shape == keep_BT.shape:
+                keep_BT &= known.to(keep_BT.device).bool()
         places_M2 = visual_BT.nonzero()
-        runs = self._runs(places_M2)
+        found = self._runs(places_M2)
         options: dict[str, Any] = {}
-        first, self._drawn = self._drawn, self._drawn + len(runs)
-        starts = [0, *accumulate(runs)]
-        grids = self._grids(runs)
-        kinds = [(length, grid or (1, length)) for length, grid in zip(runs, grids, strict=True)]
-        for kind, group in groupby(sorted(range(len(runs)), key=kinds.__getitem__), kinds.__getitem__):
+        first, self._drawn = self._drawn, self._drawn + len(found)
+        kinds = [(run.length, run.grid or (1, run.length)) for run in found]
+        for kind, group in groupby(sorted(range(len(found)), key=kinds.__getitem__), kinds.__getitem__):
             (length, grid), members = kind, list(group)
-            rows_I = torch.tensor([starts[number] for number in members], device=embeds_BTD.device)
+            rows_I = torch.tensor([found[number].start for number in members], device=embeds_BTD.device)
             place_IN2 = places_M2[rows_I[:, None] + torch.arange(length, device=embeds_BTD.device)]
             sample_IN, position_IN = place_IN2.unbind(-1)
             tokens_IND = embeds_BTD[sample_IN, position_IN]
@@ -485,29 +544,10 @@ class SparseHandle:
         mixed = np.random.SeedSequence([self.seed, self.global_step, picture]).generate_state(1)
         return torch.Generator().manual_seed(int(mixed[0]))
 
-    def _runs(self, places_M2: torch.Tensor) -> list[int]:
-        """How many visual tokens each image has, in reading order: as its features say, else by unbroken runs."""
-        if sum(self._images) == len(places_M2):
-            return self._images
-        step_M = places_M2[1:] - places_M2[:-1]
-        breaks = ((step_M[:, 0] != 0) | (step_M[:, 1] != 1)).nonzero().flatten().add(1).tolist()
-        edges = [0, *breaks, len(places_M2)]
-        return [end - start for start, end in pairwise(edges)]
-
-    def _grids(self, runs: Sequence[int]) -> list[tuple[int, int] | None]:
-        """Rows and columns of each image's tokens; None where they stand in no grid: queries, tiles, videos."""
+    def _runs(self, places_M2: torch.Tensor) -> list[Run]:
+        """Where each image's and each video's tokens are, in reading order."""
+        assert self._video_BT is not None
         config: Any = self.model.config
-        if not getattr(self.splicer, "tokens_on_grid", not hasattr(config, "image_grid_pinpoints")):
-            return [None] * len(runs)
-        vision, inputs = getattr(config, "vision_config", None), self._grid_inputs
-        if (patches := inputs.get("image_grid_thw")) is not None:
-            merge = getattr(vision, "spatial_merge_size", 1)
-            found = [(frames * rows // merge, columns // merge) for frames, rows, columns in patches.tolist()]
-        elif (sizes := inputs.get("image_sizes")) is not None and hasattr(config, "spatial_merge_size"):
-            pixels = vision.patch_size * config.spatial_merge_size  # type: ignore[union-attr]
-            found = [(height // pixels, width // pixels) for height, width in torch.as_tensor(sizes).tolist()]
-        else:
-            found = [(round(length**0.5),) * 2 for length in runs]
-        if len(found) != len(runs):
-            return [None] * len(runs)
-        return [grid if grid[0] * grid[1] == length else None for grid, length in zip(found, runs, strict=True)]
+        on_grid = getattr(self.splicer, "tokens_on_grid", not hasattr(config, "image_grid_pinpoints"))
+        video_M = self._video_BT.to(places_M2.device)[places_M2[:, 0], places_M2[:, 1]]
+        return runs(places_M2, video_M, self._sizes, self._grid_inputs, config, on_grid)

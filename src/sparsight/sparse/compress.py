@@ -1,11 +1,13 @@
 """Visual Token Compressor (Sparse Training Scheme, stage I): pure functions from many visual tokens to few.
 
-Shapes: B images, N visual tokens, K kept ones, D width, T text positions, H x W grid of the tokens.
+Shapes: B images, N visual tokens, K kept ones, D width, T text positions, H x W grid of the tokens, F frames.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+from math import prod
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ def compress(
     keep: float,
     method: str = "uniform",
     *,
-    grid: tuple[int, int] | None = None,
+    grid: tuple[int, ...] | None = None,
     text_BTD: torch.Tensor | None = None,
     text_mask_BT: torch.Tensor | None = None,
     generators: Sequence[torch.Generator] | None = None,
@@ -30,7 +32,8 @@ def compress(
 
     Args:
         method: "uniform", "random", "text" (Sparse Training Scheme, figure); "pool", "similarity", "merge" (ours).
-        grid: rows and columns of the tokens, for "pool" and "similarity"; without it they go along the sequence.
+        grid: rows and columns of the tokens, or frames, rows and columns, for "pool" and "similarity"; without it they
+            go along the sequence. Frames are not mixed, unless "pool" keeps fewer tokens than there are frames.
         text_BTD: the text's embeddings, for "text".
         text_mask_BT: which of them are text; all if not given.
         generators: for "random", one for each image.
@@ -45,8 +48,8 @@ def compress(
     if method not in METHODS:
         raise ValueError(f"method '{method}': expected one of {', '.join(METHODS)}")
     batch, tokens = tokens_BND.shape[:2]
-    if grid is not None and grid[0] * grid[1] != tokens:
-        raise ValueError(f"a grid of {grid[0]} x {grid[1]} has {grid[0] * grid[1]} tokens, found {tokens}")
+    if grid is not None and prod(grid) != tokens:
+        raise ValueError(f"a grid of {' x '.join(map(str, grid))} has {prod(grid)} tokens, found {tokens}")
     kept = kept_tokens(tokens, keep)
     if kept == tokens:
         return tokens_BND, torch.arange(tokens, device=tokens_BND.device).expand(batch, -1)
@@ -96,12 +99,11 @@ def _text(
     return _best(tokens_BND, _relevance(tokens_BND, text, mask), kept)
 
 
-def _pool(tokens_BND: torch.Tensor, kept: int, grid: tuple[int, int], **_: Any) -> Compressed:
-    """Averages of neighbours: along the rows of the grid's coarser version, as near to ``kept`` as whole cells allow.
+def _cells(kept: int, rows: int, columns: int) -> torch.Tensor:
+    """The cell, from 0, of each token of one frame, (N,).
 
     Cells are cut so that exactly ``kept`` come out: rows of cells first, then each row into as equal parts as can be.
     """
-    rows, columns = grid
     bands = min(rows, max(1, round((kept * rows / columns) ** 0.5)), kept)
     bands = max(bands, -(-kept // columns))
     cell_HW = torch.empty(rows, columns, dtype=torch.long)
@@ -111,7 +113,21 @@ def _pool(tokens_BND: torch.Tensor, kept: int, grid: tuple[int, int], **_: Any) 
         top, bottom = band * rows // bands, (band + 1) * rows // bands
         cell_HW[top:bottom] = start + torch.arange(columns) * parts // columns
         start += parts
-    cell_N = cell_HW.flatten()
+    return cell_HW.flatten()
+
+
+def _pool(tokens_BND: torch.Tensor, kept: int, grid: tuple[int, ...], **_: Any) -> Compressed:
+    """Averages of neighbours: along the rows of the grid's coarser version, as near to ``kept`` as whole cells allow.
+
+    Each frame gets its share of them; where there are fewer than frames, neighbouring frames become one cell.
+    """
+    *outer, rows, columns = grid
+    frames = prod(outer)
+    if kept < frames:
+        cell_N = (torch.arange(frames) * kept // frames).repeat_interleave(rows * columns)
+    else:
+        first = [frame * kept // frames for frame in range(frames + 1)]
+        cell_N = torch.cat([start + _cells(end - start, rows, columns) for start, end in pairwise(first)])
     count_K = torch.bincount(cell_N, minlength=kept)
     share_KN = F.one_hot(cell_N, kept).T / count_K[:, None]
     # The place of a cell is that of its member in the middle.
@@ -123,23 +139,24 @@ def _pool(tokens_BND: torch.Tensor, kept: int, grid: tuple[int, int], **_: Any) 
 
 
 @torch.no_grad()
-def redundancy(tokens_BND: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """How well a token's neighbours on the grid (above, below, left, right) say what it says: their mean cosine
-    similarity to it, (B, N)."""
-    unit_BHWD = F.normalize(tokens_BND.float(), dim=-1).unflatten(1, grid)
-    total_BHW = unit_BHWD.new_zeros(unit_BHWD.shape[:3])
-    count_BHW = torch.zeros_like(total_BHW)
-    for axis in (1, 2):
-        size = unit_BHWD.shape[axis]
-        one, other = unit_BHWD.narrow(axis, 0, size - 1), unit_BHWD.narrow(axis, 1, size - 1)
+def redundancy(tokens_BND: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
+    """How well a token's neighbours on the grid of its frame (above, below, left, right) say what it says: their mean
+    cosine similarity to it, (B, N)."""
+    *outer, rows, columns = grid
+    unit_BFHWD = F.normalize(tokens_BND.float(), dim=-1).unflatten(1, (prod(outer), rows, columns))
+    total_BFHW = unit_BFHWD.new_zeros(unit_BFHWD.shape[:4])
+    count_BFHW = torch.zeros_like(total_BFHW)
+    for axis in (2, 3):
+        size = unit_BFHWD.shape[axis]
+        one, other = unit_BFHWD.narrow(axis, 0, size - 1), unit_BFHWD.narrow(axis, 1, size - 1)
         similar = (one * other).sum(-1)
         for start in (0, 1):
-            total_BHW.narrow(axis, start, size - 1).add_(similar)
-            count_BHW.narrow(axis, start, size - 1).add_(1)
-    return (total_BHW / count_BHW.clamp(min=1)).flatten(1)
+            total_BFHW.narrow(axis, start, size - 1).add_(similar)
+            count_BFHW.narrow(axis, start, size - 1).add_(1)
+    return (total_BFHW / count_BFHW.clamp(min=1)).flatten(1)
 
 
-def _similarity(tokens_BND: torch.Tensor, kept: int, grid: tuple[int, int], **_: Any) -> Compressed:
+def _similarity(tokens_BND: torch.Tensor, kept: int, grid: tuple[int, ...], **_: Any) -> Compressed:
     return _best(tokens_BND, -redundancy(tokens_BND, grid), kept)
 
 

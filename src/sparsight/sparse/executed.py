@@ -1,7 +1,11 @@
-"""What an attached model executed: its language model in closed form, its way from pixels to visual tokens measured."""
+"""What an attached model executed: its language model in closed form, its way from pixels to visual tokens measured.
+
+All encoders that the model's inputs go through count: of images, of videos, and of sound.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,11 +23,12 @@ def figures(handle: SparseHandle, passes: Sequence[Pass]) -> dict[str, float]:
     """What passes executed, as it stands in the log. ``flops`` is left out where the vision tower cannot be measured:
     with several ranks, which would have to measure together."""
     config: Any = handle.model.config
-    shape = LanguageShape.from_config(config.get_text_config())
+    shapes = _shapes(config.get_text_config())
     trains = _trains(handle)
 
     def flops(layers: int, rows: int, length: int) -> float:
-        return sum(language_flops(replace(shape, layers=layers), rows, length, rows * length, trains).values())
+        each = [language_flops(replace(shape, layers=layers), rows, length, rows * length, trains) for shape in shapes]
+        return sum(sum(parts.values()) for parts in each) / len(each)
 
     executed = sum(flops(done.layers_run, done.rows, done.length) for done in passes)
     plain = sum(flops(handle.parts.layers, done.rows, done.length_in) for done in passes)
@@ -35,25 +40,35 @@ def figures(handle: SparseHandle, passes: Sequence[Pass]) -> dict[str, float]:
         "language_flops": executed,
         "language_flops_ratio": executed / plain if plain else 1.0,
     }
-    pixels = sum(done.pixels for done in passes)
-    if pixels and handle.pixel_flops is None and not several_ranks():
-        handle.pixel_flops = vision_flops(handle)
-        handle.image_call = None  # its pixels are no longer needed
-    if not pixels or handle.pixel_flops is not None:
-        found["flops"] = executed + pixels * (handle.pixel_flops or 0.0)
+    values: Counter[str] = Counter()
+    for done in passes:
+        values.update(done.pixels)
+    for kind in [] if several_ranks() else values.keys() - handle.pixel_flops.keys():
+        handle.pixel_flops[kind] = encoder_flops(handle, kind)
+        del handle.encoder_calls[kind]  # its pixels are no longer needed
+    if values.keys() <= handle.pixel_flops.keys():
+        found["flops"] = executed + sum(count * handle.pixel_flops[kind] for kind, count in values.items())
     return found
 
 
-def vision_flops(handle: SparseHandle) -> float:
-    """FLOPs of tower and projector for each value of ``pixel_values``, forward and backward, measured once on the first
-    batch. Exact for pictures of one size; at native resolution, attention within pictures of other sizes differs."""
-    assert handle.image_call is not None
-    args, kwargs, pixels = handle.image_call
+def _shapes(config: Any) -> list[LanguageShape]:
+    """The language model's sizes; where they differ by layer (Gemma 4), a shape for each layer, whose mean counts.
+    With a skipper that is a mean over all layers, not over those that ran."""
+    if not getattr(config, "is_heterogeneous", False):
+        return [LanguageShape.from_config(config)]
+    return [LanguageShape.from_config(layer) for layer in config.per_layer_config]
+
+
+def encoder_flops(handle: SparseHandle, kind: str) -> float:
+    """FLOPs of encoder and projector of a kind of input ("image", "video", "audio") for each of its values, forward and
+    backward, measured once on the first batch. Exact for images of one size; at native resolution, attention within
+    images of other sizes differs."""
+    args, kwargs, pixels = handle.encoder_calls[kind]
     inside = tuple(f"{path}." for path in (handle.parts.decoder, handle.parts.head))
     trained = [p for name, p in handle.model.named_parameters() if p.requires_grad and not name.startswith(inside)]
     tower = handle.model.get_submodule(handle.parts.vision)
-    with flop_counter(tower) as counter, torch.set_grad_enabled(bool(trained)):
-        found = handle.splicer.get_image_features(*args, **kwargs)
+    with handle.disabled(), flop_counter(tower) as counter, torch.set_grad_enabled(bool(trained)):
+        found = getattr(handle.splicer, f"get_{kind}_features")(*args, **kwargs)
         parts = [getattr(found, key, None) for key in ("pooler_output", "deepstack_features")]
         outputs = tensors([found] if parts == [None, None] else parts)
         if trained:

@@ -14,7 +14,10 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Kept:
-    """Where the kept positions of a pass come from. ``index_BK``; ``valid_BK``: no padding; length T."""
+    """Where the kept positions of a pass come from. ``index_BK``; ``valid_BK``: no padding; length T.
+
+    The parts of a model may lie on several devices: indices follow the tensor that they are used on.
+    """
 
     index_BK: torch.Tensor
     valid_BK: torch.Tensor
@@ -38,13 +41,13 @@ class Kept:
         shape = [1] * x.ndim
         shape[sample], shape[axis] = batch, kept
         wide = [batch if a == sample else kept if a == axis else size for a, size in enumerate(x.shape)]
-        return x.gather(axis, self.index_BK.view(shape).expand(wide))
+        return x.gather(axis, self.index_BK.to(x.device).view(shape).expand(wide))
 
     def scatter(self, x_BKD: torch.Tensor) -> torch.Tensor:
         """Put back, zeros where nothing was kept, (B, T, D)."""
-        x_BKD = x_BKD * self.valid_BK[..., None].to(x_BKD.dtype)
+        x_BKD = x_BKD * self.valid_BK[..., None].to(x_BKD)
         empty = x_BKD.new_zeros(x_BKD.shape[0], self.length, x_BKD.shape[2])
-        return empty.scatter_add(1, self.index_BK[..., None].expand_as(x_BKD), x_BKD)
+        return empty.scatter_add(1, self.index_BK.to(x_BKD.device)[..., None].expand_as(x_BKD), x_BKD)
 
 
 # Names in transformers for features of deeper layers: where they go, and what they are.
@@ -69,6 +72,7 @@ def gather_inputs(
         if key not in _KNOWN and isinstance(value, torch.Tensor) and tuple(value.shape[:2]) == (batch, length):
             inputs[key] = kept.gather(value, 1)
     segment_BT = packed_samples(inputs, batch, length)
+    segment_BT = None if segment_BT is None else segment_BT.to(keep_BT.device)
     segment_BK = None if segment_BT is None else kept.gather(segment_BT, 1)
     if segment_BK is None:
         inputs["attention_mask"] = _gather_mask(inputs.get("attention_mask"), kept)
@@ -92,14 +96,14 @@ def _gather_deep(inputs: dict[str, Any], kept: Kept, keep_BT: torch.Tensor) -> N
     for places, features in _DEEP.items():
         if (mask := inputs.get(places)) is None:
             continue
-        kept_M = keep_BT[mask if mask.ndim == 2 else mask[..., 0]]
+        kept_M = keep_BT[(mask if mask.ndim == 2 else mask[..., 0]).to(keep_BT.device)]
         levels = inputs[features]
         if isinstance(levels, dict):
-            inputs[features] = {layer: level[kept_M] for layer, level in levels.items()}
+            inputs[features] = {layer: level[kept_M.to(level.device)] for layer, level in levels.items()}
         else:
-            inputs[features] = [level[kept_M] for level in levels]
+            inputs[features] = [level[kept_M.to(level.device)] for level in levels]
         valid = kept.valid_BK if mask.ndim == 2 else kept.valid_BK[..., None]
-        inputs[places] = kept.gather(mask, 1) & valid
+        inputs[places] = kept.gather(mask, 1) & valid.to(mask.device)
 
 
 def packed_samples(inputs: dict[str, Any], batch: int, length: int) -> torch.Tensor | None:
@@ -162,4 +166,4 @@ def _apart_from_padding(mask_BHKK: torch.Tensor, kept: Kept) -> torch.Tensor:
     """Padding at the end sees and is seen by nothing but itself: causal, behind all that counts."""
     eye = torch.eye(mask_BHKK.shape[-1], dtype=torch.bool, device=mask_BHKK.device)
     blocked = False if mask_BHKK.dtype == torch.bool else torch.finfo(mask_BHKK.dtype).min
-    return mask_BHKK.masked_fill(~(kept.valid_BK[:, None, None] | eye), blocked)
+    return mask_BHKK.masked_fill(~(kept.valid_BK[:, None, None].to(eye.device) | eye), blocked)
