@@ -49,3 +49,24 @@ for name in sparsight.modeling.__all__:
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_F11_a_transformers_too_old_for_composed_models_works_as_without_us(saved):
+    """Its Auto classes import and load, attach imports, and who asks for a composed model is told what to install."""
+    code = f"""
+import pytest, transformers
+transformers.__version__ = "5.20.0"
+import sparsight
+from transformers import AutoModelForImageTextToText, AutoConfig, AutoProcessor, Trainer
+assert sparsight.attach and sparsight.SparsightCallback
+asked = [
+    lambda: sparsight.build,
+    lambda: AutoConfig.from_pretrained({str(saved)!r}),
+    lambda: AutoModelForImageTextToText.from_pretrained({str(saved)!r}),
+]
+for ask in asked:
+    with pytest.raises(ImportError, match='5.20.0 is installed, but .* need .*>=5.21,<6.*pip install'):
+        ask()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]

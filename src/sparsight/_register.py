@@ -21,6 +21,16 @@ _OURS = {
 }
 
 
+def _register_with(theirs: str) -> None:
+    """Import ours, which registers it. Raises nothing: `import sparsight` must not change what transformers does."""
+    try:
+        importlib.import_module(_OURS[theirs])
+    except Exception as error:
+        from sparsight import compat
+
+        compat.refuse_composed(error, theirs)  # told to whoever loads one of our models
+
+
 class _Loader(importlib.abc.Loader):
     def __init__(self, loader: Any) -> None:
         self.loader = loader
@@ -30,7 +40,7 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        importlib.import_module(_OURS[module.__name__])
+        _register_with(module.__name__)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -51,6 +61,6 @@ def with_transformers() -> None:
     """Register with those of transformers' Auto classes that are loaded, and with the others as soon as they are."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-    for theirs, ours in _OURS.items():
+    for theirs in _OURS:
         if theirs in sys.modules:
-            importlib.import_module(ours)
+            _register_with(theirs)

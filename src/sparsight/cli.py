@@ -322,7 +322,7 @@ def main() -> None:
     """Entry point. A user's mistake is one clear message and exit code 2, not a traceback."""
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if os.environ.get("SPARSIGHT_TRACEBACK"):
             raise
         from rich.console import Console

@@ -1,12 +1,15 @@
 """The composed model: equalities that must hold, with the measured error beside each tolerance."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from sparsight.modeling import SparsightForConditionalGeneration
 from tiny import make_vlm
@@ -365,3 +368,17 @@ def test_placeholders_without_any_image_are_an_error(fresh):
     ids = torch.tensor([[fresh.config.image_token_id, 8, 9]])
     with pytest.raises(ValueError, match=r"hold \[1\] image placeholders, but there are no images"):
         fresh(input_ids=ids)
+
+
+def test_F10_outputs_name_the_cache_as_transformers_does(model):
+    """From 5.24 on that is `cache`; both names are taken, and go on from where the cache ends."""
+    ids, pixels = sample(model, 1, 7)
+    with torch.no_grad():
+        whole = model(ids[None], pixel_values=pixels).logits[0, -1]
+        start = model(ids[None, :-1], pixel_values=pixels, use_cache=True)
+        theirs = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
+        assert theirs == {field.name for field in dataclasses.fields(start)} - {"image_hidden_states"}
+        (name,) = theirs & {"past_key_values", "cache"}
+        for argument in ("past_key_values", "cache"):
+            going_on = model(ids[None, -1:], **{argument: copy.deepcopy(start[name])})
+            assert (going_on.logits[0, -1] - whole).abs().max() < 1e-4  # 4e-7 measured

@@ -8,11 +8,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sparsight.compat import check_composing
+
 if TYPE_CHECKING:
     from sparsight.modeling.configuration import EfficientNetLiteConfig, SparsightConfig
     from sparsight.modeling.encoders import EfficientNetLiteModel, feature_levels
     from sparsight.modeling.modeling import SparsightForConditionalGeneration, SparsightModel
     from sparsight.modeling.processing import SparsightProcessor
+
+check_composing()
 
 # `sparsight.modeling.build` is the module; its function is `sparsight.build`.
 _MODULES = {

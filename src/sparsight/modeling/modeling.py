@@ -13,12 +13,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForImageTextToText, Cache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
 
 from sparsight.bridges import WindowedResampler, build_bridge
 from sparsight.bridges.windowed import ScaleResampler
+from sparsight.compat import CACHE
 from sparsight.distributed import several_ranks, touched
 from sparsight.layouts import Scale
 from sparsight.modeling.configuration import EfficientNetLiteConfig, SparsightConfig
@@ -26,14 +27,9 @@ from sparsight.modeling.encoders import EfficientNetLiteModel, feature_levels, s
 
 
 @dataclass
-class SparsightCausalLMOutput(ModelOutput):
+class SparsightCausalLMOutput(CausalLMOutputWithPast):
     """``image_hidden_states``: visual tokens (I, N, E); ``logits`` is None when only the loss was asked for."""
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
 
 
@@ -50,7 +46,7 @@ class SparsightPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -191,6 +187,7 @@ class SparsightModel(SparsightPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_grid_thw: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> SparsightModelOutput:
         """See [`SparsightForConditionalGeneration.forward`]."""
@@ -223,13 +220,13 @@ class SparsightModel(SparsightPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **{CACHE: past_key_values if cache is None else cache},
             **kwargs,
         )
         return SparsightModelOutput(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=visual_INE,
@@ -278,6 +275,7 @@ class SparsightForConditionalGeneration(SparsightPreTrainedModel, GenerationMixi
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_grid_thw: torch.Tensor | None = None,
         loss_only: bool = False,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> SparsightCausalLMOutput:
         """Predict the next token.
@@ -289,6 +287,7 @@ class SparsightForConditionalGeneration(SparsightPreTrainedModel, GenerationMixi
                 feature levels (I, H, W, C) in ``hidden_states``.
             labels: (B, T); -100 is not learnt.
             loss_only: project only the positions with a label on the vocabulary, and return no logits.
+            cache: the same as ``past_key_values``, which transformers calls so from 5.24 on.
 
         Raises:
             ValueError: image placeholders and visual tokens differ in number, or ``loss_only`` without labels.
@@ -298,7 +297,7 @@ class SparsightForConditionalGeneration(SparsightPreTrainedModel, GenerationMixi
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             image_grid_thw=image_grid_thw,
@@ -316,7 +315,7 @@ class SparsightForConditionalGeneration(SparsightPreTrainedModel, GenerationMixi
         return SparsightCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,

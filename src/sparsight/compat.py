@@ -1,0 +1,51 @@
+"""What differs between the versions of transformers that Sparsight runs with.
+
+Each entry names the version that made it needed. `attach` needs nothing of this.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import transformers
+from packaging.version import Version
+
+FOUND = Version(transformers.__version__).release
+
+# 5.24 renamed `past_key_values` to `cache`: in outputs, and in the arguments of forward.
+CACHE = "cache" if FOUND >= (5, 24) else "past_key_values"
+
+# 5.21 brought `slice_logits_to_keep`, and an earlier one `SubConfigSpec`: composed models are made of both.
+COMPOSING = ">=5.21,<6"
+
+
+def check_composing() -> None:
+    """Composed models run with the transformers that is installed.
+
+    Raises:
+        ImportError: it is too old; the message says what to install.
+    """
+    if FOUND < (5, 21):
+        raise ImportError(
+            f"transformers {transformers.__version__} is installed, but the models that Sparsight composes need "
+            f'transformers{COMPOSING} (sparsight.attach does not): pip install "transformers{COMPOSING}"'
+        )
+
+
+def refuse_composed(reason: Exception, theirs: str) -> None:
+    """Let an Auto class raise `reason` when a composed model, or its processor, is loaded, and not before.
+
+    Args:
+        theirs: the module of transformers that has just been loaded, ``transformers.models.auto.*_auto``. The Auto
+            classes of models ask AutoConfig first.
+    """
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise ImportError(str(reason)) from reason
+
+    if theirs.endswith("configuration_auto"):
+        methods = {"model_type": "sparsight", "from_dict": refuse}
+        transformers.AutoConfig.register("sparsight", type("Refused", (transformers.PreTrainedConfig,), methods))
+    elif theirs.endswith("processing_auto"):  # finds processors by the name of their class
+        refused = type("SparsightProcessor", (), {"from_pretrained": refuse})
+        transformers.AutoProcessor.register(transformers.PreTrainedConfig, refused)
