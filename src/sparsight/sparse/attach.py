@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from sparsight.compat import CACHE
 from sparsight.config import LayerSkipper, VisualTokenCompressor
 from sparsight.distributed import largest, several_ranks, touched
 from sparsight.schedules import anneal, skip_probabilities, skipped_layers
 from sparsight.sparse.blank import blank_features
 from sparsight.sparse.compress import compress
-from sparsight.sparse.gather import Kept, gather_inputs, packed_samples
+from sparsight.sparse.gather import Kept, behind_cache, gather_inputs, mark_cache, packed_samples
 from sparsight.sparse.visual import (
     GRID_INPUTS,
     Run,
@@ -36,11 +37,6 @@ from sparsight.sparse.visual import (
     without_visual_labels,
 )
 
-_UNEVEN = (
-    "this cache was filled from padded rows, or from rows that keep different numbers of positions, whose visual "
-    "tokens were compressed: what follows cannot tell which of its positions are padding. Use rows of one length "
-    "without padding, or use_cache=False, or train_only=True"
-)
 _IDLE = 50  # steps without an effect before the user is told
 
 
@@ -197,6 +193,7 @@ class SparseHandle:
         self._visual_BT: torch.Tensor | None = None
         self._video_BT: torch.Tensor | None = None
         self._padding_BT: torch.Tensor | None = None  # 0 at padding, as the model was told
+        self._positions_given = False  # by whoever calls the model, so that no cache's length is in them
         self._kept: Kept | None = None
         self._sizes: dict[str, list[int]] = {}  # visual tokens of each image, and of each video
         self._told_of_labels = False
@@ -379,6 +376,7 @@ class SparseHandle:
         self._grid_inputs = {key: inputs.get(key) for key in GRID_INPUTS}
         self._given = sum(inputs.get(key) is not None for key in ("pixel_values", "pixel_values_videos"))
         self._padding_BT = inputs.get("attention_mask")
+        self._positions_given = inputs.get("position_ids") is not None
         self._visual_BT, self._embeds_due = None, True
         if not isinstance(ids := inputs.get("input_ids"), torch.Tensor):
             return None
@@ -449,8 +447,8 @@ class SparseHandle:
 
     def _decoder_forward(self, plain: Any, *args: Any, **kwargs: Any) -> Any:
         embeds, visual_BT = kwargs.get("inputs_embeds"), self._visual_BT
-        if getattr(kwargs.get("past_key_values"), "_sparsight_uneven", False):
-            raise ValueError(_UNEVEN)
+        renumbered = self.compressor is not None and self.compressor.positions == "renumbered"
+        kwargs = behind_cache(kwargs, embeds, renumbered, self._positions_given)
         if not self.active() or embeds is None or visual_BT is None or visual_BT.shape != embeds.shape[:2]:
             return plain(*args, **kwargs)
         visual_BT = visual_BT.to(embeds.device)
@@ -468,7 +466,6 @@ class SparseHandle:
         kept = self._kept = Kept.of(keep_BT)
         after, left = kept.index_BK.shape[1], int((keep_BT & visual_BT).sum())
         self.passes.append(Pass(rows, length, after, run, visual, left, dict(self._pixels)))
-        renumbered = self.compressor is not None and self.compressor.positions == "renumbered"
         kwargs = gather_inputs(kwargs, kept, keep_BT, renumbered, self.decoder.config)
         output = plain(*args, **(kwargs | {"inputs_embeds": kept.gather(embeds, 1)}))
         if getattr(output, "router_logits", None) is not None:
@@ -476,9 +473,9 @@ class SparseHandle:
                 f"{type(self.model).__name__} was asked for router_logits, whose loss balances experts over all "
                 "positions: with a compressor, set output_router_logits=False"
             )
-        cache = getattr(output, "past_key_values", None)
-        if cache is not None and not bool(keep_BT[~visual_BT].all() and kept.valid_BK.all()):
-            cache._sparsight_uneven = True
+        mark_cache(
+            getattr(output, CACHE, None), length - after, bool(keep_BT[~visual_BT].all() and kept.valid_BK.all())
+        )
         for key in ("last_hidden_state", "hidden_states"):
             value = getattr(output, key, None)
             if isinstance(value, torch.Tensor):
