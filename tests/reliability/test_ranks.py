@@ -11,6 +11,7 @@ import sharded
 import torch
 from families import FAMILIES, made
 
+from sparsight.config import VisualTokenCompressor
 from sparsight.sparse.attach import attach
 from sparsight.sparse.blank import blank_features, blank_picture
 
@@ -90,7 +91,7 @@ def test_r24_resumed_in_shards_is_the_run_that_was_never_interrupted(tmp_path):
 def test_r02_a_blank_picture_fits_every_family(name):
     """And reaches every parameter of the vision tower that a picture reaches."""
     model = made(name)
-    handle = attach(model)
+    handle = attach(model, VisualTokenCompressor(keep=1.0))
     owner = model.model
     blank_features(owner, torch.zeros(1)).backward()
     reached = {key for key, p in model.named_parameters() if p.grad is not None}
