@@ -8,6 +8,7 @@ import sys
 import pytest
 import ranks
 import sharded
+import skipped
 import torch
 from families import FAMILIES, made
 
@@ -78,6 +79,21 @@ def test_r01_gradients_of_two_ranks_are_those_of_one_process(tmp_path, kind):
             calls, gradients = found["video", name]
             assert calls == 2  # R04: the second one has pictures alone
             check_gradients(gradients, wanted, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_F07_on_two_ranks_a_skipped_layer_is_not_updated(tmp_path, kind):
+    """Weights, moments and step count of AdamW with weight decay, bit by bit; what others give are zeros."""
+    both = two_ranks(skipped.__file__, tmp_path, kind)
+    for found in both:
+        before, after, later = found["tensors"].values()
+        assert len(before) == 4 * 9 and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert not any(torch.equal(a, b) for a, b in zip(after, later, strict=True))
+        if kind == "ddp":
+            assert len(found["told"]) == 1 and "call handle.clear_gradients() before each step" in found["told"][0]
+    first, second = (found["tensors"]["2"] for found in both)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.slow
