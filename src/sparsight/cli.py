@@ -43,9 +43,11 @@ def _console() -> Console:
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers import dynamic_module_utils
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # it refuses code of a model's folder, where it would ask on stdin
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry, where there is no network
     return Console(quiet=os.environ.get("RANK", "0") != "0")
 
@@ -346,6 +348,11 @@ def main() -> None:
         message = str(error)
         if message.startswith("Caught "):  # from a process that loads data: its traceback, with the message at the end
             message = message.rsplit("Error: ", 1)[-1].strip()
+        if "custom code" in message:  # transformers' words; they advise an argument that no command has
+            message = (
+                f"{message.partition(' You can inspect')[0].strip()} Sparsight runs no code that comes with a model: "
+                "choose one that transformers itself knows, or load it in Python and give it to sparsight.build"
+            )
         Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
         sys.exit(2)
     finally:
