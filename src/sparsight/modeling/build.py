@@ -206,11 +206,11 @@ def _vision(vision: Any, image_processor: Any) -> tuple[nn.Module, Any]:
         own = _plain_processor(mean=127 / 255, std=128 / 255)
     elif isinstance(vision, str | Path):
         own = None if image_processor else _pil_processor(str(vision))
-        config = AutoConfig.from_pretrained(str(vision))
+        config = AutoConfig.from_pretrained(str(vision), trust_remote_code=False)
         part = getattr(config, "vision_config", config)
         vision = MODEL_MAPPING[type(part)].from_pretrained(str(vision), config=part)
     elif isinstance(vision, PreTrainedConfig):
-        vision = AutoModel.from_config(getattr(vision, "vision_config", vision))
+        vision = AutoModel.from_config(getattr(vision, "vision_config", vision), trust_remote_code=False)
     if not isinstance(vision, nn.Module):
         raise ValueError(f"vision: expected a name, a folder, a config or a module, found {type(vision).__name__}")
     encoder = getattr(vision, "vision_model", vision) if hasattr(vision, "text_model") else vision
@@ -219,8 +219,10 @@ def _vision(vision: Any, image_processor: Any) -> tuple[nn.Module, Any]:
 
 def _pil_processor(name: str) -> Any:
     try:
-        return AutoImageProcessor.from_pretrained(name, backend="pil")
-    except (OSError, ValueError):  # a folder without one
+        return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+    except (OSError, ValueError) as error:  # a folder without one
+        if "trust_remote_code" in str(error):  # or with one that is code of its own: no other stands in for it
+            raise
         return None
 
 
@@ -241,12 +243,12 @@ def _language(language: Any, tokenizer: Any, layers: int | None) -> tuple[Any, A
     if isinstance(language, str | Path):
         language = language_folder(str(language))
         extra = {} if layers is None else {"num_hidden_layers": layers}
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(language)
-        language = AutoModelForCausalLM.from_pretrained(language, **extra)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(language, trust_remote_code=False)
+        language = AutoModelForCausalLM.from_pretrained(language, trust_remote_code=False, **extra)
     elif isinstance(language, PreTrainedConfig):
         if layers is not None:
             language.num_hidden_layers = layers
-        language = AutoModelForCausalLM.from_config(language)
+        language = AutoModelForCausalLM.from_config(language, trust_remote_code=False)
     elif layers is not None:
         raise ValueError("language_layers goes with a name, a folder or a config, not with a ready module")
     if not hasattr(language, "get_output_embeddings") or language.get_output_embeddings() is None:

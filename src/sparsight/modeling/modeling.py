@@ -68,11 +68,11 @@ class SparsightModel(SparsightPreTrainedModel):
 
     def __init__(self, config: SparsightConfig) -> None:
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         self.multi_modal_projector = build_bridge(
             config.bridge_config, config.level_widths, config.text_config.hidden_size
         )
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

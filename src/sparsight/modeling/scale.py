@@ -224,8 +224,8 @@ def scale_checkpoint(
         raise FileExistsError(f"{out} exists already; choose another folder")
     where = _tensor_files(folder)
     config = SparsightConfig.from_pretrained(folder)
-    processor = SparsightProcessor.from_pretrained(folder)
-    encoder = AutoModel.from_config(config.vision_config)
+    processor = SparsightProcessor.from_pretrained(folder, trust_remote_code=False)
+    encoder = AutoModel.from_config(config.vision_config, trust_remote_code=False)
     bridge = build_bridge(config.bridge_config, config.level_widths, config.text_config.hidden_size)
     own = _read(folder, {name: where[name] for name in where if name.startswith(BRIDGE)})
     wanted = {BRIDGE + name for name in bridge.state_dict()}

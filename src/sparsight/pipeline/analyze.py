@@ -100,8 +100,8 @@ def _load_any(name: str) -> tuple[Any, Any]:
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ValueError(f"{name}: no model there; expected a folder with config.json")
     try:
-        model = AutoModelForImageTextToText.from_pretrained(name, attn_implementation="eager")
-        processor = AutoProcessor.from_pretrained(name)
+        model = AutoModelForImageTextToText.from_pretrained(name, attn_implementation="eager", trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         where = "" if Path(name).is_dir() else "there is no such folder here, and from a hub "

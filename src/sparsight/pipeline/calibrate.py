@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import track
 
 from sparsight.config import ChainOfSight, Evaluation, Recipe, Resampler, Stage
+from sparsight.console import Console
 from sparsight.cost.devices import keep_measurement, measurements
 from sparsight.cost.forecast import calibration_key, forecast, inner_sizes
 from sparsight.counting import default_device, device_name, precision_on

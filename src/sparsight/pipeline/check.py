@@ -92,8 +92,9 @@ def _tokenizer(recipe: Recipe, stage: Stage) -> tuple[Any, int | None]:
         return scratch_tokenizer(language, texts(recipe, stage)), language.context
     try:
         folder = language_folder(language)
-        context = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
-        return AutoTokenizer.from_pretrained(folder), context
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+        context = getattr(config, "max_position_embeddings", None)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False), context
     except OSError as error:
         raise not_loaded(recipe, error) from None
 

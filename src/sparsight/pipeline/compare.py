@@ -7,9 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from sparsight.config import Comparison
+from sparsight.console import Console
 from sparsight.pipeline.files import open_log, settle_precision
 from sparsight.pipeline.train import run
 from sparsight.reporting import Run, read_run, read_runs, report

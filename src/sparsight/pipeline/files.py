@@ -141,7 +141,7 @@ def load(folder: Path) -> tuple[SparsightForConditionalGeneration, SparsightProc
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if name in narrow:
             tensor.data = tensor.data.bfloat16()
-    return model, SparsightProcessor.from_pretrained(folder)
+    return model, SparsightProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 def _in_bf16(folder: Path) -> set[str]:

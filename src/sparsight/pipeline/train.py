@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedConfig
 
 from sparsight.config import Recipe, ScratchLanguage, Stage
+from sparsight.console import Console
 from sparsight.cost import Trains
 from sparsight.data.chat import stop_tokens
 from sparsight.data.collate import TrainingSet
