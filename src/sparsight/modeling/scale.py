@@ -204,8 +204,8 @@ def resize_positions(encoder: nn.Module, side: int) -> str | None:
 
 
 def scale_checkpoint(
-    folder: Path,
-    out: Path,
+    folder: str | Path,
+    out: str | Path,
     layout: Any = None,
     image_size: int | None = None,
     sources: Mapping[int, int] | None = None,
@@ -220,6 +220,7 @@ def scale_checkpoint(
         ValueError: as `scale_tokens`; or ``folder`` holds no model of ours, or one that is cut short.
         FileExistsError: ``out`` exists.
     """
+    folder, out = Path(folder), Path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists already; choose another folder")
     where = _tensor_files(folder)

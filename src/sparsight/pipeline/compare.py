@@ -16,7 +16,7 @@ from sparsight.reporting.page import table
 from sparsight.reporting.runlog import example_key
 
 
-def run_comparison(comparison: Comparison, out: Path, console: Console, resume: bool = False) -> dict[str, Any]:
+def run_comparison(comparison: Comparison, out: str | Path, console: Console, resume: bool = False) -> dict[str, Any]:
     """Run the recipes one after the other on the same samples, compare, and write the report.
 
     Args:
@@ -31,6 +31,7 @@ def run_comparison(comparison: Comparison, out: Path, console: Console, resume: 
         ValueError: ``resume``, and a run there is of another recipe.
     """
     recipes = comparison.recipes()
+    out = Path(out)
     cache = out / "cache"
     if not resume:
         own = [] if (out / "comparison.json").is_file() or (out / "cache").is_dir() else recipes

@@ -112,7 +112,7 @@ def score_run(
 
 
 def evaluate_checkpoint(
-    folder: Path, items: int, split: str, console: Console, held_out: HeldOut | None = None
+    folder: str | Path, items: int, split: str, console: Console, held_out: HeldOut | None = None
 ) -> list[Scores]:
     """Score a saved model on held-out conversations, or else on the scenes of its own recipe (the embedded ones if it
     was trained on other data).

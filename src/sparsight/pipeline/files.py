@@ -127,12 +127,13 @@ def save(
     partial.rename(folder)
 
 
-def load(folder: Path) -> tuple[SparsightForConditionalGeneration, SparsightProcessor]:
+def load(folder: str | Path) -> tuple[SparsightForConditionalGeneration, SparsightProcessor]:
     """A saved model, each weight as wide as it was saved, and its processor.
 
     Raises:
         ValueError: the folder holds no Sparsight model.
     """
+    folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no model there; expected a folder with config.json")
     # transformers gives all weights one dtype; here a frozen part may be in bf16, beside a trained one in fp32.
@@ -166,11 +167,11 @@ def with_cutouts(recipe: Recipe) -> Recipe:
     return Recipe.model_validate(settled(recipe.model_dump(mode="json")))
 
 
-def trained_by(folder: Path) -> Recipe | None:
-    file = folder / RECIPE_FILE
+def trained_by(folder: str | Path) -> Recipe | None:
+    file = Path(folder) / RECIPE_FILE
     return Recipe.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def own_scenes(folder: Path) -> SceneData:
+def own_scenes(folder: str | Path) -> SceneData:
     recipe = trained_by(folder)
     return (recipe.scenes() if recipe is not None else None) or SceneData()

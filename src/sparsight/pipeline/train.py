@@ -39,7 +39,9 @@ from sparsight.training.trainer import StepCounter, plan_stage, train_stage
 WAITING = 0.1  # share of the time waiting for data, above which there is something to mend
 
 
-def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache_root: Path | None = None) -> Path:
+def run(
+    recipe: Recipe, out: str | Path, console: Console, resume: bool = False, cache_root: str | Path | None = None
+) -> Path:
     """Train a recipe's stages one after the other, then score the result.
 
     Args:
@@ -55,6 +57,7 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache
         ValueError: ``resume`` with a recipe that differs from the run's, a tracker that is not installed, or an
             engine that shards weights.
     """
+    out = Path(out)
     if missing := [name for name in recipe.report_to if importlib.util.find_spec(name) is None]:
         raise ValueError(f"report_to: {missing} cannot be imported; pip install {' '.join(missing)}, or take it out")
     if recipe.evaluation.kind == "scenes" and (twice := set(TASKS) & set(recipe.evaluation.held_out)):
@@ -70,7 +73,7 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache
             f"[yellow]places_of in the last stage: the model expects to be scaled to '{layout}'; before that, answers "
             "suffer[/]"
         )
-    session = Session(recipe, out, log, console, resume, cache_root or out / "cache", main)
+    session = Session(recipe, out, log, console, resume, Path(cache_root or out / "cache"), main)
     model: SparsightForConditionalGeneration | None = None
     processor: SparsightProcessor | None = None
     with session.log:
