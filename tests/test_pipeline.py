@@ -502,13 +502,45 @@ def test_a_checkpoint_is_asked_about_its_own_scenes(compared: tuple[Path, Compar
         evaluate_checkpoint(out / "sparsight" / "finetune" / "model", 2, "train", quiet())
 
 
-def test_a_comparison_does_not_replace_a_run_of_its_own(tmp_path: Path, compared: tuple[Path, Comparison, Any]) -> None:
+@pytest.mark.parametrize("lines, message", [(1, "run.jsonl is no log of a run"), (2, "there are runs already")])
+def test_F05_a_comparison_replaces_no_run(
+    tmp_path: Path, compared: tuple[Path, Comparison, Any], lines: int, message: str
+) -> None:
     log = tmp_path / "standard" / "run.jsonl"
     log.parent.mkdir()
-    log.write_text("{}")
-    with pytest.raises(FileExistsError, match="a run of its own, which a comparison would replace; choose another"):
+    (tmp_path / "cache").mkdir()
+    log.write_text("{}\n" * lines)
+    with pytest.raises(FileExistsError, match=f"{message}.*--overwrite, which moves"):
         run_comparison(compared[1], tmp_path, quiet())
-    assert log.read_text() == "{}"
+    assert log.read_text() == "{}\n" * lines
+
+
+def test_F05_weights_without_a_log_are_not_written_over(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
+    """Neither a model nor checkpoints, of which the Trainer would keep two; with or without --resume."""
+    for path in ("finetune/model", "pretrain/checkpoints/checkpoint-9"):
+        out = tmp_path / path[:3]
+        (out / path).mkdir(parents=True)
+        (out / path / "mine").write_text("mine")
+        for resume in (False, True):
+            with pytest.raises(FileExistsError, match=f"has .*{path}, and no whole run.jsonl that says how"):
+                run(recipe(), out, quiet(), resume=resume)
+        assert [file for file in out.rglob("*") if file.is_file()] == [out / path / "mine"]
+
+
+def test_F05_sizes_cut_short_are_measured_again(
+    tmp_path: Path, recipe: Callable[..., Recipe], lights_out: Callable[[int], None]
+) -> None:
+    for number, bad in enumerate((lambda whole: whole[:-3], lambda whole: whole[:9], lambda _: b"")):
+        whole = recipe(stages=[stage_values(micro_batch_size=2, checkpoints=4)])
+        lights_out(4 * 2 + 1)
+        with pytest.raises(Crash):
+            run(whole, tmp_path / str(number), quiet())
+        lights_out(0)
+        file = tmp_path / str(number) / "pretrain" / "checkpoints" / "sizes.npy"
+        right = file.read_bytes()
+        file.write_bytes(bad(right))
+        run(whole, tmp_path / str(number), quiet(), resume=True)
+        assert file.read_bytes() == right
 
 
 def test_a_finished_comparison_is_not_passed_off_as_another(compared: tuple[Path, Comparison, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -248,9 +249,8 @@ def scale_checkpoint(
     if found is not None and (after := encoder.get_parameter(table)).shape != before.shape:
         removed = removed | {TOWER + table: before}
         added[TOWER + table] = after.detach()
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)  # an error if it is there: then it is somebody's
     try:
         _write_files(folder, partial, where, removed, added)
         config.save_pretrained(partial)

@@ -27,7 +27,7 @@ from sparsight.modeling.encoders import count_flops
 from sparsight.modeling.scale import scale_tokens
 from sparsight.pipeline.evaluate import score_run
 from sparsight.pipeline.features import Encoding, cached_features
-from sparsight.pipeline.files import Session, load, open_log, save, settle_precision
+from sparsight.pipeline.files import Session, load, move_aside, open_log, save, settle_precision
 from sparsight.reporting import RunLog, read_run, write_card
 from sparsight.reporting.page import table
 from sparsight.reporting.runlog import step_seconds
@@ -39,13 +39,21 @@ from sparsight.training.trainer import StepCounter, plan_stage, train_stage
 WAITING = 0.1  # share of the time waiting for data, above which there is something to mend
 
 
-def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache_root: Path | None = None) -> Path:
+def run(
+    recipe: Recipe,
+    out: Path,
+    console: Console,
+    resume: bool = False,
+    cache_root: Path | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Train a recipe's stages one after the other, then score the result.
 
     Args:
         out: the run's folder: ``run.jsonl``, a folder for each stage, ``model`` at the end.
         resume: go on where the run in ``out`` stopped.
         cache_root: where cached features lie; ``out/cache`` if not given.
+        overwrite: move what is in ``out`` aside, and say where.
 
     Returns:
         The folder of the final model.
@@ -63,6 +71,8 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache
     ranks = process_state()
     main = ranks.is_main_process  # it alone writes and tells
     console = console if main else Console(quiet=True)
+    if overwrite and main:
+        move_aside(out, resume, console)
     recipe = settle_precision(recipe, out, resume, console)
     log = open_log(recipe, out, resume) if main else RunLog(Path(os.devnull), append=True)
     if (layout := recipe.stages[-1].places_of) is not None:
