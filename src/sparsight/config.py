@@ -354,6 +354,13 @@ class Stage(Settings):
         "adamw", description="muon: for the matrices inside, adamw for all else; the same learning rates"
     )
     weight_decay: float = Field(0.0, ge=0)
+    adam_beta2: float = Field(
+        0.98,
+        ge=0,
+        lt=1,
+        description="decay of AdamW's second moments; 0.98 remembers about 50 steps, as stages may be short, where "
+        "torch's 0.999 remembers 1,000",
+    )
     max_grad_norm: float = Field(1.0, gt=0)
     checkpoints: int = Field(4, ge=0, description="checkpoints written in the course of the stage")
     data: Data | None = Field(None, description="in place of the recipe's data")

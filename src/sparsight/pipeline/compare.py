@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
-from sparsight.config import Comparison
+from sparsight.config import Comparison, Recipe
 from sparsight.data.cache import remove_caches
 from sparsight.pipeline.files import holds_run, move_aside, open_log, settle_precision
-from sparsight.pipeline.train import run
+from sparsight.pipeline.train import check_inputs, run
 from sparsight.reporting import Run, read_run, read_runs, report
 from sparsight.reporting.page import table
 from sparsight.reporting.runlog import example_key
@@ -36,6 +36,8 @@ def run_comparison(
     """
     recipes = comparison.recipes()
     cache = out / "cache"
+    for recipe in recipes:  # before the first one trains
+        check_inputs(recipe)
     if overwrite:
         move_aside(out, resume, console)
     if not resume and (held := [str(out / each.name) for each in recipes if holds_run(each, out / each.name)]):
@@ -45,9 +47,7 @@ def run_comparison(
         )
     start = time.perf_counter()
     for recipe in recipes:
-        if resume and (out / recipe.name / "run.jsonl").is_file() and read_run(out / recipe.name).ended:
-            settled = settle_precision(recipe, out / recipe.name, resume, Console(quiet=True))
-            open_log(settled, out / recipe.name, resume).close()  # raises if it was another recipe's
+        if resume and _ended(recipe, out / recipe.name):
             console.print(f"run [bold]{recipe.name}[/]: done already")
             continue
         console.rule(f"[bold]{recipe.name}")
@@ -59,6 +59,15 @@ def run_comparison(
     result = report(folders, out, console)
     console.print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all.")
     return result
+
+
+def _ended(recipe: Recipe, folder: Path) -> bool:
+    """Whether a run is whole, and has been asked what the recipe asks. Raises ValueError if it is another recipe's."""
+    if not (folder / "run.jsonl").is_file() or not (found := read_run(folder)).ended:
+        return False
+    settled = settle_precision(recipe, folder, True, Console(quiet=True))
+    open_log(settled, folder, True).close()
+    return bool(found.header["recipe"].get("evaluation") == recipe.evaluation.model_dump(mode="json"))
 
 
 def _print_examples(runs: list[Run], console: Console) -> None:

@@ -25,9 +25,9 @@ from sparsight.modeling import SparsightForConditionalGeneration, SparsightProce
 from sparsight.reporting import RunLog, environment, read_run, write_card
 
 RECIPE_FILE = "sparsight_recipe.json"
-# How samples are read, dealt out and told of, not what is learnt from them: a run may go on with others.
-MAY_CHANGE = ("on_bad_sample", "max_bad", "workers", "report_to")
-MAY_CHANGE_IN_STAGES = ("micro_batch_size", "gradient_checkpointing")
+# How samples are read, dealt out, told of and scored, not what is learnt from them: a run may go on with others.
+MAY_CHANGE = ("on_bad_sample", "max_bad", "workers", "report_to", "evaluation")
+MAY_CHANGE_IN_STAGES = ("micro_batch_size", "gradient_checkpointing", "checkpoints", "conversation")
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,10 @@ def open_log(recipe: Recipe, out: Path, resume: bool) -> RunLog:
             raise ValueError(
                 f"{out} was run with another recipe; these keys differ: {changed}. A resumed run may only change {free}"
             )
-        return RunLog(file, append=True)
+        log = RunLog(file, append=True)
+        if values != read_run(file).header.get("recipe"):
+            log.write("recipe", recipe=values)
+        return log
     log = RunLog(file)
     log.write(
         "header",

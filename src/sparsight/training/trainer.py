@@ -401,7 +401,7 @@ def training_arguments(recipe: Recipe, stage: Stage, steps: int, folder: Path) -
         weight_decay=stage.weight_decay,
         max_grad_norm=stage.max_grad_norm,
         optim="adamw_torch_fused",
-        adam_beta2=0.98,
+        adam_beta2=stage.adam_beta2,
         bf16=recipe.precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
         seed=recipe.seed,
