@@ -32,9 +32,27 @@ Overrides = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option(help="folder of the run; runs/NAME if not given")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="move the folder that is there aside, and say where")]
 Preset = Annotated[
     str | None, typer.Option(help="few-tokens, scale-settled or scale: bridges and methods of recipes/presets.yaml")
 ]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"sparsight {version('sparsight')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version and exit")
+    ] = False,
+) -> None:
+    """Train multimodal language models in a fraction of the time."""
 
 
 def _console() -> Console:
@@ -68,6 +86,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for runs, report.html and comparison.json")] = Path("runs/demo"),
     recipe: Annotated[Path | None, typer.Option(help="YAML of a comparison; the built-in one if not given")] = None,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     overrides: Overrides = None,
 ) -> None:
     """Train a small VLM twice, the standard way and ours, on the same samples, and compare them."""
@@ -77,7 +96,7 @@ def demo(
     comparison = load_comparison(recipe or builtin_recipe("demo.yaml"), overrides)
     console = _console()
     with _ctrl_c_is_exit_code_130(console):
-        run_comparison(comparison, out, console, resume)
+        run_comparison(comparison, out, console, resume, overwrite)
 
 
 @app.command()
@@ -86,6 +105,7 @@ def train(
     overrides: Overrides = None,
     out: Out = None,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     preset: Preset = None,
 ) -> None:
     """Train a VLM by the stages of a recipe."""
@@ -97,7 +117,7 @@ def train(
     console = _console()
     folder = out or Path("runs") / settings.name
     with _ctrl_c_is_exit_code_130(console):
-        final = run(settings, folder, console, resume)
+        final = run(settings, folder, console, resume, overwrite=overwrite)
     console.print(f"model: [bold]{final}[/]")
 
 
