@@ -17,6 +17,7 @@ from transformers import (
     Qwen2AudioForConditionalGeneration,
 )
 
+from sparsight.compat import CACHE
 from sparsight.config import LayerSkipper, VisualTokenCompressor
 from sparsight.sparse import attach as module
 from sparsight.sparse.attach import NoEffectWarning, attach
@@ -199,7 +200,7 @@ def test_F09_a_given_cache_is_filled_densely_and_one_made_inside_is_not():
     batch = {key: value for key, value in batch_of(NAME, model).items() if key != "labels"}
     plain = logits(model, batch)
     handle = attach(model, QUARTER)
-    assert torch.equal(logits(model, batch | {"past_key_values": DynamicCache(config=model.config)}), plain)
+    assert torch.equal(logits(model, batch | {CACHE: DynamicCache(config=model.config)}), plain)
     assert handle.take_passes() == []
     assert not torch.equal(logits(model, batch | {"use_cache": True}), plain)
     assert handle.take_passes()[0].visual_out == 8
@@ -230,7 +231,7 @@ def test_F43_a_model_trained_with_given_caches_is_told():
     attach(model, QUARTER)
 
     def step():
-        model(**batch_of(NAME, model), past_key_values=DynamicCache(config=model.config)).loss.backward()
+        model(**batch_of(NAME, model), **{CACHE: DynamicCache(config=model.config)}).loss.backward()
 
     _, messages = told(lambda: [step() for _ in range(9)])
     assert len(messages) == 1 and "a cache of keys and values was given" in messages[0]
