@@ -381,6 +381,16 @@ def test_what_is_no_checkpoint_of_ours(tmp_path):
         scale_checkpoint(bad, out, "1:4,4:2")
 
 
+def test_F05_a_folder_that_is_called_partial_is_somebodys(tmp_path):
+    for part in make_vlm(SMALL):
+        part.save_pretrained(tmp_path / "good")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "notes.txt").write_text("mine")
+    scale_checkpoint(tmp_path / "good", tmp_path / "out", "1:4,4:2")
+    assert (tmp_path / "out.partial" / "notes.txt").read_text() == "mine"
+    assert sorted(_names(tmp_path)) == ["good", "out", "out.partial"]
+
+
 def _names(folder):
     return [path.name for path in folder.iterdir()]
 

@@ -78,10 +78,8 @@ def run(
     recipe = settle_precision(recipe, out, resume, console)
     log = open_log(recipe, out, resume) if main else RunLog(Path(os.devnull), append=True)
     if (layout := recipe.stages[-1].places_of) is not None:
-        console.print(
-            f"[yellow]places_of in the last stage: the model expects to be scaled to '{layout}'; before that, answers "
-            "suffer[/]"
-        )
+        text = f"places_of in the last stage: the model expects to be scaled to '{layout}'; until then, answers suffer"
+        console.print(text, style="yellow", markup=False)
     session = Session(recipe, out, log, console, resume, Path(cache_root or out / "cache"), main)
     model: SparsightForConditionalGeneration | None = None
     processor: SparsightProcessor | None = None
