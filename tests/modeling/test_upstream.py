@@ -1,4 +1,4 @@
-"""What transformers' common tests ask of a vision-language model; and, where they can be had, these tests themselves."""
+"""What transformers' common tests ask of a vision-language model; where they can be had, these tests themselves."""
 
 import os
 import re
@@ -45,6 +45,20 @@ def test_F18_assisted_decoding_answers_as_greedy_search_does(model):
     settings = {"pixel_values": torch.rand(1, 3, 64, 64), "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     wanted = model.generate(ids, **settings)
     assert torch.equal(model.generate(ids, assistant_model=model, **settings), wanted)
+
+
+@torch.no_grad()
+def test_F18_generation_gives_the_attentions_that_are_asked_for(model):
+    model.set_attn_implementation("eager")
+    found = model.generate(
+        prompt(model),
+        pixel_values=torch.rand(1, 3, 64, 64),
+        max_new_tokens=2,
+        min_new_tokens=2,
+        return_dict_in_generate=True,
+        output_attentions=True,
+    )
+    assert [len(step) for step in found.attentions] == [2, 2]  # of each layer
 
 
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])

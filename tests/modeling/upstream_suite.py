@@ -47,7 +47,7 @@ class _SparsightTester(VLMModelTester):
     def __init__(self, parent, **kwargs):
         super().__init__(parent, **({"image_size": 8, "patch_size": 4, "num_image_tokens": 2} | kwargs))
         self.bridge_config = ChainOfSight("1:2", width=32, heads=2).model_dump()
-        self.level_widths, self.map_size = [32], [2, 2]
+        self.level_widths, self.map_size, self.vision_levels = [32], [2, 2], [-1]  # the last, as LLaVA in its tests
 
 
 class SparsightTest(VLMModelTest, unittest.TestCase):

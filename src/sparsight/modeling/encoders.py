@@ -266,8 +266,8 @@ def _states(
     """Everything that could be a level, whether the encoder gives maps, and its whole output."""
     name = type(encoder).__name__
     if takes_grids(encoder):
-        states, output = _native_maps(encoder, pixel_values, image_grid_thw, **asked)
-        return states, False, output
+        native, output = _native_maps(encoder, pixel_values, image_grid_thw, **asked)
+        return native, False, output
     if image_grid_thw is not None:
         raise ValueError(f"{name} takes pictures of one size, but was given grids of patches (image_grid_thw)")
     output = _run(encoder, pixel_values, **asked)

@@ -141,17 +141,14 @@ class SparsightModel(SparsightPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        image_grid_thw: torch.Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        **_: Any,
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """Visual tokens (I, N, E) in ``pooler_output``. The rest is the encoder's own: ``last_hidden_state``, and all
-        ``hidden_states`` and ``attentions`` where they are asked for, here or in its configuration."""
-        vision = self.config.vision_config
-        asked = {"output_attentions": True} if output_attentions else {}
+        ``hidden_states`` and ``attentions`` where they are asked for (``output_hidden_states``, ``output_attentions``),
+        here or in its configuration."""
+        # No arguments of their own: `generate` hands those to this method alone, and the language model lacks them.
+        every = kwargs.get("output_hidden_states") or self.config.vision_config.output_hidden_states
+        asked = {"output_attentions": True} if kwargs.get("output_attentions") else {}
         levels_IHWC, output = self._encode(pixel_values, image_grid_thw, **asked)
         states = getattr(output, "hidden_states", None) or output.feature_maps
         last = getattr(output, "last_hidden_state", None)
@@ -159,7 +156,7 @@ class SparsightModel(SparsightPreTrainedModel):
             last_hidden_state=states[-1] if last is None else last,
             pooler_output=self.bridge_features(levels_IHWC, image_grid_thw),
             # Kept only on request: a frozen encoder's would stay in memory until the backward pass.
-            hidden_states=tuple(states) if output_hidden_states or vision.output_hidden_states else None,
+            hidden_states=tuple(states) if every else None,
             attentions=getattr(output, "attentions", None),
         )
 
