@@ -23,6 +23,7 @@ from sparsight.data.conversations import (
     FIELDS,
     IMAGE_TAG,
     METADATA,
+    Find,
     Sample,
     has_conversation,
     read_row,
@@ -116,22 +117,18 @@ class RowSource:
     def _row(self, number: int) -> Any:
         raise NotImplementedError
 
-    def _where(self, number: int) -> str:
-        return f"{self.path}, row {number}"
+    def _read(self, number: int, find: Find) -> Sample:
+        return read_row(self._row(number), str(number), f"{self.path}, row {number}", find)
 
     def __getitem__(self, number: int) -> Sample:
-        return read_row(
-            self._row(number), str(number), self._where(number), lambda images, where: _keys(number, images)
-        )
+        return self._read(number, lambda images, where: _keys(number, images))
 
     def content(self, key: Any) -> tuple[bytes, str]:
         """An image's file, and what messages call it."""
         if not isinstance(key, str):
             number, place = key
-            images = read_row(
-                self._row(number), str(number), self._where(number), lambda images, where: images or []
-            ).images
-            return images[place], f"{self._where(number)}, picture {place}"
+            images = self._read(number, lambda images, where: images or []).images
+            return images[place], f"{self.path}, row {number}, picture {place}"
         path = find_file(self.folder, key)
         try:
             return path.read_bytes(), str(path)
@@ -192,7 +189,7 @@ class ConversationSource(RowSource):
             return images or []
 
         for number in range(len(self)):
-            unused.update(read_row(self._row(number), str(number), self._where(number), find).unused)
+            unused.update(self._read(number, find).unused)
         missing = [path for path in first if not os.path.isfile(find_file(self.folder, path))]
         if missing:
             raise ValueError(
