@@ -139,7 +139,7 @@ ROWS: dict[str, tuple[list[tuple[str, bytes]], str]] = {
     ),
     "another picture": (
         [("k.json", conversation(image=["k.1.png", "no.png"])), ("k.1.png", picture()), ("k.2.png", picture())],
-        "TAR, sample 'k' (id k), field 'images': expected members of the sample, which are ['k.1.png', 'k.2.png'], "
+        "TAR, sample 'k' (id k), field 'image': expected members of the sample, which are ['k.1.png', 'k.2.png'], "
         "found ['k.1.png', 'no.png']",
     ),
     "two of one name": (

@@ -14,6 +14,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from sparsight.config import ConversationData, SceneData
+from sparsight.data.conversations import EXAMPLE
 from sparsight.data.sources import ConversationSource, SceneSource, TableSource
 
 QUESTION = {"from": "human", "value": "<image>\nWhat is it?"}
@@ -137,8 +138,8 @@ FAULTS: dict[str, tuple[Any, list[str]]] = {
     "a turn not a mapping": (row(conversations=["hello"]), ["id s-1", "list of turns", "hello"]),
     "no conversation": (row(conversations=None), ["id s-1", "'conversations'", "'messages'", "['id', 'image']"]),
     "not a mapping": ("hello", ["row 1", "mapping", "str"]),
-    "images a number": (row(image=5), ["id s-1", "images", "int"]),
-    "images of numbers": (row(image=[5]), ["id s-1", "images", "int"]),
+    "images a number": (row(image=5), ["id s-1", "'image'", "int"]),
+    "images of numbers": (row(image=[5]), ["id s-1", "'image'", "int"]),
     "unknown part": (
         row(conversations=None, messages=[{"role": "user", "content": [{"type": "video"}]}]),
         ["id s-1", "messages", "'image' or 'text'", "video"],
@@ -147,10 +148,10 @@ FAULTS: dict[str, tuple[Any, list[str]]] = {
         row(conversations=None, messages=[{"role": "user", "content": [{"type": "text", "text": None}]}]),
         ["id s-1", "messages", "None"],
     ),
-    "picture missing": (row(image="gone.png"), ["id s-1", "images", "gone.png", "no such file", "1 of 2"]),
-    "picture above the folder": (row(image="../secret.png"), ["id s-1", "images", "'../secret.png'", "inside"]),
-    "picture above by a detour": (row(image="sub/../../secret.png"), ["id s-1", "images", "inside"]),
-    "picture by absolute path": (row(image="/etc/secret.png"), ["id s-1", "images", "'/etc/secret.png'", "inside"]),
+    "picture missing": (row(image="gone.png"), ["id s-1", "'image'", "gone.png", "no such file", "1 of 2"]),
+    "picture above the folder": (row(image="../secret.png"), ["id s-1", "'image'", "'../secret.png'", "inside"]),
+    "picture above by a detour": (row(image="sub/../../secret.png"), ["id s-1", "'image'", "inside"]),
+    "picture by absolute path": (row(image="/etc/secret.png"), ["id s-1", "'image'", "'/etc/secret.png'", "inside"]),
 }
 
 
@@ -329,11 +330,14 @@ def test_faults_of_a_table(folder: Path, kind: str) -> None:
         f"{where}: expected a column 'conversations' (LLaVA) or 'messages', found the columns ['text', 'image']"
     )
     assert told({"id": ["s"], "messages": [MESSAGES], "image": ["../a.png"]}) == (
-        f"{where}, row 0 (id s), field 'images': expected a path inside the image folder, found '../a.png'"
+        f"{where}, row 0 (id s), field 'image': expected a path inside the image folder, found '../a.png'"
     )
-    assert told({"messages": [MESSAGES], "image": [5]}).endswith("field 'images': expected paths, found int")
+    assert told({"messages": [MESSAGES], "image": [5]}).endswith(
+        "field 'image': expected a path, a data URI or bytes of an image, found int"
+    )
     assert told({"messages": [None, MESSAGES], "image": ["a.png"] * 2}).endswith(
-        "row 0 (id 0): expected 'conversations' (LLaVA) or 'messages', found the fields ['image']"
+        "row 0 (id 0): expected 'conversations' (LLaVA) or 'messages', found the fields ['image']. A row looks like "
+        + EXAMPLE
     )
     empty = datasets.Features({"messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}]})
     with pytest.raises(ValueError, match=f"{where}: cannot be read as {kind}: "):

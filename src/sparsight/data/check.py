@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +17,12 @@ QUANTILES = (0.5, 0.9, 0.99)
 
 @dataclass
 class Findings:
-    """Of each good sample ``rows``: row, id, text and visual tokens, images. Of each bad one: row, id, reason."""
+    """Of each good sample ``rows``: row, id, text and visual tokens, images. Of each bad one: row, id, reason.
+    ``unused``: fields that training does not use, with the number of good rows that have them."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     bad: list[dict[str, Any]] = field(default_factory=list)
+    unused: Counter[str] = field(default_factory=Counter)
 
     def record(self, context: int | None) -> dict[str, Any]:
         """All figures, for JSON. Lengths are tokens of a sample, visual ones included.
@@ -35,6 +38,7 @@ class Findings:
         return {
             "samples": len(self.rows) + len(self.bad),
             "bad": self.bad,
+            "unused_fields": dict(self.unused.most_common()),
             "context": context,
             "too_long": long,
             "lengths": {
@@ -73,6 +77,7 @@ class _Rows(Dataset):
             "text_tokens": len(item["input_ids"]) - visual,
             "visual_tokens": visual,
             "images": visual // processor.num_image_tokens,
+            "unused": self.data.source[row].unused,
         }
 
 
@@ -85,6 +90,7 @@ def check_rows(data: TrainingSet, workers: int = 0, progress: Callable[[int], No
     """
     found = Findings()
     for done, row in enumerate(DataLoader(_Rows(data), batch_size=None, num_workers=workers), 1):
+        found.unused.update(row.pop("unused", ()))
         (found.bad if "reason" in row else found.rows).append(row)
         progress(done)
     return found

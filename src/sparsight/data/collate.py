@@ -23,7 +23,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from sparsight.data.batching import pack
 from sparsight.data.cache import FeatureCache
 from sparsight.data.chat import TooLong, encode_conversation
-from sparsight.data.sources import Sample, Source
+from sparsight.data.conversations import Sample
+from sparsight.data.sources import Source
 
 TRIES = 50
 # Bytes of tokens that each process keeps for the next epoch. Measured: 15,000 rows of 712 (576 visual) take 103 MB.

@@ -16,7 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sparsight.config import ConversationData
 from sparsight.counting import default_device
-from sparsight.data.sources import Sample, Source, open_source
+from sparsight.data.conversations import Sample
+from sparsight.data.sources import Source, open_source
 from sparsight.pipeline.files import own_scenes
 from sparsight.reporting import environment, layer_table, write_analysis
 from sparsight.reporting.comparison import write_atomic

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoTokenizer
 from sparsight.config import ConversationData, Recipe, ScratchLanguage, Stage
 from sparsight.data.check import check_rows
 from sparsight.data.collate import TrainingSet
-from sparsight.data.sources import Sample, Source, open_source
+from sparsight.data.conversations import Sample, unused_fields
+from sparsight.data.sources import Source, open_source
 from sparsight.modeling.build import build_processor, language_folder, scratch_tokenizer
 from sparsight.pipeline.evaluate import EXAMPLES, png
 from sparsight.pipeline.train import not_loaded, texts
@@ -80,6 +81,8 @@ def check_data(
     console.print(check_table(record))
     for entry in record["bad"][:EXAMPLES]:
         console.print(Text.assemble(("bad: ", "red"), f"{entry['id']}: {entry['reason']}"), soft_wrap=True)
+    if found.unused:
+        console.print(Text(unused_fields(name, found.unused, record["samples"])), soft_wrap=True)
     if len(record["bad"]) > EXAMPLES:
         console.print(f"and {len(record['bad']) - EXAMPLES} more")
     console.print(f"Page: [bold]{out / 'index.html'}[/], figures: {out / 'check.json'}")
