@@ -127,7 +127,7 @@ def _maps(encoder: Any, side: int, levels: Sequence[int], bridge: Any) -> tuple[
 def scaled_processor(
     model: Any, processor: SparsightProcessor, layout: Any = None, image_size: int | None = None
 ) -> SparsightProcessor:
-    """A copy of the processor, as `scale_tokens` would leave it; the model stays as it is. Arguments, errors as there."""
+    """A copy of the processor, as `scale_tokens` would leave it; the model stays as it is. Arguments as there."""
     config, scaled = model.config, copy(processor)
     side, bridge = image_size or config.image_size, _laid_out(bridge_settings(config.bridge_config), layout)
     map_size, _ = _maps(model.model.vision_tower, side, config.vision_levels, bridge)
