@@ -37,8 +37,10 @@ Preset = Annotated[
     str | None, typer.Option(help="few-tokens, scale-settled or scale: bridges and methods of recipes/presets.yaml")
 ]
 # A step a stage; what a user gives comes after these.
-_SHORT = ("shared.data.scenes=32", "shared.evaluation.items=5") + tuple(
-    f"shared.stages.{stage}.samples=32" for stage in ("align", "pretrain", "settle", "finetune")
+_SHORT = (
+    "shared.data.scenes=32",
+    "shared.evaluation.items=5",
+    *(f"shared.stages.{stage}.samples=32" for stage in ("align", "pretrain", "settle", "finetune")),
 )
 
 

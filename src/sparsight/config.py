@@ -587,8 +587,8 @@ def _builtin_named(file: Path) -> Path:
 def load_recipe(path: str | Path, overrides: list[str] | None = None, preset: str | None = None) -> Recipe:
     """Read a YAML recipe and apply ``key=value`` overrides, dotted, list items by number or by stage name.
 
-    ``stages.pretrain.batch_size=8`` and ``data.scenes=200`` are overrides. ``recipes/NAME.yaml``, where there is no such
-    file, is the recipe of that name that comes with Sparsight.
+    ``stages.pretrain.batch_size=8`` and ``data.scenes=200`` are overrides. ``recipes/NAME.yaml``, where there is no
+    such file, is the recipe of that name that comes with Sparsight.
 
     Args:
         preset: ``few-tokens``, ``scale-settled`` or ``scale``: bridges and methods of `recipes/presets.yaml`, in place
