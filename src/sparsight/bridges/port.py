@@ -57,8 +57,8 @@ def from_port(state: Mapping[str, torch.Tensor], side: int | None = None) -> tup
     levels = sorted({int(m[4]) for m in blocks})
     width, depth = state["out_proj.weight"].shape[1], 1 + max(int(m[2]) for m in blocks)
     norms = {int(m[4]): state[m[0]].shape[0] for m in blocks if m[6] == "cont_norm.weight"}  # levels differ in width
-    if missing := [level for level in levels if level not in norms]:
-        raise ValueError(f"not the port's resampler: no cont_norm.weight of the blocks {missing}")
+    if bare := [level for level in levels if level not in norms]:
+        raise ValueError(f"not the port's resampler: no cont_norm.weight of the blocks {bare}")
     mlp = next(tensor.shape[0] for name, tensor in state.items() if name.endswith("fc1.weight"))
     settings = ChainOfSight(layout, width=width, heads=max(1, width // 64), mlp_ratio=mlp / width, depth=depth)
     with torch.device("meta"):
