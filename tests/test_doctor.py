@@ -112,3 +112,11 @@ def test_a_measured_peak_is_kept_and_shown(tmp_path: Path, monkeypatch: pytest.M
     found = {check.name: check.found for check in diagnose()}["peak"]
     assert found.startswith(counting.device_name(device)) and "FLOP/s bf16" in found
     assert 1e8 < peak_flops(counting.device_name(device), "fp32") < 1e16
+
+
+def test_F11_a_transformers_too_old_for_composing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "composing" not in {check.name for check in diagnose()}
+    monkeypatch.setattr("sparsight.compat.FOUND", (5, 20, 0))
+    (check,) = [check for check in diagnose() if check.name == "composing"]
+    assert check.status == "warning" and "need >=5.21" in check.found
+    assert check.remedy == 'pip install "transformers>=5.21,<6"'

@@ -63,10 +63,30 @@ asked = [
     lambda: sparsight.build,
     lambda: AutoConfig.from_pretrained({str(saved)!r}),
     lambda: AutoModelForImageTextToText.from_pretrained({str(saved)!r}),
+    lambda: AutoProcessor.from_pretrained({str(saved)!r}),
 ]
 for ask in asked:
     with pytest.raises(ImportError, match='5.20.0 is installed, but .* need .*>=5.21,<6.*pip install'):
         ask()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    "broken, autos", [("encoders", "AutoModel, AutoModelForImageTextToText"), ("processing", "AutoProcessor,")]
+)
+def test_F11_what_fails_in_our_modules_is_told_to_who_asks_for_a_composed_model(saved, broken, autos):
+    """It was swallowed: "Unrecognized configuration class", or another processor without a word."""
+    code = f"""
+import sys, pytest
+sys.modules["sparsight.modeling.{broken}"] = None
+import sparsight
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+assert type(AutoConfig.from_pretrained({str(saved)!r})).__name__ == "SparsightConfig"
+for auto in ({autos}):
+    with pytest.raises(ImportError, match="import of sparsight.modeling.{broken} halted"):
+        auto.from_pretrained({str(saved)!r})
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -69,6 +69,18 @@ class Asset:
     command: str
 
 
+def missing(name: str) -> ValueError:
+    """The error of an asset, by its name in `inventory`, that is needed and was not found."""
+    command = next(asset.command for asset in inventory() if asset.name == name)
+    if not command.startswith("make"):
+        return ValueError(f"{name}: not found on this computer; run\n  {command}")
+    return ValueError(
+        f"{name}: not found in {assets_dir()}; in a checkout of Sparsight, run\n  {command}\nElsewhere, set "
+        "SPARSIGHT_ASSETS to the folder that it made, or name another model: a folder, or an id of the hub such as "
+        "HuggingFaceTB/SmolLM2-135M-Instruct"
+    )
+
+
 def inventory() -> list[Asset]:
     """Every asset that Sparsight knows, found or not, for `sparsight doctor`."""
     pip = "pip install --no-deps"

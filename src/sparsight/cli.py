@@ -36,6 +36,12 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="move the folder th
 Preset = Annotated[
     str | None, typer.Option(help="few-tokens, scale-settled or scale: bridges and methods of recipes/presets.yaml")
 ]
+# A step a stage; what a user gives comes after these.
+_SHORT = (
+    "shared.data.scenes=32",
+    "shared.evaluation.items=5",
+    *(f"shared.stages.{stage}.samples=32" for stage in ("align", "pretrain", "settle", "finetune")),
+)
 
 
 def _version(wanted: bool) -> None:
@@ -83,20 +89,32 @@ def _ctrl_c_is_exit_code_130(console: Console) -> Iterator[None]:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="folder for runs, report.html and comparison.json")] = Path("runs/demo"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="folder for runs, report.html and comparison.json; runs/demo, or runs/demo-short"),
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML of a comparison; the built-in one if not given")] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    short: Annotated[
+        bool, typer.Option("--short", help="a minute or less: shows that all works; its scores mean nothing")
+    ] = False,
     overrides: Overrides = None,
 ) -> None:
     """Train a small VLM twice, the standard way and ours, on the same samples, and compare them."""
+    if short and recipe is not None:
+        raise ValueError(f"--short is the built-in demo; --recipe {recipe} was given as well. Give one of them")
     from sparsight.config import builtin_recipe, load_comparison
     from sparsight.pipeline import run_comparison
 
-    comparison = load_comparison(recipe or builtin_recipe("demo.yaml"), overrides)
+    changes = [*(_SHORT if short else ()), *(overrides or [])]
+    comparison = load_comparison(recipe or builtin_recipe("demo.yaml"), changes)
     console = _console()
     with _ctrl_c_is_exit_code_130(console):
-        run_comparison(comparison, out, console, resume, overwrite)
+        folder = out or Path("runs/demo-short" if short else "runs/demo")
+        run_comparison(comparison, folder, console, resume, overwrite)
+    if short:
+        console.print("[yellow]--short: scores mean nothing after so few steps[/]; without it the demo takes minutes")
 
 
 @app.command()

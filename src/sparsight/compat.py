@@ -36,16 +36,23 @@ def refuse_composed(reason: Exception, theirs: str) -> None:
     """Let an Auto class raise `reason` when a composed model, or its processor, is loaded, and not before.
 
     Args:
-        theirs: the module of transformers that has just been loaded, ``transformers.models.auto.*_auto``. The Auto
-            classes of models ask AutoConfig first.
+        theirs: the module of transformers that has just been loaded, ``transformers.models.auto.*_auto``. That of
+            configurations is the first.
     """
 
     def refuse(*_: Any, **__: Any) -> NoReturn:
-        raise ImportError(str(reason)) from reason
+        raise reason
 
     if theirs.endswith("configuration_auto"):
         methods = {"model_type": "sparsight", "from_dict": refuse}
-        transformers.AutoConfig.register("sparsight", type("Refused", (transformers.PreTrainedConfig,), methods))
-    elif theirs.endswith("processing_auto"):  # finds processors by the name of their class
-        refused = type("SparsightProcessor", (), {"from_pretrained": refuse})
-        transformers.AutoProcessor.register(transformers.PreTrainedConfig, refused)
+        refused = type("Refused", (transformers.PreTrainedConfig,), methods)
+        transformers.AutoConfig.register("sparsight", refused, exist_ok=True)
+        return
+    # Ours or the refused one: transformers registers nothing of others under a configuration of its own.
+    config = transformers.CONFIG_MAPPING["sparsight"]
+    methods = {"config_class": config, "from_pretrained": refuse, "_from_config": refuse}
+    if theirs.endswith("processing_auto"):  # finds processors by the name of their class
+        transformers.AutoProcessor.register(config, type("SparsightProcessor", (), methods), exist_ok=True)
+    else:
+        for auto in (transformers.AutoModel, transformers.AutoModelForImageTextToText):
+            auto.register(config, type("Refused", (), methods), exist_ok=True)

