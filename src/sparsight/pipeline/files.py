@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors import safe_open
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sparsight.assets import emoji_folder
 from sparsight.config import Recipe, SceneData
 from sparsight.counting import default_device, device_name, fast_bf16, precision_on
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
+from sparsight.modeling.configuration import SparsightConfig
+from sparsight.modeling.folders import loading, model_type
 from sparsight.reporting import RunLog, environment, read_run, write_card
 
 RECIPE_FILE = "sparsight_recipe.json"
@@ -131,17 +134,37 @@ def load(folder: Path) -> tuple[SparsightForConditionalGeneration, SparsightProc
     """A saved model, each weight as wide as it was saved, and its processor.
 
     Raises:
-        ValueError: the folder holds no Sparsight model.
+        ValueError: the folder holds no Sparsight model, or a damaged file.
     """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: no model there; expected a folder with config.json")
+    if (kind := model_type(folder)) != SparsightConfig.model_type:
+        found = "no model there; expected a folder with config.json" if kind is None else f"a model of type '{kind}'"
+        raise ValueError(f"{folder}: {found}. Expected one that sparsight.build or `sparsight train` has made")
     # transformers gives all weights one dtype; here a frozen part may be in bf16, beside a trained one in fp32.
-    model = SparsightForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    with loading("model", str(folder)):
+        model = SparsightForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        processor = SparsightProcessor.from_pretrained(folder, trust_remote_code=False)
     narrow = _in_bf16(folder)
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if name in narrow:
             tensor.data = tensor.data.bfloat16()
-    return model, SparsightProcessor.from_pretrained(folder)
+    return model, processor
+
+
+def load_any(name: str, **options: Any) -> tuple[Any, Any]:
+    """A VLM of transformers in eval mode, on the GPU if there is one, and its processor; ``options`` go to its
+    ``from_pretrained``.
+
+    Raises:
+        ValueError: there is none of that name, it is of another kind, or it has no processor for images.
+    """
+    if Path(name).is_dir() and model_type(Path(name)) is None:
+        raise ValueError(f"{name}: no model there; expected a folder with config.json")
+    with loading("vision-language model", name):
+        model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=False, **options)
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    if not hasattr(processor, "image_processor"):
+        raise ValueError(f"{name}: expected a processor for images and text, found {type(processor).__name__}")
+    return model.to(default_device()), processor
 
 
 def _in_bf16(folder: Path) -> set[str]:

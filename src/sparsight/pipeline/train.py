@@ -134,19 +134,16 @@ def enter_stage(
     tokenizer = None
     if isinstance(language, ScratchLanguage):
         language, tokenizer = scratch_language(language, texts(recipe, stage))
-    try:
-        model, processor = build(
-            recipe.vision,
-            language,
-            stage.bridge,
-            tokenizer=tokenizer,
-            image_size=stage.image_size,
-            vision_levels=recipe.vision_levels,
-            language_layers=recipe.language_layers,
-            resize=recipe.resize,
-        )
-    except OSError as error:
-        raise not_loaded(recipe, error) from None
+    model, processor = build(
+        recipe.vision,
+        language,
+        stage.bridge,
+        tokenizer=tokenizer,
+        image_size=stage.image_size,
+        vision_levels=recipe.vision_levels,
+        language_layers=recipe.language_layers,
+        resize=recipe.resize,
+    )
     # Weights that were stored in 16 bits: none in an fp32 run, and bf16's autocast does not take fp16 beside it.
     for tensor in chain(model.parameters(), model.buffers()):
         if tensor.dtype == torch.float16 or (recipe.precision == "fp32" and tensor.dtype == torch.bfloat16):
@@ -154,13 +151,6 @@ def enter_stage(
     stops = stop_tokens(processor.tokenizer, model.generation_config.eos_token_id)
     model.generation_config.eos_token_id = stops  # so that `generate` ends where training did
     return model, processor
-
-
-def not_loaded(recipe: Recipe, error: OSError) -> ValueError:
-    """transformers does not say which name it could not find."""
-    language = recipe.language
-    names = f"vision '{recipe.vision}'" + (f" or language '{language}'" if isinstance(language, str) else "")
-    return ValueError(f"{names} cannot be loaded, from a folder here or from a hub: {error}")
 
 
 def max_length(stage: Stage, language: PreTrainedConfig) -> int | None:
