@@ -564,3 +564,11 @@ def test_own_pictures_in_and_a_model_of_transformers_out(
     found = read_run(tmp_path / "runs" / "small")
     assert found.problems == [] and [len(stage.steps) for stage in found.stages] == [60, 20]
     assert BRIDGE["layout"] == found.stages[0].layout
+
+
+def test_F26_errors_of_the_system_are_told_without_its_numbers(
+    here: Callable[..., tuple[Any, str, str]], checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, err = here("scale", checkpoint, "--out", tmp_path / "file" / "new", "--image-size", 128)
+    assert code == 2 and "Errno" not in err and "not a directory. Give another path" in err.replace("\n", " ")

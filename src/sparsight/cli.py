@@ -329,6 +329,8 @@ def main() -> None:
         from rich.markup import escape
 
         message = str(error)
+        if isinstance(error, OSError) and error.filename is not None:  # the system's, with its number
+            message = f"{error.filename}: {(error.strerror or message).lower()}. Give another path, or mend this one"
         if message.startswith("Caught "):  # from a process that loads data: its traceback, with the message at the end
             message = message.rsplit("Error: ", 1)[-1].strip()
         Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)

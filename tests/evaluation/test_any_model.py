@@ -62,7 +62,9 @@ def llava(tmp_path_factory):
 
 def conversations(folder: Path) -> Path:
     rows = []
-    for number, (question, answer) in enumerate([("what ?", "a red dog"), ("how many are in it ?", "2"), ("why ?", "so")]):
+    for number, (question, answer) in enumerate(
+        [("what ?", "a red dog"), ("how many are in it ?", "2"), ("why ?", "so")]
+    ):
         picture(number, 60 + 10 * number).save(folder / f"{number}.png")
         turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
         rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
@@ -88,7 +90,9 @@ def test_F06_a_model_of_transformers_is_asked_by_its_own_processor(llava, tmp_pa
 
 def test_F06_and_about_the_embedded_scenes(llava):
     (result,) = evaluate_checkpoint(llava, 1, "test", Console(file=StringIO()))
-    assert len(result.items) > 3 and set(result.items.values()) == {1} and result.shuffled.keys() == result.scores.keys()
+    assert (
+        len(result.items) > 3 and set(result.items.values()) == {1} and result.shuffled.keys() == result.scores.keys()
+    )
 
 
 def test_F06_a_processor_without_a_chat_template_is_told(llava, tmp_path):

@@ -7,10 +7,10 @@ import warnings
 import pytest
 from transformers import CLIPVisionModel
 
+from small_runs import save_encoder
 from sparsight.modeling.build import build, build_processor
 from sparsight.modeling.scale import scale_checkpoint
 from sparsight.pipeline.files import load, load_any
-from small_runs import save_encoder
 from tiny import BRIDGE, clip_config, make_language
 
 FILES = {

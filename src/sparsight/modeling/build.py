@@ -296,9 +296,7 @@ def _plain_processor(mean: float, std: float) -> Any:
 
 
 def _native_size(config: Any, image_processor: Any) -> int:
-    size = getattr(config, "image_size", None) or dict(getattr(image_processor, "size", None) or {}).get(
-        "height"
-    )
+    size = getattr(config, "image_size", None) or dict(getattr(image_processor, "size", None) or {}).get("height")
     if isinstance(size, list | tuple):
         size = size[0]
     return int(size or 224)

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sparsight.assets import emoji_folder
-from sparsight.config import Recipe, SceneData
+from sparsight.config import Recipe, SceneData, readable
 from sparsight.counting import default_device, device_name, fast_bf16, precision_on
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.modeling.configuration import SparsightConfig
-from sparsight.modeling.folders import loading, model_type
+from sparsight.modeling.folders import loading, model_type, read_json
 from sparsight.reporting import RunLog, environment, read_run, write_card
 
 RECIPE_FILE = "sparsight_recipe.json"
@@ -190,8 +191,14 @@ def with_cutouts(recipe: Recipe) -> Recipe:
 
 
 def trained_by(folder: Path) -> Recipe | None:
+    """The recipe that lies beside a model; ValueError if it is damaged."""
     file = folder / RECIPE_FILE
-    return Recipe.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        return Recipe.model_validate(read_json(file))
+    except ValidationError as error:
+        raise ValueError(f"{file}: {readable(error)}") from None
 
 
 def own_scenes(folder: Path) -> SceneData:
