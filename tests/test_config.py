@@ -188,7 +188,7 @@ def test_a_comparison_merges(tmp_path):
     assert [r.name for r in (a, b, c)] == ["a", "b", "c"]
     assert (a.seed, b.seed, c.seed) == (5, 5, 6)
     assert (b.data.scenes, b.data.seed) == (9, 1)
-    assert [(s.name, s.samples, s.image_size) for s in b.stages] == [("pretrain", 20, 256), ("finetune", 10, 64)]
+    assert [(s.name, s.samples, s.image_size) for s in b.stages] == [("pretrain", 20, None), ("finetune", 10, 64)]
     assert [len(r.stages) for r in (a, b, c)] == [2, 2, 1]
     assert a == Comparison.model_validate(comparison.model_dump()).recipes()[0]  # nothing was changed in place
 
@@ -443,7 +443,7 @@ def test_F26_the_layout_within_reach_is_named() -> None:
     message = "no source in '1:16,4:1'.*From '1:16,4:1' there are cos-336-from-32, cos-528-from-32$"
     with pytest.raises(ValueError, match=message):
         check_scaling(ChainOfSight("cos-32"), ChainOfSight("cos-336"))
-    with pytest.raises(ValueError, match="3 queries per window$"):
+    with pytest.raises(ValueError, match="16 queries per window$"):
         check_scaling(ChainOfSight("1:3"), ChainOfSight("cos-336"))
 
 

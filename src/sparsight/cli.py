@@ -268,7 +268,7 @@ def preview(
     if recipe is not None:
         settings = load_recipe(recipe, overrides)
         stage = settings.stages[0]
-        data, side = settings.data_of(stage), stage.image_size  # type: ignore[assignment]
+        data, side = settings.data_of(stage), stage.image_size or side  # type: ignore[assignment]
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"--out {out}: expected a picture's name, .png, .jpg or .webp")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -348,7 +348,9 @@ class Stage(Settings):
     proportional_attention: bool = Field(
         False, description="with places_of: a visual token weighs in attention as the tokens that will be born from it"
     )
-    image_size: int = Field(256, ge=16, description="side of the square picture in pixels")
+    image_size: int | None = Field(
+        None, ge=16, description="side of the square image in pixels; the encoder's own if not given"
+    )
     learning_rate: LearningRates
     samples: int = Field(ge=1, description="conversations seen in this stage")
     batch_size: int = Field(16, ge=1, description="conversations in one optimizer step, over all ranks")
@@ -424,6 +426,12 @@ class Stage(Settings):
     @property
     def steps(self) -> int:
         return -(-self.samples // self.batch_size)
+
+    @property
+    def side(self) -> int:
+        """``image_size``, once it is settled: a run asks the encoder where the recipe says none."""
+        assert self.image_size is not None, f"stage '{self.name}': its image size is not settled"
+        return self.image_size
 
 
 class HeldOut(Settings):

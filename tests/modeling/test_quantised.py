@@ -1,4 +1,4 @@
-"""Quantised parts: what a quantizer leaves alone in a composed model, and language models that are quantised already."""
+"""What a quantizer leaves alone in a composed model, and parts that are quantised already."""
 
 import json
 from importlib.util import find_spec

@@ -30,8 +30,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from sparsight import assets
 from sparsight.bridges import build_bridge
 from sparsight.config import ScratchLanguage, bridge_settings
+from sparsight.cost.shapes import tell_if_cut
 from sparsight.modeling.configuration import EfficientNetLiteConfig, SparsightConfig
-from sparsight.modeling.encoders import EfficientNetLiteModel, feature_levels, has_own_positions
+from sparsight.modeling.encoders import EfficientNetLiteModel, feature_levels, has_own_positions, takes_grids
 from sparsight.modeling.folders import loading
 from sparsight.modeling.modeling import SparsightForConditionalGeneration
 from sparsight.modeling.processing import IMAGE_TOKEN, SparsightProcessor
@@ -150,6 +151,9 @@ def build(
 @torch.no_grad()
 def probe(encoder: nn.Module, image_size: int, levels: Sequence[int] | None) -> list[torch.Tensor]:
     """Feature levels of two grey pictures: the truth about widths and map size, instead of a guess."""
+    patch = getattr(getattr(encoder, "config", None), "patch_size", None)
+    if isinstance(patch, int) and not takes_grids(encoder):  # which refuses such a size by itself
+        tell_if_cut(type(encoder).__name__, image_size, patch, getattr(encoder.config, "image_size", None))
     parameter = next(encoder.parameters())
     pixels = torch.zeros(2, 3, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
     was_training = encoder.training

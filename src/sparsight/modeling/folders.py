@@ -1,5 +1,8 @@
-"""What the folder of a model holds, looked at before anything is made of it: transformers passes over some damaged files
-in silence, ends in a traceback at others, and asks on the terminal whether to run code that it finds."""
+"""What the folder of a model holds, looked at before anything is made of it.
+
+transformers passes over some damaged files in silence, ends in a traceback at others, and asks on the terminal
+whether to run code that it finds.
+"""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from sparsight.data.collate import TrainingSet
 from sparsight.data.sources import Sample, Source, open_source
 from sparsight.modeling.build import build_processor, load_tokenizer, scratch_tokenizer
 from sparsight.pipeline.evaluate import EXAMPLES, png
+from sparsight.pipeline.files import settle_image_size
 from sparsight.pipeline.train import texts
 from sparsight.reporting import check_table, environment, write_check
 from sparsight.reporting.comparison import write_atomic
@@ -42,7 +43,8 @@ def check_data(
         raise ValueError(f"--stage {stage_name}: no such stage; expected one of {', '.join(names)}")
     if stage_name is None and len(recipe.all_data()) > 1:
         raise ValueError(f"stages have data of their own: name one of them, --stage {'|'.join(names)}")
-    recipe = recipe.model_copy(update={"on_bad_sample": "quarantine"})  # bad rows are to be told, all of them
+    # Bad rows are to be told, all of them.
+    recipe = settle_image_size(recipe).model_copy(update={"on_bad_sample": "quarantine"})
     tokenizer, context = _tokenizer(recipe, recipe.stages[0])
     made = []
     for stage in recipe.stages:
@@ -59,7 +61,7 @@ def check_data(
         made.append((processor.num_image_tokens, stage, processor))
     _, stage, processor = max(made, key=lambda each: each[0])
     conversations = sum(each.samples for each in recipe.of_the_same_data(stage))
-    source = open_source(recipe.data_of(stage), conversations, stage.image_size, strict=False)
+    source = open_source(recipe.data_of(stage), conversations, stage.side, strict=False)
     with Progress(console=console) as bar:
         task = bar.add_task("looking at samples", total=len(source))
         data = TrainingSet(source, processor, len(source))

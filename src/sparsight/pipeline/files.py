@@ -20,6 +20,7 @@ from sparsight.assets import emoji_folder
 from sparsight.config import Recipe, SceneData, readable
 from sparsight.counting import default_device, device_name, fast_bf16, precision_on
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
+from sparsight.modeling.build import own_image_size
 from sparsight.modeling.configuration import SparsightConfig
 from sparsight.modeling.folders import loading, model_type, read_json
 from sparsight.reporting import RunLog, environment, read_run, write_card
@@ -55,6 +56,19 @@ def settle_precision(recipe: Recipe, out: Path, resume: bool, console: Console) 
         name = device_name(device).partition(",")[0]
         console.print(f"precision {found}: {name} has no bf16 instructions here{slow}", highlight=False)
     return recipe.model_copy(update={"precision": found})
+
+
+def settle_image_size(recipe: Recipe) -> Recipe:
+    """The recipe with the encoder's own image size in every stage that says none.
+
+    Raises:
+        ValueError: there is no such encoder.
+    """
+    if all(stage.image_size for stage in recipe.stages):
+        return recipe
+    own = own_image_size(recipe.vision)
+    stages = [stage.model_copy(update={"image_size": stage.image_size or own}) for stage in recipe.stages]
+    return recipe.model_copy(update={"stages": tuple(stages)})
 
 
 def _what_is_learnt(values: dict[str, Any]) -> dict[str, Any]:

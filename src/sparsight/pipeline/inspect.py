@@ -29,8 +29,8 @@ def inspect_checkpoint(folder: Path, image: Path | None, out: Path, console: Con
     """
     if (kind := model_type(folder)) not in (None, SparsightConfig.model_type):
         raise ValueError(
-            f"{folder}: inspect draws where a bridge's queries look; it needs a model of Sparsight with a bridge of kind "
-            f"resampler or chain_of_sight, found one of type '{kind}'. `sparsight analyze` looks into any "
+            f"{folder}: inspect draws where a bridge's queries look; it needs a model of Sparsight with a bridge of "
+            f"kind resampler or chain_of_sight, found one of type '{kind}'. `sparsight analyze` looks into any "
             "vision-language model"
         )
     model, processor = load(folder)

@@ -27,7 +27,7 @@ from sparsight.modeling.encoders import count_flops
 from sparsight.modeling.scale import scale_tokens
 from sparsight.pipeline.evaluate import score_run
 from sparsight.pipeline.features import Encoding, cached_features
-from sparsight.pipeline.files import Session, load, open_log, save, settle_precision
+from sparsight.pipeline.files import Session, load, open_log, save, settle_image_size, settle_precision
 from sparsight.reporting import RunLog, read_run, write_card
 from sparsight.reporting.page import table
 from sparsight.reporting.runlog import step_seconds
@@ -63,7 +63,7 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache
     ranks = process_state()
     main = ranks.is_main_process  # it alone writes and tells
     console = console if main else Console(quiet=True)
-    recipe = settle_precision(recipe, out, resume, console)
+    recipe = settle_image_size(settle_precision(recipe, out, resume, console))
     log = open_log(recipe, out, resume) if main else RunLog(Path(os.devnull), append=True)
     if (layout := recipe.stages[-1].places_of) is not None:
         console.print(
@@ -171,7 +171,7 @@ def texts(recipe: Recipe, stage: Stage) -> list[str]:
     """What a scratch language model's tokenizer is learnt from; bad samples are told where they are trained on."""
     texts = []
     for data in recipe.all_data():
-        source = open_source(data, 3000, stage.image_size, strict=recipe.on_bad_sample == "error")
+        source = open_source(data, 3000, stage.side, strict=recipe.on_bad_sample == "error")
         for index in range(min(3000, len(source))):
             try:
                 messages = source[index].messages
@@ -212,7 +212,7 @@ def _run_stage(
         model.train().gradient_checkpointing_enable({"use_reentrant": False})
     elif model.is_gradient_checkpointing:
         model.gradient_checkpointing_disable()
-    encoder_flops = count_flops(model.model.vision_tower, stage.image_size, config.vision_levels)
+    encoder_flops = count_flops(model.model.vision_tower, stage.side, config.vision_levels)
     encoding = Encoding(0.0, 0.0)
     if stage.cache_features:
         data.cache, encoding = cached_features(session, stage, model, processor, data.source, encoder_flops)
@@ -249,7 +249,7 @@ def _training_set(
     """A stage's data, behind the conversations that earlier stages have had of the same."""
     quarantined, offset = recipe.on_bad_sample == "quarantine", recipe.samples_before(stage)
     return TrainingSet(
-        open_source(recipe.data_of(stage), offset + stage.samples, stage.image_size, strict=not quarantined),
+        open_source(recipe.data_of(stage), offset + stage.samples, stage.side, strict=not quarantined),
         processor,
         stage.samples,
         offset=offset,
