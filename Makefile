@@ -73,7 +73,7 @@ $(SMOLLM2_DONE): scripts/convert_smollm2.py | $(PACKAGES_DONE)
 	@$(PY) scripts/convert_smollm2.py $(ASSETS)/smollm2-135m
 
 demo: setup assets ## train small models in two ways, compare them and write a report
-	@$(VENV)/bin/sparsight demo $(ARGS)
+	@$(VENV)/bin/sparsight demo $(or $(ARGS),--overwrite)
 
 # Two workers with one thread each: more threads only fight for the same cores.
 test: setup assets ## run the tests, for example: make test ARGS='tests/test_layouts.py -x'

@@ -259,6 +259,7 @@ def sparse(model: Any, keep: float = 1.0, every: int = 0) -> Iterator[SparseHand
     """The compressor, and the skipper with each ``every``-th layer off."""
     skipper = LayerSkipper(alpha=0.5, epsilon=0.0, course="constant")
     handle = attach(model, VisualTokenCompressor(keep=keep), skipper)
+    handle.step(0, 0.0)
     handle.off = tuple(bool(every) and number % every == every - 1 for number in range(handle.parts.layers))
     try:
         yield handle

@@ -123,11 +123,12 @@ def train(
     data: TrainingSet | None = None,
     resume: bool = False,
     log: Records | None = None,
+    console: Console | None = None,
 ) -> Records:
     """`train_stage` with all that goes around it; parameters must have been selected."""
     log = Records() if log is None else log
     data = data or training_set(processor, recipe, stage)
     counter = StepCounter(model, Trains.of(stage), 1e6)
     plan = plan_stage(data, recipe, stage, folder, quiet())
-    train_stage(model, processor, data, plan, recipe, stage, folder, log, counter, quiet(), resume)
+    train_stage(model, processor, data, plan, recipe, stage, folder, log, counter, console or quiet(), resume)
     return log

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ from tiny import clip_config, make_language, make_vlm
 
 # A new command or option is a promise to keep: it is added here on purpose.
 SURFACE = {
-    "demo": ["--out", "--recipe", "--resume", "overrides"],
-    "train": ["recipe", "overrides", "--out", "--resume", "--preset"],
+    "demo": ["--out", "--recipe", "--resume", "--overwrite", "overrides"],
+    "train": ["recipe", "overrides", "--out", "--resume", "--overwrite", "--preset"],
     "compare": ["runs", "--out"],
     "watch": ["run"],
     "plan": ["recipe", "overrides", "--preset", "--device", "--mfu", "--memory", "--sweep", "--calibrate", "--out"],
@@ -184,7 +185,51 @@ def test_a_folder_that_holds_a_run_is_refused(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.jsonl").write_text("{}\n" * 2)
     code, _, said = here("train", write(), "--out", tmp_path / "out")
-    assert code == 2 and "--resume" in said
+    assert code == 2 and "--resume" in said and "--overwrite" in said
+    code, _, said = here("train", write(), "--out", tmp_path / "out", "--resume")
+    assert code == 2 and "run.jsonl, line 1: expected a header with the run's recipe, found b'{}'" in said
+
+
+@pytest.mark.parametrize("name", ["train", "demo"])
+def test_F26_overwrite_moves_what_is_there_aside_and_says_where(
+    here: Callable[..., tuple[Any, str, str]],
+    write: Callable[..., Path],
+    encoder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    recipe, out = write(stages=[stage_values(samples=4)]), tmp_path / "out"
+    run_folder, arguments = out, ["train", recipe, "--out", out]
+    if name == "demo":
+        shared = recipe_values(encoder, evaluation=NO_SCORES, stages=[stage_values(samples=4)])
+        del shared["name"]
+        recipe.write_text(yaml.safe_dump({"shared": shared, "runs": {"a": {}, "b": {}}}))
+        run_folder, arguments = out / "a", ["demo", "--recipe", recipe, "--out", out]
+    for folder in (run_folder, tmp_path / "out-old"):  # and one of an earlier time
+        folder.mkdir(parents=True)
+        (folder / "run.jsonl").write_text("{}\n" * 2)
+    (out / "cache").mkdir()
+    (out / "cache" / "notes.txt").write_text("mine")
+    before = {file.relative_to(out): file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    assert here(*arguments)[0] == 2
+    code, _, said = here(*arguments, "--overwrite", "--resume")
+    assert code == 2 and "--resume goes on with the run that --overwrite moves aside" in said
+    with monkeypatch.context() as patch:
+        patch.chdir(run_folder)
+        code, _, said = here(*arguments, "--overwrite")
+        assert code == 2 and "which this command works in" in said
+    assert {file.relative_to(out): file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    code, said, _ = here(*arguments, "--overwrite")
+    aside = tmp_path / "out-old-2"
+    assert code == 0 and f"{out} is now {aside}" in said
+    assert {file.relative_to(aside): file.read_bytes() for file in aside.rglob("*") if file.is_file()} == before
+    assert read_run(run_folder).trained
+
+
+def test_F26_version(here: Callable[..., tuple[Any, str, str]]) -> None:
+    code, said, _ = here("--version")
+    assert code == 0 and said == f"sparsight {version('sparsight')}\n"
 
 
 def test_a_traceback_is_there_for_those_who_ask(

@@ -322,6 +322,47 @@ def test_presets_take_the_place_of_bridges_and_methods(tmp_path: Path, name: str
     early.bridge.scales.lineage(late.bridge.scales)  # can be scaled
 
 
+def preset_file(folder: Path) -> Path:
+    file = folder / "recipe.yaml"
+    stages = [stage_values("a"), stage_values("b", bridge="mlp", samples=10_000)]
+    file.write_text(yaml.safe_dump(recipe_values(folder, stages=stages) | {"vision": "x"}))
+    return file
+
+
+@pytest.mark.parametrize("place", ["b", "1"])
+def test_F14_a_preset_splits_what_overrides_have_left(tmp_path: Path, place: str) -> None:
+    """By its name or its number in the recipe as it is written; also what the settling stage takes of the last one."""
+    overrides = [f"stages.{place}.{value}" for value in ("samples=16", "learning_rate.language=5e-4", "weight_decay=1")]
+    _, settle, late = load_recipe(preset_file(tmp_path), overrides, "scale-settled").stages
+    assert (settle.name, settle.samples, late.samples) == ("settle", 12, 4)
+    assert all(each.learning_rate.language == 5e-4 and each.weight_decay == 1 for each in (settle, late))
+
+
+def test_F14_overrides_of_a_presets_own_keys_and_stage_come_after_it(tmp_path: Path) -> None:
+    own = ["stages.settle.samples=7", "stages.settle.schedule=linear", "stages.settle.proportional_attention=false"]
+    own += ["stages.b.bridge.query_std=2", "stages.b.bridge.layout=1:16,8:1", "stages.b.skipper.alpha=0.1", "seed=3"]
+    recipe = load_recipe(preset_file(tmp_path), [*own, "stages.b.name=late", "stages.late.samples=16"], "scale-settled")
+    _, settle, late = recipe.stages
+    assert (settle.samples, settle.schedule, settle.proportional_attention) == (7, "linear", False)
+    assert (late.name, late.samples, late.skipper.alpha, late.bridge.query_std) == ("late", 4, 0.1, 2)
+    assert (late.bridge.scales, recipe.seed) == (Layout.parse("1:16,8:1"), 3) and settle.bridge.scales.tokens == 32
+    with pytest.raises(ValueError, match=r"no item 'settle'; there are \['a', 'b'\]"):
+        load_recipe(preset_file(tmp_path), ["stages.settle.samples=7"], "few-tokens")
+    with pytest.raises(ValueError, match=r"override 'stages.b.samples.x=1': 'stages.b.samples' is not a mapping"):
+        load_recipe(preset_file(tmp_path), ["stages.b.samples.x=1"], "few-tokens")
+
+
+def test_F14_overrides_may_give_the_stages_themselves(tmp_path: Path) -> None:
+    stages = "[{name: a, bridge: {kind: mlp}, learning_rate: {bridge: 1}, samples: 4}, {name: b, bridge: {kind: mlp}, "
+    stages += "learning_rate: {bridge: 1}, samples: 8}]"
+    recipe = load_recipe(preset_file(tmp_path), [f"stages={stages}", "stages.b.samples=16"], "scale-settled")
+    assert [(each.name, each.samples, each.bridge.scales.tokens) for each in recipe.stages] == [
+        ("a", 4, 32),
+        ("settle", 12, 32),
+        ("b", 4, 336),
+    ]
+
+
 def test_presets_that_do_not_fit_are_told(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe_values(tmp_path, stages=[stage_values()])))

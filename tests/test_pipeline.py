@@ -502,13 +502,45 @@ def test_a_checkpoint_is_asked_about_its_own_scenes(compared: tuple[Path, Compar
         evaluate_checkpoint(out / "sparsight" / "finetune" / "model", 2, "train", quiet())
 
 
-def test_a_comparison_does_not_replace_a_run_of_its_own(tmp_path: Path, compared: tuple[Path, Comparison, Any]) -> None:
+@pytest.mark.parametrize("lines, message", [(1, "run.jsonl is no log of a run"), (2, "there are runs already")])
+def test_F05_a_comparison_replaces_no_run(
+    tmp_path: Path, compared: tuple[Path, Comparison, Any], lines: int, message: str
+) -> None:
     log = tmp_path / "standard" / "run.jsonl"
     log.parent.mkdir()
-    log.write_text("{}")
-    with pytest.raises(FileExistsError, match="a run of its own, which a comparison would replace; choose another"):
+    (tmp_path / "cache").mkdir()
+    log.write_text("{}\n" * lines)
+    with pytest.raises(FileExistsError, match=f"{message}.*--overwrite, which moves"):
         run_comparison(compared[1], tmp_path, quiet())
-    assert log.read_text() == "{}"
+    assert log.read_text() == "{}\n" * lines
+
+
+def test_F05_weights_without_a_log_are_not_written_over(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
+    """Neither a model nor checkpoints, of which the Trainer would keep two; with or without --resume."""
+    for path in ("finetune/model", "pretrain/checkpoints/checkpoint-9"):
+        out = tmp_path / path[:3]
+        (out / path).mkdir(parents=True)
+        (out / path / "mine").write_text("mine")
+        for resume in (False, True):
+            with pytest.raises(FileExistsError, match=f"has .*{path}, and no whole run.jsonl that says how"):
+                run(recipe(), out, quiet(), resume=resume)
+        assert [file for file in out.rglob("*") if file.is_file()] == [out / path / "mine"]
+
+
+def test_F05_sizes_cut_short_are_measured_again(
+    tmp_path: Path, recipe: Callable[..., Recipe], lights_out: Callable[[int], None]
+) -> None:
+    for number, bad in enumerate((lambda whole: whole[:-3], lambda whole: whole[:9], lambda _: b"")):
+        whole = recipe(stages=[stage_values(micro_batch_size=2, checkpoints=4)])
+        lights_out(4 * 2 + 1)
+        with pytest.raises(Crash):
+            run(whole, tmp_path / str(number), quiet())
+        lights_out(0)
+        file = tmp_path / str(number) / "pretrain" / "checkpoints" / "sizes.npy"
+        right = file.read_bytes()
+        file.write_bytes(bad(right))
+        run(whole, tmp_path / str(number), quiet(), resume=True)
+        assert file.read_bytes() == right
 
 
 def test_a_finished_comparison_is_not_passed_off_as_another(compared: tuple[Path, Comparison, Any]) -> None:
@@ -543,6 +575,134 @@ def test_what_a_later_stage_cannot_do_is_told_before_the_first_trains(
         run(recipe(stages=[stage_values(), stage_values("finetune", **late)]), tmp_path / "r", quiet())
     assert read_run(tmp_path / "r").stages == []
     run(recipe(stages=[stage_values(samples=4)]), tmp_path / "r", quiet())  # mended, it may begin in the same folder
+
+
+def conversations(folder: Path, name: str = "own", words: int = 1, pictures: int = 8) -> dict[str, Any]:
+    """Data of as many conversations; the last answer has so many words."""
+    from PIL import Image
+
+    rows = []
+    for number in range(pictures):
+        Image.new("RGB", (64, 64), (30 * number, 0, 0)).save(folder / f"{number}.png")
+        turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A"}]
+        rows.append({"id": f"{name}-{number}", "image": f"{number}.png", "conversations": turns})
+    rows[-1]["conversations"][-1]["value"] = "A " * words  # type: ignore[index]
+    (folder / f"{name}.json").write_text(json.dumps(rows))
+    return {"kind": "json", "path": str(folder / f"{name}.json"), "images": str(folder)}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"evaluation": {"held_out": {"own": {"data": {"path": "none.json"}}}}},
+            "held_out.own: none.json: there is no",
+        ),
+        ({"evaluation": {"held_out": {"own": {"data": {"images": "none"}}}}}, "none/0.png: there is no such file"),
+        ({"late": {"data": {"kind": "json", "path": "none.json"}}}, "none.json: there is no such file"),
+        ({"late": {"data": {"images": "none"}}}, "none/0.png: there is no such file .8 of 8 pictures are missing"),
+        ({"late": {"tasks": {"cuont": 1}}}, "cuont"),
+    ],
+)
+@pytest.mark.parametrize("name", ["run", "comparison"])
+def test_F13_data_that_are_not_there_are_told_before_anything_is_written(
+    tmp_path: Path, recipe: Callable[..., Recipe], changes: dict[str, Any], message: str, name: str
+) -> None:
+    """Those of a later stage, of the scores at the end, of a comparison's second run."""
+    own, changes = conversations(tmp_path), json.loads(json.dumps(changes))
+    late = changes.pop("late", {})
+    for each in (late, *changes.get("evaluation", {}).get("held_out", {}).values()):
+        if set(each.get("data", {})) == {"images"}:
+            each["data"] = own | each["data"]
+    values = recipe(stages=[stage_values(), stage_values("finetune", **late)], **changes).model_dump(mode="json")
+    both = {"runs": {"a": recipe().model_dump(mode="json"), "b": values}}
+    what: Any = Recipe.model_validate(values) if name == "run" else Comparison.model_validate(both)
+    with pytest.raises(ValueError, match=message):
+        (run if name == "run" else run_comparison)(what, tmp_path / "r", quiet())
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    "own, late, message",
+    [
+        (True, {}, "stage 'finetune': sample 'long-7': .* expected 512 .max_length. at most"),
+        (True, {"micro_batch_size": 2}, "stage 'finetune': sample 'long-7': .* expected 512 .max_length. at most"),
+        (False, {"max_length": 40}, "stage 'finetune': sample 'scenes/train/.*': .* 24 of them visual; expected 40"),
+        (
+            False,
+            {"bridge": BRIDGE | {"layout": "1:4,2:1,9:1"}},
+            "stage 'finetune': a grid of 9 windows .* the feature map has 8",
+        ),
+    ],
+)
+def test_F13_samples_that_do_not_fit_a_later_stage_are_told_before_the_first_trains(
+    tmp_path: Path, recipe: Callable[..., Recipe], own: bool, late: dict[str, Any], message: str
+) -> None:
+    late = {"bridge": FINER} | late | ({"data": conversations(tmp_path, "long", words=600)} if own else {})
+    with pytest.raises(ValueError, match=message):
+        run(recipe(stages=[stage_values(), stage_values("finetune", **late)]), tmp_path / "r", quiet())
+    assert read_run(tmp_path / "r").stages == []
+    stages = [stage_values(samples=4), stage_values("finetune", bridge=FINER, samples=4)]
+    run(recipe(stages=stages), tmp_path / "r", quiet())  # mended, it may begin in the same folder
+
+
+def test_F13_a_resumed_run_may_change_what_changes_no_training(
+    tmp_path: Path, recipe: Callable[..., Recipe], lights_out: Callable[[int], None]
+) -> None:
+    stages = [stage_values(checkpoints=4), stage_values("finetune", bridge=FINER)]
+    lights_out(16 + 6)
+    with pytest.raises(Crash):
+        run(recipe(stages=stages), tmp_path / "r", quiet())
+    lights_out(0)
+    held_out = {"own": {"data": conversations(tmp_path)}}
+    others = [stages[0] | {"checkpoints": 1}, stages[1] | {"checkpoints": 2, "conversation": {"text": 9}}]
+    changed = recipe(stages=others, evaluation={"kind": "none", "held_out": held_out}, workers=1)
+    final = run(changed, tmp_path / "r", quiet(), resume=True)
+    found, right = read_run(tmp_path / "r"), weights(run(recipe(stages=stages), tmp_path / "straight", quiet()))
+    assert found.problems == [] and found.ended and set(found.scores) == {"own"}
+    assert found.header["recipe"] == changed.model_dump(mode="json")
+    assert all(torch.equal(tensor, right[name]) for name, tensor in weights(final).items())
+    run(recipe(stages=stages), tmp_path / "r", quiet(), resume=True)  # and back
+    assert read_run(tmp_path / "r").header["recipe"] == recipe(stages=stages).model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    "changes, same",
+    [
+        ({"seed": 1}, False),
+        ({"data": SCENES | {"scenes": 25}}, False),
+        ({"batch_size": 8}, False),
+        ({"batch_tokens": 200}, False),
+        ({"samples": 20}, False),
+        ({"tasks": {"caption": 1}}, False),
+        ({"stage data": SCENES | {"seed": 2}}, False),
+        ({"bridge": FINER, "learning_rate": {"bridge": 1}, "micro_batch_size": 2, "workers": 3}, True),
+    ],
+)
+def test_F07_runs_of_one_hash_see_the_same_samples_in_the_same_order(
+    recipe: Callable[..., Recipe], changes: dict[str, Any], same: bool
+) -> None:
+    whole = {key: changes[key] for key in ("seed", "data", "workers") if key in changes}
+    own = {key.removeprefix("stage "): value for key, value in changes.items() if key not in whole}
+    values = stage_values() | own
+    if "batch_tokens" in own:
+        del values["batch_size"]
+    other = recipe(stages=[values, stage_values("finetune")], **whole)
+    first = recipe(stages=[stage_values(), stage_values("finetune")])
+    if "batch_tokens" in own:  # beside the batch size that it goes with, so that it alone differs
+        first = recipe(stages=[values | {"batch_tokens": 300}, stage_values("finetune")])
+    assert (pipeline.samples_hash(first) == pipeline.samples_hash(other)) == same
+
+
+def test_F13_a_log_without_newer_keys_is_gone_on_with(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
+    """They had their defaults."""
+    run(recipe(stages=[stage_values(samples=4)]), tmp_path / "r", quiet())
+    file = tmp_path / "r" / "run.jsonl"
+    header, *rest = file.read_text().splitlines(keepends=True)
+    values = json.loads(header)
+    del values["recipe"]["resize"], values["recipe"]["stages"][0]["optimizer"]
+    file.write_text(json.dumps(values) + "\n" + "".join(rest))
+    assert run(recipe(stages=[stage_values(samples=4)]), tmp_path / "r", quiet(), resume=True).is_dir()
 
 
 def test_a_model_remembers_what_its_scenes_were_drawn_with(recipe: Callable[..., Recipe]) -> None:

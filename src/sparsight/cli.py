@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from sparsight.console import Console
 
 app = typer.Typer(
     help="Train multimodal language models in a fraction of the time.",
@@ -30,20 +32,40 @@ Overrides = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option(help="folder of the run; runs/NAME if not given")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="move the folder that is there aside, and say where")]
 Preset = Annotated[
     str | None, typer.Option(help="few-tokens, scale-settled or scale: bridges and methods of recipes/presets.yaml")
 ]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"sparsight {version('sparsight')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version and exit")
+    ] = False,
+) -> None:
+    """Train multimodal language models in a fraction of the time."""
+
+
 def _console() -> Console:
     """A console, with the chatter of the libraries below off; of several ranks, the first one's speaks."""
-    from rich.console import Console
+    from sparsight.console import Console
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers import dynamic_module_utils
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # it refuses code of a model's folder, where it would ask on stdin
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry, where there is no network
     return Console(quiet=os.environ.get("RANK", "0") != "0")
 
@@ -64,6 +86,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for runs, report.html and comparison.json")] = Path("runs/demo"),
     recipe: Annotated[Path | None, typer.Option(help="YAML of a comparison; the built-in one if not given")] = None,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     overrides: Overrides = None,
 ) -> None:
     """Train a small VLM twice, the standard way and ours, on the same samples, and compare them."""
@@ -73,7 +96,7 @@ def demo(
     comparison = load_comparison(recipe or builtin_recipe("demo.yaml"), overrides)
     console = _console()
     with _ctrl_c_is_exit_code_130(console):
-        run_comparison(comparison, out, console, resume)
+        run_comparison(comparison, out, console, resume, overwrite)
 
 
 @app.command()
@@ -82,6 +105,7 @@ def train(
     overrides: Overrides = None,
     out: Out = None,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     preset: Preset = None,
 ) -> None:
     """Train a VLM by the stages of a recipe."""
@@ -93,7 +117,7 @@ def train(
     console = _console()
     folder = out or Path("runs") / settings.name
     with _ctrl_c_is_exit_code_130(console):
-        final = run(settings, folder, console, resume)
+        final = run(settings, folder, console, resume, overwrite=overwrite)
     console.print(f"model: [bold]{final}[/]")
 
 
@@ -103,8 +127,7 @@ def compare(
     out: Annotated[Path, typer.Option(help="folder for report.html and comparison.json")] = Path("comparison"),
 ) -> None:
     """Compare runs by their logs: quality, seconds, FLOPs and memory, as tables, JSON and one HTML page."""
-    from rich.console import Console
-
+    from sparsight.console import Console
     from sparsight.reporting import report
 
     report(runs, out, Console())
@@ -113,8 +136,7 @@ def compare(
 @app.command()
 def watch(run: Annotated[Path, typer.Argument(help="folder of a run, such as runs/NAME")]) -> None:
     """Show a run while it goes on: stage, step, loss, speed, FLOPs, memory, time left. Ctrl-C leaves the run alone."""
-    from rich.console import Console
-
+    from sparsight.console import Console
     from sparsight.reporting import watch as show
 
     show(run, Console())
@@ -135,9 +157,8 @@ def plan(
     out: Annotated[Path | None, typer.Option(help="HTML page to write")] = None,
 ) -> None:
     """Forecast what a recipe costs, without weights: FLOPs, memory, hours, and what would make it cheaper."""
-    from rich.console import Console
-
     from sparsight.config import load_recipes
+    from sparsight.console import Console
     from sparsight.cost.sweep import sweep as swept
     from sparsight.reporting import plan_page
 
@@ -258,9 +279,8 @@ def preview(
     n: Annotated[int, typer.Option(help="pictures", min=1)] = 12,
 ) -> None:
     """Write a contact sheet of a recipe's data."""
-    from rich.console import Console
-
     from sparsight.config import SceneData, load_recipe
+    from sparsight.console import Console
     from sparsight.data.preview import contact_sheet
     from sparsight.data.sources import open_source
 
@@ -302,8 +322,7 @@ def doctor(
     ] = False,
 ) -> None:
     """Show versions, devices and assets, what is missing, and the command that mends it."""
-    from rich.console import Console
-
+    from sparsight.console import Console
     from sparsight.doctor import diagnose, render
 
     if measure_peak:
@@ -318,20 +337,46 @@ def doctor(
         raise typer.Exit(1)
 
 
+_format_warning = warnings.formatwarning
+
+
+def _warning(*found: Any, **more: Any) -> str:
+    """What Python prints itself, warnings and tracebacks, holds names of files, too."""
+    from sparsight.console import printable
+
+    return printable(_format_warning(*found, **more))
+
+
+def _traceback(*found: Any) -> None:
+    from sparsight.console import printable
+
+    sys.stderr.write(printable("".join(traceback.format_exception(*found))))
+
+
 def main() -> None:
     """Entry point. A user's mistake is one clear message and exit code 2, not a traceback."""
+    warnings.formatwarning = _warning
     try:
         app()
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("SPARSIGHT_TRACEBACK"):
             raise
-        from rich.console import Console
         from rich.markup import escape
+
+        from sparsight.console import Console
 
         message = str(error)
         if isinstance(error, OSError) and error.filename is not None:  # the system's, with its number
             message = f"{error.filename}: {(error.strerror or message).lower()}. Give another path, or mend this one"
         if message.startswith("Caught "):  # from a process that loads data: its traceback, with the message at the end
             message = message.rsplit("Error: ", 1)[-1].strip()
+        # transformers' words; they advise an argument that no command has.
+        if "custom code" in message and "Sparsight runs no code" not in message:
+            message = (
+                f"{message.partition(' You can inspect')[0].strip()} Sparsight runs no code that comes with a model: "
+                "choose one that transformers itself knows, or load it in Python and give it to sparsight.build"
+            )
         Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
         sys.exit(2)
+    finally:
+        sys.excepthook = _traceback  # here, because typer sets its own

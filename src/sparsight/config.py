@@ -373,6 +373,13 @@ class Stage(Settings):
         "adamw", description="muon: for the matrices inside, adamw for all else; the same learning rates"
     )
     weight_decay: float = Field(0.0, ge=0)
+    adam_beta2: float = Field(
+        0.98,
+        ge=0,
+        lt=1,
+        description="decay of AdamW's second moments; 0.98 remembers about 50 steps, as stages may be short, where "
+        "torch's 0.999 remembers 1,000",
+    )
     max_grad_norm: float = Field(1.0, gt=0)
     checkpoints: int = Field(4, ge=0, description="checkpoints written in the course of the stage")
     data: Data | None = Field(None, description="in place of the recipe's data")
@@ -594,7 +601,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, preset: st
 
     Args:
         preset: ``few-tokens``, ``scale-settled`` or ``scale``: bridges and methods of `recipes/presets.yaml`, in place
-            of the recipe's; overrides come after it.
+            of the recipe's; it splits samples as overrides have left them, and overrides of its own keys and stage
+            come after it.
 
     Raises:
         ValueError: the file is not a YAML mapping, or a key or value is wrong; the message names each. Or there is no
@@ -639,10 +647,11 @@ def _read_yaml(file: Path, overrides: list[str] | None, preset: str | None = Non
         raise ValueError(f"{file}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file}: expected a mapping of keys to values, found {type(values).__name__}")
-    if preset is not None:
-        _lay_over(values, preset)
-    for override in overrides or []:
-        _apply(values, override)
+    if preset is None:
+        for override in overrides or []:
+            _apply(values, override)
+    else:
+        _override_around(values, overrides or [], preset)
     return values
 
 
@@ -675,6 +684,35 @@ def _lay_over(values: dict[str, Any], name: str) -> None:
         new = preset["late" if stage is last else "early"]
         stage |= {"compressor": None, "skipper": None, "places_of": None, "proportional_attention": stage is settle}
         stage |= new | {"bridge": kept | new["bridge"]}
+
+
+_OF_PRESETS = ("bridge", "compressor", "skipper", "places_of", "proportional_attention")  # keys of every stage
+
+
+def _override_around(values: dict[str, Any], overrides: list[str], preset: str) -> None:
+    """Overrides, then the preset, which splits a stage as they have left it; then again what it has laid itself over,
+    and what names its own stage. Numbers are those of the recipe's own stages."""
+    after: list[tuple[dict[str, Any], str]] = []
+    for override in overrides:
+        place, _, rest = override.partition("=")[0].removeprefix("stages.").partition(".")
+        stages = values.get("stages")
+        if not override.startswith("stages.") or not rest or not isinstance(stages, list):
+            _apply(values, override)
+        elif place == "settle" and "settle" not in [each.get("name") for each in stages if isinstance(each, dict)]:
+            after.append((values, override))
+        else:
+            stage, own = _list_item(stages, place, override), override.removeprefix(f"stages.{place}.")
+            covered = rest.partition(".")[0] in _OF_PRESETS
+            if covered:
+                after.append((stage, own))
+            try:
+                _apply(values, override)
+            except ValueError:
+                if not covered:  # else it may be for what the preset is yet to put there
+                    raise
+    _lay_over(values, preset)
+    for node, override in after:
+        _apply(node, override)
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

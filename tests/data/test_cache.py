@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsight.data.cache import build_cache, picture_rows
+from sparsight.data.cache import build_cache, picture_rows, remove_caches
 
 KEYS = [f"{number}.png" for number in range(7)]
 ROWS = {key: row for row, key in enumerate(KEYS)}
@@ -54,6 +54,32 @@ def test_a_complete_cache_is_used_as_it_is(tmp_path: Path, encoder: Encoder) -> 
     cache = build_cache(tmp_path / "c", ROWS, again.encode)
     assert again.pictures == []
     assert torch.equal(cache.read(["3.png"])[1], expected(["3.png"])[1])
+
+
+@pytest.mark.parametrize("file, content", [("cache.json", "{"), ("cache.json", "{}"), ("level1.bin", "x")])
+def test_F05_a_damaged_cache_is_moved_aside_and_made_anew(
+    tmp_path: Path, encoder: Encoder, file: str, content: str
+) -> None:
+    build_cache(tmp_path / "c", ROWS, encoder.encode)
+    (tmp_path / "c" / file).write_text(content)
+    said: list[str] = []
+    cache = build_cache(tmp_path / "c", ROWS, encoder.encode, tell=said.append)
+    assert torch.equal(cache.read(["3.png"])[1], expected(["3.png"])[1])
+    assert (tmp_path / "damaged-c" / file).read_text() == content
+    assert len(said) == 1 and f"{tmp_path / 'c'}: damaged: " in said[0] and str(tmp_path / "damaged-c") in said[0]
+
+
+def test_F05_what_is_no_cache_is_not_removed(tmp_path: Path, encoder: Encoder) -> None:
+    build_cache(tmp_path / "caches" / ("0" * 16), ROWS, encoder.encode)
+    mine = [tmp_path / "caches" / name / "cache.json" for name in ("own", "1" * 16)]
+    for file in (*mine, mine[1].with_name("notes.txt")):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    remove_caches(tmp_path / "caches")
+    assert sorted(path.name for path in (tmp_path / "caches").iterdir()) == ["1" * 16, "own"]
+    build_cache(tmp_path / "other" / ("0" * 16), ROWS, encoder.encode)
+    remove_caches(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_cache_that_was_cut_short_is_made_anew(tmp_path: Path, encoder: Encoder) -> None:

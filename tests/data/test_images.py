@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import io
+import os
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
-from sparsight.data.images import load_image, picture_size
+import sparsight
+from sparsight.data.images import FORMATS, known_formats, load_image, picture_size
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -116,6 +119,74 @@ def test_the_content_counts_and_not_the_name(tmp_path: Path) -> None:
     two_halves(RED, BLUE).save(tmp_path / "noname", format="PNG")
     for name in ("a.jpg", "noname"):
         assert colours(load_image(tmp_path / name)) == [RED, BLUE]
+
+
+@pytest.fixture
+def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program of Ghostscript's name that tells, by this file, that it was run."""
+    (tmp_path / "bin").mkdir()
+    program, told = tmp_path / "bin" / "gs", tmp_path / "told"
+    program.write_text(f'#!/bin/sh\n[ "$1" = --version ] || echo run >> "{told}"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # looked for once in a process
+    return told
+
+
+def eps(file: Path) -> Path:
+    file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 20\n%%EndComments\nshowpage\n%%EOF\n")
+    return file
+
+
+def test_D10_no_program_is_run_on_an_image(tmp_path: Path, ghostscript: Path) -> None:
+    file = eps(tmp_path / "a.png")
+    with Image.open(file) as opened, suppress(Exception):
+        opened.load()
+    assert ghostscript.exists()  # so Pillow does when it is not told what to open
+    ghostscript.unlink()
+    with Image.open(file) as opened:
+        for source in (file, str(file), file.read_bytes(), opened):
+            with pytest.raises(ValueError, match=r"a\.png: cannot be read as a picture: .*no format that is known"):
+                load_image(source, "a.png")
+    for stored in (file, file.read_bytes()):
+        with pytest.raises(ValueError, match="no format that is known"):
+            picture_size(stored)
+    assert not ghostscript.exists()
+
+
+@pytest.mark.parametrize("kind", ["PDF", "PCX", "SGI", "IM", "XBM", "MSP", "DDS"])
+def test_D10_formats_that_are_not_listed_are_refused(tmp_path: Path, kind: str) -> None:
+    Image.new("1" if kind in ("XBM", "MSP") else "RGB", (40, 20)).save(tmp_path / "a.png", format=kind)
+    with pytest.raises(ValueError, match="no format that is known"):
+        load_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_D10_formats_that_are_listed_are_opened(tmp_path: Path, kind: str) -> None:
+    if kind not in known_formats():
+        pytest.skip(f"this Pillow has no {kind}")
+    two_halves(RED, BLUE).resize((64, 32)).save(tmp_path / "a", format=kind)
+    picture = load_image(tmp_path / "a")
+    assert picture.width == 2 * picture.height or kind == "ICO"
+    with Image.open(tmp_path / "a") as opened:
+        assert load_image(opened).tobytes() == picture.tobytes()
+
+
+def test_D10_images_with_several_in_one_file_are_opened(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (40, 20), colour) for colour in (RED, BLUE)]
+    frames[0].save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "a.jpg") as opened:
+        assert opened.format == "MPO" and near(colours(load_image(opened)), [RED, RED])
+    assert near(colours(load_image(tmp_path / "a.jpg")), [RED, RED])
+
+
+def test_D10_every_image_is_opened_with_a_list_of_formats() -> None:
+    found = []
+    for file in Path(sparsight.__file__).parent.rglob("*.py"):
+        for call in ast.walk(ast.parse(file.read_text())):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) in ("Image.open", "PIL.Image.open"):
+                found.append((file.name, any(keyword.arg == "formats" for keyword in call.keywords)))
+    assert found and all(listed for _, listed in found), found
 
 
 def test_one_pixel(tmp_path: Path) -> None:

@@ -111,42 +111,6 @@ def test_F26_the_part_that_cannot_be_loaded_is_named(root):
         compose(root)
 
 
-@pytest.mark.parametrize("part", ["vision", "language", "model"])
-def test_D11_code_in_a_folder_is_neither_run_nor_asked_about(root, part, monkeypatch):
-    ran, folder = root / "ran", root / part
-    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
-    values = json.loads((folder / "config.json").read_text()) | {"model_type": "of_nobody"}
-    autos = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")
-    values["auto_map"] = {auto: "own.Thing" for auto in autos}
-    (folder / "config.json").write_text(json.dumps(values))
-
-    asked = []
-    monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "y")
-    with pytest.raises(ValueError, match=rf"'.*{part}': it cannot be loaded: it has code of its own, which Sparsight"):
-        load_any(str(folder)) if part == "model" else compose(root)
-    assert not ran.exists() and not asked
-
-
-@pytest.mark.parametrize("file", ["preprocessor_config.json", "tokenizer_config.json"])
-def test_D11_so_it_is_with_processors_and_tokenizers(root, file, monkeypatch):
-    part = "vision" if file.startswith("pre") else "language"
-    values = json.loads((root / part / file).read_text())
-    if part == "vision":
-        values |= {"image_processor_type": "OfNobody", "auto_map": {"AutoImageProcessor": "own.Thing"}}
-    else:
-        values |= {"tokenizer_class": "OfNobody", "auto_map": {"AutoTokenizer": ["own.Thing", None]}}
-    (root / part / file).write_text(json.dumps(values))
-    (root / part / "own.py").write_text(f"open({str(root / 'ran')!r}, 'w').close()\n")
-    asked = []
-    monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "y")
-    if part == "vision":
-        with pytest.raises(ValueError, match="code of its own"):
-            compose(root)
-    else:  # transformers takes a tokenizer of its own for the model in its place
-        compose(root)
-    assert not (root / "ran").exists() and not asked
-
-
 def test_F06_load_looks_at_the_kind_first(root):
     with pytest.raises(ValueError, match="vision: a model of type 'clip_vision_model'. Expected one that sparsight"):
         load(root / "vision")

@@ -158,7 +158,6 @@ def test_encoded_images_equal_pixels(model):
     with torch.no_grad():
         wanted = model(**batch, pixel_values=pixels)
         features = model.get_image_features(pixels)
-        assert [tuple(level.shape) for level in features.hidden_states] == [(3, 8, 8, 32)] * 2
         for given_ in (
             BaseModelOutputWithPooling(pooler_output=features.pooler_output),
             BaseModelOutputWithPooling(hidden_states=model.model.encode_images(pixels)),
@@ -364,10 +363,10 @@ def test_a_text_only_batch_trains_when_only_the_bridge_does(fresh):
     assert gradients and all(g is not None and not g.any() for g in gradients)
 
 
-def test_placeholders_without_any_image_are_an_error(fresh):
+def test_placeholders_without_any_image_are_an_error_in_training(fresh):
     ids = torch.tensor([[fresh.config.image_token_id, 8, 9]])
     with pytest.raises(ValueError, match=r"hold \[1\] image placeholders, but there are no images"):
-        fresh(input_ids=ids)
+        fresh.train()(input_ids=ids)
 
 
 def test_F10_outputs_name_the_cache_as_transformers_does(model):

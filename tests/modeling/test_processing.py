@@ -4,8 +4,11 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
+from sparsight.data.chat import render
+from sparsight.data.collate import TrainingSet
+from sparsight.data.sources import Sample
 from sparsight.modeling import SparsightProcessor
-from tiny import conversation, make_vlm, picture
+from tiny import ListSource, conversation, make_vlm, picture
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +127,48 @@ def test_pictures_and_placeholders_that_differ(processor):
 def test_a_picture_takes_one_token_at_least(processor):
     with pytest.raises(ValueError, match="num_image_tokens: expected 1 or more, found 0"):
         SparsightProcessor(processor.image_processor, processor.tokenizer, num_image_tokens=0)
+
+
+SHOUT = "{% for m in messages %}{{ '<|user|>' if m['role'] == 'user' else '<|assistant|>' }}LOUD{% endfor %}"
+
+
+@pytest.mark.parametrize("owner", ["processor", "tokenizer"])
+def test_F42_one_template_whichever_it_is_set_on(owner, tmp_path):
+    _, processor = make_vlm()
+    (processor if owner == "processor" else processor.tokenizer).chat_template = SHOUT
+    assert processor.chat_template == processor.tokenizer.chat_template == SHOUT
+    asked = processor.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert asked == render(processor.tokenizer, [{"role": "user", "content": "hi"}])[0] == "<|user|>LOUD"
+    processor.save_pretrained(tmp_path)
+    loaded = SparsightProcessor.from_pretrained(tmp_path)
+    assert loaded.chat_template == loaded.tokenizer.chat_template == SHOUT
+
+
+def test_F42_a_template_given_to_the_processor_alone_is_the_tokenizers():
+    _, processor = make_vlm()
+    tokenizer = processor.tokenizer
+    tokenizer.chat_template = None
+    made = SparsightProcessor(processor.image_processor, tokenizer, chat_template=SHOUT)
+    assert made.tokenizer.chat_template == SHOUT
+    tokenizer.chat_template = SHOUT
+    assert SparsightProcessor(processor.image_processor, tokenizer).chat_template == SHOUT
+
+
+def test_F42_two_templates_are_an_error_that_shows_both(tmp_path):
+    _, processor = make_vlm()
+    processor.tokenizer.chat_template = "mine {{ messages }}"
+    with pytest.raises(ValueError, match=r"(?s)two chat templates.*LOUD.*mine"):
+        SparsightProcessor(processor.image_processor, processor.tokenizer, chat_template=SHOUT)
+    processor.save_pretrained(tmp_path)  # what is given for a saved one is for both
+    loaded = SparsightProcessor.from_pretrained(tmp_path, chat_template=SHOUT)
+    assert loaded.chat_template == loaded.tokenizer.chat_template == SHOUT
+
+
+def test_F42_training_encodes_by_the_template_set_on_the_processor():
+    _, processor = make_vlm()
+    processor.chat_template = processor.chat_template.replace(
+        "{%- generation -%}", "{{- 'Well: ' -}}{%- generation -%}"
+    )
+    sample = Sample("0", conversation(), (0,))
+    found = TrainingSet(ListSource(sample), processor, 1)[0]
+    assert "<|assistant|>Well: 12 apples." in processor.tokenizer.decode(found["input_ids"])

@@ -8,9 +8,11 @@ import sys
 import pytest
 import ranks
 import sharded
+import skipped
 import torch
 from families import FAMILIES, made
 
+from sparsight.config import VisualTokenCompressor
 from sparsight.sparse.attach import attach
 from sparsight.sparse.blank import blank_features, blank_picture
 
@@ -80,6 +82,21 @@ def test_r01_gradients_of_two_ranks_are_those_of_one_process(tmp_path, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_F07_on_two_ranks_a_skipped_layer_is_not_updated(tmp_path, kind):
+    """Weights, moments and step count of AdamW with weight decay, bit by bit; what others give are zeros."""
+    both = two_ranks(skipped.__file__, tmp_path, kind)
+    for found in both:
+        before, after, later = found["tensors"].values()
+        assert len(before) == 4 * 9 and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert not any(torch.equal(a, b) for a, b in zip(after, later, strict=True))
+        if kind == "ddp":
+            assert len(found["told"]) == 1 and "call handle.clear_gradients() before each step" in found["told"][0]
+    first, second = (found["tensors"]["2"] for found in both)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.slow
 def test_r24_resumed_in_shards_is_the_run_that_was_never_interrupted(tmp_path):
     for whole, resumed in two_ranks(sharded.__file__, tmp_path):
         assert (tmp_path / "run" / "checkpoint-2" / "model.safetensors").is_file()  # that has the other names
@@ -90,7 +107,7 @@ def test_r24_resumed_in_shards_is_the_run_that_was_never_interrupted(tmp_path):
 def test_r02_a_blank_picture_fits_every_family(name):
     """And reaches every parameter of the vision tower that a picture reaches."""
     model = made(name)
-    handle = attach(model)
+    handle = attach(model, VisualTokenCompressor(keep=1.0))
     owner = model.model
     blank_features(owner, torch.zeros(1)).backward()
     reached = {key for key, p in model.named_parameters() if p.grad is not None}

@@ -342,30 +342,34 @@ def test_the_dense_probe_is_the_plain_loss_and_leaves_no_trace():
 
 
 def test_a_layer_that_is_off_is_not_updated():
-    """No gradient, no weight decay, no decay of moments: with AdamW, state and weights stay bit by bit."""
+    """No gradient, no weight decay, no decay of moments: with AdamW, state and weights stay bit by bit, also where a
+    loop leaves gradients of zero instead of none."""
     model = made("llava, clip + llama")
     batch = batch_of("llava, clip + llama", model)
     handle = attach(model, skipper=HALF_OFF)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
     layer = handle.layers[1]
 
-    def step(off):
+    def step(off, clear=True):
         handle.off = (False, off, False, False)
         model(**batch).loss.backward()
-        handle.clear_gradients()
+        if clear:
+            handle.clear_gradients()
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
         state = [optimizer.state[p] for p in layer.parameters()]
         return [t.clone() for p, s in zip(layer.parameters(), state, strict=True) for t in (p, *s.values())]
 
     first, second, third = step(False), step(True), step(False)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(second, third, strict=True))
+    fourth = step(True, clear=False)  # so the test can fail
+    assert not any(torch.equal(a, b) for a, b in zip(third, fourth, strict=True))
 
 
 def test_no_effect_is_told():
     model = made("llava, clip + llama")
-    attach(model, QUARTER, LayerSkipper(alpha=0.0, epsilon=0.0))
+    attach(model, QUARTER, LayerSkipper(alpha=0.0, epsilon=0.0)).step(0, 0.0)
     text = {"input_ids": torch.full((1, 4), 9), "labels": torch.full((1, 4), 9)}
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", NoEffectWarning)
@@ -393,7 +397,7 @@ def test_what_cannot_be_attached():
     with pytest.raises(ValueError, match="importance has 2 values, but the model has 4 layers"):
         attach(model, skipper=LayerSkipper(importance=(1.0, 2.0)))
     with pytest.raises(ValueError, match="compressor: expected a VisualTokenCompressor, found LayerSkipper"):
-        attach(model, LayerSkipper())
+        attach(model, LayerSkipper(), LayerSkipper())
     with pytest.raises(ValueError, match=r"write attach\(model, skipper=LayerSkipper\(...\)\)"):
         attach(model, skipper=0.25)
     attach(model, QUARTER)

@@ -1,10 +1,14 @@
+import copy
 import json
+import math
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from families import FAMILIES, batch_of, made
+from peft import LoraConfig, get_peft_model
 from test_families import script
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Trainer, TrainerState, TrainingArguments
@@ -299,3 +303,108 @@ def test_F40_accounting_never_ends_a_training(tmp_path, monkeypatch):
         trainer, callback = trained(tmp_path)
     assert len(steps(trainer)) == 6 and "language_flops" not in steps(trainer)[0]
     assert callback.floating_point_ops({}) == 0.0
+
+
+def test_F01_the_handle_of_another_model_is_refused(tmp_path):
+    model = made(NAME)
+    handle = attach(model, COMPRESSOR)
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True)
+
+    def train(model, handle):
+        callback = SparsightCallback(handle)
+        Trainer(model, arguments, train_dataset=Pictures(model), callbacks=[callback]).train()
+
+    with pytest.raises(ValueError, match="handle of another model .* to which nothing is attached"):
+        train(copy.deepcopy(model), handle)
+    train(get_peft_model(model, LoraConfig(r=2, target_modules=r".*q_proj")), handle)  # attached inside
+    assert handle.report()["step"] == 0 and not handle.report()["waits_for_step"] and handle._batch is None
+    handle.detach()
+    with pytest.raises(ValueError, match="a handle that is detached"):
+        train(model, handle)
+
+
+def test_a_callback_needs_handles():
+    for given in ((), [made(NAME)]):
+        with pytest.raises(ValueError, match="expected what sparsight.attach returned"):
+            SparsightCallback(given)
+
+
+def preferences(processor):
+    from datasets import Dataset
+
+    rows = []
+    for n in range(4):
+        prompt = conversation(f"Read {n}.", None)
+        answers = [
+            [{"role": "assistant", "content": [{"type": "text", "text": text}]}] for text in (f"It is {n}.", "No.")
+        ]
+        rows.append({"prompt": prompt, "chosen": answers[0], "rejected": answers[1], "images": [picture(n)]})
+    return Dataset.from_list(rows)
+
+
+def dpo(folder, both, adapters=False, method="random"):
+    """The log of DPO with an attached policy whose reference is a copy, and the warnings."""
+    from trl import DPOConfig, DPOTrainer
+
+    model, processor = make_vlm("1:16")
+    reference = None if adapters else copy.deepcopy(model).eval()
+    if adapters:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
+    methods = {"compressor": VisualTokenCompressor(keep=0.25, method=method), "skipper": SKIPPER, "seed": 4}
+    handles = [attach(model, **methods)]
+    if both:
+        handles.append(attach(reference, **methods, train_only=False))
+    arguments = DPOConfig(
+        str(folder),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=0.0,  # so that the policy stays the reference
+        logging_steps=1,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        max_length=None,
+        dataloader_pin_memory=False,
+    )
+    trainer = DPOTrainer(model, reference, arguments, train_dataset=preferences(processor), processing_class=processor)
+    trainer.add_callback(SparsightCallback(handles))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer.train()
+    return steps(trainer), [str(w.message) for w in told if "reference model" in str(w.message)]
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_F34_policy_and_reference_see_the_same(tmp_path, adapters):
+    logged, told = dpo(tmp_path, both=not adapters, adapters=adapters)
+    assert len(logged) == 2 and told == []
+    for entry in logged:
+        assert entry["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert entry["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
+        assert 0 < entry["visual_tokens_out"] < entry["visual_tokens_in"]
+    assert min(entry["layers_run"] for entry in logged) < 1
+
+
+def test_F34_a_dense_reference_is_told(tmp_path):
+    logged, told = dpo(tmp_path, both=False)
+    assert abs(logged[0]["rewards/margins"]) > 1e-4
+    assert len(told) == 1 and "DPOConfig trains against a reference model" in told[0]
+    assert "sparsight.attach(trainer.ref_model, compressor=VisualTokenCompressor(keep=0.25" in told[0]
+    assert "seed=4, train_only=False)" in told[0] and "SparsightCallback([handle, reference])" in told[0]
+
+
+def test_F34_a_second_handle_that_cannot_act_or_differs(tmp_path):
+    model, reference = made(NAME), made(NAME).eval()
+    handles = [attach(model, COMPRESSOR), attach(reference, COMPRESSOR)]
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    begin = {"args": arguments, "state": TrainerState(), "control": None, "model": model}
+    with pytest.raises(ValueError, match="eval mode, .* attach to it with train_only=False"):
+        SparsightCallback(handles).on_train_begin(**begin)
+    handles[1].detach()
+    handles[1] = attach(reference, COMPRESSOR, seed=1, train_only=False)
+    with pytest.warns(UserWarning, match="differ in compressor, skipper or seed"):
+        SparsightCallback(handles).on_train_begin(**begin)

@@ -202,6 +202,49 @@ def test_F37_a_cache_gives_what_the_whole_gives_or_is_refused(images, padded):
             decoded(model, batch, cached=True)
 
 
+@pytest.mark.parametrize("family", [LLAVA, "qwen2_5_vl"])
+@pytest.mark.parametrize("positions", ["original", "renumbered"])
+@torch.no_grad()
+def test_F37_generate_with_a_cache_is_as_without(family, positions):
+    """The tokens of `generate` count on behind the cache as they do in the whole sequence."""
+    model = made(family).eval()
+    batch = batch_of(family, model, (1, 1))
+    batch.pop("labels")
+    attach(model, VisualTokenCompressor(keep=0.25, positions=positions), train_only=False)
+
+    def generated(use_cache):
+        told = {"output_logits": True, "return_dict_in_generate": True, "do_sample": False}
+        return torch.stack(model.generate(**batch, max_new_tokens=4, use_cache=use_cache, **told).logits)
+
+    assert (generated(True) - generated(False)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("positions", ["original", "renumbered"])
+@torch.no_grad()
+def test_F37_positions_that_nobody_gave_count_what_was_dropped(positions):
+    model = made(LLAVA).eval()
+    batch = batch_of(LLAVA, model, (1, 1))
+    batch.pop("labels")
+    attach(model, VisualTokenCompressor(keep=0.25, positions=positions), train_only=False)
+    more = torch.full((2, 1), 7)
+    first = model(**batch, use_cache=True)
+    follows = model(input_ids=more, past_key_values=first.past_key_values).logits[:, -1]
+    batch["input_ids"] = torch.cat([batch["input_ids"], more], 1)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    assert (model(**batch, use_cache=False).logits[:, -1] - follows).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_F37_positions_along_several_axes_must_be_given():
+    model = made("qwen2_5_vl").eval()
+    batch = batch_of("qwen2_5_vl", model, (1, 1))
+    batch.pop("labels")
+    attach(model, VisualTokenCompressor(keep=0.25), train_only=False)
+    first = model(**batch, use_cache=True)
+    with pytest.raises(ValueError, match="pass position_ids, as generate"):
+        model(input_ids=torch.full((2, 1), 7), past_key_values=first.past_key_values)
+
+
 def test_F41_indices_follow_the_tensor_they_are_used_on():
     """On the meta device, as on a second card, an index of another device is an error."""
     kept = Kept.of(torch.tensor([[1, 0, 1, 1], [0, 1, 1, 0]], dtype=torch.bool))

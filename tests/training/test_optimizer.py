@@ -9,9 +9,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from small_runs import one_stage, train
+from sparsight.cost import Trains
 from sparsight.training import optimizer as optimizers
 from sparsight.training.optimizer import MuonAdamW, optimizer_flops
 from sparsight.training.stages import add_lora, merge_lora, parameter_groups, select_trainable
+from sparsight.training.trainer import SparsightTrainer, StepCounter, training_arguments
 
 SETTINGS = {"betas": (0.9, 0.98), "lr": 1e-3, "fused": True}
 
@@ -65,6 +67,25 @@ def test_a_step_is_torchs_own_muon_and_adamw(tiny_vlm, monkeypatch: pytest.Monke
     assert (max(differences.values()) == 0) == fast
     muons = {id(parameter) for group in groups if group["muon"] for parameter in group["params"]}
     assert all(differences[name] == 0 for name, parameter in model.named_parameters() if id(parameter) not in muons)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("changes, beta2", [({}, 0.98), ({"adam_beta2": 0.9}, 0.9)])
+def test_F07_adamws_second_moments_decay_as_the_stage_says(
+    tmp_path: Path, tiny_vlm, optimizer: str, changes: dict, beta2: float
+) -> None:
+    """The moments themselves: of gradients that are all alike, g, they are (1 - beta2 ** steps) g ** 2."""
+    _, stage = one_stage(optimizer=optimizer, **changes)
+    model, _ = tiny_vlm()
+    select_trainable(model, stage)
+    arguments = training_arguments(one_stage()[0], stage, 4, tmp_path)
+    settings = {"stage": stage, "plan": [], "counter": StepCounter(model, Trains.of(stage), 1e6)}
+    made = SparsightTrainer(model, arguments, **settings).create_optimizer()
+    parameter = model.model.multi_modal_projector.proj.bias
+    for _ in range(3):
+        parameter.grad = torch.full_like(parameter, 0.5)
+        made.step()
+    torch.testing.assert_close(made.state[parameter]["exp_avg_sq"], torch.full_like(parameter, (1 - beta2**3) / 4))
 
 
 def test_flops_are_what_torch_counts(tiny_vlm) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -20,7 +22,7 @@ from small_runs import Crash, Records, one_stage, quiet, train, training_set
 from sparsight.data.collate import Collator
 from sparsight.modeling.scale import scale_tokens
 from sparsight.training.stages import add_lora, merge_lora, select_trainable
-from sparsight.training.trainer import Interrupted, plan_stage
+from sparsight.training.trainer import Interrupted, last_checkpoint, plan_stage
 
 BRIDGE_AND_LANGUAGE = {"bridge": 2e-3, "language": 1e-3}
 ALL = BRIDGE_AND_LANGUAGE | {"vision": 1e-3}
@@ -277,23 +279,40 @@ def test_an_interrupted_stage_goes_on_as_if_nothing_had_happened(
     assert all(torch.equal(ends[name], right[name]) for name in right)
 
 
-@pytest.mark.parametrize("cut", ["no state", "half a state", "only the model"])
-def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path: Path, tiny_vlm, cut: str) -> None:
+@pytest.mark.parametrize("cut", ["no state", "half a state", "no mapping", "only the model"])
+def test_F05_a_checkpoint_that_a_kill_cut_short_is_passed_over_and_kept(tmp_path: Path, tiny_vlm, cut: str) -> None:
     recipe, stage = one_stage(samples=32, checkpoints=4)
     model, processor, _ = prepared(tiny_vlm, stage)
     with pytest.raises(Crash):
         train(model, processor, recipe, stage, tmp_path, training_set(processor, recipe, stage, before_step=5))
     broken = tmp_path / "checkpoint-4"
-    if cut == "half a state":
-        (broken / "trainer_state.json").write_text('{"global_step": 4,')
+    if cut in ("half a state", "no mapping"):
+        (broken / "trainer_state.json").write_text('{"global_step": 4,' if cut == "half a state" else "null")
     else:
         for file in broken.iterdir():
             if file.name == "trainer_state.json" or (cut == "only the model" and file.suffix != ".safetensors"):
                 file.unlink()
+    held = {file.name: file.read_bytes() for file in broken.iterdir()}
+    (tmp_path / "damaged-checkpoint-4").mkdir()  # of an earlier time
     model, processor, _ = prepared(tiny_vlm, stage)
-    again = train(model, processor, recipe, stage, tmp_path, resume=True)
+    console = Console(file=io.StringIO(), width=80)
+    again = train(model, processor, recipe, stage, tmp_path, resume=True, console=console)
     assert again[0] == {"type": "resume", "stage": "pretrain", "step": 2}
     assert sorted(again.losses()) == [3, 4, 5, 6, 7, 8]
+    aside = tmp_path / "damaged-checkpoint-4-2"
+    assert {file.name: file.read_bytes() for file in aside.iterdir()} == held
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"{broken} is damaged (trainer_state.json: " in said and f"is now {aside}" in said
+
+
+def test_F05_an_error_of_the_disk_is_an_error_and_moves_nothing(tmp_path: Path) -> None:
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").symlink_to("/proc/self/mem")  # reads end in EIO
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OSError, match="Input/output error: '.*checkpoint-4/trainer_state.json'"):
+        last_checkpoint(tmp_path, quiet())
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_skipping_to_the_checkpoint_decodes_nothing(tmp_path: Path, tiny_vlm) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -16,23 +17,32 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sparsight.aside import moved_aside
+
 
 class FeatureCache:
     """Feature levels by picture key, memory-mapped from ``folder``.
 
     Args:
         rows: where each picture's features stand.
+
+    Raises:
+        ValueError: what lies there is damaged.
+        OSError: it cannot be read.
     """
 
     def __init__(self, folder: Path, rows: Mapping[Hashable, int]) -> None:
         self.rows = rows
         self.folder = folder
-        meta = json.loads((folder / "cache.json").read_text())
-        self.seconds = float(meta["seconds"])  # what encoding took
-        self.levels = [
-            np.memmap(folder / f"level{number}.bin", dtype=np.uint16, mode="r", shape=tuple(shape))
-            for number, shape in enumerate(meta["shapes"])
-        ]
+        try:
+            meta = json.loads((folder / "cache.json").read_bytes())
+            self.seconds = float(meta["seconds"])  # what encoding took
+            self.levels = [
+                np.memmap(folder / f"level{number}.bin", dtype=np.uint16, mode="r", shape=tuple(shape))
+                for number, shape in enumerate(meta["shapes"])
+            ]
+        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+            raise ValueError(f"{folder}: damaged: {error}") from None
 
     def read(self, keys: Sequence[Hashable]) -> tuple[torch.Tensor, ...]:
         """Features of pictures, one (len(keys), H, W, C) in bf16 for each level."""
@@ -47,6 +57,16 @@ def picture_rows(keys: Sequence[Hashable], fingerprint: Callable[[Hashable], str
     return rows, hashlib.sha256("\n".join(found).encode()).hexdigest()
 
 
+def remove_caches(root: Path) -> None:
+    """Remove the caches that `build_cache` has made in a folder, and the folder if nothing else is in it."""
+    for folder in root.iterdir() if root.is_dir() else ():
+        whole = re.fullmatch(r"[0-9a-f]{16}(\..*\.partial)?", folder.name)
+        if whole and all(re.fullmatch(r"cache\.json|level\d+\.bin", file.name) for file in folder.iterdir()):
+            shutil.rmtree(folder)
+    if root.is_dir() and not any(root.iterdir()):
+        root.rmdir()
+
+
 @torch.no_grad()
 def build_cache(
     folder: Path,
@@ -54,8 +74,9 @@ def build_cache(
     encode: Callable[[Sequence[Hashable]], Sequence[torch.Tensor]],
     progress: Callable[[int], None] = lambda done: None,
     batch_size: int = 8,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> FeatureCache:
-    """Encode every picture once; a folder that is there is used as it is.
+    """Encode every picture once; a folder that is there is used as it is, but for a damaged one, which is moved aside.
 
     Any number of processes may do so at once: each writes a folder of its own, and the first to be done gives it the
     name.
@@ -66,12 +87,16 @@ def build_cache(
         encode: keys -> feature levels, each (I, H, W, C); the same map size for all pictures.
         progress: told the number of pictures done.
         batch_size: pictures encoded together; small, for a CPU's caches.
+        tell: told where a damaged cache is now.
 
     Raises:
         ValueError: maps of several sizes, as native-resolution encoders give them.
     """
     if (folder / "cache.json").is_file():
-        return FeatureCache(folder, rows)
+        try:
+            return FeatureCache(folder, rows)
+        except ValueError as damaged:
+            tell(f"{damaged}. Pictures are encoded again; it is now {moved_aside(folder, f'damaged-{folder.name}')}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
     try:

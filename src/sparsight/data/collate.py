@@ -5,6 +5,7 @@ Shapes: B samples, T positions, I images in the whole batch, H x W patches, C ch
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from array import array
@@ -173,8 +174,9 @@ class TrainingSet(Dataset):
     def sizes(self, file: Path, progress: Callable[[int], None] = lambda done: None) -> np.ndarray:
         """Positions of each item, visual tokens included, and its images, or at native resolution their patches,
         (items, 2). No picture is decoded. Kept in ``file``, for the next time: a resumed run deals as it began."""
-        if file.is_file() and len(kept := np.load(file)) == self.length:
-            return kept
+        with contextlib.suppress(FileNotFoundError, ValueError, EOFError):  # not there yet, or cut short by a kill
+            if (kept := np.load(file)).shape == (self.length, 2):
+                return kept
         known: dict[int, tuple[int, int]] = {}
         processor = self.processor
 

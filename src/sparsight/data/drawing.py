@@ -106,7 +106,7 @@ def whole_cutout(folder: Path | None, picture: str) -> Image.Image:
         colour, shape = picture.split(" ")
         image = _draw_shape(colour, shape)
     else:
-        with Image.open(folder / f"{picture}.webp") as file:
+        with Image.open(folder / f"{picture}.webp", formats=("WEBP",)) as file:
             image = file.convert("RGBA")
     visible = image.getchannel("A").point(lambda alpha: 255 * (alpha > 24))
     return image.crop(visible.getbbox())

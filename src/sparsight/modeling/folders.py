@@ -32,6 +32,12 @@ _JSON = (
 )
 
 
+NO_CODE = (
+    "Sparsight runs no code that comes with a model: choose one that transformers itself knows, or load it in Python "
+    "and give it to sparsight.build"
+)
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Raises ValueError, with the file's name, if it holds no mapping."""
     try:
@@ -93,8 +99,5 @@ def loading(part: str, name: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         if "trust_remote_code" in str(error):
-            reason = (
-                "it has code of its own, which Sparsight does not run. Expected a model that transformers knows; or "
-                "load it yourself, if you trust it, and give the module"
-            )
-        raise ValueError(f"{part} '{name}': {where}it cannot be loaded: {reason:.300}") from None
+            reason = f"{name} contains custom code. {NO_CODE}"
+        raise ValueError(f"{part} '{name}': {where}it cannot be loaded: {reason:.500}") from None

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForImageTextToText, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, torch_compilable_check
 
 from sparsight.bridges import WindowedResampler, build_bridge
 from sparsight.bridges.windowed import ScaleResampler
@@ -23,7 +23,8 @@ from sparsight.compat import CACHE
 from sparsight.distributed import several_ranks, touched
 from sparsight.layouts import Scale
 from sparsight.modeling.configuration import EfficientNetLiteConfig, SparsightConfig
-from sparsight.modeling.encoders import EfficientNetLiteModel, feature_levels, sincos_2d
+from sparsight.modeling.encoders import EfficientNetLiteModel, encode, sincos_2d
+from sparsight.modeling.stub import Registered
 
 
 @dataclass
@@ -40,7 +41,7 @@ class SparsightModelOutput(BaseModelOutputWithPast):
     image_hidden_states: torch.Tensor | None = None
 
 
-class SparsightPreTrainedModel(PreTrainedModel):
+class SparsightPreTrainedModel(Registered, PreTrainedModel):
     config: SparsightConfig
     config_class = SparsightConfig
     base_model_prefix = "model"
@@ -51,6 +52,7 @@ class SparsightPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True  # or not, as the language model says
     _no_split_modules = ["ScaleResampler"]
     # Quantizers leave these as they are: bridges multiply with weights themselves, and images need few weights.
     _keep_in_fp32_modules = [r"(?:.*\.)?multi_modal_projector", r"(?:.*\.)?vision_tower"]
@@ -75,11 +77,12 @@ class SparsightModel(SparsightPreTrainedModel):
 
     def __init__(self, config: SparsightConfig) -> None:
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         self.multi_modal_projector = build_bridge(
             config.bridge_config, config.level_widths, config.text_config.hidden_size
         )
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
+        self._can_compile_fullgraph = self.language_model._can_compile_fullgraph
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -100,10 +103,17 @@ class SparsightModel(SparsightPreTrainedModel):
 
         A native-resolution encoder also takes its own patches with ``image_grid_thw`` (I, 3); maps are then padded.
         """
-        frozen = not any(p.requires_grad for p in self.vision_tower.parameters())
+        return self._encode(pixel_values, image_grid_thw)[0]
+
+    def _encode(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None, **asked: bool
+    ) -> tuple[tuple[torch.Tensor, ...], Any]:
+        """Feature levels, and all that the encoder gave."""
+        tower, levels = self.vision_tower, self.config.vision_levels
+        frozen = not any(p.requires_grad for p in tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            levels = feature_levels(self.vision_tower, pixel_values, self.config.vision_levels, image_grid_thw)
-        return tuple(levels)
+            levels_IHWC, output = encode(tower, pixel_values, levels, image_grid_thw, **asked)
+        return tuple(levels_IHWC), output
 
     def bridge_features(
         self, levels_IHWC: tuple[torch.Tensor, ...], image_grid_thw: torch.Tensor | None = None
@@ -138,12 +148,27 @@ class SparsightModel(SparsightPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None, **_: Any
+        self,
+        pixel_values: torch.Tensor,
+        image_grid_thw: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **_: Any,
     ) -> BaseModelOutputWithPooling:
-        """Feature levels in ``hidden_states``, visual tokens (I, N, E) in ``pooler_output``."""
-        levels_IHWC = self.encode_images(pixel_values, image_grid_thw)
-        visual_INE = self.bridge_features(levels_IHWC, image_grid_thw)
-        return BaseModelOutputWithPooling(pooler_output=visual_INE, hidden_states=levels_IHWC)
+        """Visual tokens (I, N, E) in ``pooler_output``. The rest is the encoder's own: ``last_hidden_state``, and all
+        ``hidden_states`` and ``attentions`` where they are asked for, here or in its configuration."""
+        vision = self.config.vision_config
+        asked = {"output_attentions": True} if output_attentions else {}
+        levels_IHWC, output = self._encode(pixel_values, image_grid_thw, **asked)
+        states = getattr(output, "hidden_states", None) or output.feature_maps
+        last = getattr(output, "last_hidden_state", None)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=states[-1] if last is None else last,
+            pooler_output=self.bridge_features(levels_IHWC, image_grid_thw),
+            # Kept only on request: a frozen encoder's would stay in memory until the backward pass.
+            hidden_states=tuple(states) if output_hidden_states or vision.output_hidden_states else None,
+            attentions=getattr(output, "attentions", None),
+        )
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
@@ -161,13 +186,21 @@ class SparsightModel(SparsightPreTrainedModel):
         images, tokens, width = image_features.shape
         if width != inputs_embeds.shape[-1]:
             raise ValueError(f"visual tokens are {width} wide, the language model {inputs_embeds.shape[-1]}")
-        if int(mask_BT.sum()) != images * tokens:
-            raise ValueError(
+        torch_compilable_check(
+            mask_BT.sum() == images * tokens,
+            lambda: (
                 f"the batch has {images} images of {tokens} visual tokens = {images * tokens}, but its samples hold "
                 f"{mask_BT.sum(1).tolist()} image placeholders = {int(mask_BT.sum())}. Was the processor scaled "
                 "with the model, or a text truncated?"
-            )
+            ),
+        )
         return mask_BT[..., None]
+
+    def _refuse_placeholders(self, input_ids: torch.Tensor | None) -> None:
+        """Raises ValueError for placeholders in a prompt that has no images: training on them would be on nothing."""
+        if input_ids is not None and input_ids.shape[1] > 1 and (input_ids == self.config.image_token_id).any():
+            count = (input_ids == self.config.image_token_id).sum(1).tolist()
+            raise ValueError(f"the samples hold {count} image placeholders, but there are no images")
 
     def _without_pictures(self, embeds_BTE: torch.Tensor) -> torch.Tensor:
         """A batch of text alone: every trainable parameter that it leaves out gets a gradient of zero.
@@ -216,10 +249,8 @@ class SparsightModel(SparsightPreTrainedModel):
                 visual_INE = self.bridge_features(levels, image_grid_thw)
             mask_BT1 = self.get_placeholder_mask(input_ids, inputs_embeds, visual_INE)
             inputs_embeds = inputs_embeds.masked_scatter(mask_BT1, visual_INE.to(inputs_embeds.dtype))
-        elif input_ids is not None and input_ids.shape[1] > 1 and (input_ids == self.config.image_token_id).any():
-            count = (input_ids == self.config.image_token_id).sum(1).tolist()
-            raise ValueError(f"the samples hold {count} image placeholders, but there are no images")
-        elif self.training:
+        elif self.training:  # in eval mode placeholders without images are words, as in other families
+            self._refuse_placeholders(input_ids)
             inputs_embeds = self._without_pictures(inputs_embeds)
         if encoded is not None and self.training and several_ranks():
             # Blocks above the last feature level get no gradient otherwise.
@@ -244,10 +275,12 @@ class SparsightForConditionalGeneration(SparsightPreTrainedModel, GenerationMixi
     """A VLM from any vision encoder and any causal LM; `sparsight.build` makes one."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # the language model has its own
 
     def __init__(self, config: SparsightConfig) -> None:
         super().__init__(config)
         self.model = SparsightModel(config)
+        self._can_compile_fullgraph = self.model._can_compile_fullgraph
         text = config.text_config
         self.lm_head: nn.Module = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
         embeddings = self.model.language_model.get_input_embeddings()

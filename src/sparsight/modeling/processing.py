@@ -11,13 +11,22 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from sparsight.modeling.configuration import SparsightConfig
+from sparsight.modeling.stub import WithStub
 
 IMAGE_TOKEN = "<image>"
 _THINNEST = 200  # ratio of sides that native resolution takes
 
 
-class SparsightProcessor(ProcessorMixin):
-    """Image processor + tokenizer. ``num_image_tokens`` comes from the model's layout and travels with it."""
+class SparsightProcessor(WithStub, ProcessorMixin):
+    """Image processor + tokenizer. ``num_image_tokens`` comes from the model's layout and travels with it.
+
+    Its chat template is the tokenizer's: what is set on one is set on the other.
+
+    Raises:
+        ValueError: ``chat_template`` is another one than the tokenizer has, or there is no number of tokens.
+    """
+
+    _auto_map = {"AutoProcessor": "SparsightProcessor"}
 
     def __init__(
         self,
@@ -33,7 +42,24 @@ class SparsightProcessor(ProcessorMixin):
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        own = tokenizer.chat_template
+        if None not in (chat_template, own) and chat_template != own:
+            raise ValueError(
+                "two chat templates, and a model trained on one would be asked in the other: expected one. "
+                f"chat_template is\n{chat_template}\nand tokenizer.chat_template is\n{own}\n"
+                "Give none of the two, or the same"
+            )
+        self.tokenizer = tokenizer  # before the template, which is kept there
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or own)
+
+    @property
+    def chat_template(self) -> Any:
+        """The tokenizer's: training, evaluation and `apply_chat_template` read the same one."""
+        return self.tokenizer.chat_template
+
+    @chat_template.setter
+    def chat_template(self, template: Any) -> None:
+        self.tokenizer.chat_template = template
 
     def pixels(self, pictures: Sequence[Image.Image]) -> BatchFeature:
         """What the encoder takes of pictures in RGB: ``pixel_values``, and grids where their shapes differ."""

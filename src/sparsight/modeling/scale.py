@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -89,12 +91,8 @@ def scale_tokens(
     config, encoder, bridge = model.config, model.model.vision_tower, model.model.multi_modal_projector
     old, side = bridge_settings(config.bridge_config), image_size or config.image_size
     new = _laid_out(old, layout)
-    _check_side(encoder, side)
     wanted = config.vision_levels if vision_levels is None else list(vision_levels)
-    levels = probe(encoder, side, wanted)
-    map_size, widths = (levels[0].shape[1], levels[0].shape[2]), [level.shape[3] for level in levels]
-    for scale in new.scales.scales if hasattr(new, "scales") else ():
-        window_bounds(min(map_size), scale.grid)  # a layout that does not fit the map fails here
+    map_size, widths = _maps(encoder, side, wanted, new)
     numbers = None if vision_levels is None else level_numbers(encoder, side, config.vision_levels, wanted)
     born: list[Born] = []
     if new != old or (numbers and numbers[0] != numbers[1]):
@@ -115,6 +113,29 @@ def scale_tokens(
     processor.num_image_tokens = config.num_image_tokens
     set_image_size(processor.image_processor, side, resize_mode(processor.image_processor))
     return report
+
+
+def _maps(encoder: Any, side: int, levels: Sequence[int], bridge: Any) -> tuple[tuple[int, int], list[int]]:
+    """Size of the first feature map, and the widths of all, of a picture of so many pixels a side; errors as above."""
+    _check_side(encoder, side)
+    maps = probe(encoder, side, levels)
+    map_size = maps[0].shape[1], maps[0].shape[2]
+    for scale in bridge.scales.scales if hasattr(bridge, "scales") else ():
+        window_bounds(min(map_size), scale.grid)  # a layout that does not fit the map fails here
+    return map_size, [level.shape[3] for level in maps]
+
+
+def scaled_processor(
+    model: Any, processor: SparsightProcessor, layout: Any = None, image_size: int | None = None
+) -> SparsightProcessor:
+    """A copy of the processor, as `scale_tokens` would leave it; the model stays as it is. Arguments, errors as there."""
+    config, scaled = model.config, copy(processor)
+    side, bridge = image_size or config.image_size, _laid_out(bridge_settings(config.bridge_config), layout)
+    map_size, _ = _maps(model.model.vision_tower, side, config.vision_levels, bridge)
+    scaled.image_processor = deepcopy(processor.image_processor)
+    scaled.num_image_tokens = bridge.visual_tokens(map_size)
+    set_image_size(scaled.image_processor, side, resize_mode(scaled.image_processor))
+    return scaled
 
 
 def _laid_out(old: Any, layout: Any) -> Any:
@@ -205,8 +226,8 @@ def resize_positions(encoder: nn.Module, side: int) -> str | None:
 
 
 def scale_checkpoint(
-    folder: Path,
-    out: Path,
+    folder: str | Path,
+    out: str | Path,
     layout: Any = None,
     image_size: int | None = None,
     sources: Mapping[int, int] | None = None,
@@ -221,12 +242,13 @@ def scale_checkpoint(
         ValueError: as `scale_tokens`; or ``folder`` holds no model of ours, or one that is cut short.
         FileExistsError: ``out`` exists.
     """
+    folder, out = Path(folder), Path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists already; choose another folder")
     where = _tensor_files(folder)
     config = SparsightConfig.from_pretrained(folder)
     processor = SparsightProcessor.from_pretrained(folder, trust_remote_code=False)
-    encoder = AutoModel.from_config(config.vision_config)
+    encoder = AutoModel.from_config(config.vision_config, trust_remote_code=False)
     bridge = build_bridge(config.bridge_config, config.level_widths, config.text_config.hidden_size)
     own = _read(folder, {name: where[name] for name in where if name.startswith(BRIDGE)})
     wanted = {BRIDGE + name for name in bridge.state_dict()}
@@ -249,9 +271,8 @@ def scale_checkpoint(
     if found is not None and (after := encoder.get_parameter(table)).shape != before.shape:
         removed = removed | {TOWER + table: before}
         added[TOWER + table] = after.detach()
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)  # an error if it is there: then it is somebody's
     try:
         _write_files(folder, partial, where, removed, added)
         config.save_pretrained(partial)

@@ -22,7 +22,12 @@ from sparsight.sparse.analysis import Analysis, measure, suggest
 
 
 def analyze_checkpoint(
-    name: str, data: Path | None, images: Path | None, samples: int, out: Path, console: Console
+    name: str | Path,
+    data: str | Path | None,
+    images: str | Path | None,
+    samples: int,
+    out: str | Path,
+    console: Console,
 ) -> dict[str, Any]:
     """Measure how layers and visual tokens of a VLM of transformers behave, and suggest settings to start from.
 
@@ -39,10 +44,11 @@ def analyze_checkpoint(
     Raises:
         ValueError: the model or its processor cannot be loaded or measured, or no sample has a picture.
     """
+    name, out = str(name), Path(out)
     if images is not None and data is None:
         raise ValueError(f"--images {images}: expected --data as well, the conversations about these pictures")
     source = open_source(
-        ConversationData(path=str(data), images=str(images) if images else None) if data else own_scenes(Path(name)),
+        ConversationData(path=str(data), images=str(images) if images else None) if data else own_scenes(name),
         samples,
         256,
     )

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import track
 
 from sparsight.config import ChainOfSight, Evaluation, Recipe, Resampler, Stage
+from sparsight.console import Console
 from sparsight.cost.devices import keep_measurement, measurements
 from sparsight.cost.forecast import calibration_key, forecast, inner_sizes
 from sparsight.counting import default_device, device_name, precision_on
@@ -64,14 +64,14 @@ class TimedSteps:
     encoder: float
 
 
-def timed_steps(recipe: Recipe, stage: Stage, bridge: Any, folder: Path) -> TimedSteps:
+def timed_steps(recipe: Recipe, stage: Stage, bridge: Any, folder: str | Path) -> TimedSteps:
     """A short real run of one stage, with another bridge and every token and layer. ``folder`` keeps its features."""
     samples = CALIBRATION_STEPS * (stage.batch_size if stage.batch_tokens is None else stage.batch_tokens // 64 + 1)
     plain = dict.fromkeys(("compressor", "skipper", "places_of")) | {"proportional_attention": False, "bridge": bridge}
     plain |= {"samples": samples, "checkpoints": 0}
     update = {"stages": (stage.model_copy(update=plain),), "evaluation": Evaluation(kind="none"), "report_to": ()}
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        run(recipe.model_copy(update=update), Path(out), Console(quiet=True), cache_root=folder / "cache")
+        run(recipe.model_copy(update=update), Path(out), Console(quiet=True), cache_root=Path(folder, "cache"))
         logged = read_run(Path(out))
     steps = logged.stages[0].steps[2:]  # the first ones warm up
     flops = {

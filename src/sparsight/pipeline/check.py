@@ -23,7 +23,7 @@ from sparsight.reporting.comparison import write_atomic
 
 
 def check_data(
-    recipe: Recipe, out: Path, workers: int, console: Console, stage_name: str | None = None
+    recipe: Recipe, out: str | Path, workers: int, console: Console, stage_name: str | None = None
 ) -> dict[str, Any]:
     """Look at every sample as the stage with most visual tokens would see it; no language model is built.
 
@@ -38,6 +38,7 @@ def check_data(
     Raises:
         ValueError: the encoder or the tokenizer cannot be loaded, the data cannot be opened at all, or no such stage.
     """
+    out = Path(out)
     names = [stage.name for stage in recipe.stages]
     if stage_name not in (None, *names):
         raise ValueError(f"--stage {stage_name}: no such stage; expected one of {', '.join(names)}")

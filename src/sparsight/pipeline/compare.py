@@ -2,62 +2,72 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from sparsight.config import Comparison
-from sparsight.pipeline.files import open_log, settle_precision
-from sparsight.pipeline.train import run
+from sparsight.config import Comparison, Recipe
+from sparsight.console import Console
+from sparsight.data.cache import remove_caches
+from sparsight.pipeline.files import holds_run, move_aside, open_log, settle_precision
+from sparsight.pipeline.train import check_inputs, run
 from sparsight.reporting import Run, read_run, read_runs, report
 from sparsight.reporting.page import table
 from sparsight.reporting.runlog import example_key
 
 
-def run_comparison(comparison: Comparison, out: Path, console: Console, resume: bool = False) -> dict[str, Any]:
+def run_comparison(
+    comparison: Comparison, out: str | Path, console: Console, resume: bool = False, overwrite: bool = False
+) -> dict[str, Any]:
     """Run the recipes one after the other on the same samples, compare, and write the report.
 
     Args:
-        out: gets a folder for each run, ``comparison.json`` and ``report.html``. Runs of an earlier comparison
-            in it are replaced, unless ``resume``.
+        out: gets a folder for each run, ``comparison.json`` and ``report.html``.
+        resume: go on where the comparison in ``out`` stopped.
+        overwrite: move what is in ``out`` aside, and say where.
 
     Returns:
         The comparison, as in ``comparison.json``.
 
     Raises:
-        FileExistsError: ``out`` holds a run of that name, but no comparison: it is somebody's own.
+        FileExistsError: ``out`` holds a run of that name, and neither ``resume`` nor ``overwrite`` is on.
         ValueError: ``resume``, and a run there is of another recipe.
     """
     recipes = comparison.recipes()
+    out = Path(out)
     cache = out / "cache"
-    if not resume:
-        own = [] if (out / "comparison.json").is_file() or (out / "cache").is_dir() else recipes
-        if held := [str(out / recipe.name) for recipe in own if (out / recipe.name / "run.jsonl").is_file()]:
-            raise FileExistsError(
-                f"{', '.join(held)}: a run of its own, which a comparison would replace; choose another --out"
-            )
-        for folder in [*(out / recipe.name for recipe in recipes), cache]:
-            shutil.rmtree(folder, ignore_errors=True)
-    cache.mkdir(parents=True, exist_ok=True)  # also says that what lies beside it may be replaced
+    for recipe in recipes:  # before the first one trains
+        check_inputs(recipe)
+    if overwrite:
+        move_aside(out, resume, console)
+    if not resume and (held := [str(out / each.name) for each in recipes if holds_run(each, out / each.name)]):
+        raise FileExistsError(
+            f"there are runs already: {', '.join(held)}; go on with --resume, choose another --out, or --overwrite, "
+            f"which moves {out} aside"
+        )
     start = time.perf_counter()
     for recipe in recipes:
-        if resume and (out / recipe.name / "run.jsonl").is_file() and read_run(out / recipe.name).ended:
-            settled = settle_precision(recipe, out / recipe.name, resume, Console(quiet=True))
-            open_log(settled, out / recipe.name, resume).close()  # raises if it was another recipe's
+        if resume and _ended(recipe, out / recipe.name):
             console.print(f"run [bold]{recipe.name}[/]: done already")
             continue
         console.rule(f"[bold]{recipe.name}")
         run(recipe, out / recipe.name, console, resume, cache)
-    shutil.rmtree(cache, ignore_errors=True)
+    remove_caches(cache)
     console.rule("[bold]what was saved, and what it cost")
     folders = [out / recipe.name for recipe in recipes]
     _print_examples(read_runs(folders), console)
     result = report(folders, out, console)
     console.print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all.")
     return result
+
+
+def _ended(recipe: Recipe, folder: Path) -> bool:
+    """Whether a run is whole, and has been asked what the recipe asks. Raises ValueError if it is another recipe's."""
+    if not (folder / "run.jsonl").is_file() or not (found := read_run(folder)).ended:
+        return False
+    settled = settle_precision(recipe, folder, True, Console(quiet=True))
+    open_log(settled, folder, True).close()
+    return bool(found.header["recipe"].get("evaluation") == recipe.evaluation.model_dump(mode="json"))
 
 
 def _print_examples(runs: list[Run], console: Console) -> None:

@@ -115,7 +115,7 @@ def score_run(
 
 
 def evaluate_checkpoint(
-    folder: Path, items: int, split: str, console: Console, held_out: HeldOut | None = None
+    folder: str | Path, items: int, split: str, console: Console, held_out: HeldOut | None = None
 ) -> list[Scores]:
     """Score a saved model on held-out conversations, or else on the scenes of its own recipe (the embedded ones if it
     was trained on other data).
@@ -130,7 +130,7 @@ def evaluate_checkpoint(
         settings = Evaluation.model_validate({"items": items, "split": split})
     except ValidationError as error:
         raise ValueError(f"--{readable(error)}") from None
-    if folder.is_dir() and model_type(folder) in (None, SparsightConfig.model_type):
+    if Path(folder).is_dir() and model_type(Path(folder)) in (None, SparsightConfig.model_type):
         model, processor = load(folder)
         model.to(default_device())
     else:

@@ -55,6 +55,9 @@ def cached_features(
         pixels = processor.pixels([source.picture(key) for key in part])
         return model.model.encode_images(**pixels.to(device))
 
+    def warn(text: str) -> None:
+        session.console.print(Text(text, style="yellow"), soft_wrap=True)
+
     model.eval()
     with (
         process_state().main_process_first(),
@@ -64,7 +67,7 @@ def cached_features(
         task = bar.add_task("encoding pictures", total=pictures)
         before = model.device
         tower.to(device)
-        cache = build_cache(folder, rows, encode, lambda n: bar.update(task, completed=n))
+        cache = build_cache(folder, rows, encode, lambda n: bar.update(task, completed=n), tell=warn)
         tower.to(before)
         bar.update(task, completed=pictures)
     _tell_whether_it_pays(cache, list(rows), stage, session.console)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from itertools import chain
@@ -12,12 +13,14 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from rich.console import Console
+from rich.text import Text
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from sparsight.aside import moved_aside
 from sparsight.assets import emoji_folder
 from sparsight.config import Recipe, SceneData, readable
+from sparsight.console import Console
 from sparsight.counting import default_device, device_name, fast_bf16, precision_on
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.modeling.build import own_image_size
@@ -26,9 +29,9 @@ from sparsight.modeling.folders import loading, model_type, read_json
 from sparsight.reporting import RunLog, environment, read_run, write_card
 
 RECIPE_FILE = "sparsight_recipe.json"
-# How samples are read, dealt out and told of, not what is learnt from them: a run may go on with others.
-MAY_CHANGE = ("on_bad_sample", "max_bad", "workers", "report_to")
-MAY_CHANGE_IN_STAGES = ("micro_batch_size", "gradient_checkpointing")
+# How samples are read, dealt out, told of and scored, not what is learnt from them: a run may go on with others.
+MAY_CHANGE = ("on_bad_sample", "max_bad", "workers", "report_to", "evaluation")
+MAY_CHANGE_IN_STAGES = ("micro_batch_size", "gradient_checkpointing", "checkpoints", "conversation")
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def settle_precision(recipe: Recipe, out: Path, resume: bool, console: Console) 
     file, device, wanted = out / "run.jsonl", default_device(), recipe.precision
     lines = file.read_bytes().splitlines() if resume and file.is_file() else []
     if wanted == "auto" and len(lines) > 1:  # else it has not begun, see `open_log`
-        wanted = json.loads(lines[0]).get("recipe", {}).get("precision", wanted)
+        wanted = _recipe_in(file).get("precision", wanted)
     found = precision_on(device, wanted)
     if recipe.precision != "fp32" and not fast_bf16(device):
         slow = ", and fp32 by far faster" if found == "bf16" else ""
@@ -71,6 +74,23 @@ def settle_image_size(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"stages": tuple(stages)})
 
 
+def _recipe_in(log: Path) -> dict[str, Any]:
+    """The recipe's values in a log's header, and the defaults of keys that are newer than the log.
+
+    Raises:
+        ValueError: the log begins with no header.
+    """
+    line = log.read_bytes().splitlines()[0]
+    try:
+        values: dict[str, Any] = json.loads(line)["recipe"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{log}, line 1: expected a header with the run's recipe, found {line[:80]!r}") from None
+    try:
+        return Recipe.model_validate(values).model_dump(mode="json")
+    except ValidationError:  # of a version with other keys, which then differ
+        return values
+
+
 def _what_is_learnt(values: dict[str, Any]) -> dict[str, Any]:
     """A recipe's values without those that a resumed run may change."""
     stages = [
@@ -80,32 +100,78 @@ def _what_is_learnt(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in MAY_CHANGE} | {"stages": stages}
 
 
+def holds_run(recipe: Recipe, out: Path) -> bool:
+    """Whether a run has begun in ``out``.
+
+    Raises:
+        FileExistsError: weights of the recipe's stages lie there, without a log that says how they were trained, or
+            something else has the log's name.
+    """
+    file = out / "run.jsonl"
+    lines = file.read_bytes().splitlines() if file.exists() else []
+    if len(lines) > 1:
+        return True
+    folders = [out / stage.name for stage in recipe.stages]
+    trained = [path for each in folders for path in (each / "model", *each.glob("checkpoints/checkpoint-*"))]
+    if held := [str(path) for path in trained if path.exists()]:
+        raise FileExistsError(
+            f"{out} has {', '.join(held)}, and no whole run.jsonl that says how it was trained: choose another --out, "
+            "or --overwrite, which moves the folder aside"
+        )
+    if lines and not (lines[0].startswith(_HEADER) or _HEADER.startswith(lines[0])):
+        raise FileExistsError(f"{file} is no log of a run: choose another --out, or --overwrite, which moves it aside")
+    return False
+
+
+def move_aside(out: Path, resume: bool, console: Console) -> None:
+    """``--overwrite``: the folder, if there is one, gets another name, which is told.
+
+    Raises:
+        ValueError: ``resume`` is on too; or this process works in the folder, and would write on in it.
+        OSError: it cannot be renamed.
+    """
+    if resume:
+        raise ValueError("--resume goes on with the run that --overwrite moves aside; give one of them")
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise ValueError(f"--overwrite would move {out.resolve()}, which this command works in; start it elsewhere")
+    if out.exists():
+        out = Path(os.path.abspath(out))  # so that it has a name
+        console.print(Text(f"{out} is now {moved_aside(out, f'{out.name}-old')}"), soft_wrap=True)
+
+
+_HEADER = b'{"type": "header"'  # how `RunLog` begins a log
+
+
 def open_log(recipe: Recipe, out: Path, resume: bool) -> RunLog:
     """A new run's log, or that of the run which goes on.
 
     Raises:
-        FileExistsError: ``out`` holds a run, and ``resume`` is off.
+        FileExistsError: ``out`` holds a run, and ``resume`` is off; or as `holds_run` says.
         ValueError: that run's recipe differs in more than `MAY_CHANGE` and `MAY_CHANGE_IN_STAGES`.
     """
     file = out / "run.jsonl"
     values = recipe.model_dump(mode="json")
-    lines = file.read_bytes().splitlines() if file.is_file() else []
-    if len(lines) < 2:  # no more than a header: it failed before its first stage, by a wrong name perhaps
+    if not holds_run(recipe, out):  # no more than a header: it failed before its first stage, by a wrong name perhaps
         file.unlink(missing_ok=True)
-        for sizes in out.glob("*/checkpoints/sizes.npy"):  # of what may have been changed since
-            sizes.unlink()
+        for stage in recipe.stages:  # of what may have been changed since
+            (out / stage.name / "checkpoints" / "sizes.npy").unlink(missing_ok=True)
     else:
         if not resume:
-            raise FileExistsError(f"{out} holds a run already; go on with --resume, or choose another --out")
-        header = json.loads(lines[0])
-        before, now = _what_is_learnt(header.get("recipe", {})), _what_is_learnt(values)
+            raise FileExistsError(
+                f"{out} holds a run already; go on with --resume, choose another --out, or --overwrite, which moves it "
+                "aside"
+            )
+        before, now = _what_is_learnt(_recipe_in(file)), _what_is_learnt(values)
         changed = sorted(key for key in now if before.get(key) != now[key])
         if changed:
             free = ", ".join(MAY_CHANGE + MAY_CHANGE_IN_STAGES)
             raise ValueError(
                 f"{out} was run with another recipe; these keys differ: {changed}. A resumed run may only change {free}"
             )
-        return RunLog(file, append=True)
+        log = RunLog(file, append=True)
+        if values != read_run(file).header.get("recipe"):
+            log.write("recipe", recipe=values)
+        return log
     log = RunLog(file)
     log.write(
         "header",
@@ -141,16 +207,16 @@ def save(
     processor.save_pretrained(partial)
     (partial / RECIPE_FILE).write_text(with_cutouts(session.recipe).model_dump_json(indent=2), encoding="utf-8")
     write_card(partial, session.recipe, read_run(session.log.path))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    partial.rename(folder)  # an error if something is there: `holds_run` has found nothing
 
 
-def load(folder: Path) -> tuple[SparsightForConditionalGeneration, SparsightProcessor]:
+def load(folder: str | Path) -> tuple[SparsightForConditionalGeneration, SparsightProcessor]:
     """A saved model, each weight as wide as it was saved, and its processor.
 
     Raises:
         ValueError: the folder holds no Sparsight model, or a damaged file.
     """
+    folder = Path(folder)
     if (kind := model_type(folder)) != SparsightConfig.model_type:
         found = "no model there; expected a folder with config.json" if kind is None else f"a model of type '{kind}'"
         raise ValueError(f"{folder}: {found}. Expected one that sparsight.build or `sparsight train` has made")
@@ -204,9 +270,9 @@ def with_cutouts(recipe: Recipe) -> Recipe:
     return Recipe.model_validate(settled(recipe.model_dump(mode="json")))
 
 
-def trained_by(folder: Path) -> Recipe | None:
+def trained_by(folder: str | Path) -> Recipe | None:
     """The recipe that lies beside a model; ValueError if it is damaged."""
-    file = folder / RECIPE_FILE
+    file = Path(folder) / RECIPE_FILE
     if not file.is_file():
         return None
     try:
@@ -215,6 +281,6 @@ def trained_by(folder: Path) -> Recipe | None:
         raise ValueError(f"{file}: {readable(error)}") from None
 
 
-def own_scenes(folder: Path) -> SceneData:
+def own_scenes(folder: str | Path) -> SceneData:
     recipe = trained_by(folder)
     return (recipe.scenes() if recipe is not None else None) or SceneData()

@@ -15,7 +15,7 @@ from sparsight.pipeline.files import load, own_scenes
 from sparsight.reporting import write_inspection
 
 
-def inspect_checkpoint(folder: Path, image: Path | None, out: Path, console: Console) -> Path:
+def inspect_checkpoint(folder: str | Path, image: str | Path | None, out: str | Path, console: Console) -> Path:
     """Draw a model's windows over a picture, and where each query looks: a PNG for each scale, and one page.
 
     Args:
@@ -27,14 +27,14 @@ def inspect_checkpoint(folder: Path, image: Path | None, out: Path, console: Con
     Raises:
         ValueError: no model in ``folder``, one without queries, or no picture in ``image``.
     """
-    if (kind := model_type(folder)) not in (None, SparsightConfig.model_type):
+    if (kind := model_type(Path(folder))) not in (None, SparsightConfig.model_type):
         raise ValueError(
             f"{folder}: inspect draws where a bridge's queries look; it needs a model of Sparsight with a bridge of "
             f"kind resampler or chain_of_sight, found one of type '{kind}'. `sparsight analyze` looks into any "
             "vision-language model"
         )
     model, processor = load(folder)
-    name = image.name if image else "scene 0 of the test split"
+    name = Path(image).name if image else "scene 0 of the test split"
     picture = load_image(image) if image else ScenesDataset(scene_config(own_scenes(folder)), "test", 1).image(0)
     pixels = processor.pixels([picture])
     looks = {scale: maps[0].numpy() for scale, maps in model.model.attention_maps(**pixels).items()}

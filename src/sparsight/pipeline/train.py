@@ -5,29 +5,31 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
+from collections.abc import Collection, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedConfig
 
 from sparsight.config import Recipe, ScratchLanguage, Stage
+from sparsight.console import Console
 from sparsight.cost import Trains
 from sparsight.data.chat import stop_tokens
 from sparsight.data.collate import TrainingSet
 from sparsight.data.scenes import TASKS
-from sparsight.data.sources import open_source
+from sparsight.data.sources import Source, open_source
 from sparsight.distributed import process_state
+from sparsight.evaluation.held_out import held_out_questions
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.modeling.build import build, scratch_language
 from sparsight.modeling.encoders import count_flops
-from sparsight.modeling.scale import scale_tokens
+from sparsight.modeling.scale import scale_tokens, scaled_processor
 from sparsight.pipeline.evaluate import score_run
 from sparsight.pipeline.features import Encoding, cached_features
-from sparsight.pipeline.files import Session, load, open_log, save, settle_image_size, settle_precision
+from sparsight.pipeline.files import Session, load, move_aside, open_log, save, settle_image_size, settle_precision
 from sparsight.reporting import RunLog, read_run, write_card
 from sparsight.reporting.page import table
 from sparsight.reporting.runlog import step_seconds
@@ -36,55 +38,65 @@ from sparsight.training.quarantine import Quarantine
 from sparsight.training.stages import PartPlan, add_lora, merge_lora, select_trainable
 from sparsight.training.trainer import StepCounter, plan_stage, train_stage
 
+FIRST = 32  # samples of a later stage that are looked at where all are of about one size
 WAITING = 0.1  # share of the time waiting for data, above which there is something to mend
 
 
-def run(recipe: Recipe, out: Path, console: Console, resume: bool = False, cache_root: Path | None = None) -> Path:
+def run(
+    recipe: Recipe,
+    out: str | Path,
+    console: Console,
+    resume: bool = False,
+    cache_root: str | Path | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Train a recipe's stages one after the other, then score the result.
 
     Args:
         out: the run's folder: ``run.jsonl``, a folder for each stage, ``model`` at the end.
         resume: go on where the run in ``out`` stopped.
         cache_root: where cached features lie; ``out/cache`` if not given.
+        overwrite: move what is in ``out`` aside, and say where.
 
     Returns:
         The folder of the final model.
 
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` is off.
-        ValueError: ``resume`` with a recipe that differs from the run's, a tracker that is not installed, or an
-            engine that shards weights.
+        ValueError: ``resume`` with a recipe that differs from the run's, an engine that shards weights, or as
+            `check_inputs` says; nothing has been trained then.
     """
-    if missing := [name for name in recipe.report_to if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"report_to: {missing} cannot be imported; pip install {' '.join(missing)}, or take it out")
-    if recipe.evaluation.kind == "scenes" and (twice := set(TASKS) & set(recipe.evaluation.held_out)):
-        raise ValueError(f"evaluation.held_out: {sorted(twice)} are tasks of scenes, which are asked too; rename them")
+    out, recipe = Path(out), settle_image_size(recipe)
+    done = [stage.name for stage in recipe.stages if resume and (out / stage.name / "model").is_dir()]
+    sources = check_inputs(recipe, done)
     _refuse_shards()
     ranks = process_state()
     main = ranks.is_main_process  # it alone writes and tells
     console = console if main else Console(quiet=True)
-    recipe = settle_image_size(settle_precision(recipe, out, resume, console))
+    if overwrite and main:
+        move_aside(out, resume, console)
+    recipe = settle_precision(recipe, out, resume, console)
     log = open_log(recipe, out, resume) if main else RunLog(Path(os.devnull), append=True)
     if (layout := recipe.stages[-1].places_of) is not None:
         console.print(
             f"[yellow]places_of in the last stage: the model expects to be scaled to '{layout}'; before that, answers "
             "suffer[/]"
         )
-    session = Session(recipe, out, log, console, resume, cache_root or out / "cache", main)
+    session = Session(recipe, out, log, console, resume, Path(cache_root or out / "cache"), main)
     model: SparsightForConditionalGeneration | None = None
     processor: SparsightProcessor | None = None
     with session.log:
         for stage in recipe.stages:
             ranks.wait_for_everyone()
             saved = out / stage.name / "model"
-            if resume and saved.is_dir():
+            if stage.name in done:
                 console.print(f"stage [bold]{stage.name}[/]: done already")
                 model, processor = load(saved)
             else:
                 model, processor = enter_stage(recipe, stage, model, processor, console)
-                if stage is recipe.stages[0]:
-                    _check_stages(recipe, model.config.text_config)
-                _run_stage(session, stage, model, processor)
+                if len(sources) == len(recipe.stages) - len(done):  # the first that is trained in this sitting
+                    _check_stages(session, sources, model, processor)
+                _run_stage(session, stage, model, processor, sources.pop(stage.name))
                 if main:
                     save(model, processor, session, saved)
         assert model is not None and processor is not None
@@ -105,8 +117,44 @@ def _refuse_shards() -> None:
             )
 
 
-def _check_stages(recipe: Recipe, language: PreTrainedConfig) -> None:
-    """Raises ValueError for what a later stage would not do with this language model, before the first one trains."""
+def check_inputs(recipe: Recipe, done: Collection[str] = ()) -> dict[str, Source]:
+    """Open all data that a recipe trains on and asks, so that no mistake in them is told hours later.
+
+    Args:
+        done: names of stages that are trained already.
+
+    Returns:
+        The source of each other stage, by its name.
+
+    Raises:
+        ValueError: a tracker that is not installed, scores of the same name, or data that are not there or not as
+            expected, as far as that can be told without decoding pictures.
+    """
+    if missing := [name for name in recipe.report_to if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"report_to: {missing} cannot be imported; pip install {' '.join(missing)}, or take it out")
+    if recipe.evaluation.kind == "scenes" and (twice := set(TASKS) & set(recipe.evaluation.held_out)):
+        raise ValueError(f"evaluation.held_out: {sorted(twice)} are tasks of scenes, which are asked too; rename them")
+    for name, settings in recipe.evaluation.held_out.items():
+        try:
+            held_out_questions(name, settings, recipe.stages[-1].side)
+        except ValueError as error:
+            raise ValueError(f"evaluation.held_out.{name}: {error}") from None
+    sources = {}
+    for stage in recipe.stages:
+        if stage.name not in done:
+            length, strict = recipe.samples_before(stage) + stage.samples, recipe.on_bad_sample == "error"
+            sources[stage.name] = open_source(recipe.data_of(stage), length, stage.side, strict=strict)
+    return sources
+
+
+def _check_stages(
+    session: Session,
+    sources: Mapping[str, Source],
+    model: SparsightForConditionalGeneration,
+    processor: SparsightProcessor,
+) -> None:
+    """Raises ValueError for what a later stage would not do, before the first one trains."""
+    recipe, language = session.recipe, model.config.text_config
     for stage in recipe.stages:
         max_length(stage, language)
         if stage.skipper is not None:
@@ -114,6 +162,16 @@ def _check_stages(recipe: Recipe, language: PreTrainedConfig) -> None:
                 skip_probabilities(language.num_hidden_layers, 0.0, **stage.skipper.model_dump())
             except ValueError as error:
                 raise ValueError(f"stage '{stage.name}': {error}") from None
+    for stage in [each for each in recipe.stages if each.name in sources][1:]:  # the first is about to see its own
+        try:
+            scaled = scaled_processor(model, processor, stage.bridge, stage.image_size)
+            data = _training_set(recipe, stage, scaled, language, sources[stage.name])
+            plan_stage(data, recipe, stage, session.out / stage.name / "checkpoints", session.console)
+            for index in range(0 if data.replaces else min(FIRST, len(data))):  # where sizes were not measured
+                data.encode((data.offset + index) % len(data.source), text_alone=True)
+        except ValueError as error:
+            text = str(error)  # some say the stage themselves
+            raise ValueError(text if text.startswith("stage ") else f"stage '{stage.name}': {text}") from None
 
 
 def enter_stage(
@@ -186,13 +244,14 @@ def _run_stage(
     stage: Stage,
     model: SparsightForConditionalGeneration,
     processor: SparsightProcessor,
+    source: Source,
 ) -> None:
     recipe, log, console = session.recipe, session.log, session.console
     lora = add_lora(model, stage, recipe.seed)
     plan = select_trainable(model, stage)
     config = model.config
     _print_stage(stage, plan, config.num_image_tokens, console)
-    data = _training_set(recipe, stage, processor, config.text_config)
+    data = _training_set(recipe, stage, processor, config.text_config, source)
     folder = session.out / stage.name / "checkpoints"
     steps = plan_stage(data, recipe, stage, folder, console)
     log.write(
@@ -244,18 +303,17 @@ def _run_stage(
 
 
 def _training_set(
-    recipe: Recipe, stage: Stage, processor: SparsightProcessor, language: PreTrainedConfig
+    recipe: Recipe, stage: Stage, processor: SparsightProcessor, language: PreTrainedConfig, source: Source
 ) -> TrainingSet:
     """A stage's data, behind the conversations that earlier stages have had of the same."""
-    quarantined, offset = recipe.on_bad_sample == "quarantine", recipe.samples_before(stage)
     return TrainingSet(
-        open_source(recipe.data_of(stage), offset + stage.samples, stage.side, strict=not quarantined),
+        source,
         processor,
         stage.samples,
-        offset=offset,
+        offset=recipe.samples_before(stage),
         max_length=max_length(stage, language),
         drop_too_long=stage.on_too_long == "drop_sample",
-        replace_bad=quarantined,
+        replace_bad=recipe.on_bad_sample == "quarantine",
         seed=recipe.seed,
     )
 

@@ -37,7 +37,7 @@ def layer_table(record: Mapping[str, Any]) -> Table:
     return table(f"{record['model']}: {', '.join(counts)}", HEADINGS, layer_rows(record), left=0)
 
 
-def write_analysis(record: Mapping[str, Any], path: Path) -> None:
+def write_analysis(record: Mapping[str, Any], path: str | Path) -> None:
     """Write the page, atomically.
 
     Args:

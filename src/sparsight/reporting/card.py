@@ -14,7 +14,7 @@ from sparsight.reporting.runlog import Run, StageRun
 _HUB = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # names of ours -> hub ids
 
 
-def write_card(folder: Path, recipe: Recipe, run: Run) -> None:
+def write_card(folder: str | Path, recipe: Recipe, run: Run) -> None:
     """Write ``README.md`` beside a saved model: hub metadata, methods and figures by stage, scores if there are.
 
     Args:
@@ -48,7 +48,7 @@ def write_card(folder: Path, recipe: Recipe, run: Run) -> None:
             for task in run.scores
         ],
     )
-    (folder / "README.md").write_text(f"{card}\n", encoding="utf-8")
+    Path(folder, "README.md").write_text(f"{card}\n", encoding="utf-8")
 
 
 def _method(stage: Stage, done: StageRun) -> list[str]:

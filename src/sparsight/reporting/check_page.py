@@ -40,7 +40,7 @@ def check_table(record: Mapping[str, Any]) -> Table:
     return table(title, ("", ""), figures_of(record))
 
 
-def write_check(record: Mapping[str, Any], examples: Sequence[Mapping[str, str]], path: Path) -> None:
+def write_check(record: Mapping[str, Any], examples: Sequence[Mapping[str, str]], path: str | Path) -> None:
     """Write the page, atomically.
 
     Args:

@@ -67,12 +67,12 @@ def write_report(comparison: Comparison, runs: Iterable[Run], path: str | Path, 
     )
 
 
-def report(paths: Sequence[str | Path], out: Path, console: Console) -> Comparison:
+def report(paths: Sequence[str | Path], out: str | Path, console: Console) -> Comparison:
     """Read run logs, compare them, print the tables, and write ``comparison.json`` and ``report.html`` into ``out``.
 
     The first run is the baseline. Raises what `read_runs` and `compare` raise.
     """
-    runs = read_runs(paths)
+    out, runs = Path(out), read_runs(paths)
     comparison = compare(runs, runs[0].name)
     write_comparison(comparison, out / "comparison.json")
     write_report(comparison, runs, out / "report.html")

@@ -19,7 +19,7 @@ _MOST = 36  # queries drawn of a scale: a single-scale resampler has hundreds
 RAMP = ((12, 8, 38), (88, 22, 110), (186, 54, 85), (249, 142, 9), (252, 255, 164))
 
 
-def write_inspection(picture: Image.Image, looks: Mapping[Scale, np.ndarray], title: str, out: Path) -> Path:
+def write_inspection(picture: Image.Image, looks: Mapping[Scale, np.ndarray], title: str, out: str | Path) -> Path:
     """Write ``scale-GRIDxQUERIES.png`` for each scale and ``index.html`` into ``out``.
 
     Args:
@@ -28,6 +28,7 @@ def write_inspection(picture: Image.Image, looks: Mapping[Scale, np.ndarray], ti
     Returns:
         The page.
     """
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     entries = []
     for scale, maps_NHW in looks.items():

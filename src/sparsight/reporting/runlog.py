@@ -32,6 +32,7 @@ MOST_PROBLEMS = 20  # of a log, told one by one
 _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "pillow", "peft", "trl")
 _REQUIRED: dict[str, dict[str, type]] = {
     "header": {"version": int, "run": str},
+    "recipe": {"recipe": dict},  # in place of the header's, where the run went on with other keys that may change
     "stage": {"stage": str},
     "step": {"stage": str, "step": int},
     "stage_end": {"stage": str},
@@ -404,6 +405,8 @@ class LogReader:
         match kind:
             case "header":
                 self._header(number, record)
+            case "recipe" if self.header:
+                self.header = self.header | {"recipe": record["recipe"]}
             case "stage":
                 self.starts[stage] = record
                 self.ends.pop(stage, None)

@@ -24,7 +24,7 @@ _STAGES = 4  # the last ones, side by side
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-def watch(path: Path, console: Console, every: float = 1.0) -> Run:
+def watch(path: str | Path, console: Console, every: float = 1.0) -> Run:
     """Show a run until it ends; one that has ended is printed once. Ctrl-C ends it, too.
 
     Args:

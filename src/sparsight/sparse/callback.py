@@ -23,6 +23,7 @@ from sparsight.counting import device_name
 from sparsight.sparse.attach import Pass, SparseHandle
 from sparsight.sparse.executed import figures
 
+_SAME = ("compressor", "skipper", "seed")  # two handles that share them see the same tokens and layers
 STATE_FILE = "sparsight_sparse.json"
 
 
@@ -36,14 +37,18 @@ class SparsightCallback(TrainerCallback):
     ``loss_dense`` and ``loss_sparse`` of the same batch in eval mode: where they meet, training and inference do.
 
     Args:
-        handle: what `attach` returned.
+        handle: what `attach` returned; or several, that of the model that is trained first, then those of others that
+            are to see the same tokens and layers at each step, as the reference model of DPO.
         dense_probe: every so many steps; never if not given.
     """
 
-    def __init__(self, handle: SparseHandle, dense_probe: int | None = None) -> None:
+    def __init__(self, handle: SparseHandle | Sequence[SparseHandle], dense_probe: int | None = None) -> None:
         if dense_probe is not None and dense_probe < 1:
             raise ValueError(f"dense_probe {dense_probe}: expected a number of steps of at least 1")
-        self.handle, self.dense_probe = handle, dense_probe
+        self.handles = (handle,) if isinstance(handle, SparseHandle) else tuple(handle)
+        if not self.handles or not all(isinstance(each, SparseHandle) for each in self.handles):
+            raise ValueError(f"handle {handle!r}: expected what sparsight.attach returned, or a list of such")
+        self.handle, self.dense_probe = self.handles[0], dense_probe
         self.probe: dict[str, float] = {}
         self.since = time.perf_counter()
         self.peak: float | None = None
@@ -75,8 +80,11 @@ class SparsightCallback(TrainerCallback):
             self.told = True
             return {}
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Refuse an engine that cannot skip, and other settings than those of the run that is resumed.
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Refuse an engine that cannot skip, a model to which nothing is attached, and other settings than those of the
+        run that is resumed.
 
         Raises:
             ValueError: the message says why, or what differs, or that the checkpoint to resume from was not found.
@@ -89,8 +97,10 @@ class SparsightCallback(TrainerCallback):
                 f"{args.n_gpu} GPUs in one process: nn.DataParallel runs copies of the model, to which nothing is "
                 "attached; start with torchrun, or let CUDA_VISIBLE_DEVICES show one GPU"
             )
+        if (model := given.get("model")) is not None:
+            _check_handles(self.handles, model, args)
         self.peak = peak_flops(device_name(args.device), "bf16" if args.bf16 else "fp32")
-        self.handle.step(state.global_step, _progress(state))
+        self._step(state)
         if not state.global_step:
             return
         folder = _resumed_from(args, state)
@@ -106,10 +116,15 @@ class SparsightCallback(TrainerCallback):
             _reload_if_renamed(self.handle.model, folder)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.handle.step(state.global_step, _progress(state))
+        self._step(state)
+
+    def _step(self, state: TrainerState) -> None:
+        for handle in self.handles:
+            handle.step(state.global_step, _progress(state))
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self.handle.clear_gradients()
+        for handle in self.handles:
+            handle.clear_gradients()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.dense_probe and state.global_step % self.dense_probe == 0:
@@ -125,7 +140,7 @@ class SparsightCallback(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs:  # an evaluation, or the end
             return
-        passes = self.handle.take_passes()
+        passes, *_others = [handle.take_passes() for handle in self.handles]  # logged is what trains
         if not passes:  # somebody else counts them
             return
         found = self._figures(passes) | self.probe
@@ -136,10 +151,54 @@ class SparsightCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1] |= found
 
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        for handle in self.handles:
+            handle.release()
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if args.should_save and folder.is_dir():
             (folder / STATE_FILE).write_text(json.dumps(self.settings(), indent=2), encoding="utf-8")
+
+
+def _check_handles(handles: Sequence[SparseHandle], model: nn.Module, args: TrainingArguments) -> None:
+    """Raises ValueError if a handle does not belong to what is trained, or to a reference beside it; warns where a
+    reference sees other tokens and layers than what is trained."""
+    inside = set(model.modules())
+    first, *others = handles
+    if not first.attached:
+        raise ValueError("SparsightCallback was given a handle that is detached: attach again, and give it the new one")
+    if first.model not in inside and model not in set(first.model.modules()):
+        raise ValueError(
+            f"SparsightCallback was given the handle of another model ({type(first.model).__name__}) than the Trainer "
+            f"trains ({type(model).__name__}), to which nothing is attached: attach to the model that the Trainer is "
+            "given (a copy of an attached model is a plain one), and give the callback that handle"
+        )
+    for other in others:
+        if other.model not in inside and other.train_only and not other.model.training:
+            raise ValueError(
+                f"SparsightCallback was given the handle of a second model ({type(other.model).__name__}) that is in "
+                "eval mode, where it sees all tokens and layers: attach to it with train_only=False"
+            )
+        if [getattr(other, key) for key in _SAME] != [getattr(first, key) for key in _SAME]:
+            warnings.warn(
+                "the handles of SparsightCallback differ in compressor, skipper or seed: their models see different "
+                "tokens and layers",
+                stacklevel=2,
+            )
+    # TRL's DPOConfig and those like it; an adapter's reference is the attached model itself, without the adapter.
+    beforehand = getattr(args, "precompute_ref_log_probs", None)
+    second = getattr(args, "sync_ref_model", None) is not None and getattr(args, "beta", 1.0) != 0.0
+    if beforehand or (not others and (second or beforehand is not None) and not hasattr(model, "peft_config")):
+        made = ", ".join(f"{key}={getattr(first, key)!r}" for key in _SAME if getattr(first, key) is not None)
+        why = "set precompute_ref_log_probs=False, for they come from a plain model; then " if beforehand else ""
+        warnings.warn(
+            f"{type(args).__name__} trains against a reference model, to which nothing is attached: it sees all tokens "
+            "and layers while the policy does not, so their log-probabilities differ from the first step on. Attach to "
+            f"both: {why}reference = sparsight.attach(trainer.ref_model, {made}, train_only=False); "
+            "trainer.add_callback(SparsightCallback([handle, reference])) in place of the callback with one handle",
+            stacklevel=2,
+        )
 
 
 def _refuse_engine(model: nn.Module) -> None:

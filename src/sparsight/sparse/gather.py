@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from sparsight.compat import CACHE
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -48,6 +50,45 @@ class Kept:
         x_BKD = x_BKD * self.valid_BK[..., None].to(x_BKD)
         empty = x_BKD.new_zeros(x_BKD.shape[0], self.length, x_BKD.shape[2])
         return empty.scatter_add(1, self.index_BK.to(x_BKD.device)[..., None].expand_as(x_BKD), x_BKD)
+
+
+_UNEVEN = (
+    "this cache was filled from padded rows, or from rows that keep different numbers of positions, whose visual "
+    "tokens were compressed: what follows cannot tell which of its positions are padding. Use rows of one length "
+    "without padding, or use_cache=False, or train_only=True"
+)
+_UNKNOWN = (
+    "position_ids are missing behind a cache whose visual tokens were compressed, and this model counts them along "
+    "several axes: pass position_ids, as generate() does, or use_cache=False, or train_only=True"
+)
+
+
+def mark_cache(cache: Any, dropped: int, even: bool) -> None:
+    """Let a cache of keys and values know what a pass left out of it: later passes count positions by its length."""
+    if cache is not None:
+        cache._sparsight_dropped = getattr(cache, "_sparsight_dropped", 0) + dropped
+        cache._sparsight_uneven = getattr(cache, "_sparsight_uneven", False) or not even
+
+
+def behind_cache(inputs: dict[str, Any], embeds_BTD: Any, renumbered: bool, given: bool) -> dict[str, Any]:
+    """A decoder's inputs with the positions that follow a cache which `mark_cache` has marked; others as they are.
+
+    Args:
+        given: whether ``position_ids`` are the caller's, and not counted by the model from the cache's length.
+
+    Raises:
+        ValueError: padding, or positions along several axes, that cannot be told from the cache.
+    """
+    cache: Any = inputs.get(CACHE)
+    if getattr(cache, "_sparsight_uneven", False):
+        raise ValueError(_UNEVEN)
+    if not getattr(cache, "_sparsight_dropped", 0) or embeds_BTD is None or (given and not renumbered):
+        return inputs
+    positions = inputs.get("position_ids")
+    if not renumbered and positions is not None and positions.ndim == 3:
+        raise ValueError(_UNKNOWN)
+    start = cache.get_seq_length() + (0 if renumbered else cache._sparsight_dropped)
+    return inputs | {"position_ids": start + torch.arange(embeds_BTD.shape[1], device=embeds_BTD.device)[None]}
 
 
 # Names in transformers for features of deeper layers: where they go, and what they are.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import signal
 import time
 from collections import defaultdict
@@ -21,6 +20,7 @@ import torch
 from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from torch.utils.data import DataLoader
 from transformers import (
     PrinterCallback,
@@ -33,6 +33,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from sparsight.aside import moved_aside
 from sparsight.config import Recipe, SceneData, Stage
 from sparsight.cost import LanguageShape, Trains, step_flops
 from sparsight.cost.devices import peak_flops
@@ -400,7 +401,7 @@ def training_arguments(recipe: Recipe, stage: Stage, steps: int, folder: Path) -
         weight_decay=stage.weight_decay,
         max_grad_norm=stage.max_grad_norm,
         optim="adamw_torch_fused",
-        adam_beta2=0.98,
+        adam_beta2=stage.adam_beta2,
         bf16=recipe.precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
         seed=recipe.seed,
@@ -423,15 +424,27 @@ def training_arguments(recipe: Recipe, stage: Stage, steps: int, folder: Path) -
     return arguments
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that is whole. One that a kill cut short is removed: its state file is written last."""
+def last_checkpoint(folder: Path, console: Console) -> str | None:
+    """The last checkpoint that is whole. One that a kill cut short is moved aside: its state file is written last.
+
+    Raises:
+        OSError: a state file is there and cannot be read, so that nobody knows what it holds; or it cannot be moved.
+    """
     while (found := get_last_checkpoint(str(folder))) is not None:
+        file = Path(found) / "trainer_state.json"
         try:
-            json.loads((Path(found) / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            shutil.rmtree(found)
-        else:
-            break
+            if isinstance(json.loads(file.read_bytes()), dict):
+                break
+            reason = "expected a mapping in it"
+        except FileNotFoundError:
+            reason = "there is no such file"
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(file)) from None  # a read that fails does not name it
+        except ValueError as error:
+            reason = f"not valid JSON: {error}"
+        new = moved_aside(Path(found), f"damaged-{Path(found).name}")
+        text = f"{found} is damaged ({file.name}: {reason}), perhaps cut short by a kill; it is passed over, and is now"
+        console.print(Text(f"{text} {new}", style="yellow"), soft_wrap=True)
     return found
 
 
@@ -500,7 +513,7 @@ def train_stage(
     """
     _check_kernel(model, stage)
     with process_state().main_process_first():
-        checkpoint = last_checkpoint(folder) if resume and folder.is_dir() else None
+        checkpoint = last_checkpoint(folder, console) if resume and folder.is_dir() else None
     with _bar(console) as bar:
         task = bar.add_task(stage.name, total=len(plan), loss="-", speed="", bad="")
         began = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0

@@ -1,0 +1,36 @@
+"""What a handle puts into modules, so that copies of them, and files, hold nothing of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import update_wrapper
+from typing import Any
+
+
+class Held:
+    """Held by a module: called, it is ``call``. In a copy of the module, or a pickle, ``instead`` stands in its place.
+
+    A closure would not do: copies of functions are the functions themselves, and go on acting on the original.
+    """
+
+    def __init__(self, call: Callable[..., Any] | None, instead: Any, handle: Any = None) -> None:
+        if callable(instead):
+            update_wrapper(self, instead)  # transformers reads signatures
+        self.call, self.instead, self.handle = call, instead, handle
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.call is not None
+        return self.call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.instead, memo)  # a bound method becomes that of its owner's copy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copy.copy, (self.instead,)
+
+
+def hook(call: Callable[..., Any]) -> Held:
+    """A hook of a module; its copy does nothing, and needs no Sparsight to be loaded."""
+    return Held(call, nullcontext().__exit__)

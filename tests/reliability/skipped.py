@@ -1,0 +1,62 @@
+"""Two ranks on gloo, run by `torchrun` from test_ranks.py: what AdamW does to a layer that is skipped.
+
+torchrun --nproc-per-node 2 skipped.py FOLDER {ddp,fsdp}
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from families import batch_of, made
+from ranks import wrapped
+
+from sparsight.config import LayerSkipper
+from sparsight.sparse.attach import attach
+
+NAME = "llava, clip + llama"
+SKIPPED = 1  # number of the layer
+STEPS = ("run", "skipped", "run")
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def main() -> None:
+    folder, kind = Path(sys.argv[1]), sys.argv[2]
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    model = made(NAME)
+    handle = attach(model, skipper=LayerSkipper(alpha=0.5, epsilon=0.0))
+    parallel = wrapped(model, handle, kind)
+    optimizer = torch.optim.AdamW(parallel.parameters(), lr=0.1, weight_decay=0.5)
+    found: dict[str, list[torch.Tensor]] = {}
+    for step, name in enumerate(STEPS):
+        handle.step(step, 1.0)  # at its end, no layer is skipped
+        handle.off = tuple(name == "skipped" and number == SKIPPED for number in range(handle.parts.layers))
+        parallel(**batch_of(NAME, model, (1, 1), seed=2 * step + rank)).loss.backward()
+        handle.clear_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+        parameters = list(handle.layers[SKIPPED].parameters())
+        states = [optimizer.state[p][key] for p in parameters for key in ("step", "exp_avg", "exp_avg_sq")]
+        found[f"{step}"] = [whole(tensor) for tensor in (*parameters, *states)]
+    told = []
+    if kind == "ddp":  # a loop that forgets: FSDP leaves no gradients behind
+        handle.off = tuple(number == SKIPPED for number in range(handle.parts.layers))
+        parallel(**batch_of(NAME, model, (1, 1), seed=rank)).loss.backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            handle.step(len(STEPS), 1.0)
+        told = [str(warning.message) for warning in caught]
+    torch.save({"tensors": found, "told": told}, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
