@@ -44,6 +44,7 @@ from sparsight.evaluation.held_out import held_out_questions
 from sparsight.evaluation.scenes import scene_questions
 from sparsight.modeling.scale import scale_tokens
 from sparsight.pipeline import autocast, load, run, samples_hash
+from sparsight.pipeline.files import settle_image_size
 from sparsight.reporting import environment, read_run
 from sparsight.reporting.comparison import write_atomic
 from sparsight.reporting.runlog import StageRun, step_seconds
@@ -190,7 +191,7 @@ def recipe_of(row: Row, seed: int, settings: dict[str, Any], data: str = "scenes
         settle = {"name": "settle", "bridge": row.early, "samples": samples, "schedule": "constant_with_warmup"}
         settle |= {"places_of": finetune["bridge"]["layout"], "proportional_attention": True}
         values["stages"].insert(-1, finetune | dict.fromkeys(row.last) | settle)
-    return Recipe.model_validate(values)
+    return settle_image_size(Recipe.model_validate(values))
 
 
 def write_easy_vqa(folder: Path) -> None:

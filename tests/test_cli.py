@@ -329,7 +329,7 @@ def test_inspect_writes_a_page(here: Callable[..., tuple[Any, str, str]], checkp
         (("analyze", "."), "no model there"),
         (
             ("analyze", "no/such/model"),
-            "no/such/model: there is no such folder here, and from a hub it cannot be loaded",
+            "'no/such/model': there is no such folder here, and from a hub it cannot be loaded",
         ),
         (("analyze", "CHECKPOINT", "--images", "seen"), "--images seen: expected --data as well"),
         (("analyze", "CHECKPOINT", "--data", "none.json"), "none.json: there is no such file"),
@@ -399,7 +399,7 @@ def test_what_cannot_be_analyzed(
     for part in (language, tokenizer):
         part.save_pretrained(tmp_path / "language")
     code, _, err = here("analyze", tmp_path / "language", "--out", tmp_path / "seen")
-    assert code == 2 and "language: it cannot be loaded as a vision-language model of transformers: Unrec" in err
+    assert code == 2 and "language': it cannot be loaded: Unrec" in err
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Nothing."}]
     (tmp_path / "text.json").write_text(json.dumps([{"conversations": turns}] * 2))
     code, _, err = here("analyze", checkpoint, "--data", tmp_path / "text.json", "--out", tmp_path / "seen")
@@ -609,3 +609,11 @@ def test_own_pictures_in_and_a_model_of_transformers_out(
     found = read_run(tmp_path / "runs" / "small")
     assert found.problems == [] and [len(stage.steps) for stage in found.stages] == [60, 20]
     assert BRIDGE["layout"] == found.stages[0].layout
+
+
+def test_F26_errors_of_the_system_are_told_without_its_numbers(
+    here: Callable[..., tuple[Any, str, str]], checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, err = here("scale", checkpoint, "--out", tmp_path / "file" / "new", "--image-size", 128)
+    assert code == 2 and "Errno" not in err and "not a directory. Give another path" in err.replace("\n", " ")

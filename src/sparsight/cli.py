@@ -306,7 +306,7 @@ def preview(
     if recipe is not None:
         settings = load_recipe(recipe, overrides)
         stage = settings.stages[0]
-        data, side = settings.data_of(stage), stage.image_size  # type: ignore[assignment]
+        data, side = settings.data_of(stage), stage.image_size or side  # type: ignore[assignment]
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"--out {out}: expected a picture's name, .png, .jpg or .webp")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -384,9 +384,12 @@ def main() -> None:
         from sparsight.console import Console
 
         message = str(error)
+        if isinstance(error, OSError) and error.filename is not None:  # the system's, with its number
+            message = f"{error.filename}: {(error.strerror or message).lower()}. Give another path, or mend this one"
         if message.startswith("Caught "):  # from a process that loads data: its traceback, with the message at the end
             message = message.rsplit("Error: ", 1)[-1].strip()
-        if "custom code" in message:  # transformers' words; they advise an argument that no command has
+        # transformers' words; they advise an argument that no command has.
+        if "custom code" in message and "Sparsight runs no code" not in message:
             message = (
                 f"{message.partition(' You can inspect')[0].strip()} Sparsight runs no code that comes with a model: "
                 "choose one that transformers itself knows, or load it in Python and give it to sparsight.build"

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from sparsight.layouts import Layout, Scale
 
@@ -134,9 +143,21 @@ class ChainOfSight(_Windowed):
         return Layout.parse(self.layout)
 
 
-Bridge = Annotated[Linear | Mlp | PixelShuffle | Resampler | ChainOfSight, Field(discriminator="kind")]
-_BRIDGE: TypeAdapter[Any] = TypeAdapter(Bridge)
 BRIDGE_KINDS = ("linear", "mlp", "pixel_shuffle", "resampler", "chain_of_sight")
+
+
+def _spelled_out(value: Any) -> Any:
+    """A bridge's kind, or a layout, as the settings that it stands for; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    if value == "paper":
+        return {"kind": "chain_of_sight"}
+    return {"kind": value} if value in BRIDGE_KINDS else {"kind": "chain_of_sight", "layout": value}
+
+
+_Kinds = Annotated[Linear | Mlp | PixelShuffle | Resampler | ChainOfSight, Field(discriminator="kind")]
+Bridge = Annotated[_Kinds, BeforeValidator(_spelled_out, json_schema_input_type=_Kinds | str)]
+_BRIDGE: TypeAdapter[Any] = TypeAdapter(Bridge)
 
 
 def bridge_settings(value: Any) -> Linear | Mlp | PixelShuffle | Resampler | ChainOfSight:
@@ -149,10 +170,6 @@ def bridge_settings(value: Any) -> Linear | Mlp | PixelShuffle | Resampler | Cha
     """
     if isinstance(value, _Bridge):
         return value  # type: ignore[return-value]
-    if value == "paper":
-        return ChainOfSight()
-    if isinstance(value, str):
-        value = {"kind": value} if value in BRIDGE_KINDS else {"kind": "chain_of_sight", "layout": value}
     try:
         return _BRIDGE.validate_python(value)
     except ValidationError as error:
@@ -331,7 +348,9 @@ class Stage(Settings):
     proportional_attention: bool = Field(
         False, description="with places_of: a visual token weighs in attention as the tokens that will be born from it"
     )
-    image_size: int = Field(256, ge=16, description="side of the square picture in pixels")
+    image_size: int | None = Field(
+        None, ge=16, description="side of the square image in pixels; the encoder's own if not given"
+    )
     learning_rate: LearningRates
     samples: int = Field(ge=1, description="conversations seen in this stage")
     batch_size: int = Field(16, ge=1, description="conversations in one optimizer step, over all ranks")
@@ -414,6 +433,12 @@ class Stage(Settings):
     @property
     def steps(self) -> int:
         return -(-self.samples // self.batch_size)
+
+    @property
+    def side(self) -> int:
+        """``image_size``, once it is settled: a run asks the encoder where the recipe says none."""
+        assert self.image_size is not None, f"stage '{self.name}': its image size is not settled"
+        return self.image_size
 
 
 class HeldOut(Settings):
@@ -718,6 +743,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
         elif isinstance(node, dict):
             if node.get(part) is None:  # also what a preset has switched off
                 node[part] = {}
+            if part == "bridge":
+                node[part] = _spelled_out(node[part])
             node = node[part]
         else:
             raise ValueError(f"override '{override}': '{'.'.join(path[:index])}' is not a mapping, found {node!r}")
@@ -738,21 +765,56 @@ def _list_item(items: list[Any], part: str, override: str) -> Any:
     raise ValueError(f"override '{override}': no item '{part}'; there are {[name for name in named if name]}")
 
 
+# What pydantic says of a fault, in our words; {} are its own figures.
+_SAID = {
+    "missing": "expected a value, found none",
+    "greater_than_equal": "expected {ge} or more",
+    "greater_than": "expected more than {gt}",
+    "less_than_equal": "expected {le} or less",
+    "less_than": "expected less than {lt}",
+    "finite_number": "expected a finite number",
+    "too_short": "expected {min_length} or more of them, found {actual_length}",
+    "too_long": "expected {max_length} of them at most, found {actual_length}",
+    "string_too_short": "expected {min_length} or more characters",
+    "string_pattern_mismatch": "expected a text that matches {pattern}",
+    "literal_error": "expected one of {expected}",
+    "union_tag_invalid": "kind: expected one of {expected_tags}",
+    "union_tag_not_found": "expected a mapping with a key 'kind'",
+    "json_invalid": "expected JSON: {error}",
+}
+# By the beginning of the fault's type: the type of the value is wrong, or no such value can be read from a text.
+_EXPECTED = {
+    "model": "a mapping of keys to values",
+    "dict": "a mapping of keys to values",
+    "list": "a list",
+    "tuple": "a list",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "path": "a path",
+}
+
+
+def _said(fault: Any) -> str:
+    kind, figures = fault["type"], fault.get("ctx", {})
+    if kind == "value_error":
+        return str(fault["msg"]).removeprefix("Value error, ")
+    if kind in _SAID:
+        return _SAID[kind].format(**figures)
+    if (begin := kind.split("_")[0]) in _EXPECTED:
+        return f"expected {_EXPECTED[begin]}"
+    return str(fault["msg"])
+
+
 def readable(error: ValidationError) -> str:
     """A pydantic error as one line per fault: where, what is wrong, what was given."""
     lines = []
     for fault in error.errors():
         where = ".".join(str(part) for part in fault["loc"]) or "recipe"
-        message, given = fault["msg"].removeprefix("Value error, "), fault.get("input")
-        if fault["type"] in ("model_type", "model_attributes_type", "dict_type"):
-            message = "expected a mapping of keys to values"
-        elif fault["type"] in ("list_type", "tuple_type"):
-            message = "expected a list"
-        elif fault["type"] == "union_tag_invalid":
-            message = f"kind: expected one of {fault['ctx']['expected_tags']}"
-            given = fault["ctx"]["tag"]
+        given = fault["ctx"]["tag"] if fault["type"] == "union_tag_invalid" else fault.get("input")
         shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
-        lines.append(f"{where}: {message}{shown}")
+        lines.append(f"{where}: {_said(fault)}{shown}")
     return "\n".join(lines)
 
 

@@ -125,11 +125,19 @@ class Layout:
                 have = str(by_grid[wanted]) if wanted is not None else f"'{self}'"
                 raise ValueError(
                     f"scale {scale} of '{target}' has no source in {have}: "
-                    f"it needs one with {scale.queries} queries per window"
+                    f"it needs one with {scale.queries} queries per window{self._within_reach(target)}"
                 )
             coarser = [old for old in fits if old.grid <= scale.grid]
             born[scale] = max(coarser) if coarser else min(fits)
         return born
+
+    def _within_reach(self, target: Layout) -> str:
+        """For an error: presets that this layout can be scaled up to, those of as many tokens as ``target`` first."""
+        queries, found = {scale.queries for scale in self.scales}, []
+        for name, layout in ((name, Layout.parse(text)) for name, text in PRESETS.items()):
+            if layout.tokens > self.tokens and queries >= {scale.queries for scale in layout.scales}:
+                found.append((layout.tokens != target.tokens, name))
+        return f". From '{self}' there are {', '.join(name for _, name in sorted(found))}" if found else ""
 
     def places(self, target: Layout) -> list[int]:
         """Where each of this layout's tokens stands among those of ``target``, which it will be scaled to (ours).

@@ -27,7 +27,7 @@ from sparsight.cost.memory import (
     language_activations,
     step_memory,
 )
-from sparsight.cost.shapes import Trains, encoder_shape, language_shape
+from sparsight.cost.shapes import Trains, encoder_shape, language_shape, tell_if_cut
 from sparsight.layouts import window_bounds
 from sparsight.schedules import anneal, kept_tokens, skip_probabilities
 
@@ -58,9 +58,14 @@ class StageCost:
             language = replace(language, weight_bytes=4)
         return encoder, language
 
+    @property
+    def image_size(self) -> int:
+        """Side of an image in pixels; the encoder's own where the stage says none."""
+        return self.stage.image_size or self.shapes[0].image_size
+
     @cached_property
     def map_size(self) -> tuple[int, int]:
-        return self.shapes[0].map_size(self.stage.image_size)
+        return self.shapes[0].map_size(self.image_size)
 
     @cached_property
     def trains(self) -> Trains:
@@ -103,7 +108,7 @@ class StageCost:
     def flops(self) -> dict[str, float]:
         """Executed FLOPs of the stage by part; schedules are averaged over its course."""
         encoder, total = self.shapes[0], defaultdict[str, float](float)
-        picture = encoder.flops(self.stage.image_size, self.recipe.vision_levels, self.trains)
+        picture = encoder.flops(self.image_size, self.recipe.vision_levels, self.trains)
         for share, keep, layers in self._course():
             for part, flops in self.micro_batch_flops(keep, layers).items():
                 total[part] += share * flops * self.stage.samples / self.micro_batch
@@ -181,7 +186,7 @@ class StageCost:
         levels, images = self.recipe.vision_levels, count * self.stage.conversation.images
         tower = 0.0
         if not self.stage.cache_features:
-            tower = encoder_activations(encoder, self.stage.image_size, levels, images, trains, bf16)
+            tower = encoder_activations(encoder, self.image_size, levels, images, trains, bf16)
         bridge = bridge_activations(
             self.stage.bridge, encoder.level_widths(levels), language.hidden, self.map_size, images, bf16
         )
@@ -206,7 +211,9 @@ def forecast(recipe: Recipe) -> list[StageCost]:
     """
     stages, cached = [], Counter[str]()
     for stage in recipe.stages:
-        pictures = f"{stage.image_size} {recipe.source_of(stage)}"
+        encoder, side = StageCost(recipe, stage).shapes[0], StageCost(recipe, stage).image_size
+        tell_if_cut(f"vision '{recipe.vision}'", side, getattr(encoder, "patch", 1), encoder.image_size)
+        pictures = f"{side} {recipe.source_of(stage)}"
         cost = StageCost(recipe, stage, cached[pictures])
         for scale in stage.bridge.scales.scales if hasattr(stage.bridge, "scales") else ():
             window_bounds(min(cost.map_size), scale.grid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,16 @@ class LanguageShape:
 def _first(config: Any, *names: str) -> int:
     """The first of these numbers that a config has; 0 without any."""
     return next((value for name in names if isinstance(value := getattr(config, name, None), int) and value), 0)
+
+
+def tell_if_cut(encoder: str, side: int, patch: int, own: Any) -> None:
+    """Warn where patches do not divide an image, unless the encoder was made for that size: the rest is not seen."""
+    if (rest := side % patch) and side != own:
+        warnings.warn(
+            f"image_size {side}: {encoder} cuts images into patches of {patch} px, so {rest} px at the right and at "
+            f"the bottom are not seen; the nearest sizes are {side - rest} and {side - rest + patch}",
+            stacklevel=2,
+        )
 
 
 def pick_levels(count: int, maps: bool, levels: Sequence[int] | None, name: str) -> list[int]:

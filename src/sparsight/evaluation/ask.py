@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from sparsight.data.chat import stop_tokens
 from sparsight.evaluation.metrics import reads_yes
+from sparsight.modeling import SparsightProcessor
 from sparsight.statistics import Estimate, bootstrap
 
 
@@ -112,6 +113,29 @@ def visual_tokens(
     return torch.cat(parts)
 
 
+def _greedily(
+    items: list[Item],
+    tokenizer: Any,
+    batch_size: int,
+    produce: Callable[[list[int], int], torch.Tensor],
+    progress: Callable[[int], None],
+) -> list[str]:
+    """Answers in batches of items of like length; ``produce`` gives new tokens (B, at most so many) for numbers of
+    items."""
+    answers = [""] * len(items)
+    order = sorted(range(len(items)), key=lambda place: (len(items[place].truth), place))
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        # Room for the truth and some more, for each item its own: an answer must not depend on who is in the batch.
+        room = [len(tokenizer(items[place].truth)["input_ids"]) + 8 for place in places]
+        tail = produce(places, max(room))
+        cut = [ids[:length] for ids, length in zip(tail, room, strict=True)]
+        for place, text in zip(places, tokenizer.batch_decode(cut, skip_special_tokens=True), strict=True):
+            answers[place] = text.strip()
+        progress(start + len(places))
+    return answers
+
+
 @torch.no_grad()
 def answer_all(
     model: Any,
@@ -126,10 +150,8 @@ def answer_all(
     together."""
     tokenizer = processor.tokenizer
     stops = stop_tokens(tokenizer, model.generation_config.eos_token_id)
-    answers = [""] * len(items)
-    order = sorted(range(len(items)), key=lambda place: (len(items[place].truth), place))
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
+
+    def produce(places: list[int], most: int) -> torch.Tensor:
         chats = [
             [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": items[place].question}]}]
             for place in places
@@ -138,23 +160,65 @@ def answer_all(
         texts = [t.replace(processor.image_token, processor.image_token * processor.num_image_tokens) for t in texts]
         coded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
         coded = coded.to(model.device)
-        # Room for the truth and some more, for each item its own: an answer must not depend on who is in the batch.
-        room = [len(tokenizer(items[place].truth)["input_ids"]) + 8 for place in places]
         produced = model.generate(
             input_ids=coded["input_ids"],
             attention_mask=coded["attention_mask"],
             mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=visual_INE[rows[places]])},
-            max_new_tokens=max(room),
+            max_new_tokens=most,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=stops,
         )
-        tail = produced[:, coded["input_ids"].shape[1] :]
-        cut = [ids[:length] for ids, length in zip(tail, room, strict=True)]
-        for place, text in zip(places, tokenizer.batch_decode(cut, skip_special_tokens=True), strict=True):
-            answers[place] = text.strip()
-        progress(start + len(places))
-    return answers
+        return produced[:, coded["input_ids"].shape[1] :]
+
+    return _greedily(items, tokenizer, batch_size, produce, progress)
+
+
+@torch.no_grad()
+def answer_any(
+    model: Any,
+    processor: Any,
+    items: list[Item],
+    picture: Callable[[int], Image.Image],
+    numbers: Sequence[int],
+    batch_size: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """Greedy answers of any image-text-to-text model of transformers, by its own processor. ``numbers``: the number of
+    each item's image, which ``picture`` gives.
+
+    Raises:
+        ValueError: its processor has no chat template.
+    """
+    tokenizer = processor.tokenizer
+    if not (getattr(processor, "chat_template", None) or tokenizer.chat_template):
+        raise ValueError(
+            f"{type(processor).__name__} has no chat template, so nothing says what a question looks like; expected "
+            "chat_template.jinja beside the model"
+        )
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+    def produce(places: list[int], most: int) -> torch.Tensor:
+        parts = [
+            [{"type": "image", "image": picture(numbers[place])}, {"type": "text", "text": items[place].question}]
+            for place in places
+        ]
+        inputs = processor.apply_chat_template(
+            [[{"role": "user", "content": content}] for content in parts],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        ).to(model.device, dtype=model.dtype)
+        produced = model.generate(
+            **inputs, max_new_tokens=most, do_sample=False, num_beams=1, pad_token_id=tokenizer.pad_token_id
+        )
+        return produced[:, inputs["input_ids"].shape[1] :]
+
+    return _greedily(items, tokenizer, batch_size, produce, progress)
 
 
 def _report(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
@@ -172,6 +236,7 @@ def ask(
     """Ask all questions, and again with the pictures shuffled.
 
     Args:
+        model: ours, whose images are encoded once, or any image-text-to-text model of transformers.
         control: also score with each question's picture replaced by another one; must fall to chance.
     """
     was_training = model.training
@@ -179,16 +244,20 @@ def ask(
     items = questions.items
     used = sorted({item.picture for item in items})
     row = {picture: place for place, picture in enumerate(used)}
-    visual_INE = visual_tokens(model, processor, questions.picture, used, batch_size)
+    ours = isinstance(processor, SparsightProcessor)
+    visual_INE = visual_tokens(model, processor, questions.picture, used, batch_size) if ours else torch.empty(0)
     own = torch.tensor([row[item.picture] for item in items], device=visual_INE.device)
     other = (own + max(1, len(used) // 2)) % len(used)  # always another picture, when there are two or more
     result = Scores()
     total = len(items) * (1 + control)
     for shuffled, rows in ((False, own), (True, other))[: 1 + control]:
         done = len(items) * shuffled
-        answers = answer_all(
-            model, processor, items, visual_INE, rows, batch_size, partial(_report, progress, done, total)
-        )
+        tell = partial(_report, progress, done, total)
+        if ours:
+            answers = answer_all(model, processor, items, visual_INE, rows, batch_size, tell)
+        else:
+            numbers = [used[place] for place in rows.tolist()]
+            answers = answer_any(model, processor, items, questions.picture, numbers, batch_size, tell)
         points = result.shuffled_points if shuffled else result.points
         for item, value in zip(items, questions.score(items, answers), strict=True):
             points.setdefault(item.task, []).append(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,16 @@ from transformers import (
     Qwen3ForCausalLM,
     ViTImageProcessorPil,
 )
+from transformers.utils import cached_file
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sparsight import assets
 from sparsight.bridges import build_bridge
 from sparsight.config import ScratchLanguage, bridge_settings
-from sparsight.modeling.configuration import SparsightConfig
-from sparsight.modeling.encoders import EfficientNetLiteModel, feature_levels, has_own_positions
+from sparsight.cost.shapes import tell_if_cut
+from sparsight.modeling.configuration import EfficientNetLiteConfig, SparsightConfig
+from sparsight.modeling.encoders import EfficientNetLiteModel, feature_levels, has_own_positions, takes_grids
+from sparsight.modeling.folders import loading
 from sparsight.modeling.modeling import SparsightForConditionalGeneration
 from sparsight.modeling.processing import IMAGE_TOKEN, SparsightProcessor
 
@@ -104,12 +108,11 @@ def build(
     Raises:
         ValueError: the encoder has no spatial features, the language model no chat template, or it changes its
             logits after the output layer, or a layout does not fit the feature map, or the image processor cannot
-            resize in that way.
+            resize in that way, or a part is quantised, cannot be loaded, or has a damaged file.
     """
-    encoder, image_processor = _vision(vision, image_processor)
+    encoder, image_processor, image_size = _vision(vision, image_processor, image_size)
     lm, tokenizer = _language(language, tokenizer, language_layers)
     settings = bridge_settings(bridge)
-    image_size = image_size or _native_size(encoder, image_processor)
     levels = probe(encoder, image_size, vision_levels)
     map_size = (levels[0].shape[1], levels[0].shape[2])
     _add_image_token(lm, tokenizer)
@@ -148,6 +151,9 @@ def build(
 @torch.no_grad()
 def probe(encoder: nn.Module, image_size: int, levels: Sequence[int] | None) -> list[torch.Tensor]:
     """Feature levels of two grey pictures: the truth about widths and map size, instead of a guess."""
+    patch = getattr(getattr(encoder, "config", None), "patch_size", None)
+    if isinstance(patch, int) and not takes_grids(encoder):  # which refuses such a size by itself
+        tell_if_cut(type(encoder).__name__, image_size, patch, getattr(encoder.config, "image_size", None))
     parameter = next(encoder.parameters())
     pixels = torch.zeros(2, 3, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
     was_training = encoder.training
@@ -193,8 +199,10 @@ def set_image_size(image_processor: Any, side: int, resize: str | None = None) -
             raise ValueError(f"resize: {resize}: {name} makes {made} of a picture, expected {(1, 3, side, side)}")
 
 
-def _vision(vision: Any, image_processor: Any) -> tuple[nn.Module, Any]:
-    own = None
+def _vision(vision: Any, image_processor: Any, image_size: int | None) -> tuple[nn.Module, Any, int]:
+    """The encoder, its image processor, and the side of the square image in pixels."""
+    own, random = None, isinstance(vision, PreTrainedConfig)
+    name = str(vision) if isinstance(vision, str | Path) else type(vision).__name__
     if vision == "efficientnet-lite0":
         path = assets.efficientnet_lite0_weights()
         if path is None:
@@ -202,35 +210,94 @@ def _vision(vision: Any, image_processor: Any) -> tuple[nn.Module, Any]:
         vision = EfficientNetLiteModel.from_published(path)
         own = _plain_processor(mean=127 / 255, std=128 / 255)
     elif isinstance(vision, str | Path):
-        own = None if image_processor else _pil_processor(str(vision))
-        config = AutoConfig.from_pretrained(str(vision), trust_remote_code=False)
-        part = getattr(config, "vision_config", config)
-        vision = MODEL_MAPPING[type(part)].from_pretrained(str(vision), config=part)
+        own = None if image_processor else _pil_processor(name)
+        part = _vision_config(name)
+        with loading("vision", name):
+            vision = MODEL_MAPPING[type(part)].from_pretrained(name, config=part)
     elif isinstance(vision, PreTrainedConfig):
         vision = AutoModel.from_config(getattr(vision, "vision_config", vision), trust_remote_code=False)
     if not isinstance(vision, nn.Module):
         raise ValueError(f"vision: expected a name, a folder, a config or a module, found {type(vision).__name__}")
     encoder = getattr(vision, "vision_model", vision) if hasattr(vision, "text_model") else vision
-    return encoder, image_processor or own or _plain_processor(mean=0.5, std=0.5)
+    _refuse_quantised("vision", encoder)
+    image_processor = image_processor or own
+    side = image_size or _native_size(encoder.config, image_processor)
+    if image_processor is None:
+        image_processor = _plain_processor(mean=0.5, std=0.5)
+        if not random:
+            warnings.warn(
+                f"vision {name} comes without an image processor (preprocessor_config.json): images are resized to "
+                f"{side} px and normalised with mean 0.5, std 0.5. If it was trained otherwise, give image_processor=",
+                stacklevel=3,
+            )
+    return encoder, image_processor, side
+
+
+def _vision_config(name: str) -> Any:
+    """The encoder's configuration, which may be a part of another's; no weights are read."""
+    with loading("vision", name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    part = getattr(config, "vision_config", config)
+    if type(part) not in MODEL_MAPPING:
+        raise ValueError(f"vision '{name}': transformers has no encoder for a model of type '{part.model_type}'")
+    _refuse_quantised("vision", config)
+    return part
 
 
 def _pil_processor(name: str) -> Any:
+    """The image processor of a folder or of a hub's repository; None where there is no file of one.
+
+    Raises:
+        ValueError: there is one, but it cannot be read, or transformers does not know it.
+    """
+    absent: dict[str, Any] = {f"_raise_exceptions_for_{why}": False for why in ("missing_entries", "connection_errors")}
     try:
-        return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
-    except (OSError, ValueError) as error:  # a folder without one
-        if "trust_remote_code" in str(error):  # or with one that is code of its own: no other stands in for it
-            raise
+        with loading("vision", name):
+            return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+    except ValueError as error:
+        for file in ("preprocessor_config.json", "processor_config.json"):
+            with loading("vision", name):
+                found = cached_file(name, file, **absent)
+            if found is not None:
+                raise ValueError(f"{found} gives no image processor: {error}") from None
         return None
+
+
+def own_image_size(vision: str) -> int:
+    """Side in pixels of the images that an encoder was made for, from its configuration alone: what `build` takes.
+
+    Raises:
+        ValueError: there is no such encoder.
+    """
+    if vision == "efficientnet-lite0":
+        return EfficientNetLiteConfig().image_size
+    return _native_size(_vision_config(vision), _pil_processor(vision))
+
+
+def _refuse_quantised(part: str, given: Any) -> None:
+    """Raises ValueError for a configuration that is marked as quantised, or weights that are packed."""
+    config = getattr(given, "config", given)
+    marked = getattr(config, "quantization_config", None)
+    method = dict(marked if isinstance(marked, dict) else getattr(marked, "__dict__", {})).get("quant_method", marked)
+    how = getattr(method, "value", method)
+    for name, weight in given.named_parameters() if isinstance(given, nn.Module) and how is None else ():
+        if not weight.is_floating_point() or weight.element_size() < 2 or type(weight.data) is not torch.Tensor:
+            how = f"{name} is {type(weight.data).__name__} of {weight.dtype}"
+            break
+    if how is not None:
+        raise ValueError(
+            f"{part}: its weights are quantised ({how}), and a model composed of them could not be saved and loaded "
+            "again. Give it in full precision, save the composed model, and load that with quantization_config=...: "
+            "vision and bridge then stay as they are"
+        )
 
 
 def _plain_processor(mean: float, std: float) -> Any:
     return ViTImageProcessorPil(image_mean=[mean] * 3, image_std=[std] * 3, do_convert_rgb=True)
 
 
-def _native_size(encoder: nn.Module, image_processor: Any) -> int:
-    size = getattr(encoder.config, "image_size", None) or dict(getattr(image_processor, "size", None) or {}).get(
-        "height"
-    )
+def _native_size(config: Any, image_processor: Any) -> int:
+    size = getattr(config, "image_size", None) or dict(getattr(image_processor, "size", None) or {}).get("height")
     if isinstance(size, list | tuple):
         size = size[0]
     return int(size or 224)
@@ -238,10 +305,12 @@ def _native_size(encoder: nn.Module, image_processor: Any) -> int:
 
 def _language(language: Any, tokenizer: Any, layers: int | None) -> tuple[Any, Any]:
     if isinstance(language, str | Path):
-        language = language_folder(str(language))
+        name = language_folder(str(language))
         extra = {} if layers is None else {"num_hidden_layers": layers}
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(language, trust_remote_code=False)
-        language = AutoModelForCausalLM.from_pretrained(language, trust_remote_code=False, **extra)
+        tokenizer, config = load_tokenizer(name, tokenizer)
+        _refuse_quantised("language", config)
+        with loading("language", name):
+            language = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **extra)
     elif isinstance(language, PreTrainedConfig):
         if layers is not None:
             language.num_hidden_layers = layers
@@ -250,6 +319,7 @@ def _language(language: Any, tokenizer: Any, layers: int | None) -> tuple[Any, A
         raise ValueError("language_layers goes with a name, a folder or a config, not with a ready module")
     if not hasattr(language, "get_output_embeddings") or language.get_output_embeddings() is None:
         raise ValueError(f"language: expected a causal language model, found {type(language).__name__}")
+    _refuse_quantised("language", language)
     width, hidden = language.get_input_embeddings().weight.shape[1], language.base_model.config.hidden_size
     if width != hidden:
         raise ValueError(
@@ -259,6 +329,18 @@ def _language(language: Any, tokenizer: Any, layers: int | None) -> tuple[Any, A
         raise ValueError("give tokenizer= too, when the language model is a config or a module")
     tokenizer.chat_template = _template(tokenizer)
     return language, tokenizer
+
+
+def load_tokenizer(language: str, own: Any = None) -> tuple[Any, Any]:
+    """A language model's tokenizer (or ``own``) and configuration, from a folder or a hub; no weights are read.
+
+    Raises:
+        ValueError: they cannot be loaded.
+    """
+    name = language_folder(language)
+    with loading("language", name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return own or AutoTokenizer.from_pretrained(name, trust_remote_code=False), config
 
 
 def multimodal_template(template: str) -> str:
@@ -291,8 +373,7 @@ def build_processor(
     resize: str | None = None,
 ) -> SparsightProcessor:
     """The processor that `build` would make, without a language model. Arguments and errors as there."""
-    encoder, image_processor = _vision(vision, None)
-    side = image_size or _native_size(encoder, image_processor)
+    encoder, image_processor, side = _vision(vision, None, image_size)
     level = probe(encoder, side, vision_levels)[0]
     tokenizer.chat_template = _template(tokenizer)
     _add_image_token(None, tokenizer)

@@ -54,6 +54,13 @@ class SparsightPreTrainedModel(Registered, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True  # or not, as the language model says
     _no_split_modules = ["ScaleResampler"]
+    # Quantizers leave these as they are: bridges multiply with weights themselves, and images need few weights.
+    _keep_in_fp32_modules = [r"(?:.*\.)?multi_modal_projector", r"(?:.*\.)?vision_tower"]
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """They are not kept in fp32 beside that: where fp16 is asked for, all parts come in fp16."""
+        plan = super()._get_dtype_plan(dtype)
+        return {name: kept for name, kept in plan.items() if name not in SparsightPreTrainedModel._keep_in_fp32_modules}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel
@@ -25,6 +25,7 @@ from sparsight.layouts import window_bounds
 from sparsight.modeling.build import probe, set_image_size
 from sparsight.modeling.configuration import SparsightConfig
 from sparsight.modeling.encoders import level_numbers
+from sparsight.modeling.folders import check_files, model_type
 from sparsight.modeling.modeling import SparsightForConditionalGeneration
 from sparsight.modeling.processing import SparsightProcessor, resize_mode
 
@@ -285,18 +286,15 @@ def scale_checkpoint(
 
 def _tensor_files(folder: Path) -> dict[str, str]:
     """Which file holds each tensor."""
-    config = folder / "config.json"
-    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
+    check_files(folder)
+    kind = model_type(folder)
     if kind != SparsightConfig.model_type:
         what = "no config.json" if kind is None else f"a model of type '{kind}'"
         raise ValueError(f"{folder}: expected a model of Sparsight, found {what}")
     where: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                where |= dict.fromkeys(file.keys(), path.name)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is cut short or damaged: {error}") from None
+        with safe_open(path, framework="pt") as file:
+            where |= dict.fromkeys(file.keys(), path.name)
     index = folder / "model.safetensors.index.json"
     wanted = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
     missing = sorted(wanted.keys() - where.keys())

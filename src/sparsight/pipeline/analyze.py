@@ -12,13 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sparsight.config import ConversationData
-from sparsight.counting import default_device
 from sparsight.data.conversations import Sample
 from sparsight.data.sources import Source, open_source
-from sparsight.pipeline.files import own_scenes
+from sparsight.pipeline.files import load_any, own_scenes
 from sparsight.reporting import environment, layer_table, write_analysis
 from sparsight.reporting.comparison import write_atomic
 from sparsight.sparse.analysis import Analysis, measure, suggest
@@ -58,7 +56,7 @@ def analyze_checkpoint(
     chosen, without = _with_pictures(source, samples)
     if not chosen:
         raise ValueError(f"{data}: none of its {without} samples has a picture; visual tokens need some")
-    model, processor = _load_any(name)
+    model, processor = load_any(name, attn_implementation="eager")
 
     def inputs() -> Iterator[Any]:
         for sample in chosen:
@@ -95,29 +93,6 @@ def _with_pictures(source: Source, samples: int) -> tuple[list[Sample], int]:
             return chosen, index - samples
         chosen += [sample for sample in [source[index]] if sample.images]
     return chosen, len(source) - len(chosen)
-
-
-def _load_any(name: str) -> tuple[Any, Any]:
-    """A VLM of transformers with its attention weights to be seen, in eval mode, on the GPU if there is one, and its
-    processor.
-
-    Raises:
-        ValueError: there is none of that name, it is of another kind, or it has no processor for pictures.
-    """
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"{name}: no model there; expected a folder with config.json")
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(name, attn_implementation="eager", trust_remote_code=False)
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        where = "" if Path(name).is_dir() else "there is no such folder here, and from a hub "
-        raise ValueError(
-            f"{name}: {where}it cannot be loaded as a vision-language model of transformers: {reason:.300}"
-        ) from None
-    if not hasattr(processor, "image_processor"):
-        raise ValueError(f"{name}: expected a processor for pictures and text, found {type(processor).__name__}")
-    return model.to(default_device()), processor
 
 
 def _inputs(sample: Sample, source: Source, processor: Any) -> Any:

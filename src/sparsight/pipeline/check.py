@@ -9,16 +9,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
-from transformers import AutoConfig, AutoTokenizer
 
 from sparsight.config import ConversationData, Recipe, ScratchLanguage, Stage
 from sparsight.data.check import check_rows
 from sparsight.data.collate import TrainingSet
 from sparsight.data.conversations import Sample, unused_fields
 from sparsight.data.sources import Source, open_source
-from sparsight.modeling.build import build_processor, language_folder, scratch_tokenizer
+from sparsight.modeling.build import build_processor, load_tokenizer, scratch_tokenizer
 from sparsight.pipeline.evaluate import EXAMPLES, png
-from sparsight.pipeline.train import not_loaded, texts
+from sparsight.pipeline.files import settle_image_size
+from sparsight.pipeline.train import texts
 from sparsight.reporting import check_table, environment, write_check
 from sparsight.reporting.comparison import write_atomic
 
@@ -45,27 +45,25 @@ def check_data(
         raise ValueError(f"--stage {stage_name}: no such stage; expected one of {', '.join(names)}")
     if stage_name is None and len(recipe.all_data()) > 1:
         raise ValueError(f"stages have data of their own: name one of them, --stage {'|'.join(names)}")
-    recipe = recipe.model_copy(update={"on_bad_sample": "quarantine"})  # bad rows are to be told, all of them
+    # Bad rows are to be told, all of them.
+    recipe = settle_image_size(recipe).model_copy(update={"on_bad_sample": "quarantine"})
     tokenizer, context = _tokenizer(recipe, recipe.stages[0])
     made = []
     for stage in recipe.stages:
         if stage_name not in (None, stage.name):
             continue
-        try:
-            processor = build_processor(
-                recipe.vision,
-                tokenizer,
-                stage.bridge,
-                image_size=stage.image_size,
-                vision_levels=recipe.vision_levels,
-                resize=recipe.resize,
-            )
-        except OSError as error:
-            raise not_loaded(recipe, error) from None
+        processor = build_processor(
+            recipe.vision,
+            tokenizer,
+            stage.bridge,
+            image_size=stage.image_size,
+            vision_levels=recipe.vision_levels,
+            resize=recipe.resize,
+        )
         made.append((processor.num_image_tokens, stage, processor))
     _, stage, processor = max(made, key=lambda each: each[0])
     conversations = sum(each.samples for each in recipe.of_the_same_data(stage))
-    source = open_source(recipe.data_of(stage), conversations, stage.image_size, strict=False)
+    source = open_source(recipe.data_of(stage), conversations, stage.side, strict=False)
     with Progress(console=console) as bar:
         task = bar.add_task("looking at samples", total=len(source))
         data = TrainingSet(source, processor, len(source))
@@ -94,13 +92,8 @@ def _tokenizer(recipe: Recipe, stage: Stage) -> tuple[Any, int | None]:
     language = recipe.language
     if isinstance(language, ScratchLanguage):
         return scratch_tokenizer(language, texts(recipe, stage)), language.context
-    try:
-        folder = language_folder(language)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-        context = getattr(config, "max_position_embeddings", None)
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False), context
-    except OSError as error:
-        raise not_loaded(recipe, error) from None
+    tokenizer, config = load_tokenizer(language)
+    return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _shown(sample: Sample, source: Source) -> dict[str, str]:

@@ -24,10 +24,13 @@ from sparsight.evaluation.ask import Item, Questions, Scores, ask
 from sparsight.evaluation.held_out import guess, held_out_questions
 from sparsight.evaluation.scenes import scene_questions
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
-from sparsight.pipeline.files import Session, load, own_scenes, trained_by
+from sparsight.modeling.configuration import SparsightConfig
+from sparsight.modeling.folders import model_type
+from sparsight.pipeline.files import Session, load, load_any, own_scenes, trained_by
 from sparsight.reporting.comparison import percent
 
 EXAMPLES = 8
+SIDE = 256  # pixels of a scene for a model that is not ours; its own processor makes of it what it takes
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
@@ -68,7 +71,7 @@ def _answers(
     # A model that was trained in bf16 elsewhere is asked in fp32 where bf16 is slow.
     wanted = "fp32" if recipe is not None and recipe.precision == "fp32" else "auto"
     precision = precision_on(model.device, wanted)
-    if precision == "fp32":
+    if precision == "fp32" and not getattr(model, "is_quantized", False):
         model.float()
     with Progress(console=console) as bar, autocast(precision, model.device):
         task = bar.add_task(f"asking {asked.source}", total=None)
@@ -117,6 +120,9 @@ def evaluate_checkpoint(
     """Score a saved model on held-out conversations, or else on the scenes of its own recipe (the embedded ones if it
     was trained on other data).
 
+    Args:
+        folder: of a model of ours, or that or the hub id of any image-text-to-text model of transformers.
+
     Raises:
         ValueError: no model in ``folder``, no such split, or conversations that cannot be asked.
     """
@@ -124,15 +130,19 @@ def evaluate_checkpoint(
         settings = Evaluation.model_validate({"items": items, "split": split})
     except ValidationError as error:
         raise ValueError(f"--{readable(error)}") from None
-    model, processor = load(folder)
-    model.to(default_device())
+    if Path(folder).is_dir() and model_type(Path(folder)) in (None, SparsightConfig.model_type):
+        model, processor = load(folder)
+        model.to(default_device())
+    else:
+        model, processor = load_any(str(folder))
+    side = model.config.image_size if isinstance(model.config, SparsightConfig) else SIDE
     if held_out is not None:
         settings = Evaluation(kind="none", held_out={Path(held_out.data.path).stem: held_out})
     table = Table(title=f"{folder}: scores in %", title_justify="left")
     for column in ("task", "items", "score", "95% interval", "chance", "shuffled pictures"):
         table.add_column(column, justify="left" if column == "task" else "right")
     results = []
-    for asked in _to_ask(settings, own_scenes(folder), model.config.image_size):
+    for asked in _to_ask(settings, own_scenes(folder), side):
         result = _answers(model, processor, asked, trained_by(folder), settings.batch_size, console)
         for task, found in result.estimates().items():
             interval = f"{percent(found.low)} to {percent(found.high)}"

@@ -15,13 +15,17 @@ import torch
 from pydantic import ValidationError
 from rich.text import Text
 from safetensors import safe_open
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sparsight.aside import moved_aside
 from sparsight.assets import emoji_folder
-from sparsight.config import Recipe, SceneData
+from sparsight.config import Recipe, SceneData, readable
 from sparsight.console import Console
 from sparsight.counting import default_device, device_name, fast_bf16, precision_on
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
+from sparsight.modeling.build import own_image_size
+from sparsight.modeling.configuration import SparsightConfig
+from sparsight.modeling.folders import loading, model_type, read_json
 from sparsight.reporting import RunLog, environment, read_run, write_card
 
 RECIPE_FILE = "sparsight_recipe.json"
@@ -55,6 +59,19 @@ def settle_precision(recipe: Recipe, out: Path, resume: bool, console: Console) 
         name = device_name(device).partition(",")[0]
         console.print(f"precision {found}: {name} has no bf16 instructions here{slow}", highlight=False)
     return recipe.model_copy(update={"precision": found})
+
+
+def settle_image_size(recipe: Recipe) -> Recipe:
+    """The recipe with the encoder's own image size in every stage that says none.
+
+    Raises:
+        ValueError: there is no such encoder.
+    """
+    if all(stage.image_size for stage in recipe.stages):
+        return recipe
+    own = own_image_size(recipe.vision)
+    stages = [stage.model_copy(update={"image_size": stage.image_size or own}) for stage in recipe.stages]
+    return recipe.model_copy(update={"stages": tuple(stages)})
 
 
 def _recipe_in(log: Path) -> dict[str, Any]:
@@ -197,18 +214,38 @@ def load(folder: str | Path) -> tuple[SparsightForConditionalGeneration, Sparsig
     """A saved model, each weight as wide as it was saved, and its processor.
 
     Raises:
-        ValueError: the folder holds no Sparsight model.
+        ValueError: the folder holds no Sparsight model, or a damaged file.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: no model there; expected a folder with config.json")
+    if (kind := model_type(folder)) != SparsightConfig.model_type:
+        found = "no model there; expected a folder with config.json" if kind is None else f"a model of type '{kind}'"
+        raise ValueError(f"{folder}: {found}. Expected one that sparsight.build or `sparsight train` has made")
     # transformers gives all weights one dtype; here a frozen part may be in bf16, beside a trained one in fp32.
-    model = SparsightForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    with loading("model", str(folder)):
+        model = SparsightForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        processor = SparsightProcessor.from_pretrained(folder, trust_remote_code=False)
     narrow = _in_bf16(folder)
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if name in narrow:
             tensor.data = tensor.data.bfloat16()
-    return model, SparsightProcessor.from_pretrained(folder, trust_remote_code=False)
+    return model, processor
+
+
+def load_any(name: str, **options: Any) -> tuple[Any, Any]:
+    """A VLM of transformers in eval mode, on the GPU if there is one, and its processor; ``options`` go to its
+    ``from_pretrained``.
+
+    Raises:
+        ValueError: there is none of that name, it is of another kind, or it has no processor for images.
+    """
+    if Path(name).is_dir() and model_type(Path(name)) is None:
+        raise ValueError(f"{name}: no model there; expected a folder with config.json")
+    with loading("vision-language model", name):
+        model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=False, **options)
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    if not hasattr(processor, "image_processor"):
+        raise ValueError(f"{name}: expected a processor for images and text, found {type(processor).__name__}")
+    return model.to(default_device()), processor
 
 
 def _in_bf16(folder: Path) -> set[str]:
@@ -234,8 +271,14 @@ def with_cutouts(recipe: Recipe) -> Recipe:
 
 
 def trained_by(folder: str | Path) -> Recipe | None:
+    """The recipe that lies beside a model; ValueError if it is damaged."""
     file = Path(folder) / RECIPE_FILE
-    return Recipe.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        return Recipe.model_validate(read_json(file))
+    except ValidationError as error:
+        raise ValueError(f"{file}: {readable(error)}") from None
 
 
 def own_scenes(folder: str | Path) -> SceneData:

@@ -9,6 +9,8 @@ from rich.console import Console
 from sparsight.data.images import load_image
 from sparsight.data.scenes import ScenesDataset
 from sparsight.data.sources import scene_config
+from sparsight.modeling.configuration import SparsightConfig
+from sparsight.modeling.folders import model_type
 from sparsight.pipeline.files import load, own_scenes
 from sparsight.reporting import write_inspection
 
@@ -25,6 +27,12 @@ def inspect_checkpoint(folder: str | Path, image: str | Path | None, out: str | 
     Raises:
         ValueError: no model in ``folder``, one without queries, or no picture in ``image``.
     """
+    if (kind := model_type(Path(folder))) not in (None, SparsightConfig.model_type):
+        raise ValueError(
+            f"{folder}: inspect draws where a bridge's queries look; it needs a model of Sparsight with a bridge of "
+            f"kind resampler or chain_of_sight, found one of type '{kind}'. `sparsight analyze` looks into any "
+            "vision-language model"
+        )
     model, processor = load(folder)
     name = Path(image).name if image else "scene 0 of the test split"
     picture = load_image(image) if image else ScenesDataset(scene_config(own_scenes(folder)), "test", 1).image(0)

@@ -29,7 +29,7 @@ from sparsight.modeling.encoders import count_flops
 from sparsight.modeling.scale import scale_tokens, scaled_processor
 from sparsight.pipeline.evaluate import score_run
 from sparsight.pipeline.features import Encoding, cached_features
-from sparsight.pipeline.files import Session, load, move_aside, open_log, save, settle_precision
+from sparsight.pipeline.files import Session, load, move_aside, open_log, save, settle_image_size, settle_precision
 from sparsight.reporting import RunLog, read_run, write_card
 from sparsight.reporting.page import table
 from sparsight.reporting.runlog import step_seconds
@@ -66,7 +66,7 @@ def run(
         ValueError: ``resume`` with a recipe that differs from the run's, an engine that shards weights, or as
             `check_inputs` says; nothing has been trained then.
     """
-    out = Path(out)
+    out, recipe = Path(out), settle_image_size(recipe)
     done = [stage.name for stage in recipe.stages if resume and (out / stage.name / "model").is_dir()]
     sources = check_inputs(recipe, done)
     _refuse_shards()
@@ -134,14 +134,14 @@ def check_inputs(recipe: Recipe, done: Collection[str] = ()) -> dict[str, Source
         raise ValueError(f"evaluation.held_out: {sorted(twice)} are tasks of scenes, which are asked too; rename them")
     for name, settings in recipe.evaluation.held_out.items():
         try:
-            held_out_questions(name, settings, recipe.stages[-1].image_size)
+            held_out_questions(name, settings, recipe.stages[-1].side)
         except ValueError as error:
             raise ValueError(f"evaluation.held_out.{name}: {error}") from None
     sources = {}
     for stage in recipe.stages:
         if stage.name not in done:
             length, strict = recipe.samples_before(stage) + stage.samples, recipe.on_bad_sample == "error"
-            sources[stage.name] = open_source(recipe.data_of(stage), length, stage.image_size, strict=strict)
+            sources[stage.name] = open_source(recipe.data_of(stage), length, stage.side, strict=strict)
     return sources
 
 
@@ -190,19 +190,16 @@ def enter_stage(
     tokenizer = None
     if isinstance(language, ScratchLanguage):
         language, tokenizer = scratch_language(language, texts(recipe, stage))
-    try:
-        model, processor = build(
-            recipe.vision,
-            language,
-            stage.bridge,
-            tokenizer=tokenizer,
-            image_size=stage.image_size,
-            vision_levels=recipe.vision_levels,
-            language_layers=recipe.language_layers,
-            resize=recipe.resize,
-        )
-    except OSError as error:
-        raise not_loaded(recipe, error) from None
+    model, processor = build(
+        recipe.vision,
+        language,
+        stage.bridge,
+        tokenizer=tokenizer,
+        image_size=stage.image_size,
+        vision_levels=recipe.vision_levels,
+        language_layers=recipe.language_layers,
+        resize=recipe.resize,
+    )
     # Weights that were stored in 16 bits: none in an fp32 run, and bf16's autocast does not take fp16 beside it.
     for tensor in chain(model.parameters(), model.buffers()):
         if tensor.dtype == torch.float16 or (recipe.precision == "fp32" and tensor.dtype == torch.bfloat16):
@@ -210,13 +207,6 @@ def enter_stage(
     stops = stop_tokens(processor.tokenizer, model.generation_config.eos_token_id)
     model.generation_config.eos_token_id = stops  # so that `generate` ends where training did
     return model, processor
-
-
-def not_loaded(recipe: Recipe, error: OSError) -> ValueError:
-    """transformers does not say which name it could not find."""
-    language = recipe.language
-    names = f"vision '{recipe.vision}'" + (f" or language '{language}'" if isinstance(language, str) else "")
-    return ValueError(f"{names} cannot be loaded, from a folder here or from a hub: {error}")
 
 
 def max_length(stage: Stage, language: PreTrainedConfig) -> int | None:
@@ -237,7 +227,7 @@ def texts(recipe: Recipe, stage: Stage) -> list[str]:
     """What a scratch language model's tokenizer is learnt from; bad samples are told where they are trained on."""
     texts = []
     for data in recipe.all_data():
-        source = open_source(data, 3000, stage.image_size, strict=recipe.on_bad_sample == "error")
+        source = open_source(data, 3000, stage.side, strict=recipe.on_bad_sample == "error")
         for index in range(min(3000, len(source))):
             try:
                 messages = source[index].messages
@@ -279,7 +269,7 @@ def _run_stage(
         model.train().gradient_checkpointing_enable({"use_reentrant": False})
     elif model.is_gradient_checkpointing:
         model.gradient_checkpointing_disable()
-    encoder_flops = count_flops(model.model.vision_tower, stage.image_size, config.vision_levels)
+    encoder_flops = count_flops(model.model.vision_tower, stage.side, config.vision_levels)
     encoding = Encoding(0.0, 0.0)
     if stage.cache_features:
         data.cache, encoding = cached_features(session, stage, model, processor, data.source, encoder_flops)
