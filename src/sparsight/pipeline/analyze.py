@@ -9,12 +9,11 @@ from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
 from rich.text import Text
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sparsight.config import ConversationData
+from sparsight.console import Console, Progress
 from sparsight.counting import default_device
 from sparsight.data.sources import Sample, Source, open_source
 from sparsight.pipeline.files import own_scenes

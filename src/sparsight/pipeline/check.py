@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
 from rich.text import Text
 from transformers import AutoConfig, AutoTokenizer
 
 from sparsight.config import ConversationData, Recipe, ScratchLanguage, Stage
+from sparsight.console import Console, Progress
 from sparsight.data.check import check_rows
 from sparsight.data.collate import TrainingSet
 from sparsight.data.sources import Sample, Source, open_source
