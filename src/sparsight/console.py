@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable
 from typing import Any
 
 import rich.console
+import rich.progress
 from rich.segment import Segment
 from rich.text import Text
 
@@ -43,3 +45,26 @@ class Console(rich.console.Console):
             shown.append_text(text[start : found.start()]).append(printable(found[0]), style)
             start = found.end()
         return shown.append_text(text[start:]) if start else text
+
+
+class Progress(rich.progress.Progress):
+    """rich's bars; where there is no terminal to draw them on, a line a minute."""
+
+    EVERY = 60.0  # seconds
+
+    def __init__(self, *columns: Any, console: Console) -> None:
+        super().__init__(*columns, console=console)
+        self._told = time.monotonic()
+
+    def update(self, task_id: rich.progress.TaskID, **values: Any) -> None:
+        super().update(task_id, **values)
+        if self.console.is_terminal or time.monotonic() - self._told < self.EVERY:
+            return
+        self._told = time.monotonic()
+        task = next(task for task in self.tasks if task.id == task_id)
+        fields = {"loss": "loss {}", "speed": "{}", "bad": "{}"}
+        said = [form.format(task.fields[name]) for name, form in fields.items() if task.fields.get(name)]
+        if task.time_remaining is not None:
+            said.append(f"about {-(-task.time_remaining // 60):.0f} min left")
+        done = f"{task.completed:,.0f}" + ("" if task.total is None else f" of {task.total:,.0f}")
+        self.console.print(Text(", ".join([f"{task.description}: {done}", *said])), soft_wrap=True)

@@ -19,6 +19,11 @@ def forked_rng() -> AbstractContextManager[None]:
     return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
 
 
+def recomputes(module: torch.nn.Module) -> bool:
+    """Whether any part recomputes its activations (gradient checkpointing)."""
+    return any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
+
+
 @contextmanager
 def flop_counter(encoder: Any) -> Iterator[FlopCounterMode]:
     """Count what runs inside, and leave no trace of it in ``encoder`` or in the random generators.
@@ -31,7 +36,7 @@ def flop_counter(encoder: Any) -> Iterator[FlopCounterMode]:
     kernel = getattr(config, "_attn_implementation", None)
     on_cpu = next(encoder.parameters()).device.type == "cpu"
     foreign = kernel not in (None, "eager", "sdpa") and hasattr(encoder, "set_attn_implementation")
-    encoder.train(was_training and bool(getattr(encoder, "is_gradient_checkpointing", False)))
+    encoder.train(was_training and recomputes(encoder))
     if foreign:
         encoder.set_attn_implementation("eager" if on_cpu else "sdpa")
     try:

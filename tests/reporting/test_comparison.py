@@ -53,12 +53,23 @@ def test_figures_equal_those_recomputed_from_the_lines(tmp_path, runs):
 
 def test_the_form_is_the_contract(runs):
     result = compare(runs)
-    assert list(result) == ["runs", "chance", "items", "ratios", "tests", "to_loss", "differences", "warnings", "env"]
+    assert list(result) == [
+        "runs",
+        "chance",
+        "items",
+        "ratios",
+        "busy",
+        "tests",
+        "to_loss",
+        "differences",
+        "warnings",
+        "env",
+    ]
     assert [entry["name"] for entry in result["runs"]] == ["standard", "sparsight"]
-    keys = {"name", "stages", "scores", "shuffled", "seconds", "executed_flops", "peak_memory_bytes"}
+    keys = {"name", "stages", "scores", "shuffled", "seconds", "executed_flops", "cpu_seconds", "peak_memory_bytes"}
     assert set(result["runs"][0]) == keys
     keys = {"name", "seconds", "executed_flops", "visual_tokens", "samples", "bridge", "layout", "finished"}
-    keys |= {"peak_memory_bytes", "data_wait", "loss"}
+    keys |= {"peak_memory_bytes", "cpu_seconds", "data_wait", "loss"}
     assert set(result["runs"][0]["stages"][0]) == keys
     assert set(result["ratios"]["sparsight"]) == {"pretrain", "finetune", "total", "score"}
     assert (result["chance"], result["warnings"], result["env"]) == (TASKS, [], ENVIRONMENT)

@@ -9,11 +9,10 @@ from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
 from rich.text import Text
 
 from sparsight.config import ConversationData
+from sparsight.console import Console, Progress
 from sparsight.data.conversations import Sample
 from sparsight.data.sources import Source, open_source
 from sparsight.pipeline.files import load_any, own_scenes

@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
 from rich.text import Text
 
 from sparsight.config import ConversationData, Recipe, ScratchLanguage, Stage
+from sparsight.console import Console, Progress
 from sparsight.data.check import check_rows
 from sparsight.data.collate import TrainingSet
 from sparsight.data.conversations import Sample, unused_fields

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 from pydantic import ValidationError
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from sparsight.config import Evaluation, HeldOut, Recipe, SceneData, readable
+from sparsight.console import Console, Progress
 from sparsight.counting import default_device, precision_on
 from sparsight.data.scenes import ScenesDataset, chance
 from sparsight.data.sources import scene_config
@@ -88,6 +88,7 @@ def score_run(
     """Ask what the recipe says; log scores, the shuffled control and examples."""
     recipe, log, settings = session.recipe, session.log, session.recipe.evaluation
     model.to(default_device())  # where it is already, if it was trained in this sitting
+    table = _score_table("scores in %")
     for asked in _to_ask(settings, recipe.scenes() or SceneData(), model.config.image_size):
         start = time.perf_counter()
         result = _answers(model, processor, asked, recipe, settings.batch_size, session.console)
@@ -112,6 +113,8 @@ def score_run(
                 correct=judged(item, answer, points),
                 **{key: value for key, value in asdict(item).items() if key != "picture"},
             )
+        _add_scores(table, asked, result)
+    session.console.print(table)
 
 
 def evaluate_checkpoint(
@@ -138,19 +141,27 @@ def evaluate_checkpoint(
     side = model.config.image_size if isinstance(model.config, SparsightConfig) else SIDE
     if held_out is not None:
         settings = Evaluation(kind="none", held_out={Path(held_out.data.path).stem: held_out})
-    table = Table(title=f"{folder}: scores in %", title_justify="left")
-    for column in ("task", "items", "score", "95% interval", "chance", "shuffled pictures"):
-        table.add_column(column, justify="left" if column == "task" else "right")
-    results = []
+    table, results = _score_table(f"{folder}: scores in %"), []
     for asked in _to_ask(settings, own_scenes(folder), side):
         result = _answers(model, processor, asked, trained_by(folder), settings.batch_size, console)
-        for task, found in result.estimates().items():
-            interval = f"{percent(found.low)} to {percent(found.high)}"
-            controls = (percent(shares.get(task)) for shares in (asked.chance, result.shuffled))
-            table.add_row(task, str(result.items.get(task, "")), percent(found.mean), interval, *controls)
+        _add_scores(table, asked, result)
         results.append(result)
     console.print(table)
     return results
+
+
+def _score_table(title: str) -> Table:
+    table = Table(title=Text(title), title_justify="left")
+    for column in ("task", "items", "score", "95% interval", "chance", "shuffled images"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    return table
+
+
+def _add_scores(table: Table, asked: _Asked, result: Scores) -> None:
+    for task, found in result.estimates().items():
+        interval = f"{percent(found.low)} to {percent(found.high)}"
+        controls = (percent(shares.get(task)) for shares in (asked.chance, result.shuffled))
+        table.add_row(Text(task), str(result.items.get(task, "")), percent(found.mean), interval, *controls)
 
 
 def judged(item: Item, answer: str, points: float) -> bool | None:

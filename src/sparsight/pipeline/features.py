@@ -8,11 +8,10 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from rich.text import Text
 
 from sparsight.config import Stage
+from sparsight.console import Progress
 from sparsight.counting import default_device
 from sparsight.data.cache import FeatureCache, build_cache, picture_rows
 from sparsight.data.sources import Source
@@ -70,7 +69,7 @@ def cached_features(
         cache = build_cache(folder, rows, encode, lambda n: bar.update(task, completed=n), tell=warn)
         tower.to(before)
         bar.update(task, completed=pictures)
-    _tell_whether_it_pays(cache, list(rows), stage, session.console)
+    _tell_whether_it_pays(cache, list(rows), stage, session)
     if not session.main:
         return cache, Encoding(0.0, 0.0)
     # Every run is charged once for what its cache took, also when another run has built it: alone, it would have to.
@@ -81,17 +80,23 @@ def cached_features(
     return cache, cost
 
 
-def _tell_whether_it_pays(cache: FeatureCache, keys: Sequence[Hashable], stage: Stage, console: Console) -> None:
-    """Encoding every picture once and reading it for each sample, against encoding it for each sample."""
+def _tell_whether_it_pays(cache: FeatureCache, keys: Sequence[Hashable], stage: Stage, session: Session) -> None:
+    """Encoding every image once and reading it for each sample, against encoding it for each sample, over all stages
+    of the run that cache the same; said once, where it does not pay."""
+    recipe = session.recipe
+    same = [each for each in recipe.of_the_same_data(stage) if each.cache_features]
+    if stage != same[0]:
+        return
     start, some = time.perf_counter(), keys[:64]
     for key in some:
         cache.read([key])
     reading, encoding = (time.perf_counter() - start) / len(some), cache.seconds / len(set(cache.rows.values()))
-    cached, plain = cache.seconds + stage.samples * reading, stage.samples * encoding
-    text = f"cached features: {encoding * 1e3:.1f} ms to encode a picture, {reading * 1e3:.1f} ms to read it"
+    samples = sum(each.samples for each in same)
+    cached, plain = cache.seconds + samples * reading, samples * encoding
     if cached > plain:
-        text += (
-            f". This stage alone does not see them often enough for it to pay ({cached:.0f} s against {plain:.0f} s):"
-            " unless other stages or runs use them, set cache_features: false"
+        session.console.print(
+            f"cached features: {encoding * 1e3:.1f} ms to encode an image, {reading * 1e3:.1f} ms to read it. The run "
+            f"does not see images often enough for it to pay ({cached:.0f} s against {plain:.0f} s): unless other runs "
+            "use them, set cache_features: false",
+            soft_wrap=True,
         )
-    console.print(Text(text))

@@ -45,6 +45,7 @@ class Session:
     resume: bool
     cache_root: Path
     main: bool = True  # of all ranks
+    resident: int = 0  # bytes of the process before the run
 
 
 def settle_precision(recipe: Recipe, out: Path, resume: bool, console: Console) -> Recipe:

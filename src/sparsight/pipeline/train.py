@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from sparsight.config import Recipe, ScratchLanguage, Stage
 from sparsight.console import Console
 from sparsight.cost import Trains
+from sparsight.counting import recomputes
 from sparsight.data.chat import stop_tokens
 from sparsight.data.collate import TrainingSet
 from sparsight.data.scenes import TASKS
@@ -36,7 +37,7 @@ from sparsight.reporting.runlog import step_seconds
 from sparsight.schedules import skip_probabilities
 from sparsight.training.quarantine import Quarantine
 from sparsight.training.stages import PartPlan, add_lora, merge_lora, select_trainable
-from sparsight.training.trainer import StepCounter, plan_stage, train_stage
+from sparsight.training.trainer import StepCounter, plan_stage, resident_now, train_stage
 
 FIRST = 32  # samples of a later stage that are looked at where all are of about one size
 WAITING = 0.1  # share of the time waiting for data, above which there is something to mend
@@ -80,7 +81,7 @@ def run(
     if (layout := recipe.stages[-1].places_of) is not None:
         text = f"places_of in the last stage: the model expects to be scaled to '{layout}'; until then, answers suffer"
         console.print(text, style="yellow", markup=False)
-    session = Session(recipe, out, log, console, resume, Path(cache_root or out / "cache"), main)
+    session = Session(recipe, out, log, console, resume, Path(cache_root or out / "cache"), main, resident_now())
     model: SparsightForConditionalGeneration | None = None
     processor: SparsightProcessor | None = None
     with session.log:
@@ -267,14 +268,14 @@ def _run_stage(
     )
     if stage.gradient_checkpointing:
         model.train().gradient_checkpointing_enable({"use_reentrant": False})
-    elif model.is_gradient_checkpointing:
+    elif recomputes(model):
         model.gradient_checkpointing_disable()
     encoder_flops = count_flops(model.model.vision_tower, stage.side, config.vision_levels)
     encoding = Encoding(0.0, 0.0)
     if stage.cache_features:
         data.cache, encoding = cached_features(session, stage, model, processor, data.source, encoder_flops)
     start = time.perf_counter()
-    counter = StepCounter(model, Trains.of(stage), encoder_flops, recipe.precision)
+    counter = StepCounter(model, Trains.of(stage), encoder_flops, recipe.precision, session.resident)
     quarantine = Quarantine(session.out / "quarantine.jsonl", recipe.max_bad, session.main)
     began = train_stage(
         model, processor, data, steps, recipe, stage, folder, log, counter, console, session.resume, quarantine
@@ -287,8 +288,9 @@ def _run_stage(
     done, waiting = logged.steps, logged.data_wait or 0.0
     # A resumed stage also took what its steps before the checkpoint took.
     seconds += sum(step_seconds(step) for step in done if step["step"] <= began)
-    advice = ": raise workers, or cache_features for a frozen encoder" if waiting > WAITING else ""
-    console.print(f"{waiting:.1%} of the time waiting for data{advice}", style="yellow" if advice else None)
+    if waiting > WAITING:
+        advice = "" if stage.cache_features else ", or set cache_features for a frozen encoder"
+        console.print(f"{waiting:.1%} of the time waiting for data: raise workers{advice}", style="yellow")
     log.write(
         "stage_end",
         stage=stage.name,

@@ -22,13 +22,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sparsight.reporting.runlog import Run, StageRun
+from sparsight.reporting.runlog import Run, StageRun, step_seconds
 from sparsight.statistics import holm, paired_test
 
 Comparison = dict[str, Any]
 _COSTS = ("seconds", "executed_flops")
 _LEVEL = 0.05  # a difference that chance alone makes less often is called one
 _ITEMS = 20  # fewer tell nothing, where no items are paired
+_BUSY = 1.25  # clock and CPU time that differ by this factor from run to run: something else was running
 _BEYOND = 0.75  # of the ratio of FLOPs: a ratio of seconds below that is hard to believe
 
 
@@ -56,17 +57,19 @@ def compare(runs: list[Run], baseline: str | None = None) -> Comparison:
     for run in others:
         if not (run.trained and base.trained):  # a stage that has not begun is not among its stages
             ratios[run.name]["total"] = dict.fromkeys(_COSTS)
+    busy = {run.name: found for run in others if (found := _busy(run, base, ratios[run.name]["total"]))}
     return {
         "runs": entries,
         "chance": {task: value for run in (*others, base) for task, value in run.chance.items()},
         "items": {task: count for run in (*others, base) for task, count in run.items.items()},
         "ratios": ratios,
+        "busy": busy,
         "tests": {run.name: _tests(run, base, _common([base, *others])) for run in others},
         "to_loss": _to_loss([base, *others]),
         "differences": _differences([base, *others]),
         "warnings": [text for run in (base, *others) for text in _own_warnings(run)]
         + [text for run in others for text in _pair_warnings(run, base)]
-        + list(_too_fast(ratios)),
+        + list(_too_fast({name: own for name, own in ratios.items() if name not in busy})),
         "env": _environment(base),
     }
 
@@ -80,6 +83,7 @@ def _entry(run: Run) -> dict[str, Any]:
         "shuffled": run.shuffled,
         "seconds": sum(stage.seconds for stage in run.stages),
         "executed_flops": sum(stage.executed_flops for stage in run.stages),
+        "cpu_seconds": _sum([each["cpu_seconds"] for each in stages]),
         "peak_memory_bytes": max((each["peak_memory_bytes"] or 0 for each in stages), default=0) or None,
     }
 
@@ -89,8 +93,38 @@ def _stage_entry(stage: StageRun) -> dict[str, Any]:
     return {key: getattr(stage, key) for key in keys} | {
         "peak_memory_bytes": stage.highest("memory_bytes"),
         "data_wait": stage.data_wait,
+        "cpu_seconds": stage.cpu_seconds,
         "loss": stage.curve.final,
     }
+
+
+def _sum(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) else None
+
+
+def _busy(run: Run, base: Run, total: Mapping[str, float | None]) -> dict[str, float] | None:
+    """Ratios of the steps' seconds by the clock and of their CPU seconds, where these disagree; not on a GPU."""
+    if None in total.values() or any(_mapped(_environment(each), "hardware").get("gpus") for each in (run, base)):
+        return None
+    cpu = [_sum([stage.cpu_seconds for stage in each.stages]) for each in (run, base)]
+    clock = [sum(step_seconds(step) for stage in each.stages for step in stage.steps) for each in (run, base)]
+    if not all(cpu) or not all(clock):
+        return None
+    found = {"clock": clock[0] / clock[1], "cpu": cpu[0] / cpu[1]}  # type: ignore[operator]
+    return None if 1 / _BUSY <= found["clock"] / found["cpu"] <= _BUSY else found
+
+
+def _mapped(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = record.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def trusted(comparison: Comparison, name: str) -> dict[str, float | None]:
+    """Ratios of a run's costs in all; ``seconds`` are CPU seconds where the clock tells of other work."""
+    total: dict[str, float | None] = comparison["ratios"][name]["total"]
+    busy = comparison["busy"].get(name)
+    return total | ({"seconds": busy["cpu"]} if busy else {})
 
 
 def _to_loss(runs: list[Run]) -> dict[str, dict[str, Any]]:
@@ -251,7 +285,7 @@ def stage_rows(comparison: Comparison) -> list[dict[str, Any]]:
             rows += [stage | {"run": run["name"], "ratios": ratios} for stage in run["stages"] if stage["name"] == name]
     for run in runs:
         ratios = comparison["ratios"].get(run["name"], {}).get("total")
-        costs = {key: run[key] for key in (*_COSTS, "peak_memory_bytes")}
+        costs = {key: run[key] for key in (*_COSTS, "cpu_seconds", "peak_memory_bytes")}
         rows.append({"name": "total", "run": run["name"], "ratios": ratios} | costs)
     return rows
 
@@ -341,10 +375,16 @@ def verdict(comparison: Comparison) -> str:
     runs, rows = comparison["runs"], score_rows(comparison)
     said = []
     for index, run in enumerate(runs[1:], start=1):
-        ratios = comparison["ratios"][run["name"]]
-        total = ratios["total"]
-        text = f"{run['name']} took {times(total['seconds'])} of the time of {runs[0]['name']}: "
+        total, busy = trusted(comparison, run["name"]), comparison["busy"].get(run["name"])
+        text = (
+            f"{run['name']} took {times(total['seconds'])} of the {'CPU ' if busy else ''}time of {runs[0]['name']}: "
+        )
         text += f"speed-up {speed_up(total)}; "
+        if busy:
+            text = (
+                f"The machine had other work while one of {run['name']} and {runs[0]['name']} trained: the clock gives "
+                f"{times(busy['clock'])}, the process's own CPU time {times(busy['cpu'])}, which is taken here. {text}"
+            )
         said.append(text + scored(rows, index))
     if count := len(comparison["warnings"]):
         said.append(f"{count} warning{'s' if count > 1 else ''}: the comparison may not be fair")
@@ -440,7 +480,7 @@ def _cost_table(comparison: Comparison, wide: bool) -> Table:
     base = comparison["runs"][0]["name"]
     table = Table("stage", title="Training cost", title_justify="left")
     table.add_column("run", overflow="fold")
-    extra = ("x time", "x FLOPs", "memory", "data wait", "loss") if wide else ()
+    extra = ("x time", "x FLOPs", "CPU", "memory", "data wait", "loss") if wide else ()
     for heading in ("tokens", "samples", "time", "FLOPs", *extra, "speed-up"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.caption = f"speed-up: over {base}, of what executed FLOPs allow"
@@ -454,6 +494,7 @@ def _cost_table(comparison: Comparison, wide: bool) -> Table:
         cells += [duration(row["seconds"]), human(row["executed_flops"], "FLOP" if wide else "")]
         if wide:
             cells += [times(ratios[cost]) if ratios else "" for cost in _COSTS]
+            cells.append("-" if row["cpu_seconds"] is None else duration(row["cpu_seconds"]))
             cells.append(human(row["peak_memory_bytes"], "B"))
             cells += [share(row["data_wait"]), decimals(row["loss"])] if "loss" in row else ["", ""]
         cells.append(speed_up(ratios).removesuffix(" possible"))

@@ -89,7 +89,7 @@ def _cards(comparison: Comparison) -> list[dict[str, str]]:
     rows = score_rows(comparison)
     cards = []
     for index, run in enumerate(others, start=1):
-        total = comparison["ratios"][run["name"]]["total"]
+        total, busy = figures_of.trusted(comparison, run["name"]), run["name"] in comparison["busy"]
         mean = next((row for row in rows if row["task"] == "mean" and row["points"][index] is not None), None)
         ours, theirs = (
             " → ".join(count for count, _ in groupby(str(stage["visual_tokens"] or "?") for stage in each["stages"]))
@@ -99,7 +99,7 @@ def _cards(comparison: Comparison) -> list[dict[str, str]]:
         had, _, possible = speed_up(total).partition(" ")
         flops = f"{human(run['executed_flops'], 'FLOP')} instead of {human(base['executed_flops'], 'FLOP')}"
         for label, value, note, kind in (
-            ("Speed-up", had, f"{possible}; {saved}", ""),
+            ("Speed-up, by CPU time" if busy else "Speed-up", had, f"{possible}; {saved}", ""),
             ("Executed FLOPs", times(total["executed_flops"]), flops, ""),
             ("Visual tokens an image", ours, f"by stage; {base['name']}: {theirs}", ""),
             ("Score", *_score_card(mean, index)),

@@ -205,6 +205,12 @@ class StageRun:
         return math.fsum(number_in(step.get("seconds"), part) or 0.0 for step in self.steps)
 
     @property
+    def cpu_seconds(self) -> float | None:
+        """CPU seconds of the steps' process; None where a step has none, as in older logs."""
+        found = [number_in(step, "cpu_seconds") for step in self.steps]
+        return None if not found or None in found else math.fsum(found)  # type: ignore[arg-type]
+
+    @property
     def data_wait(self) -> float | None:
         """Share of the steps' seconds spent waiting for data; None where there are none."""
         seconds = sum(step_seconds(step) for step in self.steps)

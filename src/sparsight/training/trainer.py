@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import math
 import os
@@ -9,7 +11,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -18,8 +20,7 @@ from typing import Any, Protocol
 import psutil
 import torch
 from accelerate.utils import gather_object
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 from torch.utils.data import DataLoader
 from transformers import (
@@ -35,6 +36,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from sparsight.aside import moved_aside
 from sparsight.config import Recipe, SceneData, Stage
+from sparsight.console import Console, Progress
 from sparsight.cost import LanguageShape, Trains, step_flops
 from sparsight.cost.devices import peak_flops
 from sparsight.counting import default_device, device_name
@@ -70,13 +72,15 @@ class StepCounter:
 
     ``encoder_flops``: of one picture's pass through the encoder (``encoders.count_flops``); what pictures at their
     native resolution take is counted by their grids, when one is first met. ``precision``: bf16 or
-    fp32, of whose peak on this device the share (``mfu``) is taken, where that is known.
+    fp32, of whose peak on this device the share (``mfu``) is taken, where that is known. ``resident``: bytes of the
+    process before the run, which are not its own.
     """
 
     model: SparsightForConditionalGeneration
     trains: Trains
     encoder_flops: float
     precision: str = "bf16"
+    resident: int = 0
 
     def __post_init__(self) -> None:
         self.peak = peak_flops(device_name(default_device()), self.precision)
@@ -90,6 +94,7 @@ class StepCounter:
         self.flops: dict[str, float] = defaultdict(float)
         self.seconds: dict[str, float] = defaultdict(float)
         self.loss = 0.0
+        self.cpu = cpu_seconds()
         self.ids: list[str] = []  # of this rank's samples
         self.replaced: list[dict[str, Any]] = []  # entries of bad samples, see `TrainingSet`
         if torch.cuda.is_available():
@@ -170,14 +175,32 @@ class StepCounter:
             "flops_by_part": flops,
             **({} if self.peak is None else {"mfu": reached / self.peak}),
             "seconds": dict(self.seconds),
-            "memory_bytes": _memory(),
+            "cpu_seconds": max(0.0, cpu_seconds() - self.cpu),
+            "memory_bytes": _memory(self.resident),
         }
 
 
-def _memory() -> int:
+def cpu_seconds() -> float:
+    """CPU time of this process, and of those that load data for it."""
+    children = 0.0
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # it has ended meanwhile
+            children += sum(child.cpu_times()[:2])
+    return time.process_time() + children
+
+
+def resident_now() -> int:
+    """Bytes that the process holds when all that can be freed is freed."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc keeps freed blocks, other C libraries have no such call
+        ctypes.CDLL(None).malloc_trim(0)
+    return psutil.Process().memory_info().rss
+
+
+def _memory(resident: int) -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return psutil.Process().memory_info().rss
+    return max(0, psutil.Process().memory_info().rss - resident)
 
 
 class SparsightTrainer(Trainer):
