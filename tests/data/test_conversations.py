@@ -201,7 +201,7 @@ def test_F17_F31_forms_that_are_refused_say_what_is_expected(folder: Path, form:
 def test_F17_gzip_is_read_also_in_other_processes(folder: Path, name: str) -> None:
     rows = [llava(PATH) | {"id": f"ü{number}"} for number in range(50)]
     text = json.dumps(rows) if name == "data.json.gz" else "\n".join(json.dumps(row) for row in rows)
-    (folder / name).write_bytes(gzip.compress(text.encode()))
+    (folder / name).write_bytes(gzip.compress(text.encode(), mtime=0))
     source = ConversationSource(ConversationData(path=str(folder / name)))
     assert source[49].messages == READ and len(source) == 50
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -209,7 +209,7 @@ def test_F17_gzip_is_read_also_in_other_processes(folder: Path, name: str) -> No
     assert sorted(file.name for file in folder.iterdir()) == sorted([name, "sub"])  # nothing is left beside it
 
 
-@pytest.mark.parametrize("content", [b"[]", gzip.compress(b"[" + b" " * 1000)[:-10], b""])
+@pytest.mark.parametrize("content", [b"[]", gzip.compress(b"[" + b" " * 1000, mtime=0)[:-10], b""])
 def test_F17_gzip_that_is_none_is_told(folder: Path, content: bytes) -> None:
     (folder / "a.json.gz").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.json\.gz: "):
