@@ -33,7 +33,7 @@ from tiny import clip_config, make_language, make_vlm
 
 # A new command or option is a promise to keep: it is added here on purpose.
 SURFACE = {
-    "demo": ["--out", "--recipe", "--resume", "--overwrite", "overrides"],
+    "demo": ["--out", "--recipe", "--resume", "--overwrite", "--short", "overrides"],
     "train": ["recipe", "overrides", "--out", "--resume", "--overwrite", "--preset"],
     "compare": ["runs", "--out"],
     "watch": ["run"],
