@@ -1,6 +1,6 @@
 """What differs between the versions of transformers that Sparsight runs with.
 
-Each entry names the version that made it needed. `attach` needs nothing of this.
+Each entry names the version that made it needed. Of these, `attach` needs the name of the cache alone.
 """
 
 from __future__ import annotations

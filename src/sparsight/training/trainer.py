@@ -181,12 +181,13 @@ class StepCounter:
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process, and of those that load data for it."""
-    children = 0.0
-    for child in psutil.Process().children():
-        with suppress(psutil.Error):  # it has ended meanwhile
-            children += sum(child.cpu_times()[:2])
-    return time.process_time() + children
+    """CPU time of this process, and of those that load data for it, also where they have ended."""
+    own = psutil.Process()
+    seconds = math.fsum(own.cpu_times()[:4])  # user and system: its own, and those of children that have ended
+    for child in own.children():
+        with suppress(psutil.Error):  # it ends just now, and counts in the next step
+            seconds += math.fsum(child.cpu_times()[:2])
+    return seconds
 
 
 def resident_now() -> int:
