@@ -18,7 +18,7 @@ from rich.text import Text
 
 import sparsight
 from sparsight import cli
-from sparsight.console import Console, printable
+from sparsight.console import Console, Progress, printable
 
 # Sets the clipboard, the title, clears; C1's CSI; colours' reset; the direction of writing; half a character.
 HOSTILE = "a\x1b]52;c;eA==\x07b\x1b]0;t\x07\x1b[2J\x9b2J\r\x08\x7f\u202egnp\u2066c"
@@ -97,3 +97,21 @@ def test_D09_no_other_console_is_made() -> None:
         if alone or names & {"Console", "get_console", "print"}:
             found.append((file.name, names, alone))
     assert found == []
+
+
+def test_F23_without_a_terminal_a_line_tells_how_far_it_is(monkeypatch):
+    """One for each stretch of time, with loss and speed, at once in the file; on a terminal none."""
+    monkeypatch.setattr(Progress, "EVERY", 0.0)
+    told = {}
+    for terminal in (False, True):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+        with Progress(console=console) as bar:
+            task = bar.add_task("pretrain", total=8, loss="-", speed="", bad="")
+            bar.update(task, completed=4, loss="1.250", speed="3.0 samples/s")
+            told[terminal] = "pretrain: 4 of 8, loss 1.250, 3.0 samples/s" in console.file.getvalue()
+    assert told == {False: True, True: False}
+    monkeypatch.setattr(Progress, "EVERY", 60.0)
+    console = Console(file=io.StringIO())
+    with Progress(console=console) as bar:
+        bar.update(bar.add_task("pretrain", total=8), completed=4)
+        assert "4 of 8" not in console.file.getvalue()

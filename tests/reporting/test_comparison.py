@@ -10,6 +10,7 @@ from rich.console import Console
 from synthetic import ENVIRONMENT, OURS, STANDARD, TASKS, write_points, write_run
 
 from sparsight.reporting import (
+    RunLog,
     compare,
     read_run,
     read_runs,
@@ -412,3 +413,34 @@ def test_durations_and_speed_ups():
     ]
     assert speed_up({"seconds": 0.25, "executed_flops": 0.2}) == "4.0x of 5.0x possible"
     assert speed_up({"seconds": None, "executed_flops": 0.0}) == "? of ? possible"
+
+
+def timed_run(folder, slower, cpu):
+    """A run of one finished stage, whose steps took so many seconds by the clock, and as many of CPU time."""
+    folder.mkdir()
+    with RunLog(folder / "run.jsonl") as log:
+        log.write("header", version=1, run=folder.name, recipe={"stages": [{"name": "a"}]}, environment=ENVIRONMENT)
+        log.write("stage", stage="a", steps=2)
+        for step in (1, 2):
+            own = {} if cpu is None else {"cpu_seconds": 2.0 * cpu}
+            log.write("step", stage="a", step=step, seconds={"compute": slower}, flops=1e9 * (cpu or 1), **own)
+        log.write("stage_end", stage="a", seconds=2 * slower, executed_flops=2e9 * (cpu or 1))
+    return read_run(folder)
+
+
+def test_F20_where_the_machine_was_busy_cpu_time_is_taken_and_said_first(tmp_path):
+    base = timed_run(tmp_path / "standard", 1.0, 1.0)
+    busy = compare([base, timed_run(tmp_path / "busy", 5.86, 0.4)])
+    assert busy["busy"]["busy"] == pytest.approx({"clock": 5.86, "cpu": 0.4})
+    said = verdict(busy)
+    assert said.startswith("The machine had other work while one of busy and standard trained: the clock gives 5.86x")
+    assert "busy took 0.40x of the CPU time of standard: speed-up 2.5x of 2.5x possible" in said
+    assert said.split(" possible")[0] in " ".join(printed(busy).split())
+    quiet = compare([base, timed_run(tmp_path / "quiet", 0.42, 0.4)])
+    assert quiet["busy"] == {} and "quiet took 0.42x of the time of standard" in verdict(quiet)
+
+
+def test_F20_logs_without_cpu_seconds_are_compared_by_the_clock(tmp_path):
+    result = compare([timed_run(tmp_path / "standard", 1.0, None), timed_run(tmp_path / "old", 5.86, None)])
+    assert result["busy"] == {} and "old took 5.86x of the time" in verdict(result)
+    assert result["runs"][0]["cpu_seconds"] is None

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,13 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import get_last_checkpoint
 
 from small_runs import Crash, Records, one_stage, quiet, train, training_set
+from sparsight.cost import Trains
+from sparsight.counting import recomputes
 from sparsight.data.collate import Collator
 from sparsight.modeling.scale import scale_tokens
 from sparsight.training.stages import add_lora, merge_lora, select_trainable
-from sparsight.training.trainer import Interrupted, last_checkpoint, plan_stage
+from sparsight.training.trainer import Interrupted, StepCounter, cpu_seconds, last_checkpoint, plan_stage, resident_now
+from tiny import make_vlm
 
 BRIDGE_AND_LANGUAGE = {"bridge": 2e-3, "language": 1e-3}
 ALL = BRIDGE_AND_LANGUAGE | {"vision": 1e-3}
@@ -397,3 +402,28 @@ def test_the_terminals_ctrl_c_does_not_kill_the_process_that_loads_data(tmp_path
 
     log = train(model, processor, recipe, stage, tmp_path, training_set(processor, recipe, stage, 3, group))
     assert sorted(log.steps()) == list(range(1, 9))
+
+
+def test_F24_what_the_process_held_before_a_run_is_not_its_own():
+    before = resident_now()
+    held = torch.ones(50_000_000, dtype=torch.uint8)  # of an earlier run
+    recipe, stage = one_stage()
+    model, _ = make_vlm()
+    own = StepCounter(model, Trains.of(stage), 0.0, "fp32", resident_now()).record()["memory_bytes"]
+    whole = StepCounter(model, Trains.of(stage), 0.0, "fp32", before).record()["memory_bytes"]
+    assert whole - own > 0.9 * held.numel() and own < 0.5 * held.numel()
+
+
+def test_F20_cpu_seconds_are_those_of_the_process_and_of_ended_children():
+    start = cpu_seconds()
+    subprocess.run([sys.executable, "-c", "sum(range(20_000_000))"], check=True)
+    assert cpu_seconds() > start + 0.05
+
+
+def test_F22_asking_whether_activations_are_recomputed_warns_of_nothing(recwarn):
+    model, _ = make_vlm()
+    assert not recomputes(model)
+    assert not recwarn.list
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    recwarn.clear()
+    assert recomputes(model) and not [w for w in recwarn if issubclass(w.category, FutureWarning)]
