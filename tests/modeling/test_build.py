@@ -1,4 +1,5 @@
 import copy
+import logging
 import subprocess
 import sys
 
@@ -28,7 +29,7 @@ import sparsight
 from sparsight import assets
 from sparsight.config import ChainOfSight, Linear, Mlp, PixelShuffle, Resampler, ScratchLanguage
 from sparsight.modeling import SparsightForConditionalGeneration
-from sparsight.modeling.build import CHATML, FLATTEN, build, multimodal_template, scratch_language
+from sparsight.modeling.build import CHATML, FLATTEN, _vision, build, multimodal_template, scratch_language
 from tiny import BRIDGE, TEXTS, clip_config, conversation, make_language, make_vlm, picture
 
 BRIDGES = {
@@ -491,3 +492,19 @@ def test_processors_are_found_by_auto(tmp_path):
     _, processor = make_vlm()
     processor.save_pretrained(tmp_path)
     assert type(AutoProcessor.from_pretrained(tmp_path)) is type(processor)
+
+
+def test_F22_a_tower_of_a_larger_model_loads_without_a_report(tmp_path, caplog, monkeypatch):
+    """Of what it has no place for; a weight that it lacks is told."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = sizes | {"image_size": 32, "patch_size": 8}
+    whole = CLIPModel(CLIPConfig(vision_config=vision, text_config=sizes | {"vocab_size": 50}))
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    for lacking in ((), ("vision_model.pre_layrnorm.weight",)):
+        state = {name: tensor for name, tensor in whole.state_dict().items() if name not in lacking}
+        whole.save_pretrained(tmp_path, state_dict=state)
+        caplog.clear()
+        encoder, *_ = _vision(str(tmp_path), None, None)
+        assert ("LOAD REPORT" in caplog.text) == bool(lacking) and "UNEXPECTED" not in caplog.text
+        assert torch.equal(encoder.get_parameter("post_layernorm.bias"), whole.vision_model.post_layernorm.bias)

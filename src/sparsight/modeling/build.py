@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -212,8 +213,8 @@ def _vision(vision: Any, image_processor: Any, image_size: int | None) -> tuple[
     elif isinstance(vision, str | Path):
         own = None if image_processor else _pil_processor(name)
         part = _vision_config(name)
-        with loading("vision", name):
-            vision = MODEL_MAPPING[type(part)].from_pretrained(name, config=part)
+        with loading("vision", name), _as_a_part(MODEL_MAPPING[type(part)]) as kind:
+            vision = kind.from_pretrained(name, config=part)
     elif isinstance(vision, PreTrainedConfig):
         vision = AutoModel.from_config(getattr(vision, "vision_config", vision), trust_remote_code=False)
     if not isinstance(vision, nn.Module):
@@ -231,6 +232,18 @@ def _vision(vision: Any, image_processor: Any, image_size: int | None) -> tuple[
                 stacklevel=3,
             )
     return encoder, image_processor, side
+
+
+@contextmanager
+def _as_a_part(kind: Any) -> Iterator[Any]:
+    """Within, a class of models loads from a larger one's weights, such as CLIP's two towers, without a report of those
+    that it has no place for; what it lacks is still told."""
+    before = kind._keys_to_ignore_on_load_unexpected
+    kind._keys_to_ignore_on_load_unexpected = [".*"]
+    try:
+        yield kind
+    finally:
+        kind._keys_to_ignore_on_load_unexpected = before
 
 
 def _vision_config(name: str) -> Any:
