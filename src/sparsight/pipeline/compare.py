@@ -9,7 +9,7 @@ from typing import Any
 from sparsight.config import Comparison, Recipe
 from sparsight.console import Console
 from sparsight.data.cache import remove_caches
-from sparsight.pipeline.files import holds_run, move_aside, open_log, settle_precision
+from sparsight.pipeline.files import holds_run, move_aside, open_log, settle_image_size, settle_precision
 from sparsight.pipeline.train import check_inputs, run
 from sparsight.reporting import Run, read_run, read_runs, report
 from sparsight.reporting.page import table
@@ -33,7 +33,7 @@ def run_comparison(
         FileExistsError: ``out`` holds a run of that name, and neither ``resume`` nor ``overwrite`` is on.
         ValueError: ``resume``, and a run there is of another recipe.
     """
-    recipes = comparison.recipes()
+    recipes = [settle_image_size(recipe) for recipe in comparison.recipes()]
     out = Path(out)
     cache = out / "cache"
     for recipe in recipes:  # before the first one trains
