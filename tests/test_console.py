@@ -56,7 +56,7 @@ def test_D09_a_terminal_still_gets_the_consoles_own() -> None:
 
 def test_D09_styles_stay_where_they_were() -> None:
     out = io.StringIO()
-    console = Console(file=out, force_terminal=True, width=80, color_system="standard", legacy_windows=False)
+    console = Console(file=out, force_terminal=True, width=80, color_system="standard", no_color=False)
     console.print(Text.assemble(("b\x1bd", "red"), "pl\x9bin"))
     assert out.getvalue().replace("\x1b[31m", "<").replace("\x1b[0m", ">") == "<b><\\x1b><d>pl\\x9bin\n"
 

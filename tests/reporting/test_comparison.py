@@ -250,7 +250,7 @@ def test_F21_one_item_in_sixty_is_no_difference(tested, flipped, told):
     assert (row["told"], row["named"]) == ([0, told], [0, told])
     assert ("worse on: existence (-20.0)" in verdict(result)) == bool(told)
     assert ("no difference could be told on any task" in verdict(result)) == (not told)
-    console = Console(file=io.StringIO(), width=160, force_terminal=True, color_system="standard")
+    console = Console(file=io.StringIO(), width=160, force_terminal=True, color_system="standard", no_color=False)
     console.print(_score_table(result, True))
     assert ("\x1b[1;31m" in console.file.getvalue()) == bool(told) and "\x1b[32m" not in console.file.getvalue()
 
