@@ -85,7 +85,7 @@ class LanguageShape:
             vocabulary=config.vocab_size,
             gated=rms or getattr(config, "hidden_act", "") in ("silu", "swish"),
             tied=bool(getattr(config, "tie_word_embeddings", False)),
-            weight_bytes=_weight_bytes(getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)),
+            weight_bytes=_weight_bytes(getattr(config, "dtype", None) or vars(config).get("torch_dtype")),
         )
         vectors, family = 2 * hidden, getattr(config, "model_type", "")
         if family.startswith("gemma") and family != "gemma":
