@@ -143,22 +143,6 @@ def shards_table(name: str, result: dict) -> str:
     )
 
 
-def plan_table(name: str, result: dict) -> str:
-    """Forecast over measured time of layouts that `plan` was not calibrated on."""
-    lines = [
-        f"**{name}**: forecast time of a step over the measured one, of layouts that were not calibrated on; they and "
-        f"the calibrating ones took turns ({result['device']}; `benchmarks/results/{result['file']}`)",
-        "",
-        "| model | layout | seconds a step | forecast | ratio |",
-        "|---|---|---|---|---|",
-    ]
-    for model, rows in result["models"].items():
-        for row in rows:
-            figures = f"{row['seconds']:.2f} | {row['forecast']:.2f} | {row['ratio']:.2f}"
-            lines.append(f"| {model} | `{row['layout']}` | {figures} |")
-    return "\n".join(lines)
-
-
 # The core rows, and the other ordinary bridge, in words that need no key.
 SHOWN = {
     "standard": "*standard*: resampler, 336 tokens",
@@ -403,7 +387,6 @@ PAGES: dict[str, list[tuple[str, Show]]] = {
         ("quality", orderings_table),
     ],
     "docs/speed.md": [("speed-", speed_table)],
-    "docs/cost.md": [("plan", plan_table)],
     "docs/data.md": [("data-", data_table), ("shards", shards_table)],
     "docs/methods/chain-of-sight.md": [("quality", core), ("scenes-60min", table)],
     "docs/methods/compressor.md": [("speed-", methods), ("sparse-scenes", table)],

@@ -9,8 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 from rich.console import Console
 
-from sparsight import assets, counting, doctor
-from sparsight.cost.devices import keep_measurement, peak_flops
+from sparsight import assets, doctor
 from sparsight.doctor import Check, check_requirement, diagnose, render
 
 
@@ -63,7 +62,7 @@ def test_every_problem_has_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
     checks = {check.name: check for check in diagnose()}
 
-    assert {name for name, check in checks.items() if check.status == "ok"} == {"torchvision", "peak"}
+    assert {name for name, check in checks.items() if check.status == "ok"} == {"torchvision"}
     assert all(check.remedy for check in checks.values() if check.status != "ok")
     assert {"torch", "transformers", "Python", "device"} <= {n for n, c in checks.items() if c.status == "missing"}
     assert {"peft", "git", "memory", "disk", "weights"} <= {n for n, c in checks.items() if c.status == "warning"}
@@ -102,16 +101,6 @@ def test_render_shows_remedies_unchanged() -> None:
     )
     assert 'pip install "sparsight[lora]"' in text
     assert "None" not in text
-
-
-def test_a_measured_peak_is_kept_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARSIGHT_CACHE", str(tmp_path))
-    device = counting.default_device()
-    assert peak_flops(counting.device_name(device), "fp32") is None or device.type == "cuda"
-    keep_measurement(peak=counting.measure_peak(device))
-    found = {check.name: check.found for check in diagnose()}["peak"]
-    assert found.startswith(counting.device_name(device)) and "FLOP/s bf16" in found
-    assert 1e8 < peak_flops(counting.device_name(device), "fp32") < 1e16
 
 
 def test_F11_a_transformers_too_old_for_composing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

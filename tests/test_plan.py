@@ -12,10 +12,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from small_runs import FINER, quiet, recipe_values, save_encoder, stage_values
-from sparsight import cli
+from small_runs import quiet, recipe_values, stage_values
 from sparsight.config import (
-    ChainOfSight,
     LayerSkipper,
     LearningRates,
     Recipe,
@@ -24,28 +22,21 @@ from sparsight.config import (
     load_recipe,
     load_recipes,
 )
-from sparsight.cost.devices import keep_measurement, known_device, peak_flops
+from sparsight.cost.devices import known_device, peak_flops
 from sparsight.cost.forecast import (
     StageCost,
     at_peak,
-    calibrated,
     forecast,
-    levers,
     paper_ratios,
     remedies,
     standard,
     total_flops,
 )
-from sparsight.cost.sweep import sweep
-from sparsight.reporting.plan_page import check_fits, memory_of, print_plan, speed_of, write_plan, write_sweep
+from sparsight.reporting.plan_page import check_fits, memory_of, print_plan, speed_of, write_plan
+from sparsight.reporting.runlog import RunLog
 from sparsight.schedules import skip_probabilities
 
 PAPER = Path(__file__).parents[1] / "recipes" / "paper-7b.yaml"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SPARSIGHT_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -64,7 +55,7 @@ def test_without_torch():
     text = " ".join(done.stdout.split())
     assert "one H100: its peak is 989 TFLOP/s, and a run does 40% of it (assumed)" in text
     assert "a single-scale resampler of 336 tokens" in text and "cos-32 0.16 (0.27)" in text
-    assert "23 text tokens a conversation" in text and "What would save most FLOPs" in text
+    assert "23 text tokens a conversation" in text
 
 
 def test_paper_ratios(paper):
@@ -136,15 +127,6 @@ def test_standard_is_plain_and_costs_more(paper):
     assert total_flops(forecast(paper)) < 0.3 * total_flops(forecast(plain))
 
 
-def test_levers_do_what_they_say(paper):
-    (change, after), *_ = found = levers(standard(paper))
-    assert change == "stages.pretrain.bridge: cos-32"
-    wide = {key: getattr(paper.stages[0].bridge, key) for key in ("width", "heads", "mlp_ratio")}
-    few = changed(standard(paper), bridge=ChainOfSight("cos-32", **wide))
-    assert after == pytest.approx(total_flops(forecast(few)) / total_flops(forecast(standard(paper))))
-    assert [share for _, share in found] == sorted(share for _, share in found)
-
-
 def test_what_fits(paper):
     cost = forecast(paper)[1]
     limit = known_device("NVIDIA H100 80GB HBM3")[2]
@@ -162,38 +144,6 @@ def test_what_fits(paper):
     print_plan(paper, None, limit, quiet())
 
 
-def test_sweep(paper, tmp_path):
-    overrides = ["layout=cos-32,1:16,4:4", "skipper.alpha=0,0.5,0.9", "skipper.epsilon=0.1", "seed=3"]
-    found, refused = sweep(PAPER, overrides)
-    assert len(found) == 6 and not refused and found[0][0] == {"layout": "cos-32", "skipper.alpha": "0"}
-    last = found[-1][1]
-    assert last.seed == 3 and last.stages[0].bridge.layout == "1:16,4:4" and last.stages[1].skipper.alpha == 0.9
-    # 80 tokens do not become the 336 that 32 become, but another 336.
-    assert found[0][1].stages[1].bridge == paper.stages[1].bridge
-    assert (
-        last.stages[1].bridge == paper.stages[1].bridge.model_copy(update={"layout": "1:16,2:16,8:4"})
-        and last.stages[0].skipper is None
-    )
-    flops = [total_flops(forecast(recipe)) for _, recipe in found]
-    assert flops[2] < flops[1] < flops[0] < flops[3]
-    write_sweep(tmp_path / "sweep.html", found, None)
-    page = (tmp_path / "sweep.html").read_text()
-    figures = json.loads(page.split('id="figures">')[1].split("</script>")[0])
-    assert [bar["name"] for bar in figures[0]["data"]] == [f"skipper.alpha={a}" for a in ("0", "0.5", "0.9")]
-    assert figures[0]["data"][0]["y"] == [flops[0], flops[3]]
-    assert "6 recipes, from 1" in page.split('<p class="lead">')[1] and "(layout=cos-32, skipper.alpha=0.9) to" in page
-    some, refused = sweep(PAPER, ["layout=cos-32,cos-80", "skipper.alpha=0,0.9"])
-    assert len(some) == 2 and len(refused) == 2
-    assert (
-        refused[0].startswith("layout=cos-32, skipper.alpha=0.9: ") and "expected alpha * (1 + |epsilon|)" in refused[0]
-    )
-    for wrong in (["seed=3"], ["seed=" + ",".join(map(str, range(200)))]):
-        with pytest.raises(ValueError, match="--sweep: .* combinations; expected 2 to 100"):
-            sweep(PAPER, wrong)
-    with pytest.raises(ValueError, match="no combination is a recipe: seed=x: .*; seed=y: "):
-        sweep(PAPER, ["seed=x,y"])
-
-
 def test_a_comparison_is_planned_run_by_run():
     recipes = load_recipes(PAPER.parent / "demo.yaml", ["shared.seed=4"])
     assert [recipe.name for recipe in recipes] == ["standard", "sparsight"] and recipes[1].seed == 4
@@ -208,8 +158,6 @@ def test_a_preset_is_planned_before_it_is_trained():
     assert total_flops(forecast(settled)) < total_flops(forecast(load_recipe(own)))
     with pytest.raises(ValueError, match=r"--preset few-tokens: .*demo\.yaml compares runs"):
         load_recipes(PAPER.parent / "demo.yaml", None, "few-tokens")
-    with pytest.raises(ValueError, match="--preset few-tokens does not go with --sweep"):
-        cli.plan(own, ["seed=1,2"], preset="few-tokens", sweep=True)
 
 
 def test_page(paper, tmp_path):
@@ -225,29 +173,45 @@ def test_page(paper, tmp_path):
     assert len({json.dumps(bar["marker"]) for bar in bars}) == len(bars) == 6  # two were in one grey
 
 
-def test_time_rests_on_what_is_said(paper):
-    automatic, paper = paper, paper.model_copy(update={"precision": "bf16"})
-    assert automatic.precision == "auto"
-    speed, said = speed_of(paper, None, None)
-    assert speed is None and "No time: name a --device" in said
-    keep_measurement(peak={"device": "a CPU, 2 threads", "bf16": 2e11, "fp32": 1e11})
-    assert peak_flops("a CPU, 2 threads", "fp32") == 1e11 and peak_flops("another", "fp32") is None
-    speed, said = speed_of(paper, None, 0.25)
-    assert "200 GFLOP/s measured (a CPU, 2 threads, bf16), 25% of it (given)" in said
-    assert "H100: its peak is 989 TFLOP/s" in speed_of(automatic, "H100", None)[1]
-    for auto, rate in (("bf16", "200 GFLOP/s"), ("fp32", "100 GFLOP/s")):
-        keep_measurement(auto=auto)
-        assert rate in speed_of(automatic, None, None)[1]
+def test_time_rests_on_what_is_said(paper, tmp_path):
+    assert speed_of(paper) == (None, "No time: name a --device, or a run of this machine with --like RUN.")
+    speed, said = speed_of(paper, "H100", 0.25)
+    assert "H100: its peak is 989 TFLOP/s, and a run does 25% of it (given)" in said
     cost = forecast(paper)[0]
-    assert speed(cost) == pytest.approx(sum(cost.flops.values()) / 5e10)
+    assert speed(cost) == pytest.approx(sum(cost.flops.values()) / (0.25 * 989e12))
     assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989e12 and peak_flops("NVIDIA H100 80GB HBM3", "fp32") is None
+    assert peak_flops("another", "bf16") is None
+    with pytest.raises(ValueError, match="precision is fp32"):
+        speed_of(paper.model_copy(update={"precision": "fp32"}), "H100")
     with pytest.raises(ValueError, match="device 'abacus' is not known; expected one of B200"):
-        speed_of(paper, "abacus", None)
+        speed_of(paper, "abacus")
     with pytest.raises(ValueError, match="--mfu 40"):
         speed_of(paper, "H100", 40)
     with pytest.raises(ValueError, match="--memory lots: expected gigabytes, such as 80GB"):
         memory_of("lots", None)
     assert memory_of("24 gb", "H100") == 24e9 and memory_of(None, "H100") == 80e9 and memory_of(None, None) is None
+
+
+def test_time_as_a_run_of_this_machine_went(paper, tmp_path):
+    """FLOPs by seconds of all its stages, encoding included; a run without steps, or a device beside it, is told."""
+    with RunLog(tmp_path / "run.jsonl") as log:
+        log.write("header", version=1, run="before")
+        log.write("stage", stage="a")
+        log.write("step", stage="a", step=1, flops=1e9, seconds={"compute": 1.0})
+        log.write("stage_end", stage="a", seconds=4.0, executed_flops=6e9)
+        log.write("stage", stage="b")
+        log.write("step", stage="b", step=1, flops=2e9, seconds={"compute": 1.0})
+    speed, said = speed_of(paper, like=tmp_path)
+    cost = forecast(paper)[0]
+    assert said == "Time as before went: 1.6 GFLOP/s."
+    assert speed(cost) == pytest.approx(sum(cost.flops.values()) / (8e9 / 5))
+    with pytest.raises(ValueError, match="leave out --device and --mfu"):
+        speed_of(paper, "H100", like=tmp_path)
+    (tmp_path / "begun").mkdir()
+    with RunLog(tmp_path / "begun" / "run.jsonl") as log:
+        log.write("header", version=1, run="begun")
+    with pytest.raises(ValueError, match="expected a run that has trained, found no step in its log"):
+        speed_of(paper, like=tmp_path / "begun")
 
 
 def test_steps_of_token_budgets(paper):
@@ -257,31 +221,6 @@ def test_steps_of_token_budgets(paper):
     cost = forecast(paper.model_copy(update={"stages": (stage,)}))[0]
     assert cost.length() == 55 and cost.micro_batch == cost.batch == 181
     assert cost.steps == -(-stage.samples // 181) != stage.steps
-
-
-def test_calibrated_time_by_hand(paper):
-    found = {"pass": 0.5, "linear": 1e-12, "attention": 2e-12, "encoder": 3e-12, "device": "x"}
-    cost = forecast(paper)[0]
-    flops, passes = cost.flops, cost.stage.samples / 32
-    linear = sum(flops.values()) - flops["encoder"] - flops["language_attention"]
-    seconds = passes * 0.5 + linear * 1e-12 + flops["language_attention"] * 2e-12 + flops["encoder"] * 3e-12
-    assert calibrated(found)(cost) == pytest.approx(seconds)
-
-
-def test_calibration_of_a_small_model(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sparsight.pipeline.calibrate.CALIBRATION_STEPS", 5)
-    monkeypatch.setattr("sparsight.pipeline.calibrate.CALIBRATED", ("1:2", "1:4", "1:4,2:1", "1:4,4:1"))
-    file = tmp_path / "recipe.yaml"
-    # Layouts are tried that cannot be scaled to what the stage says.
-    to_come = {"places_of": "1:4,2:1,4:1", "proportional_attention": True}
-    stages = [stage_values(**to_come), stage_values("finetune", samples=4, bridge=FINER)]
-    file.write_text(json.dumps(recipe_values(str(save_encoder(tmp_path / "encoder")), stages=stages)))
-    monkeypatch.setattr(sys, "argv", ["sparsight", "plan", str(file), "--calibrate", "--out", str(tmp_path / "p.html")])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    shown = " ".join(capsys.readouterr().out.split())
-    assert stopped.value.code == 0 and "Time as calibrated on this computer" in shown
-    assert (tmp_path / "p.html").is_file()
 
 
 def test_console_is_narrow_enough(paper):

@@ -165,51 +165,26 @@ def plan(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe")],
     overrides: Overrides = None,
     preset: Preset = None,
-    device: Annotated[str | None, typer.Option(help="such as H100; this computer if it was measured")] = None,
+    device: Annotated[str | None, typer.Option(help="such as H100")] = None,
     mfu: Annotated[float | None, typer.Option(help="share of the device's peak; 0.4 if not given")] = None,
     memory: Annotated[str | None, typer.Option(help="such as 80GB: what fits; the device's if not given")] = None,
-    sweep: Annotated[bool, typer.Option("--sweep", help="values parted by commas: layout=cos-32,cos-80")] = False,
-    calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="about a minute of real steps on this computer")
-    ] = False,
+    like: Annotated[Path | None, typer.Option(help="folder of a run of this machine: as fast as that went")] = None,
     out: Annotated[Path | None, typer.Option(help="HTML page to write")] = None,
 ) -> None:
-    """Forecast what a recipe costs, without weights: FLOPs, memory, hours, and what would make it cheaper."""
+    """Forecast what a recipe costs, without weights: FLOPs, memory and hours."""
     from sparsight.config import load_recipes
     from sparsight.console import Console
-    from sparsight.cost.sweep import sweep as swept
     from sparsight.reporting import plan_page
 
     console = Console()
-    if sweep and preset is not None:
-        raise ValueError(f"--preset {preset} does not go with --sweep: give the values of one stage with KEY=A,B")
-    if not sweep and any(override.startswith("layout=") for override in overrides or []):
-        raise ValueError(
-            "layout=... stands for several stages and goes with --sweep; of one: stages.NAME.bridge.layout="
-        )
-    found, refused = swept(recipe, overrides or []) if sweep else ([], [])
-    recipes = [found[0][1]] if found else load_recipes(recipe, overrides, preset)
-    if calibrate:
-        from sparsight.pipeline import calibrate_recipe
-
-        calibrate_recipe(recipes[0], _console())
-    found = [(values, plan_page.settled(each, device)) for values, each in found]
-    recipes = [plan_page.settled(each, device) for each in recipes]
-    speed, said = plan_page.speed_of(recipes[0], device, mfu)
+    recipes = load_recipes(recipe, overrides, preset)
+    speed, said = plan_page.speed_of(recipes[0], device, mfu, like)
     limit = plan_page.memory_of(memory, device)
     console.print(said, highlight=False, markup=False)
-    if found:
-        heads, rows, _ = plan_page.sweep_rows(found, speed)
-        console.print(plan_page.table(recipes[0].name, heads, rows))
-        for line in refused:
-            console.print(line, style="yellow", markup=False, soft_wrap=True)
+    for settings in recipes:
         if out is not None:
-            plan_page.write_sweep(out, found, speed)
-    for settings in recipes if not found else ():
-        if out is not None:
-            plan_page.write_plan(
-                out.with_stem(f"{out.stem}-{settings.name}") if len(recipes) > 1 else out, settings, speed, limit
-            )
+            name = f"{out.stem}-{settings.name}" if len(recipes) > 1 else out.stem
+            plan_page.write_plan(out.with_stem(name), settings, speed, limit)
         plan_page.print_plan(settings, speed, limit, console)
     if out is not None:
         console.print(f"wrote [bold]{out}[/]")
@@ -334,21 +309,11 @@ def check(
 
 
 @app.command()
-def doctor(
-    measure_peak: Annotated[
-        bool, typer.Option("--measure-peak", help="time matrix products, for plan and MFU")
-    ] = False,
-) -> None:
+def doctor() -> None:
     """Show versions, devices and assets, what is missing, and the command that mends it."""
     from sparsight.console import Console
     from sparsight.doctor import diagnose, render
 
-    if measure_peak:
-        from sparsight import counting
-        from sparsight.cost.devices import keep_measurement
-
-        device = counting.default_device()
-        keep_measurement(peak=counting.measure_peak(device), auto=counting.precision_on(device, "auto"))
     checks = diagnose()
     render(checks, Console())
     if any(check.status == "missing" for check in checks):

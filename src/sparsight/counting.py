@@ -1,9 +1,8 @@
-"""What torch counts and times: FLOPs of real modules, for which no closed form is at hand, and a device's peak."""
+"""What torch counts and times: FLOPs of real modules, for which no closed form is at hand."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -70,28 +69,3 @@ def fast_bf16(device: torch.device) -> bool:
 def precision_on(device: torch.device, precision: str) -> str:
     """bf16 or fp32: what ``auto`` is on this device, others as they are."""
     return precision if precision != "auto" else "bf16" if fast_bf16(device) else "fp32"
-
-
-def timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds, with the device's queue empty before and after."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def measure_peak(device: torch.device) -> dict[str, Any]:
-    """FLOP/s of the fastest of a few square matrix products, best of five each, in ``bf16`` and ``fp32``."""
-    found: dict[str, Any] = {"device": device_name(device)}
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        found[name] = 0.0
-        for side in (512, 1024, 2048) if device.type == "cpu" else (2048, 4096, 8192):
-            a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
-            fastest = min(timed(lambda a=a, b=b: a @ b, device) for _ in range(6))  # type: ignore[misc]
-            found[name] = max(found[name], 2 * side**3 / fastest)
-            if fastest > 0.1:  # seconds; where bf16 is emulated, larger ones take minutes and are no faster
-                break
-    return found

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from sparsight.cost.devices import cpu_bf16, measurements
+from sparsight.cost.devices import cpu_bf16
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -44,7 +44,7 @@ class Check:
 
 def diagnose() -> list[Check]:
     """Look at Python, packages, the device, memory, disk and assets. Downloads and changes nothing."""
-    machine = [*_composing(), _torchvision(), _device(), _peak(), _memory(), _disk(Path.cwd()), _git()]
+    machine = [*_composing(), _torchvision(), _device(), _memory(), _disk(Path.cwd()), _git()]
     return [_python(), *_packages(), *machine, *_assets()]
 
 
@@ -147,14 +147,6 @@ def _device() -> Check:
     fast = " and ".join(cpu_bf16())
     bf16 = f"{fast}: bfloat16 is fast" if fast else "no bfloat16 instructions: float32 is faster"
     return Check("device", "ok", f"CPU, {torch.get_num_threads()} threads, {bf16}")
-
-
-def _peak() -> Check:
-    """What matrix products reached here, if it was measured: `plan` and the run log's MFU rest on it."""
-    found = measurements().get("peak")
-    if found is None:
-        return Check("peak", "ok", "not measured (sparsight doctor --measure-peak)")
-    return Check("peak", "ok", f"{found['device']}: {found['bf16']:.3g} FLOP/s bf16, {found['fp32']:.3g} fp32")
 
 
 def _memory() -> Check:

@@ -17,8 +17,7 @@ from transformers import Qwen2VLImageProcessorPil
 
 from small_runs import one_stage, train
 from sparsight.config import ChainOfSight, LayerSkipper, Linear, Lora, Stage, VisualTokenCompressor
-from sparsight.cost import Trains
-from sparsight.cost.devices import keep_measurement
+from sparsight.cost import Trains, devices
 from sparsight.counting import default_device, device_name
 from sparsight.data.collate import Collator
 from sparsight.modeling.encoders import count_flops
@@ -180,8 +179,7 @@ def test_a_step_of_an_attached_model(name, frozen):
 
 def test_the_trainer_sums_up_what_was_counted(tmp_path, monkeypatch):
     """``total_flos`` of the checkpoint, and the share of a peak that is known."""
-    monkeypatch.setenv("SPARSIGHT_CACHE", str(tmp_path / "cache"))
-    keep_measurement(peak={"device": device_name(default_device()), "bf16": 1e12, "fp32": 1e12})
+    monkeypatch.setitem(devices.DEVICES, device_name(default_device()), (1e12, 80))
     recipe, stage = one_stage(checkpoints=1, compressor={"keep": 0.25})
     model, processor = make_vlm()
     select_trainable(model, stage)

@@ -1,14 +1,11 @@
-"""What devices can do: dense bf16 peaks from their makers' data sheets, and what was measured on this computer."""
+"""What devices can do: dense bf16 peaks from their makers' data sheets."""
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 # FLOP/s of dense bf16 matrix products with fp32 sums, and GB of memory. The first that a device's name holds counts.
 DEVICES: dict[str, tuple[float, float]] = {
@@ -36,7 +33,7 @@ DEVICES: dict[str, tuple[float, float]] = {
 }
 # CPU features that make bfloat16 autocast faster than float32.
 BF16_FEATURES = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16", "bf16": "Arm BF16"}
-MFU = 0.4  # share of the peak that `plan` assumes where nothing was calibrated
+MFU = 0.4  # share of the peak that `plan` assumes where nothing else is given
 
 
 def cpu_name() -> str:
@@ -79,38 +76,8 @@ def known_device(name: str) -> tuple[str, float, float]:
     raise ValueError(f"device '{name}' is not known; expected one of {', '.join(DEVICES)}")
 
 
-def measurements_file() -> Path:
-    """What `doctor --measure-peak` and `plan --calibrate` found: ``$SPARSIGHT_CACHE``, else ``~/.cache/sparsight``."""
-    folder = os.environ.get("SPARSIGHT_CACHE") or Path.home() / ".cache" / "sparsight"
-    return Path(folder).expanduser() / "measurements.json"
-
-
-def measurements() -> dict[str, Any]:
-    """``peak``: device, bf16 and fp32 in FLOP/s; ``calibrations`` by model; ``auto``: the precision that it stands for
-    here. Empty where nothing was measured."""
-    file = measurements_file()
-    try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error}); delete it and measure again") from None
-
-
-def keep_measurement(**found: Any) -> Path:
-    """Add to the file, atomically."""
-    file = measurements_file()
-    values = measurements() | found
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    partial.replace(file)
-    return file
-
-
 def peak_flops(device: str, precision: str) -> float | None:
-    """FLOP/s that a device reaches at most: measured here, else from the table (bf16 alone); None if unknown."""
-    measured = measurements().get("peak", {})
-    if measured.get("device") == device:
-        return measured.get(precision)
+    """FLOP/s that a device reaches at most, from the table (bf16 alone); None if unknown."""
     try:
         return known_device(device)[1] if precision == "bf16" else None
     except ValueError:

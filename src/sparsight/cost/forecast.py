@@ -11,13 +11,11 @@ from typing import Any
 
 from sparsight.config import (
     ChainOfSight,
-    LayerSkipper,
     Lora,
     Recipe,
     Resampler,
     SceneData,
     Stage,
-    VisualTokenCompressor,
 )
 from sparsight.cost.flops import step_flops
 from sparsight.cost.memory import (
@@ -244,29 +242,6 @@ def standard(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"stages": tuple(map(plain, recipe.stages))})
 
 
-def levers(recipe: Recipe) -> list[tuple[str, float]]:
-    """(change of a stage, total FLOPs after it relative to now), the best first. Of methods that cost quality too."""
-    now = total_flops(forecast(recipe))
-    found = []
-    for number, stage in enumerate(recipe.stages):
-        cost, last = StageCost(recipe, stage), number + 1 == len(recipe.stages)
-        changes: dict[str, dict[str, Any]] = {}
-        if not last and cost.tokens > 32 and min(cost.map_size) >= 4:
-            changes["bridge: cos-32"] = {"bridge": ChainOfSight("cos-32", **inner_sizes(stage.bridge))}
-        dense = not (isinstance(stage.bridge, ChainOfSight) or stage.proportional_attention)  # else few tokens already
-        if not last and stage.compressor is None and dense:
-            changes["compressor: {keep: 0.25}"] = {"compressor": VisualTokenCompressor()}
-        if last and stage.skipper is None:
-            changes["skipper: {alpha: 0.6, epsilon: 0.3}"] = {"skipper": LayerSkipper()}
-        if not stage.cache_features and stage.learning_rate.vision is None:
-            changes["cache_features: true"] = {"cache_features": True}
-        for name, update in changes.items():
-            stages = [stage.model_copy(update=update) if s is stage else s for s in recipe.stages]
-            after = total_flops(forecast(recipe.model_copy(update={"stages": tuple(stages)})))
-            found.append((f"stages.{stage.name}.{name}", after / now))
-    return sorted((lever for lever in found if lever[1] < 0.995), key=lambda lever: lever[1])
-
-
 def remedies(cost: StageCost, limit: float) -> list[str]:
     """Changes of a stage that does not fit into ``limit`` bytes after which it does, each with its size."""
     stage = cost.stage
@@ -314,28 +289,3 @@ Speed = Callable[[StageCost], float]
 def at_peak(peak: float, mfu: float) -> Speed:
     """Seconds of a stage on a device that does ``mfu`` of its peak."""
     return lambda cost: sum(cost.flops.values()) / (peak * mfu)
-
-
-def calibration_key(recipe: Recipe) -> str:
-    """What a calibration belongs to: the model, its precision, and how its stages train."""
-    language = recipe.language if isinstance(recipe.language, str) else recipe.language.model_dump_json()
-    return f"{recipe.vision} + {language} ({recipe.language_layers or 'all'} layers), {recipe.precision}"
-
-
-def calibrated(found: dict[str, Any]) -> Speed:
-    """Seconds of a stage from what `plan --calibrate` measured: seconds of a pass as such, with its share of the
-    optimizer's step, and of a FLOP of linear maps, of attention, and of the encoder."""
-
-    def seconds(cost: StageCost) -> float:
-        total, passes = cost.flops["encoder"] * found["encoder"], cost.stage.samples / cost.micro_batch
-        for share, keep, layers in cost._course():
-            total += share * passes * pass_seconds(found, cost.micro_batch_flops(keep, layers))
-        return total
-
-    return seconds
-
-
-def pass_seconds(found: dict[str, Any], parts: dict[str, float]) -> float:
-    """Seconds of one forward and backward pass from its FLOPs by part, without those of the encoder."""
-    attention = parts["language_attention"]
-    return found["pass"] + found["linear"] * (sum(parts.values()) - attention) + found["attention"] * attention

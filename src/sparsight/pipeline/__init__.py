@@ -1,7 +1,6 @@
 """One module for each command that runs models: they join data, model, training, evaluation and reports."""
 
 from sparsight.pipeline.analyze import analyze_checkpoint
-from sparsight.pipeline.calibrate import CALIBRATED, TimedSteps, calibrate_recipe, timed_steps
 from sparsight.pipeline.check import check_data
 from sparsight.pipeline.compare import run_comparison
 from sparsight.pipeline.evaluate import EXAMPLES, autocast, evaluate_checkpoint
@@ -10,13 +9,10 @@ from sparsight.pipeline.inspect import inspect_checkpoint
 from sparsight.pipeline.train import enter_stage, max_length, run
 
 __all__ = [
-    "CALIBRATED",
     "EXAMPLES",
     "RECIPE_FILE",
-    "TimedSteps",
     "analyze_checkpoint",
     "autocast",
-    "calibrate_recipe",
     "check_data",
     "enter_stage",
     "evaluate_checkpoint",
@@ -26,5 +22,4 @@ __all__ = [
     "run",
     "run_comparison",
     "samples_hash",
-    "timed_steps",
 ]

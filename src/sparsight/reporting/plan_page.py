@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,12 @@ from rich.console import Console
 from rich.text import Text
 
 from sparsight.config import Recipe
-from sparsight.cost.devices import MFU, known_device, measurements
+from sparsight.cost.devices import MFU, known_device
 from sparsight.cost.forecast import (
     Speed,
     StageCost,
     at_peak,
-    calibrated,
-    calibration_key,
     forecast,
-    levers,
     paper_ratios,
     remedies,
     standard,
@@ -27,6 +25,7 @@ from sparsight.cost.forecast import (
 )
 from sparsight.reporting.comparison import duration, human
 from sparsight.reporting.page import marker, plot, table, write_page
+from sparsight.reporting.runlog import read_run
 
 HEADINGS = ("stage", "visual tokens", "layers run", "length", "micro-batch", "steps", "FLOPs", "memory")
 STANDARD = (
@@ -41,37 +40,38 @@ ASSUMED = (
 Rows = list[list[str]]
 
 
-def settled(recipe: Recipe, device: str | None) -> Recipe:
-    """``precision: auto`` as bf16, or fp32 where this computer was measured and has no bf16."""
-    auto = measurements().get("auto", "bf16") if device is None else "bf16"
-    return recipe.model_copy(update={"precision": auto}) if recipe.precision == "auto" else recipe
+def speed_of(
+    recipe: Recipe, device: str | None = None, mfu: float | None = None, like: Path | None = None
+) -> tuple[Speed | None, str]:
+    """How long stages take, on a named device or as a run of this machine went, and on what that rests.
 
-
-def speed_of(recipe: Recipe, device: str | None, mfu: float | None) -> tuple[Speed | None, str]:
-    """How long stages take: on a named device, else as calibrated here, else from the peak measured here; and on what
-    that rests.
+    Args:
+        like: folder of a run, whose executed FLOPs by its seconds are taken.
 
     Raises:
-        ValueError: the device is not known, or ``mfu`` is no share.
+        ValueError: the device is not known, ``mfu`` is no share, both a device and a run are given, or the run logged
+            no step.
     """
     if mfu is not None and not 0 < mfu <= 1:
         raise ValueError(f"--mfu {mfu}: expected a share of the peak above 0 and up to 1")
-    recipe = settled(recipe, device)
-    share, known = mfu or MFU, measurements()
-    assumed = f"{share:.0%} of it ({'given' if mfu else 'assumed'})"
-    if device is not None:
-        name, peak, _ = known_device(device)
-        if recipe.precision != "bf16":
-            raise ValueError(f"--device {device}: its peak is known for bf16, but precision is {recipe.precision}")
-        said = f"Time on one {name}: its peak is {human(peak, 'FLOP/s')}, and a run does {assumed}."
-        return at_peak(peak, share), said
-    if mfu is None and (found := known.get("calibrations", {}).get(calibration_key(recipe))):
-        return calibrated(found), f"Time as calibrated on this computer ({found['device']})."
-    if peak := known.get("peak", {}).get(recipe.precision):
-        where = f"{known['peak']['device']}, {recipe.precision}"
-        return at_peak(peak, share), f"Time on this computer: {human(peak, 'FLOP/s')} measured ({where}), {assumed}."
-    how = "name a --device, or measure this computer with --calibrate or `sparsight doctor --measure-peak`"
-    return None, f"No time: {how}."
+    if like is not None:
+        if device is not None or mfu is not None:
+            raise ValueError(f"--like {like} says how fast the device is: leave out --device and --mfu")
+        run = read_run(like)
+        seconds, flops = (
+            math.fsum(getattr(stage, key) for stage in run.stages) for key in ("seconds", "executed_flops")
+        )
+        if not seconds or not flops:
+            raise ValueError(f"--like {like}: expected a run that has trained, found no step in its log")
+        return at_peak(flops / seconds, 1.0), f"Time as {run.name} went: {human(flops / seconds, 'FLOP/s')}."
+    if device is None:
+        return None, "No time: name a --device, or a run of this machine with --like RUN."
+    name, peak, _ = known_device(device)
+    if recipe.precision == "fp32":
+        raise ValueError(f"--device {device}: its peak is known for bf16, but precision is {recipe.precision}")
+    assumed = f"{mfu or MFU:.0%} of it ({'given' if mfu else 'assumed'})"
+    said = f"Time on one {name}: its peak is {human(peak, 'FLOP/s')}, and a run does {assumed}."
+    return at_peak(peak, mfu or MFU), said
 
 
 def memory_of(text: str | None, device: str | None) -> float | None:
@@ -117,7 +117,7 @@ def gigabytes(size: float) -> str:
 
 def notes(recipe: Recipe, stages: Sequence[StageCost], speed: Speed | None) -> list[str]:
     """What the table does not say: the ratio to the standard recipe (first, as the headline) and what that is, what
-    dominates, which lever helps most."""
+    dominates, the paper's ratios."""
     plain, now = forecast(standard(recipe)), total_flops(list(stages))
     ratio = now / total_flops(plain)
     line = f"{human(now, 'FLOP')} in all: {ratio:.2f}x of the standard recipe's"
@@ -128,9 +128,6 @@ def notes(recipe: Recipe, stages: Sequence[StageCost], speed: Speed | None) -> l
     (stage, part), share = shares.most_common(1)[0]
     lines = [f"{line}.", STANDARD.format(tokens=plain[0].tokens)]
     lines.append(f"{share:.0%} of the FLOPs are {part.replace('_', ' ')} in stage {stage}.")
-    if found := levers(recipe):
-        best = "; ".join(f"{change} -> {after:.2f}x" for change, after in found[:3])
-        lines.append(f"What would save most FLOPs (and may cost quality: see docs/methods): {best} of this recipe's.")
     if ratios := paper_ratios(recipe):
         shown = ", ".join(f"{name} {flops:.2f} ({clock:.2f})" for name, (flops, clock) in ratios.items())
         lines.append(
@@ -191,22 +188,6 @@ def check_fits(cost: StageCost, limit: float) -> None:
     )
 
 
-def sweep_rows(
-    found: Sequence[tuple[Mapping[str, str], Recipe]], speed: Speed | None
-) -> tuple[list[str], Rows, list[float]]:
-    """Headings, a row for each recipe, and their FLOPs."""
-    rows, flops = [], []
-    for chosen, recipe in found:
-        stages = forecast(recipe)
-        flops.append(total_flops(stages))
-        row = [*chosen.values(), ", ".join(str(cost.tokens) for cost in stages), human(flops[-1])]
-        row += [f"{flops[-1] / flops[0]:.2f}x", f"{flops[-1] / total_flops(forecast(standard(recipe))):.2f}x"]
-        row.append(gigabytes(max(sum(cost.memory().values()) for cost in stages)))
-        rows.append(row + ([] if speed is None else [duration(sum(map(speed, stages)))]))
-    heads = [*found[0][0], "tokens", "FLOPs", "of the first", "of standard", "memory"]
-    return heads + ([] if speed is None else ["time"]), rows, flops
-
-
 def write_plan(path: Path, recipe: Recipe, speed: Speed | None, limit: float | None) -> None:
     """One recipe as a self-contained page."""
     stages = forecast(recipe)
@@ -215,41 +196,12 @@ def write_plan(path: Path, recipe: Recipe, speed: Speed | None, limit: float | N
         for number, part in enumerate(stages[0].flops)
     ]
     lead, *lines = notes(recipe, stages, speed)
-    _write(path, recipe.name, lead, "FLOPs by stage and part", bars, *_plan_table(stages, speed, limit), lines)
-
-
-def write_sweep(path: Path, found: Sequence[tuple[Mapping[str, str], Recipe]], speed: Speed | None) -> None:
-    """Several recipes as a self-contained page: FLOPs over the first key, a group of bars for each of the others."""
-    heads, rows, flops = sweep_rows(found, speed)
-    groups: dict[str, tuple[list[str], list[float]]] = {}
-    for (chosen, _), value in zip(found, flops, strict=True):
-        first, *others = chosen.items()
-        names, values = groups.setdefault(", ".join("=".join(pair) for pair in others), ([], []))
-        names.append("=".join(first))
-        values.append(value)
-    bars = [_bar(name or "FLOPs", *values, number) for number, (name, values) in enumerate(groups.items())]
-    lowest, highest = (end(range(len(flops)), key=flops.__getitem__) for end in (min, max))
-    said = ", ".join("=".join(pair) for pair in found[lowest][0].items())
-    lead = f"{len(found)} recipes, from {human(flops[lowest], 'FLOP')} ({said}) to {human(flops[highest], 'FLOP')}."
-    _write(path, found[0][1].name, lead, "FLOPs of the whole training", bars, heads, rows, [], "group")
+    vertical = {"title": {"text": "FLOPs"}, "tickformat": "~s", "fixedrange": True}
+    figure = plot("flops", bars, {"type": "category", "fixedrange": True}, vertical, 400, barmode="stack")
+    heads, rows = _plan_table(stages, speed, limit)
+    write_page(path, "plan.html.j2", [figure], name=recipe.name, lead=lead, heads=heads, rows=rows, notes=lines)
 
 
 def _bar(name: str, x: list[str], y: list[float], index: int) -> dict[str, Any]:
     shown = {"name": name, "marker": marker(index), "hovertemplate": "%{x}: %{y:.3s}FLOP"}
     return {"type": "bar", "x": x, "y": y} | shown
-
-
-def _write(
-    path: Path,
-    name: str,
-    lead: str,
-    title: str,
-    bars: list[dict[str, Any]],
-    heads: list[str],
-    rows: Rows,
-    lines: list[str],
-    mode: str = "stack",
-) -> None:
-    vertical = {"title": {"text": "FLOPs"}, "tickformat": "~s", "fixedrange": True}
-    figure = plot("flops", bars, {"type": "category", "fixedrange": True}, vertical, 400, barmode=mode)
-    write_page(path, "plan.html.j2", [figure], name=name, lead=lead, title=title, heads=heads, rows=rows, notes=lines)
