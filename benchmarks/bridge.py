@@ -20,10 +20,10 @@ from rich.table import Table
 from torch import nn
 
 from sparsight.bridges import build_bridge
-from sparsight.config import ChainOfSight, Resampler
 from sparsight.cost import Trains, bridge_flops
-from sparsight.counting import precision_on
+from sparsight.devices.precision import precision_on
 from sparsight.pipeline import autocast
+from sparsight.settings.bridges import ChainOfSight, Resampler
 
 # patches per side, layout; 27 is SigLIP's map, which no grid divides
 SHAPES = [(16, "cos-80"), (16, "cos-336"), (27, "cos-336"), (32, "cos-80"), (32, "cos-336"), (32, "cos-1296")]

@@ -28,14 +28,15 @@ from rich.progress import track
 from rich.table import Table
 
 import sparsight
-from sparsight.config import Recipe, Stage, load_comparison
-from sparsight.counting import precision_on
 from sparsight.data.batching import plan_steps
 from sparsight.data.chat import encode_conversation
 from sparsight.data.collate import Collator
+from sparsight.devices.precision import precision_on
 from sparsight.modeling.packed import attention_for_packed_rows
 from sparsight.pipeline import autocast, run
 from sparsight.reporting.runlog import read_run, step_seconds
+from sparsight.settings.load import load_comparison
+from sparsight.settings.recipe import Recipe, Stage
 
 # How many of the captions have 0, 1, 2, ... tokens.
 CAPTIONS = [0, 0, 16, 196, 348, 117, 67, 27, 22, 28, 10, 40, 18, 9, 6, 11, 8, 6, 2, 3, 2, 2, 1, 0, 1, 0, 1, 0, 1, 0, 1]

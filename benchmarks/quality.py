@@ -35,19 +35,20 @@ from rich.progress import track
 
 from sparsight.assets import easy_vqa_folder
 from sparsight.bridges import build_bridge
-from sparsight.config import Recipe, SceneData, Stage
-from sparsight.counting import default_device, precision_on
-from sparsight.data.scenes import ScenesDataset
 from sparsight.data.sources import scene_config
+from sparsight.devices.precision import default_device, precision_on
 from sparsight.evaluation.ask import Questions, Scores, ask
 from sparsight.evaluation.held_out import held_out_questions
 from sparsight.evaluation.scenes import scene_questions
-from sparsight.modeling.scale import scale_tokens
+from sparsight.modeling.scaling import scale_tokens
 from sparsight.pipeline import autocast, load, run, samples_hash
 from sparsight.pipeline.files import settle_image_size
 from sparsight.reporting import environment, read_run
 from sparsight.reporting.comparison import write_atomic
 from sparsight.reporting.runlog import StageRun, step_seconds
+from sparsight.scenes.questions import ScenesDataset
+from sparsight.settings.data import SceneData
+from sparsight.settings.recipe import Recipe, Stage
 
 HERE = Path(__file__).parent
 WIDTHS = {"width": 192, "heads": 3, "mlp_ratio": 2, "query_std": 1}

@@ -19,11 +19,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sparsight.config import Recipe, SceneData
 from sparsight.data.collate import Collator, TrainingSet
 from sparsight.data.sources import SceneSource
-from sparsight.modeling.scale import scale_tokens
+from sparsight.modeling.scaling import scale_tokens
 from sparsight.pipeline import RECIPE_FILE, autocast, load
+from sparsight.settings.data import SceneData
+from sparsight.settings.recipe import Recipe
 
 
 def losses(

@@ -28,10 +28,11 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
-from sparsight.config import ConversationData, Stage
 from sparsight.data.batching import RankBatches, plan_steps
 from sparsight.data.shards import build_index
 from sparsight.data.sources import ShardSource
+from sparsight.settings.data import ConversationData
+from sparsight.settings.recipe import Stage
 
 SAMPLES, SHARDS, SIDE, BATCH, READ = 100_000, 10, 32, 32, 10_000
 

@@ -43,14 +43,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from data import batches_of, caption_items
 from sparsight import ChainOfSight, build
-from sparsight.config import LayerSkipper, Resampler, ScratchLanguage, Stage, VisualTokenCompressor
-from sparsight.counting import precision_on
 from sparsight.data.collate import Collator
-from sparsight.modeling.build import language_folder, scratch_tokenizer
+from sparsight.devices.precision import precision_on
+from sparsight.modeling.build import language_folder
 from sparsight.modeling.packed import attention_for_packed_rows
+from sparsight.modeling.scratch import scratch_tokenizer
 from sparsight.modeling.short import attention
 from sparsight.pipeline import autocast
 from sparsight.reporting import environment
+from sparsight.settings.bridges import Resampler
+from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
+from sparsight.settings.recipe import ScratchLanguage, Stage
 from sparsight.sparse.attach import SparseHandle, attach
 from sparsight.training.stages import add_lora, select_trainable
 

@@ -3,6 +3,6 @@
 import json
 from pathlib import Path
 
-from sparsight.config import Recipe
+from sparsight.settings.recipe import Recipe
 
 Path("docs/recipe.schema.json").write_text(json.dumps(Recipe.model_json_schema(), indent=2) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
-from sparsight.statistics import bootstrap, paired_test
+from sparsight.evaluation.significance import bootstrap, paired_test
 
 START, END = "<!-- results: start -->", "<!-- results: end -->"
 ROOT = Path(__file__).parents[1]
@@ -251,7 +251,7 @@ def quality_table(
 
 
 def grouped(seeds: list[dict]) -> tuple[list[list[float]], list[int], list[str]]:
-    """Points of each seed, and picture and task of each point, as `sparsight.statistics` takes them."""
+    """Points of each seed, and picture and task of each point, as `sparsight.evaluation.significance` takes them."""
     points = [[*chain(*entry["test"]["points"].values())] for entry in seeds]
     pictures = seeds[0]["test"]["pictures"]
     return points, [*chain(*pictures.values())], [task for task, own in pictures.items() for _ in own]

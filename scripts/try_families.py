@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from sparsight.config import LayerSkipper, VisualTokenCompressor
+from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
 from sparsight.sparse.attach import attach
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"

@@ -16,9 +16,9 @@ import psutil
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from sparsight.config import Recipe
 from sparsight.cost.forecast import forecast
 from sparsight.modeling.build import build
+from sparsight.settings.recipe import Recipe
 from sparsight.training.stages import add_lora, parameter_groups, select_trainable
 from tiny import make_language
 

@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
-from sparsight.config import Recipe, Stage
 from sparsight.cost import Trains
 from sparsight.data.collate import TrainingSet
 from sparsight.data.sources import open_source
+from sparsight.settings.recipe import Recipe, Stage
 from sparsight.training.trainer import StepCounter, plan_stage, train_stage
 from tiny import clip_config
 

@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sparsight.modeling.build import multimodal_template
+from sparsight.modeling.chat_templates import multimodal_template
 from tiny import TEXTS
 
 FOLDER = Path(__file__).parent / "data" / "templates"

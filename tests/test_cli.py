@@ -25,10 +25,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from small_runs import BRIDGE, FINER, quiet, recipe_values, save_encoder, stage_values
 from sparsight import cli
-from sparsight.config import ChainOfSight, Recipe
 from sparsight.data.collate import TrainingSet
 from sparsight.pipeline import load, run
 from sparsight.reporting import read_run
+from sparsight.settings.bridges import ChainOfSight
+from sparsight.settings.recipe import Recipe
 from tiny import clip_config, make_language, make_vlm
 
 # A new command or option is a promise to keep: it is added here on purpose.

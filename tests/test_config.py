@@ -11,24 +11,19 @@ from typer.models import OptionInfo
 
 from small_runs import SCENES, recipe_values, stage_values
 from sparsight import cli
-from sparsight.config import (
+from sparsight.layouts import PRESETS, Layout
+from sparsight.settings.bridges import (
     BRIDGE_KINDS,
     ChainOfSight,
-    Comparison,
-    LearningRates,
     Linear,
     Mlp,
     PixelShuffle,
-    Recipe,
     Resampler,
-    Stage,
     bridge_settings,
-    builtin_recipe,
     check_scaling,
-    load_comparison,
-    load_recipe,
 )
-from sparsight.layouts import PRESETS, Layout
+from sparsight.settings.load import builtin_recipe, load_comparison, load_recipe
+from sparsight.settings.recipe import Comparison, LearningRates, Recipe, Stage
 
 RECIPE = """
 name: small

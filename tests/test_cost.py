@@ -13,9 +13,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.pytorch_utils import Conv1D
 
 from sparsight.bridges import build_bridge
-from sparsight.config import ChainOfSight, Linear, Lora, Mlp, PixelShuffle, Resampler, Stage
 from sparsight.cost import LanguageShape, Trains, bridge_flops, language_flops, step_flops
 from sparsight.modeling.encoders import count_flops
+from sparsight.settings.bridges import ChainOfSight, Linear, Mlp, PixelShuffle, Resampler
+from sparsight.settings.recipe import Lora, Stage
 from sparsight.training.stages import add_lora, select_trainable
 from tiny import clip_config, make_language, make_vlm
 

@@ -18,9 +18,11 @@ from transformers import Trainer, TrainingArguments
 import sparsight
 from sparsight import assets
 from sparsight.cli import main
-from sparsight.config import LayerSkipper, Recipe, VisualTokenCompressor, load_comparison, load_recipe
 from sparsight.layouts import PRESETS, Layout
 from sparsight.reporting import read_run
+from sparsight.settings.load import load_comparison, load_recipe
+from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
+from sparsight.settings.recipe import Recipe
 from tiny import ask, picture
 
 ROOT = Path(__file__).parents[1]

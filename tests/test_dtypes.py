@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionModel
 
 from small_runs import quiet, recipe_values, save_encoder, stage_values
-from sparsight.config import Recipe
 from sparsight.pipeline import evaluate, evaluate_checkpoint, load, run
+from sparsight.settings.recipe import Recipe
 from tiny import make_language
 
 PARTS = {"vision": "model.vision_tower.", "bridge": "model.multi_modal_projector.", "language": "model.language_model."}

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from small_runs import SCENES, quiet, stage_values
-from sparsight.config import ChainOfSight, Recipe
 from sparsight.data.sources import open_source
 from sparsight.pipeline.features import cached_features
 from sparsight.pipeline.files import Session
 from sparsight.reporting import RunLog
+from sparsight.settings.bridges import ChainOfSight
+from sparsight.settings.recipe import Recipe
 from tiny import make_vlm
 
 

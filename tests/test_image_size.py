@@ -7,14 +7,14 @@ import pytest
 from transformers import SiglipVisionConfig
 
 from small_runs import quiet, recipe_values, save_encoder, stage_values
-from sparsight.config import Recipe
 from sparsight.cost.forecast import forecast
 from sparsight.modeling.build import own_image_size
-from sparsight.modeling.scale import scale_tokens
+from sparsight.modeling.scaling import scale_tokens
 from sparsight.pipeline import run
 from sparsight.pipeline.check import check_data
 from sparsight.pipeline.files import settle_image_size
 from sparsight.reporting import read_run
+from sparsight.settings.recipe import Recipe
 from tiny import clip_config, make_vlm
 
 

@@ -19,15 +19,16 @@ from safetensors.torch import load_file
 
 from shards import samples, write_tar
 from small_runs import BRIDGE, FINER, SCENES, Crash, quiet, recipe_values, save_encoder, stage_values
-from sparsight import assets, counting, pipeline
-from sparsight.config import Comparison, Recipe
+from sparsight import assets, pipeline
 from sparsight.data.collate import TrainingSet
-from sparsight.data.scenes import TASKS
 from sparsight.data.sources import open_source
+from sparsight.devices import precision as counting
 from sparsight.pipeline import evaluate_checkpoint, load, run, run_comparison
 from sparsight.pipeline.files import trained_by, with_cutouts
 from sparsight.reporting import Run, read_run, write_card
 from sparsight.reporting.comparison import human
+from sparsight.scenes.world import TASKS
+from sparsight.settings.recipe import Comparison, Recipe
 from tiny import ask
 
 NO_SCORES = {"kind": "none"}

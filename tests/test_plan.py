@@ -13,16 +13,6 @@ import pytest
 from rich.console import Console
 
 from small_runs import quiet, recipe_values, stage_values
-from sparsight.config import (
-    LayerSkipper,
-    LearningRates,
-    Recipe,
-    Stage,
-    VisualTokenCompressor,
-    load_recipe,
-    load_recipes,
-)
-from sparsight.cost.devices import known_device, peak_flops
 from sparsight.cost.forecast import (
     StageCost,
     at_peak,
@@ -32,9 +22,13 @@ from sparsight.cost.forecast import (
     standard,
     total_flops,
 )
+from sparsight.devices.peaks import known_device, peak_flops
 from sparsight.reporting.plan_page import check_fits, memory_of, print_plan, speed_of, write_plan
 from sparsight.reporting.runlog import RunLog
 from sparsight.schedules import skip_probabilities
+from sparsight.settings.load import load_recipe, load_recipes
+from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
+from sparsight.settings.recipe import LearningRates, Recipe, Stage
 
 PAPER = Path(__file__).parents[1] / "recipes" / "paper-7b.yaml"
 

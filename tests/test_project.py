@@ -19,7 +19,7 @@ LIGHT = (
     "sparsight",
     "sparsight.layouts",
     "sparsight.schedules",
-    "sparsight.config",
+    "sparsight.settings.load",
     "sparsight.cost",
     "sparsight.cli",
 )

@@ -10,8 +10,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from small_runs import FINER, recipe_values, save_encoder, stage_values
-from sparsight.config import Recipe
 from sparsight.pipeline import load, run
+from sparsight.settings.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 QUIET = Console(quiet=True)

@@ -15,7 +15,6 @@ from transformers import (
 )
 
 from sparsight.bridges import build_bridge
-from sparsight.config import ChainOfSight, Linear, Mlp, PixelShuffle, Resampler, ScratchLanguage
 from sparsight.cost.flops import language_flops
 from sparsight.cost.shapes import (
     ENCODERS,
@@ -27,9 +26,12 @@ from sparsight.cost.shapes import (
     encoder_shape,
     language_shape,
 )
-from sparsight.counting import flop_counter
+from sparsight.devices.flops import flop_counter
 from sparsight.modeling.configuration import EfficientNetLiteConfig
-from sparsight.modeling.encoders import EfficientNetLiteModel, count_flops, feature_levels
+from sparsight.modeling.efficientnet_lite import EfficientNetLiteModel
+from sparsight.modeling.encoders import count_flops, feature_levels
+from sparsight.settings.bridges import ChainOfSight, Linear, Mlp, PixelShuffle, Resampler
+from sparsight.settings.recipe import ScratchLanguage
 from tiny import make_vlm
 
 SMALL = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsight.evaluation.metrics import yes_no_scores
-from sparsight.statistics import bootstrap, holm, paired_test
+from sparsight.evaluation.significance import bootstrap, holm, paired_test
 
 POINT = st.sampled_from([0.0, 0.25, 1.0])
 

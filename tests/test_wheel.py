@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sparsight import assets
-from sparsight.config import load_recipe
+from sparsight.settings.load import load_recipe
 from tiny import picture
 
 ROOT = Path(__file__).parents[1]

@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from sparsight.config import ChainOfSight, ScratchLanguage
 from sparsight.data.sources import Sample
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
-from sparsight.modeling.build import build, scratch_language
+from sparsight.modeling.build import build
+from sparsight.modeling.scratch import scratch_language
+from sparsight.settings.bridges import ChainOfSight
+from sparsight.settings.recipe import ScratchLanguage
 
 TEXTS = (
     "How many apples are in the picture? There are 12 apples.",

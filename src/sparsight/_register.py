@@ -16,7 +16,7 @@ from typing import Any
 # theirs import each other, and a module that is half loaded cannot be imported from.
 _OURS = {
     "transformers.models.auto.configuration_auto": "sparsight.modeling.configuration",
-    "transformers.models.auto.modeling_auto": "sparsight.modeling.modeling",
+    "transformers.models.auto.modeling_auto": "sparsight.modeling.vlm",
     "transformers.models.auto.processing_auto": "sparsight.modeling.processing",
 }
 

@@ -104,8 +104,8 @@ def demo(
     """Train a small VLM twice, the standard way and ours, on the same samples, and compare them."""
     if short and recipe is not None:
         raise ValueError(f"--short is the built-in demo; --recipe {recipe} was given as well. Give one of them")
-    from sparsight.config import builtin_recipe, load_comparison
     from sparsight.pipeline import run_comparison
+    from sparsight.settings.load import builtin_recipe, load_comparison
 
     changes = [*(_SHORT if short else ()), *(overrides or [])]
     comparison = load_comparison(recipe or builtin_recipe("demo.yaml"), changes)
@@ -127,7 +127,7 @@ def train(
     preset: Preset = None,
 ) -> None:
     """Train a VLM by the stages of a recipe."""
-    from sparsight.config import load_recipe
+    from sparsight.settings.load import load_recipe
 
     settings = load_recipe(recipe, overrides, preset)  # before the heavy imports: a mistake in it is told at once
     from sparsight.pipeline import run
@@ -172,9 +172,9 @@ def plan(
     out: Annotated[Path | None, typer.Option(help="HTML page to write")] = None,
 ) -> None:
     """Forecast what a recipe costs, without weights: FLOPs, memory and hours."""
-    from sparsight.config import load_recipes
     from sparsight.console import Console
     from sparsight.reporting import plan_page
+    from sparsight.settings.load import load_recipes
 
     console = Console()
     recipes = load_recipes(recipe, overrides, preset)
@@ -201,7 +201,7 @@ def evaluate(
 ) -> None:
     """Ask a model the embedded scenes' questions, or those of a file; print scores with their intervals, chance, and
     the control with shuffled pictures."""
-    from sparsight.config import held_out_file
+    from sparsight.settings.recipe import held_out_file
 
     held_out = held_out_file(data, images, metric, items)
     from sparsight.pipeline import evaluate_checkpoint
@@ -221,7 +221,7 @@ def scale(
     """Give a checkpoint more or fewer visual tokens, or another image size, weights carried over."""
     sources = {new: old for new, old in (_integers(pair, "=", "--source", 2) for pair in source or [])}
     numbers = None if levels is None else _integers(levels, ",", "--levels")
-    from sparsight.modeling.scale import scale_checkpoint
+    from sparsight.modeling.scaling import scale_checkpoint
 
     console = _console()
     console.print(str(scale_checkpoint(checkpoint, out, layout, image_size, sources, numbers)), highlight=False)
@@ -272,10 +272,11 @@ def preview(
     n: Annotated[int, typer.Option(help="pictures", min=1)] = 12,
 ) -> None:
     """Write a contact sheet of a recipe's data."""
-    from sparsight.config import SceneData, load_recipe
     from sparsight.console import Console
     from sparsight.data.preview import contact_sheet
     from sparsight.data.sources import open_source
+    from sparsight.settings.data import SceneData
+    from sparsight.settings.load import load_recipe
 
     data, side = SceneData(), 256
     if recipe is not None:
@@ -298,7 +299,7 @@ def check(
     stage: Annotated[str | None, typer.Option(help="whose data to check, where stages have their own")] = None,
 ) -> None:
     """Look at all samples of a recipe: which are bad and why, and how long they are. Exit code 1 if any is bad."""
-    from sparsight.config import load_recipe
+    from sparsight.settings.load import load_recipe
 
     settings = load_recipe(recipe, overrides)
     from sparsight.pipeline import check_data

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from sparsight.cost.devices import cpu_bf16
+from sparsight.devices.peaks import cpu_bf16
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement

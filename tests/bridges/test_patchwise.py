@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from sparsight.bridges import build_bridge
 from sparsight.bridges.patchwise import pixel_shuffle
-from sparsight.config import Linear, Mlp, PixelShuffle
+from sparsight.settings.bridges import Linear, Mlp, PixelShuffle
 
 
 def maps(height, width, widths=(6, 10), batch=2):

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from sparsight.bridges import build_bridge
 from sparsight.bridges.port import from_port, to_port
-from sparsight.config import ChainOfSight, Resampler
+from sparsight.settings.bridges import ChainOfSight, Resampler
 
 WIDTH, CONTEXT, OUT, HEADS = 128, 48, 40, 2
 

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 from sparsight.bridges import build_bridge
 from sparsight.bridges.scaling import resize_queries, scale_bridge
-from sparsight.config import ChainOfSight
 from sparsight.layouts import Layout, Scale
+from sparsight.settings.bridges import ChainOfSight
 
 
 def made(layout, seed=0, width=16, widths=(24, 24)):

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from sparsight.bridges import WindowedResampler, build_bridge
 from sparsight.bridges.windowed import cut_windows
-from sparsight.config import ChainOfSight, Resampler, bridge_settings
 from sparsight.layouts import Layout, Scale
+from sparsight.settings.bridges import ChainOfSight, Resampler, bridge_settings
 
 
 def made(layout, widths=(24, 40), out_width=20, heads=2, width=16):

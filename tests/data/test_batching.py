@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from small_runs import stage_values
-from sparsight.config import Stage
 from sparsight.data.batching import RankBatches, micro_batches, pack, plan_steps
+from sparsight.settings.recipe import Stage
 
 SIZES = st.lists(st.tuples(st.integers(4, 90), st.integers(0, 3)), min_size=1, max_size=90).map(np.array)
 

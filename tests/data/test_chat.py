@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from sparsight import assets
 from sparsight.data.chat import encode_conversation, render, stop_tokens
 from sparsight.modeling import SparsightProcessor
-from sparsight.modeling.build import CHATML, FLATTEN, multimodal_template
+from sparsight.modeling.chat_templates import CHATML, FLATTEN, multimodal_template
 from templates import FAMILIES, FOLDER, family_tokenizer
 from tiny import make_language, picture
 

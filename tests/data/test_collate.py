@@ -19,11 +19,11 @@ from transformers import (
     MistralModel,
 )
 
-from sparsight.config import ConversationData
 from sparsight.data.cache import build_cache, picture_rows
 from sparsight.data.collate import Collator, TrainingSet
 from sparsight.data.sources import ConversationSource
 from sparsight.modeling.packed import attention_for_packed_rows
+from sparsight.settings.data import ConversationData
 from tiny import picture
 
 PICTURES = ([], ["0.png"], ["1.png", "2.png"], ["0.png", "1.png", "2.png"])

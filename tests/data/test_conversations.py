@@ -17,8 +17,8 @@ import datasets
 import pytest
 from PIL import Image
 
-from sparsight.config import ConversationData
 from sparsight.data.sources import ConversationSource, ShardSource, TableSource
+from sparsight.settings.data import ConversationData
 
 QUESTION = {"from": "human", "value": "<image>\nWhat is it?"}
 ANSWER = {"from": "gpt", "value": "A dog."}

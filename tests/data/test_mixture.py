@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from shards import samples, write_tar
-from sparsight.config import MixtureData
 from sparsight.data.mixture import Quotas
 from sparsight.data.sources import open_source
+from sparsight.settings.data import MixtureData
 
 
 @given(

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from sparsight import assets
-from sparsight.config import ConversationData, SceneData
 from sparsight.data.preview import contact_sheet
 from sparsight.data.sources import ConversationSource, SceneSource
+from sparsight.settings.data import ConversationData, SceneData
 
 CUTOUTS = ("emoji", "shapes") if assets.emoji_folder() else ("shapes",)
 

@@ -19,16 +19,10 @@ from hypothesis import strategies as st
 from PIL import ImageChops
 
 from sparsight import assets
-from sparsight.data import drawing, scenes
-from sparsight.data.scenes import (
-    SPLITS,
-    TASKS,
-    Scene,
-    SceneConfig,
-    ScenesDataset,
-    make_scene,
-    single_question,
-)
+from sparsight.scenes import drawing
+from sparsight.scenes import questions as scenes
+from sparsight.scenes.questions import ScenesDataset, single_question
+from sparsight.scenes.world import SPLITS, TASKS, Scene, SceneConfig, make_scene
 
 CUTOUTS = ("emoji", "families", "shapes") if assets.emoji_folder() else ("shapes",)
 SHAPES = SceneConfig(cutouts="shapes")

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from shards import conversation, picture, samples, write_tar
-from sparsight.config import ConversationData
 from sparsight.data.shards import build_index, stem
 from sparsight.data.sources import ShardSource
+from sparsight.settings.data import ConversationData
 
 
 def opened(path: Path, index_folder: Path | None = None) -> ShardSource:

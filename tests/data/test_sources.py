@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from sparsight.config import ConversationData, SceneData
 from sparsight.data.conversations import EXAMPLE
 from sparsight.data.sources import ConversationSource, SceneSource, TableSource
+from sparsight.settings.data import ConversationData, SceneData
 
 QUESTION = {"from": "human", "value": "<image>\nWhat is it?"}
 ANSWER = {"from": "gpt", "value": "A dog."}

@@ -17,9 +17,9 @@ from transformers import (
     LlavaProcessor,
 )
 
-from sparsight.config import held_out_file
-from sparsight.modeling.build import FLATTEN, LEAN
+from sparsight.modeling.chat_templates import FLATTEN, LEAN
 from sparsight.pipeline import evaluate_checkpoint, inspect_checkpoint
+from sparsight.settings.recipe import held_out_file
 from tiny import ask, clip_config, make_language, picture
 
 

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from sparsight.config import HeldOut, held_out_file
 from sparsight.evaluation.ask import Item, Scores
 from sparsight.evaluation.held_out import guess, held_out_questions
 from sparsight.pipeline import evaluate_checkpoint
+from sparsight.settings.recipe import HeldOut, held_out_file
 
 
 def write(folder: Path, rows: list[tuple[str, ...]], pictures: int = 1) -> Path:

@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from sparsight.config import SceneData
-from sparsight.data.scenes import TASKS, SceneConfig, ScenesDataset, format_box, make_scene
 from sparsight.data.sources import scene_config
 from sparsight.evaluation import ask as evaluation
 from sparsight.evaluation.ask import Item, Scores, answer_all, visual_tokens
 from sparsight.evaluation.metrics import yes_no_scores
 from sparsight.evaluation.scenes import evaluate_scenes, make_items, score_answer
 from sparsight.pipeline.evaluate import judged
+from sparsight.scenes.questions import ScenesDataset, format_box
+from sparsight.scenes.world import TASKS, SceneConfig, make_scene
+from sparsight.settings.data import SceneData
 from tiny import ask
 
 CONFIG = SceneConfig(cutouts="shapes", numbers=1.0)

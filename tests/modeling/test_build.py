@@ -27,9 +27,12 @@ from transformers import (
 
 import sparsight
 from sparsight import assets
-from sparsight.config import ChainOfSight, Linear, Mlp, PixelShuffle, Resampler, ScratchLanguage
 from sparsight.modeling import SparsightForConditionalGeneration
-from sparsight.modeling.build import CHATML, FLATTEN, _vision, build, multimodal_template, scratch_language
+from sparsight.modeling.build import _vision, build
+from sparsight.modeling.chat_templates import CHATML, FLATTEN, multimodal_template
+from sparsight.modeling.scratch import scratch_language
+from sparsight.settings.bridges import ChainOfSight, Linear, Mlp, PixelShuffle, Resampler
+from sparsight.settings.recipe import ScratchLanguage
 from tiny import BRIDGE, TEXTS, clip_config, conversation, make_language, make_vlm, picture
 
 BRIDGES = {

@@ -9,7 +9,7 @@ from transformers import CLIPVisionModel
 
 from small_runs import save_encoder
 from sparsight.modeling.build import build, build_processor
-from sparsight.modeling.scale import scale_checkpoint
+from sparsight.modeling.scaling import scale_checkpoint
 from sparsight.pipeline.files import load, load_any
 from tiny import BRIDGE, clip_config, make_language
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 import sparsight
-from sparsight.config import builtin_recipe, load_recipe
 from sparsight.modeling import SparsightConfig, SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.modeling.configuration import EfficientNetLiteConfig
-from sparsight.modeling.encoders import EfficientNetLiteModel
+from sparsight.modeling.efficientnet_lite import EfficientNetLiteModel
 from sparsight.reporting import Run, write_card
+from sparsight.settings.load import builtin_recipe, load_recipe
 from tiny import make_vlm, picture
 
 SOURCE = str(Path(sparsight.__file__).parents[1])
@@ -66,7 +66,7 @@ def test_F19_a_saved_folder_loads_without_import(saved, tmp_path):
         LOAD
         + """
 model = AutoModelForImageTextToText.from_pretrained(".", **trust)
-assert type(model).__module__ == "sparsight.modeling.modeling", type(model)
+assert type(model).__module__ == "sparsight.modeling.vlm", type(model)
 assert type(AutoProcessor.from_pretrained(".", **trust)).__module__ == "sparsight.modeling.processing"
 model.save_pretrained("../again")  # what was loaded so is saved so
 """,
@@ -152,10 +152,10 @@ def test_F19_with_sparsight_imported_nobody_is_asked_to_trust(saved, tmp_path):
         """
 import sparsight
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
-assert type(AutoModelForImageTextToText.from_pretrained(".")).__module__ == "sparsight.modeling.modeling"
+assert type(AutoModelForImageTextToText.from_pretrained(".")).__module__ == "sparsight.modeling.vlm"
 assert type(AutoProcessor.from_pretrained(".")).__name__ == "SparsightProcessor"
 config = AutoConfig.from_pretrained(".")
-assert type(AutoModelForImageTextToText.from_config(config)).__module__ == "sparsight.modeling.modeling"
+assert type(AutoModelForImageTextToText.from_config(config)).__module__ == "sparsight.modeling.vlm"
 pipeline("image-text-to-text", ".")
 """,
         saved,

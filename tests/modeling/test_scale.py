@@ -15,9 +15,9 @@ from transformers import (
 )
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
-from sparsight.config import ChainOfSight, Resampler
 from sparsight.modeling.configuration import EfficientNetLiteConfig
-from sparsight.modeling.scale import resize_positions, scale_checkpoint, scale_tokens
+from sparsight.modeling.scaling import resize_positions, scale_checkpoint, scale_tokens
+from sparsight.settings.bridges import ChainOfSight, Resampler
 from tiny import clip_config, conversation, make_language, make_vlm, picture
 
 SMALL = ChainOfSight("1:4,2:2", width=32, heads=2)  # 12 tokens

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaModel
 
-from sparsight.config import ChainOfSight
 from sparsight.modeling import SparsightConfig, SparsightForConditionalGeneration, SparsightModel
+from sparsight.settings.bridges import ChainOfSight
 
 sys.path.insert(0, str(Path(os.environ["SPARSIGHT_TRANSFORMERS_TESTS"]).resolve().parent))
 

@@ -15,7 +15,7 @@ import torch
 from families import batch_of, made
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from sparsight.config import LayerSkipper, VisualTokenCompressor
+from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
 from sparsight.sparse.attach import attach
 from sparsight.sparse.callback import SparsightCallback
 from tiny import conversation, make_vlm, picture

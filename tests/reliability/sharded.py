@@ -16,7 +16,7 @@ from families import made
 from killed import COMMON, Pictures
 from transformers import Trainer, TrainingArguments
 
-from sparsight.config import LayerSkipper, VisualTokenCompressor
+from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
 from sparsight.sparse.attach import attach
 from sparsight.sparse.callback import SparsightCallback
 

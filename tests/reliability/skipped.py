@@ -15,7 +15,7 @@ import torch.distributed as dist
 from families import batch_of, made
 from ranks import wrapped
 
-from sparsight.config import LayerSkipper
+from sparsight.settings.methods import LayerSkipper
 from sparsight.sparse.attach import attach
 
 NAME = "llava, clip + llama"

@@ -16,9 +16,9 @@ from typing import Any
 from PIL import Image
 
 from small_runs import quiet, recipe_values, stage_values
-from sparsight.config import Recipe
 from sparsight.data import sources
 from sparsight.pipeline import run
+from sparsight.settings.recipe import Recipe
 from sparsight.training.trainer import SparsightTrainer
 
 RANK = os.environ.get("RANK", "0")

@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 
 from small_runs import Records, one_stage, recipe_values, save_encoder, stage_values, train
-from sparsight.config import Recipe
 from sparsight.data.collate import TrainingSet
 from sparsight.data.sources import Sample
 from sparsight.pipeline import run
 from sparsight.reporting.runlog import read_run
+from sparsight.settings.recipe import Recipe
 from sparsight.training import idle
 from sparsight.training.stages import add_lora, select_trainable
 from tiny import ListSource, conversation

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from small_runs import quiet, recipe_values, save_encoder, stage_values
-from sparsight.config import Recipe
 from sparsight.data.collate import Collator, TrainingSet
 from sparsight.data.sources import Sample
 from sparsight.pipeline import max_length, run
 from sparsight.reporting.runlog import read_run
+from sparsight.settings.recipe import Recipe
 from tiny import ListSource, conversation
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsight.data.chat import Encoded, encode_conversation
-from sparsight.modeling.build import CHATML, FLATTEN
+from sparsight.modeling.chat_templates import CHATML, FLATTEN
 from templates import FAMILIES, FOLDER, family_tokenizer
 from tiny import conversation
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from sparsight.config import ChainOfSight, Linear, Resampler
 from sparsight.data.collate import Collator, TrainingSet
 from sparsight.data.sources import Sample
+from sparsight.settings.bridges import ChainOfSight, Linear, Resampler
 from tiny import ListSource, conversation
 
 BRIDGES = [Linear(), Resampler(tokens=6, width=32, heads=2), ChainOfSight("1:4,2:1", width=32, heads=2)]

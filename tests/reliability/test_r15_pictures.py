@@ -17,12 +17,12 @@ from PIL import Image
 
 from small_runs import Crash, quiet, recipe_values, save_encoder, stage_values
 from sparsight import cli
-from sparsight.config import Recipe
 from sparsight.data import images
 from sparsight.data.collate import TrainingSet
 from sparsight.data.images import load_image
 from sparsight.pipeline import check_data, run
 from sparsight.reporting import read_run
+from sparsight.settings.recipe import Recipe
 from sparsight.training.quarantine import Quarantine
 from tiny import picture
 

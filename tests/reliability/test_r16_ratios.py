@@ -22,7 +22,7 @@ from transformers import (
 from small_runs import save_encoder
 from sparsight.modeling.build import build_processor, set_image_size
 from sparsight.modeling.processing import SparsightProcessor, resize_mode
-from sparsight.modeling.scale import scale_tokens
+from sparsight.modeling.scaling import scale_tokens
 from tiny import ask, make_language, make_vlm
 
 SIDE = 64

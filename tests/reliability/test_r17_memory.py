@@ -25,7 +25,7 @@ from templates import family_tokenizer
 READ = """
 import gc, sys
 import psutil
-from sparsight.config import ConversationData
+from sparsight.settings.data import ConversationData
 from sparsight.data.sources import ShardSource
 
 source = ShardSource(ConversationData(kind="shards", path=sys.argv[1]))
@@ -59,7 +59,7 @@ def test_memory_is_flat_over_ten_thousand_samples(tmp_path: Path) -> None:
 FORKED = """
 import gc, os, sys
 import psutil
-from sparsight.config import ConversationData
+from sparsight.settings.data import ConversationData
 from sparsight.data.sources import ConversationSource
 
 def private():
@@ -98,7 +98,7 @@ def test_rows_are_neither_held_nor_copied_into_processes_that_load_data(tmp_path
 KEEPING = """
 import gc, sys
 import psutil, torch
-from sparsight.config import ConversationData
+from sparsight.settings.data import ConversationData
 from sparsight.data.collate import TrainingSet
 from sparsight.data.sources import ConversationSource
 from templates import family_tokenizer

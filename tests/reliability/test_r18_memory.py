@@ -11,8 +11,8 @@ import torch
 from test_r19_waiting import captions, prepared
 
 from small_runs import one_stage, stage_values, train
-from sparsight.config import Stage
 from sparsight.data.batching import plan_steps
+from sparsight.settings.recipe import Stage
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -12,10 +12,10 @@ from PIL import Image
 from rich.console import Console
 
 from small_runs import one_stage, recipe_values, save_encoder, stage_values, train, training_set
-from sparsight.config import Recipe
 from sparsight.data.batching import RankBatches, plan_steps
 from sparsight.data.sources import ConversationSource
 from sparsight.pipeline import run
+from sparsight.settings.recipe import Recipe
 from sparsight.training.stages import select_trainable
 
 

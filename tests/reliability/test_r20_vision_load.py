@@ -14,12 +14,13 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from small_runs import stage_values
-from sparsight.config import ConversationData, Stage
 from sparsight.data.batching import Step, plan_steps
 from sparsight.data.collate import TrainingSet
 from sparsight.data.sources import ConversationSource
 from sparsight.modeling.build import set_image_size
 from sparsight.modeling.processing import SparsightProcessor
+from sparsight.settings.data import ConversationData
+from sparsight.settings.recipe import Stage
 from tiny import make_language
 
 

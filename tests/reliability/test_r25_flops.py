@@ -16,12 +16,15 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 from small_runs import one_stage, train
-from sparsight.config import ChainOfSight, LayerSkipper, Linear, Lora, Stage, VisualTokenCompressor
-from sparsight.cost import Trains, devices
-from sparsight.counting import default_device, device_name
+from sparsight.cost import Trains
 from sparsight.data.collate import Collator
+from sparsight.devices import peaks as devices
+from sparsight.devices.precision import default_device, device_name
 from sparsight.modeling.encoders import count_flops
 from sparsight.modeling.packed import attention_for_packed_rows
+from sparsight.settings.bridges import ChainOfSight, Linear
+from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
+from sparsight.settings.recipe import Lora, Stage
 from sparsight.sparse.attach import attach
 from sparsight.sparse.callback import SparsightCallback
 from sparsight.sparse.executed import figures

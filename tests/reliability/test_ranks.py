@@ -12,7 +12,7 @@ import skipped
 import torch
 from families import FAMILIES, made
 
-from sparsight.config import VisualTokenCompressor
+from sparsight.settings.methods import VisualTokenCompressor
 from sparsight.sparse.attach import attach
 from sparsight.sparse.blank import blank_features, blank_picture
 

@@ -19,7 +19,7 @@ from transformers import (
     SmolVLMConfig,
 )
 
-from sparsight.config import VisualTokenCompressor
+from sparsight.settings.methods import VisualTokenCompressor
 from sparsight.sparse.attach import attach
 from sparsight.sparse.gather import gather_inputs
 from tiny import make_vlm

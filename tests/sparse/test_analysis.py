@@ -8,8 +8,8 @@ from torch.nn.functional import cosine_similarity
 
 import sparsight
 from sparsight.sparse.analysis import Analysis, LayerFigures, measure, suggest
-from sparsight.sparse.attach import find_parts
 from sparsight.sparse.compress import redundancy
+from sparsight.sparse.parts import find_parts
 from tiny import make_language
 
 SOME = ("llava, siglip + qwen2", "smolvlm", "qwen2_5_vl", "paligemma", "sparsight")

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
-from sparsight.config import LayerSkipper, VisualTokenCompressor
+from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
 from sparsight.sparse.attach import NoEffectWarning, attach
 from sparsight.sparse.compress import compress
 from tiny import make_vlm

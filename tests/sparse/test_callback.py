@@ -13,8 +13,8 @@ from test_families import script
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Trainer, TrainerState, TrainingArguments
 
-from sparsight.config import LayerSkipper, VisualTokenCompressor
 from sparsight.cost import LanguageShape, Trains, language_flops
+from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
 from sparsight.sparse.attach import attach
 from sparsight.sparse.callback import STATE_FILE, SparsightCallback, figures
 from tiny import conversation, make_vlm, picture

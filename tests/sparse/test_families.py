@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import __version__
 
-from sparsight.config import LayerSkipper, VisualTokenCompressor
+from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
 from sparsight.sparse.attach import attach
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "try_families.py"

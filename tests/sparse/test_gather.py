@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import batch_of, made
 
-from sparsight.config import VisualTokenCompressor
+from sparsight.settings.methods import VisualTokenCompressor
 from sparsight.sparse.attach import attach
 from sparsight.sparse.gather import Kept, gather_inputs
 

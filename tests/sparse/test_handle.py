@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from sparsight.compat import CACHE
-from sparsight.config import LayerSkipper, VisualTokenCompressor
+from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
 from sparsight.sparse import attach as module
 from sparsight.sparse.attach import NoEffectWarning, attach
 from sparsight.sparse.executed import figures

@@ -9,7 +9,7 @@ from families import IMAGE, WORDS, batch_of, made, masked_reference
 from test_attach import gradients
 from test_families import script
 
-from sparsight.config import VisualTokenCompressor
+from sparsight.settings.methods import VisualTokenCompressor
 from sparsight.sparse.attach import attach
 from sparsight.sparse.compress import compress, redundancy
 from sparsight.sparse.executed import figures

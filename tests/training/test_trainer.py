@@ -22,9 +22,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from small_runs import Crash, Records, one_stage, quiet, train, training_set
 from sparsight.cost import Trains
-from sparsight.counting import recomputes
 from sparsight.data.collate import Collator
-from sparsight.modeling.scale import scale_tokens
+from sparsight.devices.flops import recomputes
+from sparsight.modeling.scaling import scale_tokens
 from sparsight.training.stages import add_lora, merge_lora, select_trainable
 from sparsight.training.trainer import Interrupted, StepCounter, cpu_seconds, last_checkpoint, plan_stage, resident_now
 from tiny import make_vlm

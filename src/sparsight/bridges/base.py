@@ -1,14 +1,11 @@
-"""What a bridge is, and the one function that builds it."""
+"""What a bridge is."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import nn
-
-from sparsight.config import bridge_settings
 
 
 class Bridge(Protocol):
@@ -18,28 +15,6 @@ class Bridge(Protocol):
     """
 
     def __call__(self, levels_BHWC: Sequence[torch.Tensor], sizes_B2: torch.Tensor | None = None) -> torch.Tensor: ...
-
-
-def build_bridge(settings: Any, level_widths: Sequence[int], out_width: int) -> nn.Module:
-    """Build a bridge.
-
-    Args:
-        settings: bridge settings, a dict of them, a kind, or a layout (see ``config.bridge_settings``).
-        level_widths: channels of each feature level.
-        out_width: width of the language model, E.
-
-    Raises:
-        ValueError: the settings are wrong, or there is no feature level.
-    """
-    from sparsight.bridges.patchwise import PatchwiseBridge
-    from sparsight.bridges.windowed import WindowedResampler
-
-    bridge = bridge_settings(settings)
-    if not level_widths:
-        raise ValueError("a bridge needs at least one feature level, found none")
-    if bridge.kind in ("resampler", "chain_of_sight"):
-        return WindowedResampler(bridge, level_widths, out_width)
-    return PatchwiseBridge(bridge.kind, level_widths, out_width, factor=getattr(bridge, "factor", 1))
 
 
 def check_levels(levels_BHWC: Sequence[torch.Tensor], level_widths: Sequence[int]) -> None:

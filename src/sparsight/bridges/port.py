@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from sparsight.bridges.windowed import WindowedResampler
-from sparsight.config import ChainOfSight
 from sparsight.layouts import Layout, Scale
+from sparsight.settings.bridges import ChainOfSight
 
 _INNER = {
     "attn.query_norm": "norm_query",

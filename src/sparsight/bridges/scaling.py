@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsight.bridges.windowed import WindowedResampler
-from sparsight.config import check_scaling
+from sparsight.settings.bridges import check_scaling
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sparsight.config import bridge_settings
 from sparsight.cost.shapes import LanguageShape, Maps, Trains
 from sparsight.layouts import Layout, absorbs
+from sparsight.settings.bridges import bridge_settings
 
 
 def language_flops(

@@ -9,14 +9,6 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
-from sparsight.config import (
-    ChainOfSight,
-    Lora,
-    Recipe,
-    Resampler,
-    SceneData,
-    Stage,
-)
 from sparsight.cost.flops import step_flops
 from sparsight.cost.memory import (
     Parts,
@@ -28,6 +20,9 @@ from sparsight.cost.memory import (
 from sparsight.cost.shapes import Trains, encoder_shape, language_shape, tell_if_cut
 from sparsight.layouts import window_bounds
 from sparsight.schedules import anneal, kept_tokens, skip_probabilities
+from sparsight.settings.bridges import ChainOfSight, Resampler
+from sparsight.settings.data import SceneData
+from sparsight.settings.recipe import Lora, Recipe, Stage
 
 POINTS = 32  # places in a stage's course at which schedules are looked at
 MOST = 4096  # micro-batches larger than this are not looked for

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparsight.config import bridge_settings
 from sparsight.cost.shapes import EncoderShape, LanguageShape, LiteShape, Trains, bridge_parameters, pick_levels
 from sparsight.layouts import absorbs
+from sparsight.settings.bridges import bridge_settings
 
 
 @dataclass(frozen=True)

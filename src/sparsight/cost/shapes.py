@@ -10,7 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from sparsight.config import ScratchLanguage, Stage, bridge_settings
+from sparsight.settings.bridges import bridge_settings
+from sparsight.settings.recipe import ScratchLanguage, Stage
 
 Maps = list[tuple[int, int]]  # (in, out) of linear maps
 

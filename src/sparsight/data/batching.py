@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 from torch.utils.data import Sampler
 
-from sparsight.config import Stage
+from sparsight.settings.recipe import Stage
 
 Step = list[list[int]]  # micro-batches of sample indices; those of rank r of R are step[r::R]
 LARGEST = 1, 2  # steps, from 0, in which memory is at its highest

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from sparsight.config import ConversationData, Data, MixtureData, SceneData
 from sparsight.data.cells import find_file, no_such_file
 from sparsight.data.conversations import (
     FIELDS,
@@ -32,8 +31,10 @@ from sparsight.data.conversations import (
 from sparsight.data.images import load_image, picture_size
 from sparsight.data.mixture import Quotas
 from sparsight.data.rows import decode, open_rows, parse
-from sparsight.data.scenes import SceneConfig, ScenesDataset
 from sparsight.data.shards import PICTURES, Shard, open_shards, stem
+from sparsight.scenes.questions import ScenesDataset
+from sparsight.scenes.world import SceneConfig
+from sparsight.settings.data import ConversationData, Data, MixtureData, SceneData
 
 
 class Source(Protocol):

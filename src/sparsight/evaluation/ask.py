@@ -17,8 +17,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from sparsight.data.chat import stop_tokens
 from sparsight.evaluation.metrics import reads_yes
+from sparsight.evaluation.significance import Estimate, bootstrap
 from sparsight.modeling import SparsightProcessor
-from sparsight.statistics import Estimate, bootstrap
 
 
 @dataclass(frozen=True)

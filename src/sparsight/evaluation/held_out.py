@@ -6,10 +6,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from sparsight.config import HeldOut
 from sparsight.data.sources import open_source
 from sparsight.evaluation.ask import Item, Questions
 from sparsight.evaluation.metrics import box_match, cider_d, exact_match
+from sparsight.settings.recipe import HeldOut
 
 
 def _words(text: str) -> str:

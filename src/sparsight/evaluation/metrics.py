@@ -1,6 +1,6 @@
 """Metrics of answers, item by item, as their benchmarks define them. No torch.
 
-Scores are in [0, 1], CIDEr-D's in [0, 10]. How sure a mean of them is: `sparsight.statistics`.
+Scores are in [0, 1], CIDEr-D's in [0, 10]. How sure a mean of them is: `sparsight.evaluation.significance`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from math import exp, hypot, log
 
-from sparsight.data.scenes import iou, parse_box
+from sparsight.scenes.questions import iou, parse_box
 
 _DIGITS = {"none": "0"} | {
     word: str(number)

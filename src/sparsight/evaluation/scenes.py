@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsight.data.scenes import TASKS, Scene, ScenesDataset, caption_recall, single_question
 from sparsight.evaluation.ask import Item, Questions, Scores, ask
 from sparsight.evaluation.metrics import box_match, exact_match
+from sparsight.scenes.questions import ScenesDataset, caption_recall, single_question
+from sparsight.scenes.world import TASKS, Scene
 
 
 def make_items(data: ScenesDataset, per_task: int) -> list[Item]:

@@ -12,9 +12,10 @@ from sparsight.compat import check_composing
 
 if TYPE_CHECKING:
     from sparsight.modeling.configuration import EfficientNetLiteConfig, SparsightConfig
-    from sparsight.modeling.encoders import EfficientNetLiteModel, feature_levels
-    from sparsight.modeling.modeling import SparsightForConditionalGeneration, SparsightModel
+    from sparsight.modeling.efficientnet_lite import EfficientNetLiteModel
+    from sparsight.modeling.encoders import feature_levels
     from sparsight.modeling.processing import SparsightProcessor
+    from sparsight.modeling.vlm import SparsightForConditionalGeneration, SparsightModel
 
 check_composing()
 

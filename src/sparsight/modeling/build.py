@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from PIL import Image
 from torch import nn
@@ -20,62 +19,21 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     ViTImageProcessorPil,
 )
 from transformers.utils import cached_file
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from sparsight import assets
 from sparsight.bridges import build_bridge
-from sparsight.config import ScratchLanguage, bridge_settings
 from sparsight.cost.shapes import tell_if_cut
+from sparsight.modeling.chat_templates import _template
 from sparsight.modeling.configuration import EfficientNetLiteConfig, SparsightConfig
-from sparsight.modeling.encoders import EfficientNetLiteModel, feature_levels, has_own_positions, takes_grids
+from sparsight.modeling.efficientnet_lite import EfficientNetLiteModel
+from sparsight.modeling.encoders import feature_levels, has_own_positions, takes_grids
 from sparsight.modeling.folders import loading
-from sparsight.modeling.modeling import SparsightForConditionalGeneration
 from sparsight.modeling.processing import IMAGE_TOKEN, SparsightProcessor
-
-# Put before a text-only template: contents given as lists of parts become text with image placeholders.
-FLATTEN = """{%- set flat = namespace(messages=[]) -%}
-{%- for message in messages -%}
-{%- set content -%}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
-{%- else -%}
-{%- for part in message['content'] -%}
-{{- '<image>\\n' if part['type'] == 'image' else part['text'] -}}
-{%- endfor -%}
-{%- endif -%}
-{%- endset -%}
-{%- set flat.messages = flat.messages + [dict(message, content=content)] -%}
-{%- endfor -%}
-{%- set messages = flat.messages -%}
-"""
-
-# ChatML with marks around what the assistant says, stop token included: only that is learnt.
-CHATML = """{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' -}}
-{%- if message['role'] == 'assistant' -%}
-{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}{{- '\\n' -}}
-{%- else -%}
-{{- message['content'] + '<|im_end|>\\n' -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
-
-# For language models from scratch: three marks a turn, where ChatML spends nine.
-LEAN = """{%- for message in messages -%}
-{{- '<|' + message['role'] + '|>' -}}
-{%- if message['role'] == 'assistant' -%}
-{%- generation -%}{{- message['content'] + '<|end|>' -}}{%- endgeneration -%}
-{%- else -%}
-{{- message['content'] -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"""
+from sparsight.modeling.vlm import SparsightForConditionalGeneration
+from sparsight.settings.bridges import bridge_settings
 
 
 def build(
@@ -356,26 +314,6 @@ def load_tokenizer(language: str, own: Any = None) -> tuple[Any, Any]:
         return own or AutoTokenizer.from_pretrained(name, trust_remote_code=False), config
 
 
-def multimodal_template(template: str) -> str:
-    """A language model's chat template, made to take images; plain ChatML also gets marks of what is learnt.
-
-    Plain is what differs from ours in no more than what stands there without a system turn (a default one).
-    """
-    marked = "generation %}" in template or "generation -%}" in template
-    if "<|im_start|>" in template and not marked and _renders_as_chatml(template):
-        template = CHATML
-    return template if IMAGE_TOKEN in template else FLATTEN + template
-
-
-def _renders_as_chatml(template: str) -> bool:
-    talk = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user", "assistant")]
-    try:
-        own, ours = (render_jinja_template([talk], chat_template=each)[0] for each in (template, CHATML))
-    except jinja2.TemplateError:
-        return False
-    return own == ours
-
-
 def build_processor(
     vision: Any,
     tokenizer: Any,
@@ -401,15 +339,6 @@ def _processor(
     return SparsightProcessor(
         image_processor, tokenizer, chat_template=tokenizer.chat_template, num_image_tokens=tokens
     )
-
-
-def _template(tokenizer: Any) -> str:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"{tokenizer.name_or_path}: its tokenizer has no chat template, so nothing says what a question and an "
-            "answer look like. Set tokenizer.chat_template and give tokenizer="
-        )
-    return multimodal_template(tokenizer.chat_template)
 
 
 def language_folder(language: str) -> str:
@@ -457,61 +386,3 @@ def _check_logits(lm: Any, model: SparsightForConditionalGeneration) -> None:
             f"{type(lm).__name__} changes its logits behind the output layer (largest difference {difference:.3g}); "
             "such language models cannot be composed yet"
         )
-
-
-def scratch_tokenizer(settings: ScratchLanguage, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer learnt from ``texts`` (digits apart)."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    special = ["<|pad|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", IMAGE_TOKEN]
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=settings.vocabulary,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    raw.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="<|pad|>",
-        eos_token="<|end|>",
-        additional_special_tokens=[*special[1:4], IMAGE_TOKEN],
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = FLATTEN + LEAN
-    return tokenizer
-
-
-def scratch_language(
-    settings: ScratchLanguage, texts: Iterable[str]
-) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-    """A small Qwen3 with random weights, and its `scratch_tokenizer`.
-
-    Its normalised queries and keys let so small a model take large learning rates.
-    """
-    tokenizer = scratch_tokenizer(settings, texts)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=settings.hidden,
-        intermediate_size=settings.intermediate,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.heads,
-        head_dim=settings.hidden // settings.heads,
-        max_position_embeddings=settings.context,
-        tie_word_embeddings=False,
-        initializer_range=settings.hidden**-0.5,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    lm = Qwen3ForCausalLM(config)
-    # Rows of unit size, as a trained model has them; with 0.02 the first hundreds of steps go to growing them.
-    nn.init.normal_(lm.get_input_embeddings().weight, std=1.0)
-    nn.init.normal_(lm.get_output_embeddings().weight, std=0.02)
-    return lm, tokenizer

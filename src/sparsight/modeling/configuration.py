@@ -8,8 +8,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from sparsight.config import bridge_settings
 from sparsight.modeling.stub import WithStub
+from sparsight.settings.bridges import bridge_settings
 
 
 @strict
@@ -30,7 +30,7 @@ class SparsightConfig(WithStub, PreTrainedConfig):
     Args:
         vision_config: the encoder's.
         text_config: the language model's.
-        bridge_config: kind and settings of the bridge (see ``sparsight.config``).
+        bridge_config: kind and settings of the bridge (see ``sparsight.settings.load``).
         vision_levels: indices of the encoder's feature levels, lower first.
         level_widths: channels of each level.
         image_size: side of the square input picture in pixels.

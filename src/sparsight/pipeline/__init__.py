@@ -5,7 +5,7 @@ from sparsight.pipeline.check import check_data
 from sparsight.pipeline.compare import run_comparison
 from sparsight.pipeline.evaluate import EXAMPLES, autocast, evaluate_checkpoint
 from sparsight.pipeline.files import RECIPE_FILE, load, samples_hash
-from sparsight.pipeline.inspect import inspect_checkpoint
+from sparsight.pipeline.inspection import inspect_checkpoint
 from sparsight.pipeline.train import enter_stage, max_length, run
 
 __all__ = [

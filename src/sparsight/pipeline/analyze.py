@@ -11,13 +11,13 @@ from typing import Any
 
 from rich.text import Text
 
-from sparsight.config import ConversationData
 from sparsight.console import Console, Progress
 from sparsight.data.conversations import Sample
 from sparsight.data.sources import Source, open_source
 from sparsight.pipeline.files import load_any, own_scenes
 from sparsight.reporting import environment, layer_table, write_analysis
 from sparsight.reporting.comparison import write_atomic
+from sparsight.settings.data import ConversationData
 from sparsight.sparse.analysis import Analysis, measure, suggest
 
 

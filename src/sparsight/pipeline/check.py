@@ -8,18 +8,20 @@ from typing import Any
 
 from rich.text import Text
 
-from sparsight.config import ConversationData, Recipe, ScratchLanguage, Stage
 from sparsight.console import Console, Progress
 from sparsight.data.check import check_rows
 from sparsight.data.collate import TrainingSet
 from sparsight.data.conversations import Sample, unused_fields
 from sparsight.data.sources import Source, open_source
-from sparsight.modeling.build import build_processor, load_tokenizer, scratch_tokenizer
+from sparsight.modeling.build import build_processor, load_tokenizer
+from sparsight.modeling.scratch import scratch_tokenizer
 from sparsight.pipeline.evaluate import EXAMPLES, png
 from sparsight.pipeline.files import settle_image_size
 from sparsight.pipeline.train import texts
 from sparsight.reporting import check_table, environment, write_check
 from sparsight.reporting.comparison import write_atomic
+from sparsight.settings.data import ConversationData
+from sparsight.settings.recipe import Recipe, ScratchLanguage, Stage
 
 
 def check_data(

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sparsight.config import Comparison, Recipe
 from sparsight.console import Console
 from sparsight.data.cache import remove_caches
 from sparsight.pipeline.files import holds_run, move_aside, open_log, settle_image_size, settle_precision
@@ -14,6 +13,7 @@ from sparsight.pipeline.train import check_inputs, run
 from sparsight.reporting import Run, read_run, read_runs, report
 from sparsight.reporting.page import table
 from sparsight.reporting.runlog import example_key
+from sparsight.settings.recipe import Comparison, Recipe
 
 
 def run_comparison(

@@ -15,11 +15,9 @@ from pydantic import ValidationError
 from rich.table import Table
 from rich.text import Text
 
-from sparsight.config import Evaluation, HeldOut, Recipe, SceneData, readable
 from sparsight.console import Console, Progress
-from sparsight.counting import default_device, precision_on
-from sparsight.data.scenes import ScenesDataset, chance
 from sparsight.data.sources import scene_config
+from sparsight.devices.precision import default_device, precision_on
 from sparsight.evaluation.ask import Item, Questions, Scores, ask
 from sparsight.evaluation.held_out import guess, held_out_questions
 from sparsight.evaluation.scenes import scene_questions
@@ -28,6 +26,10 @@ from sparsight.modeling.configuration import SparsightConfig
 from sparsight.modeling.folders import model_type
 from sparsight.pipeline.files import Session, load, load_any, own_scenes, trained_by
 from sparsight.reporting.comparison import percent
+from sparsight.scenes.questions import ScenesDataset, chance
+from sparsight.settings.base import readable
+from sparsight.settings.data import SceneData
+from sparsight.settings.recipe import Evaluation, HeldOut, Recipe
 
 EXAMPLES = 8
 SIDE = 256  # pixels of a scene for a model that is not ours; its own processor makes of it what it takes

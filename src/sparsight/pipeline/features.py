@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import torch
 from rich.text import Text
 
-from sparsight.config import Stage
 from sparsight.console import Progress
-from sparsight.counting import default_device
 from sparsight.data.cache import FeatureCache, build_cache, picture_rows
 from sparsight.data.sources import Source
-from sparsight.distributed import process_state
+from sparsight.devices.precision import default_device
+from sparsight.devices.ranks import process_state
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.pipeline.evaluate import autocast
 from sparsight.pipeline.files import Session
 from sparsight.reporting import read_run
+from sparsight.settings.recipe import Stage
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,16 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sparsight.aside import moved_aside
 from sparsight.assets import emoji_folder
-from sparsight.config import Recipe, SceneData, readable
 from sparsight.console import Console
-from sparsight.counting import default_device, device_name, fast_bf16, precision_on
+from sparsight.devices.precision import default_device, device_name, fast_bf16, precision_on
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.modeling.build import own_image_size
 from sparsight.modeling.configuration import SparsightConfig
 from sparsight.modeling.folders import loading, model_type, read_json
 from sparsight.reporting import RunLog, environment, read_run, write_card
+from sparsight.settings.base import readable
+from sparsight.settings.data import SceneData
+from sparsight.settings.recipe import Recipe
 
 RECIPE_FILE = "sparsight_recipe.json"
 # How samples are read, dealt out, told of and scored, not what is learnt from them: a run may go on with others.

@@ -14,27 +14,28 @@ import torch
 from rich.text import Text
 from transformers import PreTrainedConfig
 
-from sparsight.config import Recipe, ScratchLanguage, Stage
 from sparsight.console import Console
 from sparsight.cost import Trains
-from sparsight.counting import recomputes
 from sparsight.data.chat import stop_tokens
 from sparsight.data.collate import TrainingSet
-from sparsight.data.scenes import TASKS
 from sparsight.data.sources import Source, open_source
-from sparsight.distributed import process_state
+from sparsight.devices.flops import recomputes
+from sparsight.devices.ranks import process_state
 from sparsight.evaluation.held_out import held_out_questions
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
-from sparsight.modeling.build import build, scratch_language
+from sparsight.modeling.build import build
 from sparsight.modeling.encoders import count_flops
-from sparsight.modeling.scale import scale_tokens, scaled_processor
+from sparsight.modeling.scaling import scale_tokens, scaled_processor
+from sparsight.modeling.scratch import scratch_language
 from sparsight.pipeline.evaluate import score_run
 from sparsight.pipeline.features import Encoding, cached_features
 from sparsight.pipeline.files import Session, load, move_aside, open_log, save, settle_image_size, settle_precision
 from sparsight.reporting import RunLog, read_run, write_card
 from sparsight.reporting.page import table
 from sparsight.reporting.runlog import step_seconds
+from sparsight.scenes.world import TASKS
 from sparsight.schedules import skip_probabilities
+from sparsight.settings.recipe import Recipe, ScratchLanguage, Stage
 from sparsight.training.quarantine import Quarantine
 from sparsight.training.stages import PartPlan, add_lora, merge_lora, select_trainable
 from sparsight.training.trainer import StepCounter, plan_stage, resident_now, train_stage

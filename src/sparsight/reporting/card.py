@@ -7,9 +7,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sparsight.config import Recipe, Stage
 from sparsight.reporting.comparison import decimals, duration, human
 from sparsight.reporting.runlog import Run, StageRun
+from sparsight.settings.recipe import Recipe, Stage
 
 _HUB = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # names of ours -> hub ids
 

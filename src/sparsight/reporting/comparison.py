@@ -4,7 +4,7 @@ Ratios are run / baseline: below 1 is cheaper. The ratio of executed FLOPs is th
 machine would reach, so the speed-up had is shown next to the one possible; a stage that is not finished has no ratio.
 Losses are running means (`Curve`). Scores are fractions of 1; differences are in points (hundredths), with the half
 width of the 95% interval that the number of items leaves. Where both logs hold the points of the same items, it is that
-of a paired bootstrap, and a paired permutation test stands beside it (`sparsight.statistics`). A difference is called
+of a paired bootstrap, and a paired permutation test stands beside it. A difference is called
 one, and coloured, only where its interval excludes zero; the verdict names the tasks that Holm's correction leaves.
 """
 
@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sparsight.evaluation.significance import holm, paired_test
 from sparsight.reporting.runlog import Run, StageRun, step_seconds
-from sparsight.statistics import holm, paired_test
 
 Comparison = dict[str, Any]
 _COSTS = ("seconds", "executed_flops")

@@ -11,8 +11,6 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from sparsight.config import Recipe
-from sparsight.cost.devices import MFU, known_device
 from sparsight.cost.forecast import (
     Speed,
     StageCost,
@@ -23,9 +21,11 @@ from sparsight.cost.forecast import (
     standard,
     total_flops,
 )
+from sparsight.devices.peaks import MFU, known_device
 from sparsight.reporting.comparison import duration, human
 from sparsight.reporting.page import marker, plot, table, write_page
 from sparsight.reporting.runlog import read_run
+from sparsight.settings.recipe import Recipe
 
 HEADINGS = ("stage", "visual tokens", "layers run", "length", "micro-batch", "steps", "FLOPs", "memory")
 STANDARD = (

@@ -24,7 +24,7 @@ from statistics import fmean
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from sparsight.cost.devices import cpu_name
+from sparsight.devices.peaks import cpu_name
 
 VERSION = 1
 FILE_NAME = "run.jsonl"

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sparsight.config import LayerSkipper, VisualTokenCompressor
-from sparsight.sparse.attach import find_parts
+from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
 from sparsight.sparse.compress import redundancy
+from sparsight.sparse.parts import find_parts
 
 LEAST_KEEP, STEP = 0.1, 0.05  # keep is no smaller; keep and alpha are multiples of STEP
 MOST_ALPHA = float(LayerSkipper.model_fields["alpha"].default)

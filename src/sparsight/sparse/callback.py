@@ -18,8 +18,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from sparsight.cost.devices import peak_flops
-from sparsight.counting import device_name
+from sparsight.devices.peaks import peak_flops
+from sparsight.devices.precision import device_name
 from sparsight.sparse.attach import Pass, SparseHandle
 from sparsight.sparse.executed import figures
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from sparsight.cost import LanguageShape, Trains, language_flops
-from sparsight.counting import flop_counter
-from sparsight.distributed import several_ranks
+from sparsight.devices.flops import flop_counter
+from sparsight.devices.ranks import several_ranks
 from sparsight.sparse.attach import Pass, SparseHandle
 from sparsight.sparse.blank import tensors
 

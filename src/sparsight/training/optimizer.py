@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from sparsight.counting import fast_bf16
+from sparsight.devices.precision import fast_bf16
 
 NEWTON_SCHULZ = 3  # iterations; with torch's 5 a step takes longer, and losses fall alike (LOG.md)
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsight.config import Stage
-from sparsight.counting import forked_rng
+from sparsight.devices.precision import forked_rng
 from sparsight.modeling import SparsightForConditionalGeneration
+from sparsight.settings.recipe import Stage
 
 PARTS: dict[str, tuple[str, ...]] = {
     "vision": ("model.vision_tower.",),

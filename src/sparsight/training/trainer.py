@@ -35,19 +35,20 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from sparsight.aside import moved_aside
-from sparsight.config import Recipe, SceneData, Stage
 from sparsight.console import Console, Progress
 from sparsight.cost import LanguageShape, Trains, step_flops
-from sparsight.cost.devices import peak_flops
-from sparsight.counting import default_device, device_name
 from sparsight.data.batching import LARGEST, RankBatches, Step, micro_batches, plan_steps
 from sparsight.data.collate import Collator, TrainingSet
-from sparsight.distributed import any_rank, process_state, several_ranks
+from sparsight.devices.peaks import peak_flops
+from sparsight.devices.precision import default_device, device_name
+from sparsight.devices.ranks import any_rank, process_state, several_ranks
 from sparsight.layouts import Layout
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.modeling.encoders import count_flops
 from sparsight.modeling.packed import attention_for_packed_rows, compared
 from sparsight.modeling.short import attention
+from sparsight.settings.data import SceneData
+from sparsight.settings.recipe import Recipe, Stage
 from sparsight.sparse.attach import Pass, SparseHandle, attach
 from sparsight.sparse.callback import SparsightCallback
 from sparsight.training.idle import IdleWarning

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from sparsight.config import bridge_settings
-from sparsight.distributed import several_ranks
+from sparsight.devices.ranks import several_ranks
+from sparsight.settings.bridges import bridge_settings
 
 
 def save_bridge(model: Any, file: str | Path) -> None:

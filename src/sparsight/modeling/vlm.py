@@ -20,10 +20,11 @@ from transformers.utils import can_return_tuple, torch_compilable_check
 from sparsight.bridges import WindowedResampler, build_bridge
 from sparsight.bridges.windowed import ScaleResampler
 from sparsight.compat import CACHE
-from sparsight.distributed import several_ranks, touched
+from sparsight.devices.ranks import several_ranks, touched
 from sparsight.layouts import Scale
 from sparsight.modeling.configuration import EfficientNetLiteConfig, SparsightConfig
-from sparsight.modeling.encoders import EfficientNetLiteModel, encode, sincos_2d
+from sparsight.modeling.efficientnet_lite import EfficientNetLiteModel
+from sparsight.modeling.encoders import encode, sincos_2d
 from sparsight.modeling.stub import Registered
 
 

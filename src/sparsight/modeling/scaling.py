@@ -20,14 +20,14 @@ from transformers import AutoModel
 
 from sparsight.bridges import WindowedResampler, build_bridge
 from sparsight.bridges.scaling import Born, scale_bridge
-from sparsight.config import ChainOfSight, bridge_settings, check_scaling
 from sparsight.layouts import window_bounds
 from sparsight.modeling.build import probe, set_image_size
 from sparsight.modeling.configuration import SparsightConfig
 from sparsight.modeling.encoders import level_numbers
 from sparsight.modeling.folders import check_files, model_type
-from sparsight.modeling.modeling import SparsightForConditionalGeneration
 from sparsight.modeling.processing import SparsightProcessor, resize_mode
+from sparsight.modeling.vlm import SparsightForConditionalGeneration
+from sparsight.settings.bridges import ChainOfSight, bridge_settings, check_scaling
 
 BRIDGE, TOWER = "model.multi_modal_projector.", "model.vision_tower."
 # What a Trainer puts beside a model: it belongs to the old parameters.

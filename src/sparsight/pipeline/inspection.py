@@ -7,12 +7,12 @@ from pathlib import Path
 from rich.console import Console
 
 from sparsight.data.images import load_image
-from sparsight.data.scenes import ScenesDataset
 from sparsight.data.sources import scene_config
 from sparsight.modeling.configuration import SparsightConfig
 from sparsight.modeling.folders import model_type
 from sparsight.pipeline.files import load, own_scenes
 from sparsight.reporting import write_inspection
+from sparsight.scenes.questions import ScenesDataset
 
 
 def inspect_checkpoint(folder: str | Path, image: str | Path | None, out: str | Path, console: Console) -> Path:

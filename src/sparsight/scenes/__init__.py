@@ -1,0 +1,1 @@
+"""The embedded data: an endless, seeded generator of images with exact truth."""

@@ -1,0 +1,1 @@
+"""Recipes and the settings of components: frozen pydantic models, read once."""

@@ -1,0 +1,55 @@
+"""Settings of the two methods of the Sparse Training Scheme."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import (
+    Field,
+    model_validator,
+)
+
+from sparsight.settings.base import Settings
+
+
+class VisualTokenCompressor(Settings):
+    """Fewer visual tokens behind the bridge, in training alone (Sparse Training Scheme, stage I).
+
+    Args:
+        keep: share of the visual tokens that stay, at the stage's start.
+        method: see ``sparse.compress``.
+        final: share at the stage's end, reached by ``schedule``; ``keep`` throughout if not given.
+        dense_every: every so many steps all tokens stay; never if not given.
+        positions: tokens that stay keep their "original" places, or are "renumbered" without gaps.
+    """
+
+    keep: float = Field(0.25, gt=0, le=1)
+    method: Literal["uniform", "random", "text", "pool", "similarity", "merge"] = "uniform"
+    final: float | None = Field(None, gt=0, le=1)
+    schedule: Literal["constant", "linear", "cosine", "steps"] = "linear"
+    dense_every: int | None = Field(None, ge=1)
+    positions: Literal["original", "renumbered"] = "original"
+
+
+class LayerSkipper(Settings):
+    """Layers of the language model that are off in a step, forward and backward, in training alone (Sparse Training
+    Scheme, stage II). See ``schedules.skip_probabilities``.
+
+    Args:
+        protected: how many first and last layers always run.
+        importance: of each layer, as ``sparsight analyze`` measures it; then the tilt follows it in place of depth.
+    """
+
+    alpha: float = Field(0.6, ge=0, le=1)
+    epsilon: float = Field(0.3, ge=-1, le=1)
+    course: Literal["falling", "constant", "rising"] = "falling"
+    protected: tuple[int, int] = (0, 0)
+    importance: tuple[float, ...] | None = None
+
+    @model_validator(mode="after")
+    def _probabilities(self) -> LayerSkipper:
+        if self.alpha * (1 + abs(self.epsilon)) > 1:
+            raise ValueError(f"alpha {self.alpha}, epsilon {self.epsilon}: expected alpha * (1 + |epsilon|) <= 1")
+        if min(self.protected) < 0:
+            raise ValueError(f"protected {self.protected}: expected numbers of first and last layers")
+        return self

@@ -1,0 +1,329 @@
+"""Recipes: stages, evaluation, and comparisons of several runs."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import (
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from sparsight.layouts import Layout
+from sparsight.settings.base import Settings, readable
+from sparsight.settings.bridges import Bridge, WindowedSettings, check_scaling
+from sparsight.settings.data import Conversation, ConversationData, Data, MixtureData, SceneData
+from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
+
+
+class ScratchLanguage(Settings):
+    """A small Qwen3 trained from nothing, with a tokenizer made from the data. Widths in units, not bytes."""
+
+    hidden: int = Field(192, ge=8)
+    layers: int = Field(6, ge=1)
+    heads: int = Field(3, ge=1)
+    intermediate: int = Field(512, ge=8)
+    vocabulary: int = Field(1024, ge=300, description="size of the tokenizer's table at most")
+    context: int = Field(2048, ge=64)
+
+
+class Lora(Settings):
+    """LoRA on all linear maps of the language model (peft). Merged when the stage ends."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class LearningRates(Settings):
+    """Peak learning rate of each part; a part that is not named is frozen."""
+
+    vision: float | None = Field(None, gt=0)
+    bridge: float | None = Field(None, gt=0)
+    language: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> LearningRates:
+        if not self.parts():
+            raise ValueError("nothing trains: give a learning rate to at least one of vision, bridge, language")
+        return self
+
+    def parts(self) -> dict[str, float]:
+        return {part: rate for part, rate in self if rate is not None}
+
+
+class Stage(Settings):
+    """One stage of training, with its own layout, image size, and what trains."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    bridge: Bridge
+    places_of: str | None = Field(
+        None, description="layout whose places in the sequence the visual tokens take: the one they will be scaled to"
+    )
+    proportional_attention: bool = Field(
+        False, description="with places_of: a visual token weighs in attention as the tokens that will be born from it"
+    )
+    image_size: int | None = Field(
+        None, ge=16, description="side of the square image in pixels; the encoder's own if not given"
+    )
+    learning_rate: LearningRates
+    samples: int = Field(ge=1, description="conversations seen in this stage")
+    batch_size: int = Field(16, ge=1, description="conversations in one optimizer step, over all ranks")
+    micro_batch_size: int | None = Field(None, ge=1, description="conversations in one forward pass")
+    batch_tokens: int | None = Field(
+        None, ge=1, description="in place of batch_size: positions in one forward pass, padding included"
+    )
+    packing: bool = Field(False, description="conversations share rows, without attention across them")
+    pack_length: int | None = Field(None, ge=1, description="length of a packed row; that of the longest if not given")
+    lora: Lora | None = None
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, more FLOPs"
+    )
+    conversation: Conversation = Field(Conversation(), description="what `plan` reckons with; training counts")
+    compressor: VisualTokenCompressor | None = Field(None, description="fewer visual tokens, in training alone")
+    skipper: LayerSkipper | None = Field(None, description="layers that are off, in training alone")
+    warmup: float = Field(0.03, ge=0, le=1, description="share of the steps")
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: for the matrices inside, adamw for all else; the same learning rates"
+    )
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta2: float = Field(
+        0.98,
+        ge=0,
+        lt=1,
+        description="decay of AdamW's second moments; 0.98 remembers about 50 steps, as stages may be short, where "
+        "torch's 0.999 remembers 1,000",
+    )
+    max_grad_norm: float = Field(1.0, gt=0)
+    checkpoints: int = Field(4, ge=0, description="checkpoints written in the course of the stage")
+    data: Data | None = Field(None, description="in place of the recipe's data")
+    tasks: dict[str, float] | None = Field(None, description="weight of each task of scenes, in place of data.tasks")
+    cache_features: bool = Field(False, description="encode each picture once; the encoder must be frozen")
+    max_length: int | None = Field(
+        None, ge=2, description="tokens of a sample, visual ones too; the language model's context if not given"
+    )
+    on_too_long: Literal["error", "drop_sample", "shrink_image"] = "error"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Stage:
+        micro = self.micro_batch_size
+        if micro is not None and self.batch_size % micro:
+            raise ValueError(f"stage '{self.name}': batch_size {self.batch_size} is not a multiple of {micro}")
+        if micro is not None and self.batch_tokens is not None:
+            raise ValueError(f"stage '{self.name}': batch_tokens settles what micro_batch_size does; give one of them")
+        # By value: what was saved with its defaults is read again.
+        given = self.batch_size != type(self).model_fields["batch_size"].default or self.pack_length is not None
+        if self.batch_tokens is not None and given:
+            raise ValueError(
+                f"stage '{self.name}': batch_tokens settles what batch_size and pack_length do; give it or them"
+            )
+        if self.pack_length is not None and not self.packing:
+            raise ValueError(f"stage '{self.name}': pack_length needs packing: true")
+        if self.lora is not None and self.learning_rate.language is None:
+            raise ValueError(f"stage '{self.name}': lora needs learning_rate.language")
+        if self.cache_features and self.learning_rate.vision is not None:
+            raise ValueError(f"stage '{self.name}': features cannot be cached while the vision encoder trains")
+        if self.places_of is not None:
+            if self.packing or not isinstance(self.bridge, WindowedSettings):
+                raise ValueError(
+                    f"stage '{self.name}': places_of '{self.places_of}' needs a resampler or chain_of_sight, and no "
+                    f"packing; found {self.bridge.kind}, packing {self.packing}"
+                )
+            if getattr(self.bridge, "order", "coarse_to_fine") != "coarse_to_fine":
+                raise ValueError(f"stage '{self.name}': places_of goes with order: coarse_to_fine alone")
+            self.bridge.scales.places(Layout.parse(self.places_of))
+        if self.proportional_attention and (self.places_of is None or self.compressor is not None):
+            raise ValueError(
+                f"stage '{self.name}': proportional_attention needs places_of, and no compressor; found "
+                f"{self.places_of}, {self.compressor}"
+            )
+        if self.on_too_long == "shrink_image":
+            raise ValueError(
+                f"stage '{self.name}': on_too_long: shrink_image makes no sample shorter: a bridge gives every picture "
+                "the same number of visual tokens. Take a layout with fewer tokens, or set error or drop_sample"
+            )
+        return self
+
+    @property
+    def steps(self) -> int:
+        return -(-self.samples // self.batch_size)
+
+    @property
+    def side(self) -> int:
+        """``image_size``, once it is settled: a run asks the encoder where the recipe says none."""
+        assert self.image_size is not None, f"stage '{self.name}': its image size is not settled"
+        return self.image_size
+
+
+class HeldOut(Settings):
+    """Conversations to ask after training; each question is asked by itself."""
+
+    data: ConversationData
+    metric: Literal["exact_match", "cider_d", "box_match"] = Field(
+        "exact_match", description="exact_match normalises answers as VQA does; cider_d is a tenth of CIDEr-D"
+    )
+    items: int = Field(500, ge=1, description="questions at most, from the first one")
+
+
+def held_out_file(data: Path | None, images: Path | None, metric: str, items: int) -> HeldOut | None:
+    """What `sparsight eval --data` asks; None without data.
+
+    Raises:
+        ValueError: images without data, no such metric, or a number out of range.
+    """
+    if data is None:
+        if images is not None:
+            raise ValueError(f"--images {images}: expected --data as well, the conversations about these pictures")
+        return None
+    source = {"path": str(data), "images": str(images) if images else None}
+    try:
+        return HeldOut.model_validate({"data": source, "metric": metric, "items": items})
+    except ValidationError as error:
+        raise ValueError(readable(error)) from None
+
+
+class Evaluation(Settings):
+    """Scores after training. ``scenes`` asks the embedded test split; ``none`` asks ``held_out`` alone, if there is
+    any."""
+
+    kind: Literal["scenes", "none"] = "scenes"
+    items: int = Field(100, ge=1, description="questions of each task")
+    batch_size: int = Field(50, ge=1)
+    split: Literal["validation", "test"] = "test"
+    held_out: dict[str, HeldOut] = Field(default_factory=dict, description="name -> conversations to ask")
+
+
+class Recipe(Settings):
+    """Everything that a run needs; a YAML file holds one."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9_.-]+$")
+    seed: int = 0
+    vision: str = "efficientnet-lite0"
+    vision_levels: tuple[int, ...] | None = Field(
+        None, description="feature levels, lower first; encoder's own if not given"
+    )
+    language: str | ScratchLanguage = "smollm2-135m"
+    language_layers: int | None = Field(None, ge=1, description="keep only the first layers of the language model")
+    resize: Literal["square", "pad", "crop", "keep"] | None = Field(
+        None, description="how pictures come to image_size; square if not given, keep for a native-resolution encoder"
+    )
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="auto: bf16 (autocast) where the device has instructions for it, else fp32"
+    )
+    data: Data = SceneData()
+    workers: int = Field(1, ge=0, description="processes that load data")
+    on_bad_sample: Literal["error", "quarantine"] = Field("error", description="quarantine: another one in its place")
+    max_bad: float = Field(0.01, ge=0, le=1, description="share of the samples seen above which quarantine stops")
+    report_to: tuple[Literal["trackio", "tensorboard", "wandb"], ...] = Field(
+        (), description="trackers that get the run log's figures, too, through Hugging Face's Trainer"
+    )
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _stage_names_differ(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"stages need different names, found {names}")
+        cached = [stage.name for stage in self.stages if stage.cache_features]
+        if cached and self.on_bad_sample == "quarantine":
+            raise ValueError(
+                f"on_bad_sample: quarantine, but the stages {cached} cache the features of all pictures before they "
+                "train: set cache_features: false, or take out what `sparsight data check` finds"
+            )
+        if reserved := {"total", "score"} & set(names):
+            raise ValueError(f"a stage cannot be named {sorted(reserved)}: comparisons have figures of that name")
+        return self
+
+    @model_validator(mode="after")
+    def _every_stage_can_begin(self) -> Recipe:
+        for old, new in pairwise(self.stages):
+            try:
+                if old.bridge != new.bridge:
+                    check_scaling(old.bridge, new.bridge)
+            except ValueError as error:
+                raise ValueError(f"stages '{old.name}' -> '{new.name}': {error}") from None
+        for stage in self.stages:
+            self.data_of(stage)
+        if "mean" in self.evaluation.held_out:
+            raise ValueError("evaluation.held_out: 'mean' is the mean of all scores; choose another name")
+        return self
+
+    def source_of(self, stage: Stage) -> Data:
+        """The stage's own data, or else the recipe's."""
+        return stage.data or self.data
+
+    def data_of(self, stage: Stage) -> Data:
+        """A stage's data, with the tasks that it asks.
+
+        Raises:
+            ValueError: the stage names tasks, but the data are not scenes.
+        """
+        data = self.source_of(stage)
+        if stage.tasks is None:
+            return data
+        if not isinstance(data, SceneData):
+            raise ValueError(
+                f"stage '{stage.name}' names tasks, which only scenes have; found data of kind '{data.kind}'"
+            )
+        return data.model_copy(update={"tasks": stage.tasks})
+
+    def all_data(self) -> list[Data]:
+        """What the stages train on, each once."""
+        found: list[Data] = []
+        for stage in self.stages:
+            if (data := self.source_of(stage)) not in found:
+                found.append(data)
+        return found
+
+    def of_the_same_data(self, stage: Stage) -> list[Stage]:
+        """The stages that see the same data as this one, itself included, in their order."""
+        return [each for each in self.stages if self.source_of(each) == self.source_of(stage)]
+
+    def samples_before(self, stage: Stage) -> int:
+        """Conversations that earlier stages have had of the same data."""
+        same = self.of_the_same_data(stage)
+        return sum(each.samples for each in same[: same.index(stage)])
+
+    def scenes(self) -> SceneData | None:
+        """The first scenes among the recipe's data, with the tasks that any stage trains on (None: all)."""
+        found: list[SceneData] = []
+        for stage in self.stages:
+            data = self.data_of(stage)
+            parts = [part.data for part in data.parts] if isinstance(data, MixtureData) else [data]
+            found += [part for part in parts if isinstance(part, SceneData)]
+        if not found:
+            return None
+        named = [each.tasks for each in found if each.tasks is not None]
+        tasks = {task: w for own in named for task, w in own.items() if w > 0} if len(named) == len(found) else None
+        return found[0].model_copy(update={"tasks": tasks})
+
+
+class Comparison(Settings):
+    """Several recipes that share most keys; the first run is the one that others are compared with."""
+
+    name: str = "comparison"
+    shared: dict[str, Any] = Field(default_factory=dict, description="keys of every run's recipe")
+    runs: dict[str, dict[str, Any]] = Field(min_length=2, description="run's name -> keys of its own")
+
+    def recipes(self) -> list[Recipe]:
+        """One recipe for each run: the shared keys, with the run's own laid over them."""
+        recipes = []
+        for name, own in self.runs.items():
+            try:
+                recipes.append(Recipe.model_validate(_merged(self.shared, own) | {"name": name}))
+            except ValidationError as error:
+                raise ValueError(f"runs.{name}: {readable(error)}") from None
+        return recipes
+
+
+def _merged(below: Any, above: Any) -> Any:
+    if isinstance(below, dict) and isinstance(above, dict):
+        return {key: _merged(below.get(key), above.get(key, below.get(key))) for key in {**below, **above}}
+    if isinstance(below, list) and isinstance(above, list) and len(below) == len(above):
+        return [_merged(low, high) for low, high in zip(below, above, strict=True)]
+    return above
