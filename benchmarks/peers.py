@@ -59,7 +59,7 @@ def layer_dropout(plain: Callable[..., Any], place: float, x_BTD: torch.Tensor, 
 def random_ltd(
     plain: Callable[..., Any], place: float, x_BTD: torch.Tensor, *, position_embeddings: Any, **inputs: Any
 ) -> torch.Tensor:
-    """DeepSpeed's random-LTD, half of the tokens: each layer but the first and last draws, from text and pictures
+    """DeepSpeed's random-LTD, half of the tokens: each layer but the first and last draws, from text and images
     alike, those that go through it; the others pass by. (Theirs leaves rotary positions uncut, and fails on Llama.)"""
     if place in (0.0, 1.0):
         return plain(x_BTD, position_embeddings=position_embeddings, **inputs)

@@ -52,7 +52,7 @@ from sparsight.settings.recipe import Recipe, Stage
 
 HERE = Path(__file__).parent
 WIDTHS = {"width": 192, "heads": 3, "mlp_ratio": 2, "query_std": 1}
-CLOCKED, PICTURES = 10, 200  # steps of a stage, and pictures, in a round of --clock
+CLOCKED, IMAGES = 10, 200  # steps of a stage, and images, in a round of --clock
 ITEMS = {"validation": 60, "test": 200, "control": 40}
 
 
@@ -93,7 +93,7 @@ class Row:
     groups: str = ""
 
 
-few, many, PLACES = cos("cos-32"), cos(FULL), {"places_of": FULL}
+few, many, PLACES = cos("cos-32"), cos(FULL), {"position_layout": FULL}
 fewer = cos("1:8,4:1")
 PROPORTIONAL = PLACES | {"proportional_attention": True}
 DOUBLE = {"image_size": 512}
@@ -117,19 +117,19 @@ ROWS = {
     "cos 80-80": Row(cos("cos-80"), groups="scales"),
     "cos 80-336": Row(cos("cos-80"), cos("cos-336"), groups="scaling"),
     "cos 80-336 settled": Row(
-        cos("cos-80"), cos("cos-336"), first={"places_of": "cos-336"}, settle=0.75, groups="scaling"
+        cos("cos-80"), cos("cos-336"), first={"position_layout": "cos-336"}, settle=0.75, groups="scaling"
     ),
     "cos 336-336": Row(cos("cos-336"), groups="scales"),
     "cos 32-336 fresh": Row(few, many, fresh=True, groups="scaling"),
     "cos 32-80 local": Row(few, cos("1:16,8:1"), groups="scaling"),
     "cos 32-96 global": Row(few, cos(GLOBAL), groups="scaling"),
     "cos 32-96 global sts": Row(few, cos(GLOBAL), last={"skipper": FALLING}, groups="sts"),
-    "cos 32-96 settled": Row(few, cos(GLOBAL), first={"places_of": GLOBAL}, settle=0.75, groups="scaling"),
+    "cos 32-96 settled": Row(few, cos(GLOBAL), first={"position_layout": GLOBAL}, settle=0.75, groups="scaling"),
     "cos 24-24": Row(fewer, groups="core scaling"),
     "cos 24-24 sts": Row(fewer, last={"skipper": FALLING}, groups="core sts"),
     "cos 24-56 global": Row(fewer, cos("1:8,2:8,4:1"), groups="scaling"),
     "cos 24-296 settled": Row(
-        fewer, cos("1:8,2:8,16:1"), first={"places_of": "1:8,2:8,16:1"}, settle=0.75, groups="scaling"
+        fewer, cos("1:8,2:8,16:1"), first={"position_layout": "1:8,2:8,16:1"}, settle=0.75, groups="scaling"
     ),
     "cos 32-528 double": Row(few, cos("1:16,4:16,16:1"), last=DOUBLE, groups="double"),
     "cos 48-784 double": Row(cos("cos-48"), cos("1:16,4:16,16:2"), last=DOUBLE, groups="double"),
@@ -148,9 +148,9 @@ ROWS = {
     ),
     "skipper falling": Row(few, many, first=PLACES, last={"skipper": FALLING}, groups="skip"),
     "skipper constant": Row(
-        few, many, first=PLACES, last={"skipper": FALLING | {"alpha": 0.2, "course": "constant"}}, groups="skip"
+        few, many, first=PLACES, last={"skipper": FALLING | {"alpha": 0.2, "schedule": "constant"}}, groups="skip"
     ),
-    "skipper rising": Row(few, many, first=PLACES, last={"skipper": FALLING | {"course": "rising"}}, groups="skip"),
+    "skipper rising": Row(few, many, first=PLACES, last={"skipper": FALLING | {"schedule": "rising"}}, groups="skip"),
     "skipper epsilon -0.3": Row(few, many, first=PLACES, last={"skipper": FALLING | {"epsilon": -0.3}}, groups="skip"),
     "skipper epsilon 0": Row(few, many, first=PLACES, last={"skipper": FALLING | {"epsilon": 0.0}}, groups="skip"),
 }
@@ -169,7 +169,7 @@ def recipe_of(row: Row, seed: int, settings: dict[str, Any], data: str = "scenes
     """A row's recipe: what all share, the row's own keys, and what is tuned: learning rates (``rate``, ``late_rate``)
     and the length of fine-tuning (``late``, of what the shared recipe says)."""
     values = shared(data) | {"seed": seed, "precision": precision_on(default_device(), "auto")}
-    if data == "easy-vqa":  # its pictures lie in the package
+    if data == "easy-vqa":  # its images lie in the package
         held_out = values["evaluation"]["held_out"]["easy-vqa"]
         values["data"]["images"] = held_out["data"]["images"] = str(easy_vqa_folder())
     *early, finetune = values["stages"]
@@ -190,33 +190,33 @@ def recipe_of(row: Row, seed: int, settings: dict[str, Any], data: str = "scenes
         samples = round(row.settle * late / 32) * 32
         finetune["samples"] -= samples
         settle = {"name": "settle", "bridge": row.early, "samples": samples, "schedule": "constant_with_warmup"}
-        settle |= {"places_of": finetune["bridge"]["layout"], "proportional_attention": True}
+        settle |= {"position_layout": finetune["bridge"]["layout"], "proportional_attention": True}
         values["stages"].insert(-1, finetune | dict.fromkeys(row.last) | settle)
     return settle_image_size(Recipe.model_validate(values))
 
 
 def write_easy_vqa(folder: Path) -> None:
-    """easy-VQA as conversations: up to five of a picture's questions in a training one, one in others. Of the training
-    pictures, the last 400 are for validation."""
+    """easy-VQA as conversations: up to five of a image's questions in a training one, one in others. Of the training
+    images, the last 400 are for validation."""
     import easy_vqa
 
     folder.mkdir(parents=True, exist_ok=True)
     for split, part in (("train", "train"), ("validation", "train"), ("test", "test")):
-        questions, answers, pictures = getattr(easy_vqa, f"get_{part}_questions")()
+        questions, answers, images = getattr(easy_vqa, f"get_{part}_questions")()
         turns: dict[int, list[tuple[str, str]]] = {}
-        for question, answer, picture in zip(questions, answers, pictures, strict=True):
-            turns.setdefault(picture, []).append((question.replace("?", " ?"), answer))
+        for question, answer, image in zip(questions, answers, images, strict=True):
+            turns.setdefault(image, []).append((question.replace("?", " ?"), answer))
         wanted = {"train": range(3600), "validation": range(3600, 4000), "test": range(1000)}[split]
         size = 5 if split == "train" else 1
         rows = [
             {
-                "id": f"{picture}-{start}",
-                "image": f"{part}/images/{picture}.png",
+                "id": f"{image}-{start}",
+                "image": f"{part}/images/{image}.png",
                 "conversations": _turns(asked[start : start + size]),
             }
-            for picture, asked in turns.items()
+            for image, asked in turns.items()
             for start in range(0, len(asked), size)
-            if picture in wanted
+            if image in wanted
         ]
         random.Random(0).shuffle(rows)
         write_atomic(folder / f"{split}.json", json.dumps(rows))
@@ -273,7 +273,7 @@ def _start_anew(folder: Path, stage: Stage, seed: int) -> None:
 
 
 def score(folder: Path, recipe: Recipe, split: str) -> dict[str, Any]:
-    """Scores of a run's last model by task; for the test split every item's points, and of seed 0 with pictures
+    """Scores of a run's last model by task; for the test split every item's points, and of seed 0 with images
     shuffled."""
     model, processor = load(folder / recipe.stages[-1].name / "model")
 
@@ -285,7 +285,7 @@ def score(folder: Path, recipe: Recipe, split: str) -> dict[str, Any]:
     found = asked(ITEMS[split], control=False)
     result: dict[str, Any] = {"items": ITEMS[split], "scores": found.scores}
     if split == "test":
-        result |= {"points": found.points, "pictures": found.pictures}
+        result |= {"points": found.points, "images": found.images}
         if recipe.seed == 0:
             result["shuffled"] = asked(ITEMS["control"], control=True).shuffled
     return result
@@ -400,7 +400,7 @@ def _work(stage: Stage) -> str:
 
 def clock(names: Sequence[str], results: Results, rounds: int, console: Console) -> None:
     """Seconds of a step of every stage of these rows, taking turns in this process, there and back; the first round is
-    left out. And each row's seconds in all, with what encoding its pictures takes. Stages whose steps are the same work
+    left out. And each row's seconds in all, with what encoding its images takes. Stages whose steps are the same work
     are one."""
     recipes = {name: recipe_of(ROWS[name], 0, results.best("scenes", name, 1)) for name in names}
     parts = {_work(stage): (name, stage) for name, recipe in recipes.items() for stage in recipe.stages}
@@ -409,7 +409,7 @@ def clock(names: Sequence[str], results: Results, rounds: int, console: Console)
         for turn in track(range(rounds + 1), "measuring", console=console):
             for key, (name, stage) in list(parts.items())[:: 1 if turn % 2 else -1]:
                 short = stage.model_copy(update={"samples": CLOCKED * 32, "checkpoints": 0})
-                data = recipes[name].data.model_copy(update={"scenes": PICTURES})
+                data = recipes[name].data.model_copy(update={"scenes": IMAGES})
                 recipe = recipes[name].model_copy(update={"stages": (short,), "data": data})
                 out = Path(folder) / "run"
                 run(recipe, out, Console(quiet=True), cache_root=Path(folder) / "cache")
@@ -424,7 +424,7 @@ def clock(names: Sequence[str], results: Results, rounds: int, console: Console)
             flops = statistics.fmean(step["flops"] for step in runs[0].steps)
             step: dict[str, Any] = {"seconds": statistics.median(times), "rounds": times, "flops": flops}
             first = float(all(stage.image_size != earlier["image_size"] for earlier in row["stages"]))  # of this size
-            encoding = first * runs[0].encoding_seconds / PICTURES * shared("scenes")["data"]["scenes"]
+            encoding = first * runs[0].encoding_seconds / IMAGES * shared("scenes")["data"]["scenes"]
             sizes = {"image_size": stage.image_size, "steps": stage.steps, "encoding": encoding}
             row["stages"].append({"name": stage.name, **sizes, **step})
             row["seconds"] += stage.steps * step["seconds"] + encoding

@@ -48,7 +48,7 @@ class Decoded(Dataset):
 
     def __getitem__(self, index: int) -> tuple[str, np.ndarray]:
         sample = self.source[index]
-        return sample.id, np.asarray(self.source.picture(sample.images[0]))
+        return sample.id, np.asarray(self.source.image(sample.images[0]))
 
 
 def write_shards(folder: Path, console: Console) -> None:
@@ -57,10 +57,10 @@ def write_shards(folder: Path, console: Console) -> None:
     for shard in track(range(SHARDS), "writing shards", console=console):
         with tarfile.open(folder / f"{shard:03d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
             for number in range(shard * SAMPLES // SHARDS, (shard + 1) * SAMPLES // SHARDS):
-                picture = io.BytesIO()
-                Image.fromarray(noise.integers(0, 256, (SIDE, SIDE, 3), np.uint8)).save(picture, "JPEG")
+                image = io.BytesIO()
+                Image.fromarray(noise.integers(0, 256, (SIDE, SIDE, 3), np.uint8)).save(image, "JPEG")
                 text = json.dumps({"id": str(number), "conversations": turns}).encode()
-                for kind, content in (("jpg", picture.getvalue()), ("json", text)):
+                for kind, content in (("jpg", image.getvalue()), ("json", text)):
                     member = tarfile.TarInfo(f"{number:08d}.{kind}")
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))

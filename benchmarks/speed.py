@@ -1,6 +1,6 @@
 """Time of a training step, way by way, beside what executed FLOPs allow.
 
-Forward, backward and AdamW in bf16 (fp32 on a CPU without it); pictures come as cached features, but where the encoder
+Forward, backward and AdamW in bf16 (fp32 on a CPU without it); images come as cached features, but where the encoder
 is what is measured. On a CPU: SmolLM2-135M and EfficientNet-lite0, batch 8. On CUDA: a CLIP-L/14 and a Llama of 7B with
 LoRA, random weights, and the largest batch (a power of two) with which a group's first variant fits in memory. The
 variants of a group take turns in one process: what else the machine does weighs on all. `reached` is the share of
@@ -42,7 +42,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, CLIPVis
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from data import batches_of, caption_items
-from sparsight import ChainOfSight, build
+from sparsight import ChainOfSightConfig, build
 from sparsight.data.collate import Collator
 from sparsight.devices.precision import precision_on
 from sparsight.modeling.build import language_folder
@@ -51,8 +51,8 @@ from sparsight.modeling.scratch import scratch_tokenizer
 from sparsight.modeling.short import attention
 from sparsight.pipeline import autocast
 from sparsight.reporting import environment
-from sparsight.settings.bridges import Resampler
-from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
+from sparsight.settings.bridges import ResamplerConfig
+from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.settings.recipe import ScratchLanguage, Stage
 from sparsight.sparse.attach import SparseHandle, attach
 from sparsight.training.stages import add_lora, select_trainable
@@ -151,7 +151,7 @@ class Bench:
             torch.cuda.empty_cache()
 
     def inputs(self, tokens: int, image_id: int, rows: int) -> dict[str, Any]:
-        """Random words around a picture of so many visual tokens; those behind it are learnt."""
+        """Random words around a image of so many visual tokens; those behind it are learnt."""
         words = torch.randint(10, 290, (rows, TEXT), device=self.device)
         image = torch.full((rows, tokens), image_id, device=self.device)
         ids = torch.cat([words[:, : TEXT // 2], image, words[:, TEXT // 2 :]], 1)
@@ -195,7 +195,7 @@ def ours(
     around: Callable[[Any], AbstractContextManager[Any]] = lambda model: nullcontext(),
 ) -> Step:
     """A step of our model. ``pixels``: encode them in it; ``loss``: on ``labelled`` positions, ``all``, ``fused``."""
-    settings = ChainOfSight(bridge, **bench.width) if isinstance(bridge, str) else bridge(**bench.width)
+    settings = ChainOfSightConfig(bridge, **bench.width) if isinstance(bridge, str) else bridge(**bench.width)
     model, _, optimizer = bench.model(settings)
     rows, config = rows or bench.batch, model.config
     batch = bench.inputs(config.num_image_tokens, config.image_token_id, rows)
@@ -260,8 +260,8 @@ def compiled_layers(bench: Bench, model: Any) -> Callable[[], AbstractContextMan
 @contextmanager
 def sparse(model: Any, keep: float = 1.0, every: int = 0) -> Iterator[SparseHandle]:
     """The compressor, and the skipper with each ``every``-th layer off."""
-    skipper = LayerSkipper(alpha=0.5, epsilon=0.0, course="constant")
-    handle = attach(model, VisualTokenCompressor(keep=keep), skipper)
+    skipper = SkipperConfig(alpha=0.5, epsilon=0.0, schedule="constant")
+    handle = attach(model, CompressorConfig(keep=keep), skipper)
     handle.step(0, 0.0)
     handle.off = tuple(bool(every) and number % every == every - 1 for number in range(handle.parts.layers))
     try:
@@ -272,7 +272,7 @@ def sparse(model: Any, keep: float = 1.0, every: int = 0) -> Iterator[SparseHand
 
 def batched(bench: Bench, way: str) -> Step:
     """The same samples, with captions as long as people's, in batches of one kind; a step for each batch."""
-    model, processor, optimizer = bench.model(ChainOfSight("cos-32", **bench.width))
+    model, processor, optimizer = bench.model(ChainOfSightConfig("cos-32", **bench.width))
     config = model.config
     levels = tuple(torch.randn(1, *config.map_size, width) for width in config.level_widths)
     items = caption_items(processor, levels, SAMPLES)
@@ -307,7 +307,7 @@ def llava(bench: Bench, tokens: int) -> Step:
 # ----------------------------------------------------------------------------------------------------------- variants
 
 LAYOUTS = {f"{tokens} tokens": f"cos-{tokens}" for tokens in (336, 80, 48, 32)}
-LAYOUTS |= {"336 tokens, one scale": partial(Resampler, tokens=336)}
+LAYOUTS |= {"336 tokens, one scale": partial(ResamplerConfig, tokens=336)}
 METHODS: dict[str, Any] = {
     "half of the layers off": partial(sparse, every=2),
     "a fifth of the layers off": partial(sparse, every=5),

@@ -204,7 +204,7 @@ def flops(entry: dict, early: bool = False) -> float:
 
 
 def seconds(result: dict, entry: dict) -> float | None:
-    """What an entry's steps, and encoding its pictures, take by the clock of its row; None without one."""
+    """What an entry's steps, and encoding its images, take by the clock of its row; None without one."""
     clocked = {row["row"]: row["stages"] for row in result.get("clock", {"rows": []})["rows"]}
     if entry["row"] not in clocked or entry["data"] != "scenes":
         return None
@@ -251,10 +251,10 @@ def quality_table(
 
 
 def grouped(seeds: list[dict]) -> tuple[list[list[float]], list[int], list[str]]:
-    """Points of each seed, and picture and task of each point, as `sparsight.evaluation.significance` takes them."""
+    """Points of each seed, and image and task of each point, as `sparsight.evaluation.significance` takes them."""
     points = [[*chain(*entry["test"]["points"].values())] for entry in seeds]
-    pictures = seeds[0]["test"]["pictures"]
-    return points, [*chain(*pictures.values())], [task for task, own in pictures.items() for _ in own]
+    images = seeds[0]["test"]["images"]
+    return points, [*chain(*images.values())], [task for task, own in images.items() for _ in own]
 
 
 def margins_table(name: str, result: dict) -> str:
@@ -275,7 +275,7 @@ def margins_table(name: str, result: dict) -> str:
         cells = []
         for task in tasks if pairs else ():
             ours, theirs = ([entry["test"]["points"][task] for entry in side] for side in zip(*pairs, strict=True))
-            test = paired_test(ours, theirs, pairs[0][0]["test"]["pictures"][task])
+            test = paired_test(ours, theirs, pairs[0][0]["test"]["images"][task])
             cell = f"{100 * test.difference:+.0f} ({100 * test.low:+.0f} to {100 * test.high:+.0f})"
             below = fmean(chain(*ours)) < 0.99 * fmean(chain(*theirs))
             cells.append(f"**{cell}**" if below else cell)
@@ -314,8 +314,8 @@ def orderings_table(name: str, result: dict) -> str:
             lines.append(f"| {text} | | | 0 | not run |")
             continue
         ours, theirs = ([side[settings][seed] for seed in seeds] for side in both)
-        points, pictures, tasks = grouped(ours)
-        test = paired_test(points, grouped(theirs)[0], pictures, tasks)
+        points, images, tasks = grouped(ours)
+        test = paired_test(points, grouped(theirs)[0], images, tasks)
         word = "reproduced" if test.low > 0 else "contrary" if test.high < 0 else "not seen at this scale"
         figures = f"{100 * test.difference:+.1f} ({100 * test.low:+.1f} to {100 * test.high:+.1f})"
         p_value = f"{test.p_value:.3f}" if test.p_value >= 0.001 else "< 0.001"

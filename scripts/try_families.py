@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
+from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.attach import attach
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
@@ -121,7 +121,7 @@ ASKED = {
 }
 REASONS = {
     "diffusion_gemma": "it denoises blocks of text, so it has no next-token loss",
-    "evolla": "it reads proteins, not pictures",
+    "evolla": "it reads proteins, not images",
     "instructblipvideo": "it takes videos alone",
 }
 
@@ -130,7 +130,7 @@ STYLES = {"works": "green", "compressor only": "cyan", "refused": "yellow", "not
 HEADING = """# Families
 
 What `sparsight.attach` does with each of the {all} image-text families of transformers {version}, tried by
-`python scripts/try_families.py` on tiny models with random weights, a picture and a few words a sample, on a CPU:
+`python scripts/try_families.py` on tiny models with random weights, a image and a few words a sample, on a CPU:
 {told}.
 
 - **works**: with keep 1.0 and alpha 0, loss and gradients are bit by bit those of the plain model. With keep 0.5 and
@@ -241,8 +241,8 @@ def made(name: str) -> Any:
 # ------------------------------------------------------------------------------------------------------ batches
 
 
-def pictures(model: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """Two pictures in every shape that the model's arguments allow, the likeliest first."""
+def images(model: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """Two images in every shape that the model's arguments allow, the likeliest first."""
     taken = set(inspect.signature(model.forward).parameters)
     vision = getattr(model.config, "vision_config", model.config)
     patch = getattr(vision, "patch_size", PATCH)
@@ -267,7 +267,7 @@ def pictures(model: Any) -> Iterator[dict[str, torch.Tensor]]:
         halves = {"image_grid_thw": grid["image_grid_thw"] // torch.tensor([1, 2, 2])}
         yield {"pixel_values": noise(patches // 4, 2 * patch, 2 * patch, 3), **halves}
     if "image_token_pooling" in taken:
-        yield {  # the same picture twice, pooled by the same places
+        yield {  # the same image twice, pooled by the same places
             "pixel_values": noise(1, side * side, 3 * patch * patch).repeat(2, 1, 1),
             "image_token_pooling": torch.arange(side * side).view(-1, 4).repeat(2, 1),
             "image_grids": torch.tensor([[side // 2, side // 2, 0, 0]] * 2),
@@ -293,12 +293,12 @@ def pictures(model: Any) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def features_of(model: Any) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """Pictures that the model takes, and how many positions each has."""
+    """Images that the model takes, and how many positions each has."""
     inner = model if hasattr(model, "get_image_features") else getattr(model, "model", model)
     if not hasattr(inner, "get_image_features"):
         raise ValueError("no get_image_features to ask for the number of visual tokens")
     told = []
-    for pixels in pictures(model):
+    for pixels in images(model):
         try:
             with torch.no_grad():
                 found = inner.get_image_features(**pixels)
@@ -315,7 +315,7 @@ def features_of(model: Any) -> tuple[dict[str, torch.Tensor], list[int]]:
 
 
 def batch_of(model: Any) -> dict[str, torch.Tensor]:
-    """Two samples of unequal length with a picture and words each; the words at the end are learnt."""
+    """Two samples of unequal length with a image and words each; the words at the end are learnt."""
     pixels, counts = features_of(model)
     config, generator = model.config, torch.Generator().manual_seed(1)
     image = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
@@ -348,9 +348,9 @@ def gradients(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor,
     return loss.detach(), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
 
 
-def skipper_for(model: Any) -> tuple[LayerSkipper | None, str]:
+def skipper_for(model: Any) -> tuple[SkipperConfig | None, str]:
     """Half of the layers off, or None and the reason if this family's layers cannot be skipped."""
-    skipper = LayerSkipper(alpha=0.5, epsilon=0.0, course="constant")
+    skipper = SkipperConfig(alpha=0.5, epsilon=0.0, schedule="constant")
     try:
         attach(model, skipper=skipper, plan=True)
     except ValueError as error:
@@ -358,11 +358,11 @@ def skipper_for(model: Any) -> tuple[LayerSkipper | None, str]:
     return skipper, ""
 
 
-def check_dense(model: Any, batch: dict[str, torch.Tensor], skipper: LayerSkipper | None) -> None:
+def check_dense(model: Any, batch: dict[str, torch.Tensor], skipper: SkipperConfig | None) -> None:
     """Keep 1.0 and alpha 0 are the plain model, bit by bit."""
     loss, grads = gradients(model, batch)
-    none_off = skipper and LayerSkipper(alpha=0.0, epsilon=0.0)
-    handle = attach(model, VisualTokenCompressor(keep=1.0), none_off)
+    none_off = skipper and SkipperConfig(alpha=0.0, epsilon=0.0)
+    handle = attach(model, CompressorConfig(keep=1.0), none_off)
     same_loss, same_grads = gradients(model, batch)
     handle.detach()
     assert handle.take_passes(), "the decoder was not called with visual tokens"
@@ -370,9 +370,9 @@ def check_dense(model: Any, batch: dict[str, torch.Tensor], skipper: LayerSkippe
     assert all(torch.equal(grad, same_grads[key]) for key, grad in grads.items()), "keep 1.0 has other gradients"
 
 
-def check_sparse(model: Any, batch: dict[str, torch.Tensor], skipper: LayerSkipper | None) -> str:
+def check_sparse(model: Any, batch: dict[str, torch.Tensor], skipper: SkipperConfig | None) -> str:
     """Keep 0.5, with half of the layers off, makes the pass shorter; loss and gradients are finite."""
-    handle = attach(model, VisualTokenCompressor(keep=0.5), skipper)
+    handle = attach(model, CompressorConfig(keep=0.5), skipper)
     handle.off = tuple(skipper is not None and number % 2 == 1 for number in range(handle.parts.layers))
     loss, grads = gradients(model, batch)
     (done,) = handle.take_passes()
@@ -404,7 +404,7 @@ def check_alone(model: Any, batch: dict[str, torch.Tensor]) -> None:
 
     model.eval()
     plain = worst()
-    handle = attach(model, VisualTokenCompressor(keep=0.5), train_only=False)
+    handle = attach(model, CompressorConfig(keep=0.5), train_only=False)
     sparse = worst()
     handle.detach()
     model.train()
@@ -413,7 +413,7 @@ def check_alone(model: Any, batch: dict[str, torch.Tensor]) -> None:
 
 def tried(model: Any, batch: dict[str, torch.Tensor]) -> tuple[str, str]:
     """Status and detail; raises AssertionError where a promise is broken, ValueError if attach refuses."""
-    attach(model, VisualTokenCompressor(keep=0.5), plan=True)
+    attach(model, CompressorConfig(keep=0.5), plan=True)
     skipper, reason = skipper_for(model)
     check_dense(model, batch, skipper)
     detail = check_sparse(model, batch, skipper)

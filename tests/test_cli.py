@@ -28,7 +28,7 @@ from sparsight import cli
 from sparsight.data.collate import TrainingSet
 from sparsight.pipeline import load, run
 from sparsight.reporting import read_run
-from sparsight.settings.bridges import ChainOfSight
+from sparsight.settings.bridges import ChainOfSightConfig
 from sparsight.settings.recipe import Recipe
 from tiny import clip_config, make_language, make_vlm
 
@@ -253,16 +253,16 @@ COLOURS = {
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """A LLaVA data set: ten small pictures of five colours, some with a bar in them, in sizes of their own."""
+def images(tmp_path: Path) -> Path:
+    """A LLaVA data set: ten small images of five colours, some with a bar in them, in sizes of their own."""
     folder, rng, rows = tmp_path / "own", random.Random(0), []
     (folder / "images").mkdir(parents=True)
     for number in range(10):
         name = list(COLOURS)[number % 5]
-        picture = Image.new("RGB", (rng.randint(40, 90), rng.randint(40, 90)), COLOURS[name])
+        image = Image.new("RGB", (rng.randint(40, 90), rng.randint(40, 90)), COLOURS[name])
         if number >= 5:
-            ImageDraw.Draw(picture).rectangle((5, 5, 9, 30), fill=(128, 128, 128))
-        picture.save(folder / "images" / f"{number}.{('png', 'jpg')[number % 2]}")
+            ImageDraw.Draw(image).rectangle((5, 5, 9, 30), fill=(128, 128, 128))
+        image.save(folder / "images" / f"{number}.{('png', 'jpg')[number % 2]}")
         turns = [
             {"from": "human", "value": "<image>\nWhat colour is it?"},
             {"from": "gpt", "value": f"It is {name}."},
@@ -276,11 +276,11 @@ def json_data(folder: Path) -> dict[str, str]:
     return {"kind": "json", "path": str(folder / "data.json"), "images": str(folder / "images")}
 
 
-def test_preview_writes_a_picture(
-    here: Callable[..., tuple[Any, str, str]], write: Callable[..., Path], pictures: Path, tmp_path: Path
+def test_preview_writes_a_image(
+    here: Callable[..., tuple[Any, str, str]], write: Callable[..., Path], images: Path, tmp_path: Path
 ) -> None:
     for name, arguments in {
-        "own/sheet.png": (write(data=json_data(pictures)), "--n", 3),
+        "own/sheet.png": (write(data=json_data(images)), "--n", 3),
         "scenes.png": (write(), "data.scenes=3"),
     }.items():
         code, said, _ = here("data", "preview", *arguments, "--out", tmp_path / name)
@@ -291,7 +291,7 @@ def test_preview_writes_a_picture(
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model, processor = make_vlm(ChainOfSight("1:4,2:1", width=32, heads=2))
+    model, processor = make_vlm(ChainOfSightConfig("1:4,2:1", width=32, heads=2))
     folder = tmp_path_factory.mktemp("saved") / "model"
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -303,7 +303,7 @@ def test_scale_prints_what_came_from_where(
 ) -> None:
     options = "--layout", "1:4,2:4,4:1", "--image-size", 128, "--levels", "2,3", "--source", "2=1"
     code, out, _ = here("scale", checkpoint, "--out", tmp_path / "scaled", *options)
-    assert code == 0 and "visual tokens 8 -> 36, pictures 64 -> 128 px, encoder positions 8x8 -> 16x16" in out
+    assert code == 0 and "visual tokens 8 -> 36, images 64 -> 128 px, encoder positions 8x8 -> 16x16" in out
     rows = [line.split() for line in out.splitlines()]
     assert ["2:4", "1:4"] in [row[:2] for row in rows] and ["4:1", "2:1"] in [row[:2] for row in rows]
     assert load(tmp_path / "scaled")[0].config.num_image_tokens == 36
@@ -312,7 +312,7 @@ def test_scale_prints_what_came_from_where(
 def test_inspect_writes_a_page(here: Callable[..., tuple[Any, str, str]], checkpoint: Path, tmp_path: Path) -> None:
     Image.new("RGB", (90, 40), "red").save(tmp_path / "a.png")
     code, out, _ = here("inspect", checkpoint, "--image", tmp_path / "a.png", "--out", tmp_path / "seen")
-    assert code == 0 and "2 pictures beside it" in out
+    assert code == 0 and "2 images beside it" in out
     assert {path.name for path in (tmp_path / "seen").iterdir()} == {"index.html", "scale-1x4.png", "scale-2x1.png"}
     assert "a.png" in (tmp_path / "seen" / "index.html").read_text()
 
@@ -323,7 +323,7 @@ def test_inspect_writes_a_page(here: Callable[..., tuple[Any, str, str]], checkp
         (("scale", "CHECKPOINT", "--out", "new", "--source", "4"), "--source 4: expected integers such as 4=1"),
         (("scale", "CHECKPOINT", "--out", "new", "--levels", "2,x"), "--levels 2,x: expected integers such as 4,1"),
         (("scale", "CHECKPOINT", "--out", "new", "--layout", "1:4,3:3"), "scale 3:3 of '1:4,3:3' has no source"),
-        (("scale", "CHECKPOINT", "--out", "new", "--image-size", 2), "image_size 2: CLIPVisionModel cuts pictures"),
+        (("scale", "CHECKPOINT", "--out", "new", "--image-size", 2), "image_size 2: CLIPVisionModel cuts images"),
         (("scale", ".", "--out", "new"), "expected a model of Sparsight, found no config.json"),
         (("inspect", "CHECKPOINT", "--image", "none.png"), "none.png: there is no such file"),
         (("inspect", "."), "no model there"),
@@ -368,33 +368,33 @@ def llava(folder: Path) -> Path:
 def test_analyze_measures_any_model(
     here: Callable[..., tuple[Any, str, str]],
     checkpoint: Path,
-    pictures: Path,
+    images: Path,
     tmp_path: Path,
     kind: str,
     layers: int,
     tokens: int,
 ) -> None:
     model = checkpoint if kind == "ours" else llava(tmp_path / "llava")
-    rows = json.loads((pictures / "data.json").read_text())
-    del rows[1]["image"]  # a conversation without a picture
+    rows = json.loads((images / "data.json").read_text())
+    del rows[1]["image"]  # a conversation without a image
     rows[1]["conversations"][0]["value"] = "Which colours are there?"
-    (pictures / "data.json").write_text(json.dumps(rows))
-    options = "--data", pictures / "data.json", "--images", pictures / "images", "--samples", 3
+    (images / "data.json").write_text(json.dumps(rows))
+    options = "--data", images / "data.json", "--images", images / "images", "--samples", 3
     code, out, _ = here("analyze", model, *options, "--out", tmp_path / "seen")
-    assert code == 0 and "no measured optimum" in out and "without a picture, passed over: 1" in out
+    assert code == 0 and "no measured optimum" in out and "without a image, passed over: 1" in out
     record = json.loads((tmp_path / "seen" / "analysis.json").read_text())
     found = record["analysis"]
-    assert (found["samples"], found["pictures"], found["visual_tokens"]) == (3, 3, 3 * tokens)
+    assert (found["samples"], found["images"], found["visual_tokens"]) == (3, 3, 3 * tokens)
     assert len(found["layers"]) == layers and found["without_attention"] == ""
     assert all(0 < layer["attention"] < 1 for layer in found["layers"])
     assert record["environment"]["versions"]["torch"] and record["suggestion"]["code"] in out
-    assert record["without_pictures"] == 1
+    assert record["without_images"] == 1
     page = html.unescape((tmp_path / "seen" / "index.html").read_text())
     assert record["suggestion"]["reasons"]["keep"] in page and record["suggestion"]["code"] in page
 
 
 def test_what_cannot_be_analyzed(
-    here: Callable[..., tuple[Any, str, str]], checkpoint: Path, pictures: Path, tmp_path: Path
+    here: Callable[..., tuple[Any, str, str]], checkpoint: Path, images: Path, tmp_path: Path
 ) -> None:
     language, tokenizer = make_language()
     for part in (language, tokenizer):
@@ -404,7 +404,7 @@ def test_what_cannot_be_analyzed(
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Nothing."}]
     (tmp_path / "text.json").write_text(json.dumps([{"conversations": turns}] * 2))
     code, _, err = here("analyze", checkpoint, "--data", tmp_path / "text.json", "--out", tmp_path / "seen")
-    assert code == 2 and "text.json: none of its 2 samples has a picture" in err
+    assert code == 2 and "text.json: none of its 2 samples has a image" in err
     assert not (tmp_path / "seen").exists()
 
 
@@ -417,12 +417,12 @@ def test_doctor_finds_nothing_missing(here: Callable[..., tuple[Any, str, str]])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_goes_bad_names_sample_and_file(
-    here: Callable[..., tuple[Any, str, str]], write: Callable[..., Path], pictures: Path, tmp_path: Path, workers: int
+def test_a_image_that_goes_bad_names_sample_and_file(
+    here: Callable[..., tuple[Any, str, str]], write: Callable[..., Path], images: Path, tmp_path: Path, workers: int
 ) -> None:
-    file = pictures / "images" / "7.jpg"
+    file = images / "images" / "7.jpg"
     file.write_bytes(file.read_bytes()[:300])
-    recipe = write(data=json_data(pictures), workers=workers)
+    recipe = write(data=json_data(images), workers=workers)
     code, _, said = here("train", recipe, "--out", tmp_path / "out")
     assert code == 2
     assert "sample 'own-7'" in said and str(file) in said and "Traceback" not in said
@@ -579,24 +579,24 @@ print(json.dumps([model.config.num_image_tokens, answers]))
 """
 
 
-def test_own_pictures_in_and_a_model_of_transformers_out(
-    write: Callable[..., Path], pictures: Path, tmp_path: Path
+def test_own_images_in_and_a_model_of_transformers_out(
+    write: Callable[..., Path], images: Path, tmp_path: Path
 ) -> None:
-    """From a folder of pictures to a model that a new process loads as any other, and that has learnt the colours."""
+    """From a folder of images to a model that a new process loads as any other, and that has learnt the colours."""
     rates = {"bridge": 5e-3, "language": 5e-3}
     stages = [
         stage_values(samples=600, batch_size=10, learning_rate=rates, checkpoints=1),
         stage_values("finetune", bridge=FINER, samples=200, batch_size=10, learning_rate=rates, checkpoints=1),
     ]
-    recipe = write(data=json_data(pictures), stages=stages, precision="auto")
+    recipe = write(data=json_data(images), stages=stages, precision="auto")
     result = sparsight("train", recipe, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     model = tmp_path / "runs" / "small" / "finetune" / "model"
     assert str(model.relative_to(tmp_path)) in result.stdout.replace("\n", "")
-    files = sorted((pictures / "images").iterdir())
+    files = sorted((images / "images").iterdir())
     asked = subprocess.run(
         [sys.executable, "-c", ASK, str(model), *map(str, files)],
-        cwd=pictures,
+        cwd=images,
         capture_output=True,
         text=True,
         timeout=120,

@@ -14,11 +14,11 @@ from sparsight import cli
 from sparsight.layouts import PRESETS, Layout
 from sparsight.settings.bridges import (
     BRIDGE_KINDS,
-    ChainOfSight,
-    Linear,
-    Mlp,
-    PixelShuffle,
-    Resampler,
+    ChainOfSightConfig,
+    LinearConfig,
+    MlpConfig,
+    PixelShuffleConfig,
+    ResamplerConfig,
     bridge_settings,
     check_scaling,
 )
@@ -50,13 +50,13 @@ def recipe_file(tmp_path):
 
 
 def stage(**keys):
-    return Stage(**({"name": "s", "bridge": Linear(), "learning_rate": {"bridge": 1e-3}, "samples": 10} | keys))
+    return Stage(**({"name": "s", "bridge": LinearConfig(), "learning_rate": {"bridge": 1e-3}, "samples": 10} | keys))
 
 
 def test_a_recipe_is_read(recipe_file):
     recipe = load_recipe(recipe_file)
     assert [s.name for s in recipe.stages] == ["pretrain", "finetune"]
-    assert recipe.stages[0].bridge == ChainOfSight("1:16,4:1")
+    assert recipe.stages[0].bridge == ChainOfSightConfig("1:16,4:1")
     assert [s.steps for s in recipe.stages] == [7, 3]  # rounded up: every sample is seen
     assert recipe.stages[1].learning_rate.parts() == {"bridge": 1e-4, "language": 2e-5}
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
@@ -67,7 +67,7 @@ def test_a_recipe_is_read(recipe_file):
     [
         ("vison=x", r"unknown key 'vison' in Recipe; did you mean 'vision'\?"),
         ("stages.finetune.batchsize=2", r"stages\.1: unknown key 'batchsize' in Stage; did you mean 'batch_size'\?"),
-        ("stages.0.bridge.layot=cos-32", r"unknown key 'layot' in ChainOfSight; did you mean 'layout'\?"),
+        ("stages.0.bridge.layot=cos-32", r"unknown key 'layot' in ChainOfSightConfig; did you mean 'layout'\?"),
         ("data.senes=2", r"unknown key 'senes' in SceneData; did you mean 'scenes'\?"),
         ("stages.0.learning_rate.llm=1", r"unknown key 'llm' in LearningRates. Known keys: vision, bridge, language"),
         ("stages.0.bridge.layout=cos-81", r"stages\.0\.bridge\.chain_of_sight\.layout: unknown layout 'cos-81'"),
@@ -76,7 +76,7 @@ def test_a_recipe_is_read(recipe_file):
         ("stages.0.samples=0", r"stages\.0\.samples: expected 1 or more \(given: 0\)"),
         ("stages.1.name=pretrain", r"stages need different names, found \['pretrain', 'pretrain'\]"),
         ("stages=[]", r"stages: expected 1 or more of them, found 0"),
-        ("stages.0.proportional_attention=true", r"needs places_of, and no compressor; found None, None"),
+        ("stages.0.proportional_attention=true", r"needs position_layout, and no compressor; found None, None"),
         ("seed", r"override 'seed': expected key=value"),
         ("=1", r"override '=1': expected key=value"),
         ("stages.align.samples=1", r"no item 'align'; there are \['pretrain', 'finetune'\]"),
@@ -210,14 +210,16 @@ def test_comparison_errors_name_the_run(tmp_path):
 
 
 def test_bridge_settings_from_anything():
-    assert bridge_settings("mlp") == Mlp()
+    assert bridge_settings("mlp") == MlpConfig()
     assert [bridge_settings(kind).kind for kind in BRIDGE_KINDS] == list(BRIDGE_KINDS)
-    assert bridge_settings("cos-80") == bridge_settings("1:16,4:4") == ChainOfSight("cos-80") == ChainOfSight()
-    assert bridge_settings({"kind": "resampler", "tokens": 9}) == Resampler(tokens=9)
-    settings = PixelShuffle(factor=3)
+    assert (
+        bridge_settings("cos-80") == bridge_settings("1:16,4:4") == ChainOfSightConfig("cos-80") == ChainOfSightConfig()
+    )
+    assert bridge_settings({"kind": "resampler", "tokens": 9}) == ResamplerConfig(tokens=9)
+    settings = PixelShuffleConfig(factor=3)
     assert bridge_settings(settings) is settings
     assert bridge_settings(settings.model_dump()) == settings
-    assert ChainOfSight(Layout.parse("1:2,3:4"), width=32, heads=4).layout == "1:2,3:4"
+    assert ChainOfSightConfig(Layout.parse("1:2,3:4"), width=32, heads=4).layout == "1:2,3:4"
 
 
 @pytest.mark.parametrize(
@@ -227,7 +229,7 @@ def test_bridge_settings_from_anything():
         ("pixel_shufle", "unknown layout 'pixel_shufle'"),
         ({"kind": "mpl"}, "mpl"),
         ({"tokens": 3}, "kind"),
-        ({"kind": "pixel_shuffle", "facto": 2}, r"unknown key 'facto' in PixelShuffle; did you mean 'factor'\?"),
+        ({"kind": "pixel_shuffle", "facto": 2}, r"unknown key 'facto' in PixelShuffleConfig; did you mean 'factor'\?"),
         ({"kind": "pixel_shuffle", "factor": 0}, r"factor: expected 1 or more \(given: 0\)"),
         ({"kind": "chain_of_sight", "width": 30, "heads": 4}, "width 30 does not divide by heads 4"),
         (3, "3"),
@@ -243,14 +245,14 @@ def test_bridge_settings_that_cannot_be(value, message):
 @pytest.mark.parametrize(
     "settings, map_size, tokens",
     [
-        (Linear(), (24, 24), 576),
-        (Mlp(), (15, 17), 255),
-        (PixelShuffle(factor=2), (16, 16), 64),
-        (PixelShuffle(factor=2), (15, 17), 8 * 9),
-        (PixelShuffle(factor=3), (4, 3), 2),
-        (PixelShuffle(factor=1), (4, 3), 12),
-        (Resampler(tokens=64), (24, 24), 64),
-        (ChainOfSight("cos-1296"), (32, 32), 1296),
+        (LinearConfig(), (24, 24), 576),
+        (MlpConfig(), (15, 17), 255),
+        (PixelShuffleConfig(factor=2), (16, 16), 64),
+        (PixelShuffleConfig(factor=2), (15, 17), 8 * 9),
+        (PixelShuffleConfig(factor=3), (4, 3), 2),
+        (PixelShuffleConfig(factor=1), (4, 3), 12),
+        (ResamplerConfig(tokens=64), (24, 24), 64),
+        (ChainOfSightConfig("cos-1296"), (32, 32), 1296),
     ],
 )
 def test_visual_tokens(settings, map_size, tokens):
@@ -259,7 +261,7 @@ def test_visual_tokens(settings, map_size, tokens):
 
 @given(st.sampled_from(sorted(PRESETS)), st.tuples(st.integers(16, 64), st.integers(16, 64)))
 def test_a_layouts_tokens_do_not_depend_on_the_map(name, map_size):
-    assert ChainOfSight(name).visual_tokens(map_size) == Layout.parse(name).tokens
+    assert ChainOfSightConfig(name).visual_tokens(map_size) == Layout.parse(name).tokens
 
 
 def test_stages_with_data_of_their_own(tmp_path: Path) -> None:
@@ -310,11 +312,11 @@ def test_presets_take_the_place_of_bridges_and_methods(tmp_path: Path, name: str
     assert sum(stage.samples for stage in (*settle, late)) == stages[1]["samples"]
     tokens = early.bridge.scales.tokens, late.bridge.scales.tokens
     assert tokens == (24, 24) if name == "few-tokens" else (32, 336)
-    assert (early.places_of is None) == (name == "few-tokens") and late.places_of is None
+    assert (early.position_layout is None) == (name == "few-tokens") and late.position_layout is None
     assert (early.bridge.width, early.bridge.heads, early.bridge.query_std) == (64, 2, 3)
     assert late.skipper is not None and late.skipper.alpha == 0.1  # which the preset has switched off
     assert early.compressor is None and late.bridge.width == 64
-    early.bridge.scales.lineage(late.bridge.scales)  # can be scaled
+    early.bridge.scales.source_scales(late.bridge.scales)  # can be scaled
 
 
 def preset_file(folder: Path) -> Path:
@@ -428,9 +430,9 @@ def _by_tokens() -> dict[str, object]:
 
 def test_places_are_those_of_coarse_to_fine(tmp_path: Path) -> None:
     bridge = COS | {"layout": "cos-32", "order": "fine_to_coarse"}
-    with pytest.raises(ValueError, match="places_of goes with order: coarse_to_fine alone"):
+    with pytest.raises(ValueError, match="position_layout goes with order: coarse_to_fine alone"):
         Recipe.model_validate(
-            recipe_values(tmp_path, stages=[stage_values(bridge=bridge, places_of="cos-336-from-32")])
+            recipe_values(tmp_path, stages=[stage_values(bridge=bridge, position_layout="cos-336-from-32")])
         )
 
 
@@ -466,11 +468,11 @@ def test_F26_a_recipe_takes_a_bridge_by_its_name_as_python_does(recipe_file: Pat
     values = yaml.safe_load(recipe_file.read_text())
     for stage in values["stages"]:
         stage["bridge"] = bridge
-        stage.pop("places_of", None)
+        stage.pop("position_layout", None)
     recipe_file.write_text(yaml.safe_dump(values | {"stages": values["stages"][:1]}))
     assert load_recipe(recipe_file).stages[0].bridge == bridge_settings(bridge)
     read = load_recipe(recipe_file, ["stages.0.bridge=cos-80", "stages.0.bridge.width=64"]).stages[0].bridge
-    assert read == ChainOfSight("cos-80", width=64)
+    assert read == ChainOfSightConfig("cos-80", width=64)
     with pytest.raises(ValueError, match=r"stages\.0\.bridge.*unknown layout 'cos-81'; did you mean 'cos-80'"):
         load_recipe(recipe_file, ["stages.0.bridge=cos-81"])
 
@@ -478,9 +480,9 @@ def test_F26_a_recipe_takes_a_bridge_by_its_name_as_python_does(recipe_file: Pat
 def test_F26_the_layout_within_reach_is_named() -> None:
     message = "no source in '1:16,4:1'.*From '1:16,4:1' there are cos-336-from-32, cos-528-from-32$"
     with pytest.raises(ValueError, match=message):
-        check_scaling(ChainOfSight("cos-32"), ChainOfSight("cos-336"))
+        check_scaling(ChainOfSightConfig("cos-32"), ChainOfSightConfig("cos-336"))
     with pytest.raises(ValueError, match="16 queries per window$"):
-        check_scaling(ChainOfSight("1:3"), ChainOfSight("cos-336"))
+        check_scaling(ChainOfSightConfig("1:3"), ChainOfSightConfig("cos-336"))
 
 
 PYDANTICS = "Input should|should have|Field required|Input is|validation|Value error|pydantic"

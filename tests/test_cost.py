@@ -15,18 +15,18 @@ from transformers.pytorch_utils import Conv1D
 from sparsight.bridges import build_bridge
 from sparsight.cost import LanguageShape, Trains, bridge_flops, language_flops, step_flops
 from sparsight.modeling.encoders import count_flops
-from sparsight.settings.bridges import ChainOfSight, Linear, Mlp, PixelShuffle, Resampler
+from sparsight.settings.bridges import ChainOfSightConfig, LinearConfig, MlpConfig, PixelShuffleConfig, ResamplerConfig
 from sparsight.settings.recipe import Lora, Stage
 from sparsight.training.stages import add_lora, select_trainable
 from tiny import clip_config, make_language, make_vlm
 
 TOLERANCE = 0.02
 BRIDGES = {
-    "linear": Linear(),
-    "mlp": Mlp(),
-    "pixel_shuffle": PixelShuffle(factor=2),
-    "resampler": Resampler(tokens=12, width=32, heads=2),
-    "chain_of_sight": ChainOfSight("1:4,2:2,4:1", width=32, heads=2),
+    "linear": LinearConfig(),
+    "mlp": MlpConfig(),
+    "pixel_shuffle": PixelShuffleConfig(factor=2),
+    "resampler": ResamplerConfig(tokens=12, width=32, heads=2),
+    "chain_of_sight": ChainOfSightConfig("1:4,2:2,4:1", width=32, heads=2),
 }
 
 
@@ -45,7 +45,7 @@ def assert_close(computed, measured):
 def stage_of(trains):
     rates = {p: 1e-3 for p in ("vision", "bridge", "language") if getattr(trains, p)}
     lora = Lora(rank=trains.lora_rank) if trains.lora_rank else None
-    return Stage(name="s", bridge=Linear(), learning_rate=rates, samples=1, lora=lora)
+    return Stage(name="s", bridge=LinearConfig(), learning_rate=rates, samples=1, lora=lora)
 
 
 def prepared(model, trains):
@@ -90,7 +90,7 @@ def test_language_flops(trains, kv_heads):
     language, tokenizer = make_language(hidden=64, heads=4)
     config = language.config
     config.num_key_value_heads = kv_heads
-    model, _ = make_vlm(Linear(), language=config, tokenizer=tokenizer, image_size=32)
+    model, _ = make_vlm(LinearConfig(), language=config, tokenizer=tokenizer, image_size=32)
     model = prepared(model, trains)
     model.set_attn_implementation("eager")
     # Visual tokens are given, so that nothing but the language model runs.

@@ -21,9 +21,9 @@ from sparsight.cli import main
 from sparsight.layouts import PRESETS, Layout
 from sparsight.reporting import read_run
 from sparsight.settings.load import load_comparison, load_recipe
-from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
+from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.settings.recipe import Recipe
-from tiny import ask, picture
+from tiny import ask, make_image
 
 ROOT = Path(__file__).parents[1]
 RECIPES = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if path.name != "presets.yaml"]
@@ -130,15 +130,15 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SPARSIGHT_ASSETS", str(assets.assets_dir().resolve()))
     monkeypatch.setenv("SPARSIGHT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    Path("pictures").mkdir()
+    Path("images").mkdir()
     rows = []
     for number in range(4):
-        picture(number).save(f"pictures/{number}.png")
+        make_image(number).save(f"images/{number}.png")
         turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "Red."}]
         rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
     for name in ("llava.json", "held-out.json"):
         Path(name).write_text(json.dumps(rows), encoding="utf-8")
-    picture().save("picture.png")
+    make_image().save("image.png")
     return tmp_path
 
 
@@ -158,7 +158,7 @@ def test_snippets_of_the_docs_run(outside: Path, monkeypatch: pytest.MonkeyPatch
     """They go on with README's model, here with a small language model: its encoder and its bridge, whose levels differ
     in width (F15)."""
     language, tokenizer = tiny_language()
-    bridge = sparsight.ChainOfSight("cos-32", width=192, heads=3)
+    bridge = sparsight.ChainOfSightConfig("cos-32", width=192, heads=3)
     model, processor = sparsight.build("efficientnet-lite0", language, bridge, tokenizer=tokenizer)
     for part in (model, processor):
         part.save_pretrained("my-vlm")
@@ -197,7 +197,7 @@ def test_snippets_of_the_method_cards_run(card: str, tmp_path: Path, monkeypatch
     assert names["trainer"].state.global_step == 2 and not names["handle"].attached
     (recipe,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     (stage,) = yaml.safe_load(recipe.replace(", ...", ""))["stages"]
-    settings = {"compressor": VisualTokenCompressor, "skipper": LayerSkipper}[card]
+    settings = {"compressor": CompressorConfig, "skipper": SkipperConfig}[card]
     settings.model_validate(stage[card])
 
 
@@ -205,7 +205,7 @@ def test_the_page_on_analysis_runs(outside: Path, monkeypatch: pytest.MonkeyPatc
     model, processor = tiny_vlm()
     for part in (model, processor):
         part.save_pretrained("my-vlm")
-    names = {"model": model, "inputs": ask(processor, picture(), "What?")}
+    names = {"model": model, "inputs": ask(processor, make_image(), "What?")}
     run_page("docs/analysis.md", names, monkeypatch)
     assert Path("analysis/index.html").is_file() and Path("analysis-own/analysis.json").is_file()
 
@@ -250,7 +250,7 @@ def test_the_tutorial_on_layouts_runs(
     assert len(starts) == 3
     for start, targets in starts:
         for target, tokens in re.findall(r"`([^`]+)`(?: \((\d+)\))?", targets):
-            assert Layout.parse(start).lineage(Layout.parse(target))
+            assert Layout.parse(start).source_scales(Layout.parse(target))
             assert not tokens or Layout.parse(target).tokens == int(tokens)
     assert "cos-336" in capsys.readouterr().out
 

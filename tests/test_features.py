@@ -14,7 +14,7 @@ from sparsight.data.sources import open_source
 from sparsight.pipeline.features import cached_features
 from sparsight.pipeline.files import Session
 from sparsight.reporting import RunLog
-from sparsight.settings.bridges import ChainOfSight
+from sparsight.settings.bridges import ChainOfSightConfig
 from sparsight.settings.recipe import Recipe
 from tiny import make_vlm
 
@@ -61,7 +61,7 @@ def bridge(made: dict[str, Any]) -> None:
 def folder_of(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> str:
     """The cache's name in a run whose ingredients were changed."""
     torch.manual_seed(0)
-    model, processor = make_vlm(ChainOfSight("1:4,2:1", width=32, heads=2), vision_levels=[1, 2])
+    model, processor = make_vlm(ChainOfSightConfig("1:4,2:1", width=32, heads=2), vision_levels=[1, 2])
     made = {"model": model, "processor": processor, "precision": "fp32", "scenes": SCENES | {"scenes": 2}}
     change(made)
     stage = stage_values(cache_features=True, samples=2)

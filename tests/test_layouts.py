@@ -92,44 +92,44 @@ def test_equal_layouts_have_equal_text(one, other):
     assert (one == other) == (str(one) == str(other))
 
 
-def lineage(old, new, sources=None):
-    born = Layout.parse(old).lineage(Layout.parse(new), sources)
+def source_scales(old, new, sources=None):
+    born = Layout.parse(old).source_scales(Layout.parse(new), sources)
     return {str(child): str(parent) for child, parent in born.items()}
 
 
 def test_lineage_of_the_paper():
-    assert lineage("cos-80", "cos-336") == {"1:16": "1:16", "2:16": "1:16", "8:4": "4:4"}
-    assert lineage("cos-80", "cos-1296") == {"1:16": "1:16", "4:16": "1:16", "16:4": "4:4"}
-    assert lineage("cos-336", "cos-1296") == {"1:16": "1:16", "4:16": "2:16", "16:4": "8:4"}
-    assert lineage("cos-32", "cos-528-from-32") == {"1:16": "1:16", "4:16": "1:16", "16:1": "4:1"}
+    assert source_scales("cos-80", "cos-336") == {"1:16": "1:16", "2:16": "1:16", "8:4": "4:4"}
+    assert source_scales("cos-80", "cos-1296") == {"1:16": "1:16", "4:16": "1:16", "16:4": "4:4"}
+    assert source_scales("cos-336", "cos-1296") == {"1:16": "1:16", "4:16": "2:16", "16:4": "8:4"}
+    assert source_scales("cos-32", "cos-528-from-32") == {"1:16": "1:16", "4:16": "1:16", "16:1": "4:1"}
 
 
 @given(LAYOUTS)
 def test_a_layout_descends_from_itself(layout):
-    assert layout.lineage(layout) == {scale: scale for scale in layout.scales}
+    assert layout.source_scales(layout) == {scale: scale for scale in layout.scales}
 
 
 def test_scaling_down_takes_the_nearest_finer():
-    assert lineage("2:4,8:4,16:4", "1:4") == {"1:4": "2:4"}
+    assert source_scales("2:4,8:4,16:4", "1:4") == {"1:4": "2:4"}
 
 
 def test_an_override_replaces_the_nearest_source():
-    assert lineage("1:4,2:4", "1:4,8:4")["8:4"] == "2:4"
-    assert lineage("1:4,2:4", "1:4,8:4", {8: 1})["8:4"] == "1:4"
+    assert source_scales("1:4,2:4", "1:4,8:4")["8:4"] == "2:4"
+    assert source_scales("1:4,2:4", "1:4,8:4", {8: 1})["8:4"] == "1:4"
 
 
 def test_a_scale_without_source_is_named():
     with pytest.raises(ValueError, match="scale 8:2 of '1:16,8:2' has no source in '1:16,4:4': it needs one with 2 q"):
-        lineage("cos-80", "1:16,8:2")
+        source_scales("cos-80", "1:16,8:2")
 
 
 def test_overrides_that_cannot_be():
     with pytest.raises(ValueError, match=r"sources name grids \[16\], but layout '1:16,8:4' has no such scale"):
-        lineage("cos-80", "cos-272", {16: 4})
+        source_scales("cos-80", "cos-272", {16: 4})
     with pytest.raises(ValueError, match="source grid 2 of scale 8:4 is not in layout '1:16,4:4'"):
-        lineage("cos-80", "cos-272", {8: 2})
+        source_scales("cos-80", "cos-272", {8: 2})
     with pytest.raises(ValueError, match="scale 8:4 of '1:16,8:4' has no source in 1:16"):
-        lineage("cos-80", "cos-272", {8: 1})
+        source_scales("cos-80", "cos-272", {8: 1})
 
 
 @given(st.integers(1, 200).flatmap(lambda side: st.tuples(st.just(side), st.integers(1, side))))
@@ -158,10 +158,10 @@ def test_queries_go_to_the_patches_where_that_is_less_work(queries, patches, hea
 def test_places_are_those_of_the_tokens_to_come():
     """32 to 336: the global ones stay, each 4 x 4 window has the place of the one of 16 x 16 in its middle."""
     few, many = Layout.parse("1:16,4:1"), Layout.parse("1:16,2:16,16:1")
-    places = few.places(many)
+    places = few.positions(many)
     assert places[:16] == list(range(16))
     assert places[16:20] == [16 + 64 + 2 * 16 + column for column in (2, 6, 10, 14)]
-    assert many.places(many) == list(range(336))
+    assert many.positions(many) == list(range(336))
 
 
 @given(st.sampled_from(["1:16,4:1", "1:16,4:4", "1:16,2:4", "1:16"]), st.data())
@@ -171,11 +171,11 @@ def test_places_differ_and_keep_their_order(text: str, data) -> None:
     if any(b.grid <= a.grid for a, b in pairwise(finer)):
         return
     target = Layout(tuple(finer))
-    if set(layout.lineage(target).values()) < set(layout.scales):
+    if set(layout.source_scales(target).values()) < set(layout.scales):
         with pytest.raises(ValueError, match="nothing in layout"):
-            layout.places(target)
+            layout.positions(target)
         return
-    places = layout.places(target)
+    places = layout.positions(target)
     assert places == sorted(set(places)) and places[0] >= 0 and places[-1] < target.tokens
-    offspring = layout.offspring(target)
+    offspring = layout.children(target)
     assert len(offspring) == layout.tokens and sum(offspring) == pytest.approx(target.tokens)

@@ -121,8 +121,10 @@ def test_a_folder_that_holds_a_run_is_not_written_to(tmp_path: Path, recipe: Cal
 
 def test_a_model_that_waits_to_be_scaled_is_told(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
     console = quiet()
-    run(recipe(stages=[stage_values(samples=4, places_of="1:4,2:1,4:1")]), tmp_path / "run", console)
-    assert "places_of in the last stage: the model expects to be scaled to '1:4,2:1,4:1'" in console.file.getvalue()  # type: ignore[attr-defined]
+    run(recipe(stages=[stage_values(samples=4, position_layout="1:4,2:1,4:1")]), tmp_path / "run", console)
+    assert (
+        "position_layout in the last stage: the model expects to be scaled to '1:4,2:1,4:1'" in console.file.getvalue()
+    )  # type: ignore[attr-defined]
 
 
 def test_resume_with_another_recipe_names_the_keys(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
@@ -309,7 +311,7 @@ def test_cached_features_train_like_pixels(tmp_path: Path, recipe: Callable[...,
 
 
 def test_the_cache_follows_the_data_and_not_their_paths_name(tmp_path: Path, encoder: Path) -> None:
-    """Rows of the cache belong to pictures by place: when the file of samples changes, they are others."""
+    """Rows of the cache belong to images by place: when the file of samples changes, they are others."""
     from PIL import Image
 
     for name, colour in (("a.png", "red"), ("b.png", "blue")):
@@ -348,7 +350,7 @@ def test_a_second_run_pays_for_the_cache_that_the_first_one_built(
     for name in ("a", "b"):
         lines = (tmp_path / name / "run.jsonl").read_text().splitlines()
         records += [record for record in map(json.loads, lines) if record["type"] == "cache"]
-    assert records[0] == records[1] and records[0]["seconds"] > 0 and records[0]["pictures"] == SCENES["scenes"]
+    assert records[0] == records[1] and records[0]["seconds"] > 0 and records[0]["images"] == SCENES["scenes"]
     for name, record in zip(("a", "b"), records, strict=True):
         (stage,) = read_run(tmp_path / name).stages
         steps = sum(step["flops"] for step in stage.steps)
@@ -374,7 +376,7 @@ def test_real_weights_train_are_saved_and_answer(tmp_path: Path) -> None:
         schedule="constant_with_warmup",
     )
     values = recipe_values(Path("efficientnet-lite0"), language="smollm2-135m", precision="auto", evaluation=NO_SCORES)
-    twice = SCENES | {"scenes": 2, "tasks": {"caption": 1}}  # two pictures, ten times each
+    twice = SCENES | {"scenes": 2, "tasks": {"caption": 1}}  # two images, ten times each
     whole = Recipe.model_validate(values | {"stages": [stage], "data": twice})
     final = run(whole, tmp_path / "r", quiet())
     steps = [step["loss"] for step in read_run(tmp_path / "r").stages[0].steps]
@@ -388,7 +390,7 @@ def test_real_weights_train_are_saved_and_answer(tmp_path: Path) -> None:
         assert 0 < (new - old).abs().max() < 0.1  # adapted, and still itself
     source = open_source(whole.data, 20, 256)
     question = source[0].messages[0]["content"][-1]["text"]
-    inputs = ask(processor, source.picture(0), question)
+    inputs = ask(processor, source.image(0), question)
     assert (inputs["input_ids"] == processor.image_token_id).sum() == 32
     ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     answer = processor.decode(ids, skip_special_tokens=True)
@@ -494,7 +496,7 @@ def test_a_checkpoint_is_asked_about_its_own_scenes(compared: tuple[Path, Compar
     (result,) = evaluate_checkpoint(out / "sparsight" / "finetune" / "model", 2, "test", quiet())
     assert (logged.scores, logged.shuffled) == (result.scores, result.shuffled)
     assert logged.items == result.items == dict.fromkeys(TASKS, 2)
-    parts = (result.points, result.pictures, result.questions)
+    parts = (result.points, result.images, result.questions)
     assert logged.points == {task: tuple(part[task] for part in parts) for task in TASKS} and not logged.problems
     assert list(compared[2]["tests"]["sparsight"]) == [*TASKS, "mean"]
     with pytest.raises(ValueError, match="no model there"):
@@ -578,12 +580,12 @@ def test_what_a_later_stage_cannot_do_is_told_before_the_first_trains(
     run(recipe(stages=[stage_values(samples=4)]), tmp_path / "r", quiet())  # mended, it may begin in the same folder
 
 
-def conversations(folder: Path, name: str = "own", words: int = 1, pictures: int = 8) -> dict[str, Any]:
+def conversations(folder: Path, name: str = "own", words: int = 1, images: int = 8) -> dict[str, Any]:
     """Data of as many conversations; the last answer has so many words."""
     from PIL import Image
 
     rows = []
-    for number in range(pictures):
+    for number in range(images):
         Image.new("RGB", (64, 64), (30 * number, 0, 0)).save(folder / f"{number}.png")
         turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A"}]
         rows.append({"id": f"{name}-{number}", "image": f"{number}.png", "conversations": turns})
@@ -707,7 +709,7 @@ def test_F13_a_log_without_newer_keys_is_gone_on_with(tmp_path: Path, recipe: Ca
 
 
 def test_a_model_remembers_what_its_scenes_were_drawn_with(recipe: Callable[..., Recipe]) -> None:
-    """Also as a part of a mixture, or of one stage; pictures that are not there when it is asked are no other ones."""
+    """Also as a part of a mixture, or of one stage; images that are not there when it is asked are no other ones."""
     scenes = SCENES | {"cutouts": "auto"}
     data = {"kind": "mixture", "parts": [{"data": SCENES}, {"data": scenes}]}
     found = with_cutouts(recipe(data=data, stages=[stage_values(data=scenes)]))

@@ -27,7 +27,7 @@ from sparsight.reporting.plan_page import check_fits, memory_of, print_plan, spe
 from sparsight.reporting.runlog import RunLog
 from sparsight.schedules import skip_probabilities
 from sparsight.settings.load import load_recipe, load_recipes
-from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
+from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.settings.recipe import LearningRates, Recipe, Stage
 
 PAPER = Path(__file__).parents[1] / "recipes" / "paper-7b.yaml"
@@ -84,11 +84,11 @@ def changed(recipe: Recipe, number: int = 0, **values) -> Recipe:
 
 def test_methods_over_their_course(paper):
     plain = forecast(paper)
-    kept = forecast(changed(paper, compressor=VisualTokenCompressor(keep=0.25, final=0.75)))[0]
+    kept = forecast(changed(paper, compressor=CompressorConfig(keep=0.25, final=0.75)))[0]
     assert kept.mean("tokens") == pytest.approx(16, abs=0.2) and kept.length(0.25) == 23 + 8
-    dense = forecast(changed(paper, compressor=VisualTokenCompressor(keep=0.25, dense_every=2)))[0]
+    dense = forecast(changed(paper, compressor=CompressorConfig(keep=0.25, dense_every=2)))[0]
     assert dense.mean("tokens") == pytest.approx((8 + 32) / 2)
-    skipper = LayerSkipper(alpha=0.6, epsilon=0.3)
+    skipper = SkipperConfig(alpha=0.6, epsilon=0.3)
     skipped = forecast(changed(paper, 1, skipper=skipper))[1]
     off = [sum(skip_probabilities(32, (n + 0.5) / 500, 0.6, 0.3)) for n in range(500)]
     assert skipped.mean("layers") == pytest.approx(32 - sum(off) / 500, rel=1e-3)
@@ -104,7 +104,7 @@ def test_a_layout_that_does_not_fit(paper):
         forecast(paper.model_copy(update={"vision": "clip-xxl"}))
 
 
-def test_cached_pictures_are_encoded_once():
+def test_cached_images_are_encoded_once():
     stage = stage_values() | {"cache_features": True, "samples": 400}
     stages = [stage | {"name": "a"}, stage | {"name": "b"}]
     data = {"kind": "scenes", "scenes": 100}
@@ -115,7 +115,7 @@ def test_cached_pictures_are_encoded_once():
 
 
 def test_standard_is_plain_and_costs_more(paper):
-    plain = standard(changed(paper, compressor=VisualTokenCompressor()))
+    plain = standard(changed(paper, compressor=CompressorConfig()))
     assert {(s.bridge.kind, s.bridge.tokens, s.bridge.width) for s in plain.stages} == {("resampler", 336, 1024)}
     assert all(stage.compressor is None for stage in plain.stages)
     assert total_flops(forecast(paper)) < 0.3 * total_flops(forecast(plain))
@@ -231,8 +231,8 @@ def test_a_device_is_not_taken_for_another_of_a_like_name(name: str) -> None:
         assert known_device(known)[0].lower() in known.lower()
 
 
-def test_another_stages_own_pictures_are_encoded_too(paper):
-    """Only pictures of the same data are in the cache already."""
+def test_another_stages_own_images_are_encoded_too(paper):
+    """Only images of the same data are in the cache already."""
     stages = [stage.model_copy(update={"cache_features": True, "image_size": 224}) for stage in paper.stages]
     same = [cost.flops["encoder"] for cost in forecast(paper.model_copy(update={"stages": tuple(stages)}))]
     own = paper.data.model_copy(update={"path": "other.json"})

@@ -67,12 +67,12 @@ def test_every_row_is_a_recipe_on_the_same_samples(quality) -> None:
             *early, late = recipe.stages
             if row.settle:
                 *early, settle = early
-                assert settle.places_of
+                assert settle.position_layout
                 late = late.model_copy(update={"samples": settle.samples + late.samples})
             seen.add(tuple((stage.samples, stage.batch_size, str(stage.tasks)) for stage in (*early, late)))
         early, late = recipe.stages[0].bridge, recipe.stages[-1].bridge
         if early != late:
-            early.scales.lineage(late.scales)
+            early.scales.source_scales(late.scales)
         assert set(row.groups.split()) and quality.selected([name]) == [name]
     assert len(seen) == 1
     plain, busier = (quality.recipe_of(row, 0, quality.GRID[0] | {"late": 1}, data) for data in ("scenes", "details"))

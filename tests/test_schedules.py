@@ -31,23 +31,23 @@ def test_the_papers_formula():
 
 
 @given(st.integers(1, 40), SHARES, SHARES, st.floats(-1, 1), st.sampled_from(["falling", "constant", "rising"]))
-def test_probabilities_are_probabilities_and_keep_their_mean(layers, progress, share, epsilon, course):
+def test_probabilities_are_probabilities_and_keep_their_mean(layers, progress, share, epsilon, schedule):
     alpha = share / (1 + abs(epsilon))
-    found = skip_probabilities(layers, progress, alpha, epsilon, course)
+    found = skip_probabilities(layers, progress, alpha, epsilon, schedule)
     assert all(0 <= p <= 1 + 1e-12 for p in found)
-    level = skip_probabilities(layers, progress, alpha, 0, course)
+    level = skip_probabilities(layers, progress, alpha, 0, schedule)
     assert math.fsum(found) == pytest.approx(math.fsum(level), abs=1e-9)
     assert found == sorted(found, reverse=epsilon < 0)
 
 
 def test_courses_over_a_stage():
-    def means(course):
-        return [skip_probabilities(3, p, 0.5, 0, course)[0] for p in (0, 0.5, 1)]
+    def means(schedule):
+        return [skip_probabilities(3, p, 0.5, 0, schedule)[0] for p in (0, 0.5, 1)]
 
     assert means("falling") == pytest.approx([0.5, 0.125, 0])  # at the end every layer runs
     assert means("constant") == [0.5, 0.5, 0.5]
     assert means("rising")[0] == 0 and means("rising")[2] == pytest.approx(0.5)
-    # One epoch of the falling course skips alpha / 3 in the mean.
+    # One epoch of the falling schedule skips alpha / 3 in the mean.
     mean = sum(skip_probabilities(1, i / 999, 0.6)[0] for i in range(1000)) / 1000
     assert mean == pytest.approx(0.2, abs=1e-3)
 

@@ -30,7 +30,7 @@ from sparsight.devices.flops import flop_counter
 from sparsight.modeling.configuration import EfficientNetLiteConfig
 from sparsight.modeling.efficientnet_lite import EfficientNetLiteModel
 from sparsight.modeling.encoders import count_flops, feature_levels
-from sparsight.settings.bridges import ChainOfSight, Linear, Mlp, PixelShuffle, Resampler
+from sparsight.settings.bridges import ChainOfSightConfig, LinearConfig, MlpConfig, PixelShuffleConfig, ResamplerConfig
 from sparsight.settings.recipe import ScratchLanguage
 from tiny import make_vlm
 
@@ -85,10 +85,15 @@ def test_published_totals():
     assert language_shape("vicuna-7b").lora_parameters(64) == 159_907_840
 
 
-BRIDGES = [Linear(), Mlp(), PixelShuffle(factor=3), Resampler(tokens=5, width=32, heads=2, depth=2)]
+BRIDGES = [
+    LinearConfig(),
+    MlpConfig(),
+    PixelShuffleConfig(factor=3),
+    ResamplerConfig(tokens=5, width=32, heads=2, depth=2),
+]
 BRIDGES += [
-    ChainOfSight("1:4,2:2,4:1", width=48, heads=2),
-    ChainOfSight("1:2,3:2", width=16, heads=2, shared_queries=True),
+    ChainOfSightConfig("1:4,2:2,4:1", width=48, heads=2),
+    ChainOfSightConfig("1:2,3:2", width=16, heads=2, shared_queries=True),
 ]
 
 
@@ -99,7 +104,7 @@ def test_bridge_parameters(settings):
 
 def test_paper_bridge_parameters():
     """Chain-of-Sight's bridges of 80 and of 1296 tokens: 54.7 M and 81.1 M."""
-    counts = [bridge_parameters(ChainOfSight(name), (1024, 1024), 4096) / 1e6 for name in ("cos-80", "cos-1296")]
+    counts = [bridge_parameters(ChainOfSightConfig(name), (1024, 1024), 4096) / 1e6 for name in ("cos-80", "cos-1296")]
     assert [round(count, 1) for count in counts] == [54.7, 81.1]
 
 

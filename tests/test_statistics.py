@@ -16,21 +16,21 @@ from sparsight.evaluation.significance import bootstrap, holm, paired_test
 POINT = st.sampled_from([0.0, 0.25, 1.0])
 
 
-def sample(rng: np.random.Generator, pictures: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points around 0, of pictures with one to four items that lean the same way; and the pictures."""
-    picture = np.repeat(np.arange(pictures), rng.integers(1, 5, pictures))
-    return rng.normal(size=pictures)[picture] + 0.3 * rng.normal(size=len(picture)), picture
+def sample(rng: np.random.Generator, images: int) -> tuple[np.ndarray, np.ndarray]:
+    """Points around 0, of images with one to four items that lean the same way; and the images."""
+    image = np.repeat(np.arange(images), rng.integers(1, 5, images))
+    return rng.normal(size=images)[image] + 0.3 * rng.normal(size=len(image)), image
 
 
 # ---------------------------------------------------------------------------------------- intervals
 
 
 def test_the_interval_is_that_of_all_resamples() -> None:
-    """Of four pictures there are 256: their exact quantiles, with pictures of unlike size."""
-    points, pictures = [1.0, 0.0, 0.5, 0.25, 0.0, 1.0, 1.0], ["a", "a", "a", "b", "c", "d", "d"]
-    by_picture = [[p for p, name in zip(points, pictures, strict=True) if name == own] for own in "abcd"]
-    means = [np.mean([point for own in chosen for point in own]) for chosen in product(by_picture, repeat=4)]
-    found = bootstrap(points, pictures, level=0.8, draws=20_000)
+    """Of four images there are 256: their exact quantiles, with images of unlike size."""
+    points, images = [1.0, 0.0, 0.5, 0.25, 0.0, 1.0, 1.0], ["a", "a", "a", "b", "c", "d", "d"]
+    by_image = [[p for p, name in zip(points, images, strict=True) if name == own] for own in "abcd"]
+    means = [np.mean([point for own in chosen for point in own]) for chosen in product(by_image, repeat=4)]
+    found = bootstrap(points, images, level=0.8, draws=20_000)
     assert found.mean == pytest.approx(np.mean(points)) and found.deviation is None
     # by rank: between two neighbouring means the quantile of draws may fall on either
     for bound, share in ((found.low, 0.1), (found.high, 0.9)):
@@ -39,15 +39,15 @@ def test_the_interval_is_that_of_all_resamples() -> None:
 
 
 def test_the_mean_over_tasks_is_that_of_their_means_in_each_draw() -> None:
-    points, tasks, pictures = [1.0, 0.0, 0.0, 0.0, 1.0], ["x", "x", "x", "x", "y"], [0, 0, 1, 2, 1]
+    points, tasks, images = [1.0, 0.0, 0.0, 0.0, 1.0], ["x", "x", "x", "x", "y"], [0, 0, 1, 2, 1]
     draws = []
     for chosen in product(range(3), repeat=3):
         means = []
         for task in "xy":
-            own = [p for c in chosen for p, t, k in zip(points, tasks, pictures, strict=True) if (t, k) == (task, c)]
+            own = [p for c in chosen for p, t, k in zip(points, tasks, images, strict=True) if (t, k) == (task, c)]
             means += [np.mean(own)] if own else []
         draws.append(np.mean(means))
-    found = bootstrap(points, pictures, tasks, level=0.5, draws=20_000)
+    found = bootstrap(points, images, tasks, level=0.5, draws=20_000)
     assert found.mean == pytest.approx((0.25 + 1) / 2)
     for bound, share in ((found.low, 0.25), (found.high, 0.75)):
         assert np.mean(np.array(draws) < bound - 1e-9) <= share + 0.02
@@ -55,12 +55,12 @@ def test_the_mean_over_tasks_is_that_of_their_means_in_each_draw() -> None:
 
 
 def test_a_95_percent_interval_covers_the_truth_in_about_95_percent_of_trials() -> None:
-    """By picture in 93.6%; where items are taken for independent in 75.2%."""
+    """By image in 93.6%; where items are taken for independent in 75.2%."""
     rng = np.random.default_rng(0)
     covered = np.zeros(2)
     for _ in range(250):
-        points, pictures = sample(rng, 40)
-        for place, clusters in enumerate((pictures, None)):
+        points, images = sample(rng, 40)
+        for place, clusters in enumerate((images, None)):
             found = bootstrap(points, clusters, draws=200)
             covered[place] += found.low <= 0 <= found.high
     assert 0.90 <= covered[0] / 250 <= 0.98
@@ -94,11 +94,11 @@ def test_weights_make_f1_of_yes_and_no() -> None:
 
 
 def test_results_follow_from_the_seed_alone() -> None:
-    points, pictures = sample(np.random.default_rng(3), 20)
-    assert bootstrap(points, pictures) == bootstrap(points, pictures)
-    assert bootstrap(points, pictures) != bootstrap(points, pictures, seed=1)
-    names = [f"picture {number}" for number in pictures]
-    assert bootstrap(points, names) == bootstrap(points, pictures)
+    points, images = sample(np.random.default_rng(3), 20)
+    assert bootstrap(points, images) == bootstrap(points, images)
+    assert bootstrap(points, images) != bootstrap(points, images, seed=1)
+    names = [f"image {number}" for number in images]
+    assert bootstrap(points, names) == bootstrap(points, images)
 
 
 # ---------------------------------------------------------------------------------------- paired test
@@ -116,19 +116,19 @@ def test_right_and_wrong_answers_give_mcnemars_exact_test(pairs: list[tuple[bool
 
 @given(st.lists(st.tuples(POINT, POINT, st.integers(0, 5), st.sampled_from("xy")), min_size=1, max_size=15))
 @settings(max_examples=50, deadline=None)
-def test_pictures_change_sides_as_a_whole(items: list[tuple[float, float, int, str]]) -> None:
+def test_images_change_sides_as_a_whole(items: list[tuple[float, float, int, str]]) -> None:
     """Every way to change sides, one by one, and the difference computed anew each time."""
-    ours, theirs, pictures, tasks = map(list, zip(*items, strict=True))
+    ours, theirs, images, tasks = map(list, zip(*items, strict=True))
 
     def difference(swapped: set[int]) -> float:
-        deltas = [(b - a if picture in swapped else a - b, task) for a, b, picture, task in items]
+        deltas = [(b - a if image in swapped else a - b, task) for a, b, image, task in items]
         return float(np.mean([np.mean([d for d, own in deltas if own == task]) for task in set(tasks)]))
 
-    names = sorted(set(pictures))
+    names = sorted(set(images))
     ways = [{name for name, bit in zip(names, bits, strict=True) if bit} for bits in product((0, 1), repeat=len(names))]
     least = abs(difference(set())) - 1e-9
     expected = np.mean([abs(difference(way)) >= least for way in ways])
-    found = paired_test(ours, theirs, pictures, tasks, draws=20)
+    found = paired_test(ours, theirs, images, tasks, draws=20)
     assert found.p_value == pytest.approx(expected)
     assert found.difference == pytest.approx(difference(set()))
 
@@ -143,13 +143,13 @@ def test_drawn_permutations_come_near_to_all_of_them() -> None:
 
 
 def test_p_values_are_uniform_where_models_are_alike() -> None:
-    """And where items that share a picture are taken for independent, they are too small."""
+    """And where items that share a image are taken for independent, they are too small."""
     rng = np.random.default_rng(5)
     found, naive = [], []
     for _ in range(400):
-        points, pictures = sample(rng, 30)
+        points, images = sample(rng, 30)
         zero = np.zeros_like(points)
-        found.append(paired_test(points, zero, pictures, draws=1, permutations=200).p_value)
+        found.append(paired_test(points, zero, images, draws=1, permutations=200).p_value)
         naive.append(paired_test(points, zero, draws=1, permutations=200).p_value)
     for share in (0.05, 0.25, 0.5, 0.75):
         assert np.mean(np.array(found) <= share) == pytest.approx(share, abs=0.07)
@@ -182,8 +182,8 @@ def test_users_mistakes_are_told() -> None:
     for points, weights in (([float("nan")], None), ([1.0], [-1.0]), ([1.0], [float("inf")])):
         with pytest.raises(ValueError, match="must be finite"):
             bootstrap(points, weights=weights)
-    with pytest.raises(ValueError, match="2 pictures for 3 items"):
-        bootstrap([1.0, 0.0, 1.0], pictures=[1, 2])
+    with pytest.raises(ValueError, match="2 images for 3 items"):
+        bootstrap([1.0, 0.0, 1.0], images=[1, 2])
     with pytest.raises(ValueError, match="0 tasks for 1 items"):
         bootstrap([1.0], tasks=[])
     for level, draws in ((0, 10), (1, 10), (0.5, 0)):

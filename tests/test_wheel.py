@@ -12,7 +12,7 @@ import pytest
 
 from sparsight import assets
 from sparsight.settings.load import load_recipe
-from tiny import picture
+from tiny import make_image
 
 ROOT = Path(__file__).parents[1]
 SMALL = "language={hidden: 64, layers: 2, heads: 2, intermediate: 128, vocabulary: 400}"
@@ -67,7 +67,7 @@ def test_F12_a_preset_trains_from_the_wheel(installed: Path, tmp_path: Path) -> 
     (tmp_path / "images").mkdir()
     rows = []
     for number in range(10):
-        picture(number).save(tmp_path / f"images/{number}.png")
+        make_image(number).save(tmp_path / f"images/{number}.png")
         turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"Noise {number}."}]
         rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
     (tmp_path / "llava.json").write_text(json.dumps(rows), encoding="utf-8")

@@ -13,16 +13,16 @@ from sparsight.data.sources import Sample
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.modeling.build import build
 from sparsight.modeling.scratch import scratch_language
-from sparsight.settings.bridges import ChainOfSight
+from sparsight.settings.bridges import ChainOfSightConfig
 from sparsight.settings.recipe import ScratchLanguage
 
 TEXTS = (
-    "How many apples are in the picture? There are 12 apples.",
+    "How many apples are in the image? There are 12 apples.",
     "What stands left of the red car? A small dog stands there.",
     "Read the number. It is 47.",
-    "Describe the picture. A house, two trees and a boat.",
+    "Describe the image. A house, two trees and a boat.",
 )
-BRIDGE = ChainOfSight("1:4,2:1", width=32, heads=2)  # 8 visual tokens
+BRIDGE = ChainOfSightConfig("1:4,2:1", width=32, heads=2)  # 8 visual tokens
 
 
 def make_language(**settings: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -53,13 +53,13 @@ def make_vlm(bridge: Any = BRIDGE, **options: Any) -> tuple[SparsightForConditio
     return build(options.pop("vision"), options.pop("language"), bridge, **options)
 
 
-def picture(seed: int = 0, side: int = 80) -> Image.Image:
-    """A picture of coloured noise."""
+def make_image(seed: int = 0, side: int = 80) -> Image.Image:
+    """A image of coloured noise."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
 class ListSource:
-    """Samples in memory; a picture's key is its seed."""
+    """Samples in memory; a image's key is its seed."""
 
     def __init__(self, *samples: Sample) -> None:
         self.samples = samples
@@ -70,8 +70,8 @@ class ListSource:
     def __getitem__(self, index: int) -> Sample:
         return self.samples[index]
 
-    def picture(self, key: int) -> Image.Image:
-        return picture(key)
+    def make_image(self, key: int) -> Image.Image:
+        return make_image(key)
 
     def keys(self) -> list[int]:
         return sorted({key for sample in self.samples for key in sample.images})
@@ -85,7 +85,7 @@ def conversation(question: str = "How many apples?", answer: str | None = "12 ap
 
 
 def ask(processor, image, question):
-    """The model's inputs for one question about one picture, as a user would make them."""
+    """The model's inputs for one question about one image, as a user would make them."""
     content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     return processor.apply_chat_template(
         [{"role": "user", "content": content}],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import Any
 
 from sparsight import _register
@@ -10,32 +11,45 @@ from sparsight import _register
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "ChainOfSight": "sparsight.settings.load",
-    "LayerSkipper": "sparsight.settings.load",
+    "attach": "sparsight.sparse.attach",
+    "build": "sparsight.modeling.build",
+    "ChainOfSightConfig": "sparsight.settings.bridges",
+    "CompressorConfig": "sparsight.settings.methods",
     "Layout": "sparsight.layouts",
-    "Linear": "sparsight.settings.load",
-    "Mlp": "sparsight.settings.load",
-    "PixelShuffle": "sparsight.settings.load",
-    "Recipe": "sparsight.settings.load",
-    "Resampler": "sparsight.settings.load",
+    "LinearConfig": "sparsight.settings.bridges",
+    "load_bridge": "sparsight.bridges.file",
+    "load_recipe": "sparsight.settings.load",
+    "MlpConfig": "sparsight.settings.bridges",
+    "PixelShuffleConfig": "sparsight.settings.bridges",
+    "Recipe": "sparsight.settings.recipe",
+    "ResamplerConfig": "sparsight.settings.bridges",
+    "save_bridge": "sparsight.bridges.file",
     "Scale": "sparsight.layouts",
+    "scale_checkpoint": "sparsight.modeling.scaling",
+    "scale_tokens": "sparsight.modeling.scaling",
+    "SkipperConfig": "sparsight.settings.methods",
     "SparsightCallback": "sparsight.sparse.callback",
     "SparsightConfig": "sparsight.modeling",
     "SparsightForConditionalGeneration": "sparsight.modeling",
     "SparsightProcessor": "sparsight.modeling",
-    "VisualTokenCompressor": "sparsight.settings.load",
-    "attach": "sparsight.sparse.attach",
-    "build": "sparsight.modeling.build",
-    "load_bridge": "sparsight.bridges.file",
-    "load_recipe": "sparsight.settings.load",
-    "save_bridge": "sparsight.bridges.file",
-    "scale_checkpoint": "sparsight.modeling.scaling",
-    "scale_tokens": "sparsight.modeling.scaling",
 }
 __all__ = ["__version__", *_PUBLIC]
+_RENAMED = {  # until the next release
+    "ChainOfSight": "ChainOfSightConfig",
+    "LayerSkipper": "SkipperConfig",
+    "Linear": "LinearConfig",
+    "Mlp": "MlpConfig",
+    "PixelShuffle": "PixelShuffleConfig",
+    "Resampler": "ResamplerConfig",
+    "VisualTokenCompressor": "CompressorConfig",
+}
 
 
 def __getattr__(name: str) -> Any:
+    if (new := _RENAMED.get(name)) is not None:
+        text = f"sparsight.{name} is now called {new}; the old name goes with the next release"
+        warnings.warn(text, FutureWarning, stacklevel=2)
+        name = new
     if name not in _PUBLIC:
         raise AttributeError(f"module 'sparsight' has no attribute '{name}'")
     return getattr(importlib.import_module(_PUBLIC[name]), name)

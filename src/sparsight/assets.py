@@ -47,7 +47,7 @@ def smollm2_folder() -> Path | None:
 
 
 def emoji_folder() -> Path | None:
-    """Folder of 256x256 RGBA .webp pictures (unpacked npm package fluent-emoji-3d), or None."""
+    """Folder of 256x256 RGBA .webp images (unpacked npm package fluent-emoji-3d), or None."""
     folder = assets_dir() / "fluent-emoji-3d" / "assets"
     return folder if (folder / "1f34e.webp").is_file() else None
 

@@ -196,11 +196,11 @@ def evaluate(
     items: Annotated[int, typer.Option(help="questions of each task", min=1)] = 100,
     split: Annotated[str, typer.Option(help="validation or test")] = "test",
     data: Annotated[Path | None, typer.Option(help="held-out LLaVA JSON or messages, in place of scenes")] = None,
-    images: Annotated[Path | None, typer.Option(help="folder of the data's pictures; its own if not given")] = None,
+    images: Annotated[Path | None, typer.Option(help="folder of the data's images; its own if not given")] = None,
     metric: Annotated[str, typer.Option(help="exact_match, cider_d or box_match, for --data")] = "exact_match",
 ) -> None:
     """Ask a model the embedded scenes' questions, or those of a file; print scores with their intervals, chance, and
-    the control with shuffled pictures."""
+    the control with shuffled images."""
     from sparsight.settings.recipe import held_out_file
 
     held_out = held_out_file(data, images, metric, items)
@@ -214,7 +214,7 @@ def scale(
     checkpoint: Annotated[Path, typer.Argument(help="folder of a model, such as runs/NAME/pretrain/model")],
     out: Annotated[Path, typer.Option(help="folder of the scaled model; must not exist")],
     layout: Annotated[str | None, typer.Option(help="such as 1:16,2:16,8:4 or cos-336; unchanged if not given")] = None,
-    image_size: Annotated[int | None, typer.Option(help="side of the picture in pixels", min=1)] = None,
+    image_size: Annotated[int | None, typer.Option(help="side of the image in pixels", min=1)] = None,
     levels: Annotated[str | None, typer.Option(help="the encoder's feature levels, such as 16,23")] = None,
     source: Annotated[list[str] | None, typer.Option(help="NEW=OLD: the scale with NEW windows from OLD's")] = None,
 ) -> None:
@@ -241,10 +241,10 @@ def _integers(text: str, separator: str, option: str, count: int | None = None) 
 @app.command()
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="folder of a model")],
-    image: Annotated[Path | None, typer.Option(help="a picture; one of the embedded scenes if not given")] = None,
-    out: Annotated[Path, typer.Option(help="folder for the page and its pictures")] = Path("inspect"),
+    image: Annotated[Path | None, typer.Option(help="a image; one of the embedded scenes if not given")] = None,
+    out: Annotated[Path, typer.Option(help="folder for the page and its images")] = Path("inspect"),
 ) -> None:
-    """Draw the windows of each scale over a picture, and where each query looks."""
+    """Draw the windows of each scale over a image, and where each query looks."""
     from sparsight.pipeline import inspect_checkpoint
 
     inspect_checkpoint(checkpoint, image, out, _console())
@@ -254,7 +254,7 @@ def inspect(
 def analyze(
     model: Annotated[str, typer.Argument(help="folder or hub id of a vision-language model of transformers")],
     data: Annotated[Path | None, typer.Option(help="LLaVA JSON or messages; the embedded scenes if not given")] = None,
-    images: Annotated[Path | None, typer.Option(help="folder of the data's pictures; its own if not given")] = None,
+    images: Annotated[Path | None, typer.Option(help="folder of the data's images; its own if not given")] = None,
     samples: Annotated[int, typer.Option(help="conversations to look at", min=1)] = 32,
     out: Annotated[Path, typer.Option(help="folder for the page and analysis.json")] = Path("analysis"),
 ) -> None:
@@ -269,7 +269,7 @@ def preview(
     recipe: Annotated[Path | None, typer.Argument(help="YAML recipe; the embedded scenes if not given")] = None,
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="PNG to write")] = Path("preview.png"),
-    n: Annotated[int, typer.Option(help="pictures", min=1)] = 12,
+    n: Annotated[int, typer.Option(help="images", min=1)] = 12,
 ) -> None:
     """Write a contact sheet of a recipe's data."""
     from sparsight.console import Console
@@ -284,7 +284,7 @@ def preview(
         stage = settings.stages[0]
         data, side = settings.data_of(stage), stage.image_size or side  # type: ignore[assignment]
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise ValueError(f"--out {out}: expected a picture's name, .png, .jpg or .webp")
+        raise ValueError(f"--out {out}: expected a image's name, .png, .jpg or .webp")
     out.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(open_source(data, n, side), n).save(out)
     Console().print(f"wrote [bold]{out}[/]")

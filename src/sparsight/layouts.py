@@ -97,7 +97,7 @@ class Layout:
     def __str__(self) -> str:
         return ",".join(map(str, self.scales))
 
-    def lineage(self, target: Layout, sources: Mapping[int, int] | None = None) -> dict[Scale, Scale]:
+    def source_scales(self, target: Layout, sources: Mapping[int, int] | None = None) -> dict[Scale, Scale]:
         """Which of this layout's scales each scale of ``target`` is born from (Chain-of-Sight, section 3.3).
 
         The source has the same queries per window. Where several have, the same grid comes first, then the
@@ -139,7 +139,7 @@ class Layout:
                 found.append((layout.tokens != target.tokens, name))
         return f". From '{self}' there are {', '.join(name for _, name in sorted(found))}" if found else ""
 
-    def places(self, target: Layout) -> list[int]:
+    def positions(self, target: Layout) -> list[int]:
         """Where each of this layout's tokens stands among those of ``target``, which it will be scaled to (ours).
 
         A scale that stays keeps its own places; one that goes has those of the nearest scale that is born from it, in
@@ -148,7 +148,7 @@ class Layout:
         Raises:
             ValueError: ``target`` cannot be reached, or nothing in it is born from one of the scales.
         """
-        born, first, found = self.lineage(target), 0, {}
+        born, first, found = self.source_scales(target), 0, {}
         for scale in target.scales:
             if scale in self.scales or born[scale] not in found:
                 found[born[scale]] = scale, first
@@ -163,10 +163,10 @@ class Layout:
             places += [first + window * scale.queries + query for window in windows for query in range(scale.queries)]
         return places
 
-    def offspring(self, target: Layout) -> list[float]:
-        """How many of the tokens of ``target`` are born from each of this layout's (see `lineage`; ours)."""
+    def children(self, target: Layout) -> list[float]:
+        """How many of the tokens of ``target`` are born from each of this layout's (see `source_scales`; ours)."""
         counts = dict.fromkeys(self.scales, 0.0)
-        for child, scale in self.lineage(target).items():
+        for child, scale in self.source_scales(target).items():
             counts[scale] += child.grid**2 / scale.grid**2
         return [counts[scale] for scale in self.scales for _ in range(scale.tokens)]
 

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 Anneal = Literal["constant", "linear", "cosine", "steps"]
-SkipCourse = Literal["falling", "constant", "rising"]
+SkipSchedule = Literal["falling", "constant", "rising"]
 _STEPS = 4  # equal parts of a stage, for "steps"
 
 
@@ -45,7 +45,7 @@ def skip_probabilities(
     progress: float,
     alpha: float,
     epsilon: float = 0.0,
-    course: SkipCourse = "falling",
+    schedule: SkipSchedule = "falling",
     protected: tuple[int, int] = (0, 0),
     importance: Sequence[float] | None = None,
 ) -> list[float]:
@@ -56,7 +56,7 @@ def skip_probabilities(
 
     Args:
         progress: share of the stage that is done, fractional, so that one epoch anneals too.
-        course: "falling" as above; "constant": a factor of 1; "rising": 1 - exp(-100 progress), as in Progressive
+        schedule: "falling" as above; "constant": a factor of 1; "rising": 1 - exp(-100 progress), as in Progressive
             Layer Dropping.
         protected: first and last layers that are never off; the others keep their probabilities.
         importance: of each layer; then the tilt goes from the most to the least important one in place of depth (ours).
@@ -72,7 +72,7 @@ def skip_probabilities(
         raise ValueError(f"protected layers {first} + {last}: the model has {layers}")
     if importance is not None and len(importance) != layers:
         raise ValueError(f"importance has {len(importance)} values, but the model has {layers} layers")
-    factor = {"falling": (1 - progress) ** 2, "constant": 1.0, "rising": 1 - math.exp(-100 * progress)}[course]
+    factor = {"falling": (1 - progress) ** 2, "constant": 1.0, "rising": 1 - math.exp(-100 * progress)}[schedule]
     order = list(range(layers))
     if importance is not None:
         for rank, layer in enumerate(sorted(order, key=lambda layer: (-importance[layer], layer))):

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from sparsight.bridges import build_bridge
 from sparsight.bridges.patchwise import pixel_shuffle
-from sparsight.settings.bridges import Linear, Mlp, PixelShuffle
+from sparsight.settings.bridges import LinearConfig, MlpConfig, PixelShuffleConfig
 
 
 def maps(height, width, widths=(6, 10), batch=2):
@@ -27,14 +27,17 @@ def test_pixel_shuffle_keeps_every_value_in_its_place(height, width, factor):
             assert torch.equal(found, x[0, row, column] if inside else torch.zeros(2))
 
 
-@pytest.mark.parametrize("settings", [Linear(), Mlp(), PixelShuffle(), PixelShuffle(factor=3), PixelShuffle(factor=1)])
+@pytest.mark.parametrize(
+    "settings",
+    [LinearConfig(), MlpConfig(), PixelShuffleConfig(), PixelShuffleConfig(factor=3), PixelShuffleConfig(factor=1)],
+)
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (1, 1)], ids=str)
 def test_as_many_tokens_as_the_settings_say(settings, size):
     bridge = build_bridge(settings, (6, 10), 12)
     assert bridge(maps(*size)).shape == (2, settings.visual_tokens(size), 12)
 
 
-@pytest.mark.parametrize("settings", [Linear(), Mlp()])
+@pytest.mark.parametrize("settings", [LinearConfig(), MlpConfig()])
 def test_a_token_is_its_patch(settings):
     """Levels are joined along the channels; token number = row x width + column."""
     bridge, levels = build_bridge(settings, (6, 10), 12), maps(4, 5)
@@ -46,7 +49,7 @@ def test_a_token_is_its_patch(settings):
 
 
 def test_pixel_shuffle_tokens_see_their_square():
-    bridge = build_bridge(PixelShuffle(factor=2), (6, 10), 12)
+    bridge = build_bridge(PixelShuffleConfig(factor=2), (6, 10), 12)
     levels = [level.requires_grad_() for level in maps(5, 4, batch=1)]
     token = bridge(levels)[0, 3]  # second row, second column
     grad = torch.autograd.grad(token.square().sum(), levels)[0][0].abs().amax(-1)

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from sparsight.bridges import build_bridge
 from sparsight.bridges.port import from_port, to_port
-from sparsight.settings.bridges import ChainOfSight, Resampler
+from sparsight.settings.bridges import ChainOfSightConfig, ResamplerConfig
 
 WIDTH, CONTEXT, OUT, HEADS = 128, 48, 40, 2
 
@@ -128,10 +128,10 @@ def test_what_is_not_the_ports():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (ChainOfSight("1:2,3:1", width=128, heads=2), "no windows of unequal size"),
-        (ChainOfSight("1:2", width=128, heads=4), "expected 2 heads, found 4"),
-        (ChainOfSight("1:2", width=128, heads=2, shared_queries=True), "a query for each token"),
-        (ChainOfSight("1:2", width=128, heads=2, order="fine_to_coarse"), "from coarse to fine"),
+        (ChainOfSightConfig("1:2,3:1", width=128, heads=2), "no windows of unequal size"),
+        (ChainOfSightConfig("1:2", width=128, heads=4), "expected 2 heads, found 4"),
+        (ChainOfSightConfig("1:2", width=128, heads=2, shared_queries=True), "a query for each token"),
+        (ChainOfSightConfig("1:2", width=128, heads=2, order="fine_to_coarse"), "from coarse to fine"),
     ],
 )
 def test_what_the_port_does_not_have(settings, message):
@@ -140,13 +140,13 @@ def test_what_the_port_does_not_have(settings, message):
 
 
 def test_a_resampler_of_ours_can_be_given_to_the_port():
-    bridge = build_bridge(Resampler(tokens=3, width=128, heads=2), [CONTEXT], OUT)
+    bridge = build_bridge(ResamplerConfig(tokens=3, width=128, heads=2), [CONTEXT], OUT)
     assert to_port(bridge, 16, [22])["cls_token_w16_q3"].shape == (1, 3, 128)
 
 
 def test_F15_levels_of_different_width_go_there_and_back():
     """README's encoder has such levels; the snippet of docs/chain-of-sight.md failed on its model."""
-    bridge = build_bridge(ChainOfSight("1:4,2:1", width=64, heads=1), [24, 40], 48)
+    bridge = build_bridge(ChainOfSightConfig("1:4,2:1", width=64, heads=1), [24, 40], 48)
     back, levels = from_port(to_port(bridge, side=8, levels=[3, 7]))
     assert levels == [3, 7]
     assert all(torch.equal(tensor, bridge.state_dict()[name]) for name, tensor in back.state_dict().items())

@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 from sparsight.bridges import build_bridge
 from sparsight.bridges.scaling import resize_queries, scale_bridge
 from sparsight.layouts import Layout, Scale
-from sparsight.settings.bridges import ChainOfSight
+from sparsight.settings.bridges import ChainOfSightConfig
 
 
 def made(layout, seed=0, width=16, widths=(24, 24)):
     torch.manual_seed(seed)
-    bridge = build_bridge(ChainOfSight(layout, width=width, heads=2), widths, 20)
+    bridge = build_bridge(ChainOfSightConfig(layout, width=width, heads=2), widths, 20)
     with torch.no_grad():
         for parameter in bridge.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -77,10 +77,10 @@ def test_a_child_token_starts_as_its_parents(layout):
     """On a map that is constant inside each old window, in the old windows' number, nothing has been lost."""
     old = made("cos-80")
     new, lineage = scaled(old, layout)
-    for child, parent in old.layout.lineage(new.layout).items():
+    for child, parent in old.layout.source_scales(new.layout).items():
         tiles = [torch.randn(1, parent.grid, parent.grid, 24) for _ in range(2)]
         small = [tile.repeat_interleave(4, 1).repeat_interleave(4, 2) for tile in tiles]
-        side = 4 * child.grid // parent.grid * parent.grid  # the same picture, at a higher resolution
+        side = 4 * child.grid // parent.grid * parent.grid  # the same image, at a higher resolution
         large = [
             tile.repeat_interleave(side // parent.grid, 1).repeat_interleave(side // parent.grid, 2) for tile in tiles
         ]
@@ -153,7 +153,7 @@ def test_a_bridge_for_another_encoder_is_refused():
     "key, value", [("width", 32), ("heads", 4), ("depth", 2), ("shared_queries", True), ("order", "fine_to_coarse")]
 )
 def test_what_would_mean_something_else_is_refused(key, value):
-    target = build_bridge(ChainOfSight("2:4", **({"width": 16, "heads": 2} | {key: value})), (24, 24), 20)
+    target = build_bridge(ChainOfSightConfig("2:4", **({"width": 16, "heads": 2} | {key: value})), (24, 24), 20)
     with pytest.raises(ValueError, match=rf"differ \(old, new\): {{'{key}': \[.*, '?{value}'?\]}}"):
         scale_bridge(made("1:4"), target)
 
@@ -174,7 +174,7 @@ def test_what_was_copied_repeated_and_new():
 
 def test_with_shared_queries_all_is_copied():
     def shared(layout):
-        return build_bridge(ChainOfSight(layout, width=16, heads=2, shared_queries=True), (24,), 20)
+        return build_bridge(ChainOfSightConfig(layout, width=16, heads=2, shared_queries=True), (24,), 20)
 
     old, new = shared("1:4,2:2"), shared("1:4,4:2")
     rows = scale_bridge(old, new)
@@ -184,7 +184,7 @@ def test_with_shared_queries_all_is_copied():
 def levels_changed(before, after, depth=1):
     """A bridge that saw the levels `before`, and what it became for the levels `after`."""
     torch.manual_seed(0)
-    settings = ChainOfSight("1:4,2:2", width=16, heads=2, depth=depth)
+    settings = ChainOfSightConfig("1:4,2:2", width=16, heads=2, depth=depth)
     old = build_bridge(settings, [20 + level for level in before], 20)
     new = build_bridge(settings, [20 + level for level in after], 20)
     return old, new, scale_bridge(old, new, levels=(before, after))

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 from sparsight.bridges import WindowedResampler, build_bridge
 from sparsight.bridges.windowed import cut_windows
 from sparsight.layouts import Layout, Scale
-from sparsight.settings.bridges import ChainOfSight, Resampler, bridge_settings
+from sparsight.settings.bridges import ChainOfSightConfig, ResamplerConfig, bridge_settings
 
 
 def made(layout, widths=(24, 40), out_width=20, heads=2, width=16):
     """A bridge with random weights of unit size, so that no term is too small to see."""
     torch.manual_seed(0)
-    bridge = build_bridge(ChainOfSight(layout, width=width, heads=heads), widths, out_width)
+    bridge = build_bridge(ChainOfSightConfig(layout, width=width, heads=heads), widths, out_width)
     with torch.no_grad():
         for name, parameter in bridge.named_parameters():
             random = torch.randn_like(parameter)
@@ -163,9 +163,9 @@ def test_queries_take_in_the_lower_level_first():
 
 def test_a_resampler_is_one_scale():
     torch.manual_seed(3)
-    one = build_bridge(Resampler(tokens=7, width=16, heads=2), (24,), 20)
+    one = build_bridge(ResamplerConfig(tokens=7, width=16, heads=2), (24,), 20)
     torch.manual_seed(3)
-    other = build_bridge(ChainOfSight("1:7", width=16, heads=2), (24,), 20)
+    other = build_bridge(ChainOfSightConfig("1:7", width=16, heads=2), (24,), 20)
     levels = maps(5, 6, (24,))
     assert one.state_dict().keys() == other.state_dict().keys()
     assert torch.equal(one(levels), other(levels))
@@ -173,7 +173,7 @@ def test_a_resampler_is_one_scale():
 
 def test_start_values():
     """The paper's 0.02 at its width of 1024; elsewhere with 1 / sqrt(width), which keeps the size of the signals."""
-    bridge = build_bridge(ChainOfSight("1:16,4:4", width=256, heads=4), (256,), 512)
+    bridge = build_bridge(ChainOfSightConfig("1:16,4:4", width=256, heads=4), (256,), 512)
     for name, parameter in bridge.named_parameters():
         if parameter.ndim == 1:
             assert set(parameter.unique().tolist()) <= {0.0, 1.0}, name
@@ -206,7 +206,7 @@ def test_windows_hold_each_patch_once(sizes, grid):
 @settings(max_examples=15)
 @given(st.lists(st.tuples(st.integers(4, 9), st.integers(4, 9)), min_size=2, max_size=3))
 def test_maps_of_several_sizes_in_one_batch(sizes):
-    """Each picture's tokens are those that it has alone, whatever stands on the padding."""
+    """Each image's tokens are those that it has alone, whatever stands on the padding."""
     bridge = made("1:2,3:1,4:1")
     alone = [maps(*size, batch=1, seed=number) for number, size in enumerate(sizes)]
     height, width = (max(sides) for sides in zip(*sizes, strict=True))
@@ -221,7 +221,7 @@ def test_maps_of_several_sizes_in_one_batch(sizes):
 
 def test_depth_goes_over_the_levels_again():
     torch.manual_seed(0)
-    bridge = build_bridge(ChainOfSight("2:2", width=16, heads=2, depth=2), (24, 40), 20)
+    bridge = build_bridge(ChainOfSightConfig("2:2", width=16, heads=2, depth=2), (24, 40), 20)
     low, high = maps(4, 4)
     scale = bridge.scales["2"]
     q = scale.queries[None]
@@ -231,7 +231,9 @@ def test_depth_goes_over_the_levels_again():
 
 
 def test_fine_to_coarse_is_the_other_order():
-    one, other = (ChainOfSight("1:3,2:2", width=16, heads=2, order=o) for o in ("coarse_to_fine", "fine_to_coarse"))
+    one, other = (
+        ChainOfSightConfig("1:3,2:2", width=16, heads=2, order=o) for o in ("coarse_to_fine", "fine_to_coarse")
+    )
     coarse, fine = build_bridge(one, (24,), 20), build_bridge(other, (24,), 20)
     fine.load_state_dict(coarse.state_dict())
     levels = maps(4, 4, (24,))
@@ -242,14 +244,14 @@ def test_shared_queries_tell_no_place():
     """With a row for each token, equal windows give other tokens; with shared queries, they give the same."""
     flat = [torch.randn(1, 1, 1, channels).expand(1, 6, 6, -1) for channels in (24, 40)]
     for shared, rows in ((True, 1), (False, 9)):
-        bridge = build_bridge(ChainOfSight("3:2", width=16, heads=2, shared_queries=shared), (24, 40), 20)
+        bridge = build_bridge(ChainOfSightConfig("3:2", width=16, heads=2, shared_queries=shared), (24, 40), 20)
         assert bridge.scales["3"].queries.shape == (rows, 2, 16)
         tokens = bridge(flat).unflatten(1, (9, 2))
         assert ((tokens - tokens[:, :1]).abs().max() <= 1e-6) == shared
 
 
 def test_the_preset_paper():
-    assert bridge_settings("paper") == ChainOfSight("1:16,4:4", width=1024, heads=16, mlp_ratio=4, depth=1)
+    assert bridge_settings("paper") == ChainOfSightConfig("1:16,4:4", width=1024, heads=16, mlp_ratio=4, depth=1)
 
 
 @pytest.mark.parametrize("sizes", [None, [[8, 8], [5, 7]]], ids=str)

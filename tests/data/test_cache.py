@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsight.data.cache import build_cache, picture_rows, remove_caches
+from sparsight.data.cache import build_cache, image_rows, remove_caches
 
 KEYS = [f"{number}.png" for number in range(7)]
 ROWS = {key: row for row, key in enumerate(KEYS)}
 
 
 class Encoder:
-    """Two levels that depend on the picture; counts what it was asked."""
+    """Two levels that depend on the image; counts what it was asked."""
 
     def __init__(self) -> None:
-        self.pictures: list[Hashable] = []
+        self.images: list[Hashable] = []
 
     def encode(self, part: Sequence[Hashable]) -> list[torch.Tensor]:
-        self.pictures += part
+        self.images += part
         number = torch.tensor([float(str(key).removesuffix(".png")) for key in part])[:, None, None, None]
         return [number + torch.linspace(0, 1, 2 * 2 * width).view(2, 2, width) for width in (3, 5)]
 
@@ -39,7 +39,7 @@ def encoder() -> Encoder:
 def test_readback_is_the_encoders_output_in_bf16(tmp_path: Path, encoder: Encoder) -> None:
     done: list[int] = []
     cache = build_cache(tmp_path / "c", ROWS, encoder.encode, done.append, batch_size=3)
-    assert encoder.pictures == KEYS and done == [3, 6, 7]
+    assert encoder.images == KEYS and done == [3, 6, 7]
     wanted = ["5.png", "0.png", "5.png"]
     levels = cache.read(wanted)
     assert [level.dtype for level in levels] == [torch.bfloat16] * 2
@@ -52,7 +52,7 @@ def test_a_complete_cache_is_used_as_it_is(tmp_path: Path, encoder: Encoder) -> 
     build_cache(tmp_path / "c", ROWS, encoder.encode)
     again = Encoder()
     cache = build_cache(tmp_path / "c", ROWS, again.encode)
-    assert again.pictures == []
+    assert again.images == []
     assert torch.equal(cache.read(["3.png"])[1], expected(["3.png"])[1])
 
 
@@ -93,7 +93,7 @@ def test_a_cache_that_was_cut_short_is_made_anew(tmp_path: Path, encoder: Encode
     assert not list(tmp_path.iterdir())
     again = Encoder()
     cache = build_cache(tmp_path / "c", ROWS, again.encode, batch_size=2)
-    assert again.pictures == KEYS
+    assert again.images == KEYS
     assert all(torch.equal(a, b) for a, b in zip(cache.read(KEYS), expected(KEYS), strict=True))
 
 
@@ -106,27 +106,27 @@ def test_processes_that_build_at_once_both_read_the_whole(tmp_path: Path, encode
         return encoder.encode(part)
 
     cache = build_cache(tmp_path / "c", ROWS, slow, batch_size=2)
-    assert encoder.pictures == KEYS[:6] + KEYS + KEYS[6:]
+    assert encoder.images == KEYS[:6] + KEYS + KEYS[6:]
     assert all(torch.equal(a, b) for a, b in zip(cache.read(KEYS), expected(KEYS), strict=True))
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
-def test_the_same_picture_under_two_names_is_encoded_once(tmp_path: Path, encoder: Encoder) -> None:
+def test_the_same_image_under_two_names_is_encoded_once(tmp_path: Path, encoder: Encoder) -> None:
     same = {"0.png": "a", "1.png": "b", "2.png": "a"}
-    rows, name = picture_rows(list(same), same.__getitem__)
+    rows, name = image_rows(list(same), same.__getitem__)
     assert rows == {"0.png": 0, "1.png": 1, "2.png": 0}
     cache = build_cache(tmp_path / "c", rows, encoder.encode)
-    assert encoder.pictures == ["0.png", "1.png"]
+    assert encoder.images == ["0.png", "1.png"]
     assert torch.equal(cache.read(["2.png"])[0], expected(["0.png"])[0])
-    assert name == picture_rows(["x", "y"], {"x": "a", "y": "b"}.__getitem__)[1]
-    assert name != picture_rows(["x", "y"], {"x": "a", "y": "c"}.__getitem__)[1]
+    assert name == image_rows(["x", "y"], {"x": "a", "y": "b"}.__getitem__)[1]
+    assert name != image_rows(["x", "y"], {"x": "a", "y": "c"}.__getitem__)[1]
 
 
 def test_maps_of_several_sizes_are_refused(tmp_path: Path) -> None:
     def encode(part: Sequence[Hashable]) -> list[torch.Tensor]:
         return [torch.zeros(1, 2 + ("1.png" in part), 2, 3)]
 
-    with pytest.raises(ValueError, match=r"picture '1.png' has a feature map \(3, 2, 3\), others \(2, 2, 3\)"):
+    with pytest.raises(ValueError, match=r"image '1.png' has a feature map \(3, 2, 3\), others \(2, 2, 3\)"):
         build_cache(tmp_path / "c", {"0.png": 0, "1.png": 1}, encode, batch_size=1)
     assert not list(tmp_path.iterdir())
 

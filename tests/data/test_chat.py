@@ -12,11 +12,11 @@ from sparsight.data.chat import encode_conversation, render, stop_tokens
 from sparsight.modeling import SparsightProcessor
 from sparsight.modeling.chat_templates import CHATML, FLATTEN, multimodal_template
 from templates import FAMILIES, FOLDER, family_tokenizer
-from tiny import make_language, picture
+from tiny import make_image, make_language
 
 
 def user(*parts: str | None) -> dict[str, Any]:
-    """A question; None stands for a picture."""
+    """A question; None stands for a image."""
     content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
     return {"role": "user", "content": content}
 
@@ -29,8 +29,8 @@ SYSTEM = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
 CONVERSATIONS = {
     "three turns": [user(None, "A?"), says("12 apples."), user("And?"), says("A dog  stands."), user("?"), says("47")],
     "with a system turn": [SYSTEM, user(None, "How many?"), says("12")],
-    "no picture": [user("How many apples?"), says("There are 12.")],
-    "pictures in two turns": [user(None, "A?", None), says("12 apples."), user("And", None, "?"), says("A dog.")],
+    "no image": [user("How many apples?"), says("There are 12.")],
+    "images in two turns": [user(None, "A?", None), says("12 apples."), user("And", None, "?"), says("A dog.")],
     "several lines and signs": [
         user(None, "?"),
         says("1. A dog\n2. <b>A</b> café 猫\n\n  end"),
@@ -56,7 +56,7 @@ def test_ids_are_those_of_the_processor(tiny_vlm, name: str, case: str) -> None:
         tiny_vlm()[1].image_processor, tokenizer, chat_template=tokenizer.chat_template, num_image_tokens=5
     )
     shown = [
-        message | {"content": [part | {"image": picture()} if part["type"] == "image" else part for part in parts]}
+        message | {"content": [part | {"image": make_image()} if part["type"] == "image" else part for part in parts]}
         for message, parts in ((message, message["content"]) for message in messages)
     ]
     inputs = processor.apply_chat_template(shown, tokenize=True, return_dict=True)
@@ -65,7 +65,7 @@ def test_ids_are_those_of_the_processor(tiny_vlm, name: str, case: str) -> None:
 
 @pytest.mark.skipif(assets.smollm2_folder() is None, reason="`make assets` fetches SmolLM2")
 def test_the_real_smollm2() -> None:
-    """The marks, and pictures, are ours: the text is what the model was trained on."""
+    """The marks, and images, are ours: the text is what the model was trained on."""
     tokenizer = AutoTokenizer.from_pretrained(assets.smollm2_folder())
     own = tokenizer.chat_template
     assert own == (FOLDER / "smollm2.jinja").read_text(encoding="utf-8")
@@ -84,7 +84,7 @@ def test_the_real_smollm2() -> None:
 
 def test_the_scratch_tokenizer_learns_answers_and_stop_tokens() -> None:
     tokenizer = make_language()[1]
-    labels = encode_conversation(tokenizer, CONVERSATIONS["pictures in two turns"], "<image>", 5).labels
+    labels = encode_conversation(tokenizer, CONVERSATIONS["images in two turns"], "<image>", 5).labels
     assert learnt(labels, tokenizer) == "12 apples.<|end|>A dog.<|end|>"
 
 

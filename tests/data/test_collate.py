@@ -1,4 +1,4 @@
-"""Batches: padding, any number of pictures a sample (R14), and features from a cache in place of pixels."""
+"""Batches: padding, any number of images a sample (R14), and features from a cache in place of pixels."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from transformers import (
     MistralModel,
 )
 
-from sparsight.data.cache import build_cache, picture_rows
+from sparsight.data.cache import build_cache, image_rows
 from sparsight.data.collate import Collator, TrainingSet
 from sparsight.data.sources import ConversationSource
 from sparsight.modeling.packed import attention_for_packed_rows
 from sparsight.settings.data import ConversationData
-from tiny import picture
+from tiny import make_image
 
-PICTURES = ([], ["0.png"], ["1.png", "2.png"], ["0.png", "1.png", "2.png"])
+IMAGES = ([], ["0.png"], ["1.png", "2.png"], ["0.png", "1.png", "2.png"])
 ANSWERS = ("12 apples.", "A small dog stands there.", "47", "A house, two trees and a boat.")
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> ConversationSource:
     for number in range(3):
-        picture(number).save(tmp_path / f"{number}.png")
+        make_image(number).save(tmp_path / f"{number}.png")
     rows = [
         {
             "id": f"s{number}",
@@ -43,7 +43,7 @@ def source(tmp_path: Path) -> ConversationSource:
                 {"role": "assistant", "content": answer},
             ],
         }
-        for number, (names, answer) in enumerate(zip(PICTURES, ANSWERS, strict=True))
+        for number, (names, answer) in enumerate(zip(IMAGES, ANSWERS, strict=True))
     ]
     (tmp_path / "data.json").write_text(json.dumps(rows))
     return ConversationSource(ConversationData(path=str(tmp_path / "data.json")))
@@ -51,10 +51,10 @@ def source(tmp_path: Path) -> ConversationSource:
 
 def cached(tmp_path: Path, model: Any, processor: Any, source: ConversationSource) -> Any:
     def encode(part: Any) -> Any:
-        pictures = [source.picture(key) for key in part]
-        return model.model.encode_images(**processor.pixels(pictures))
+        images = [source.image(key) for key in part]
+        return model.model.encode_images(**processor.pixels(images))
 
-    return build_cache(tmp_path / "cache", picture_rows(source.keys(), source.fingerprint)[0], encode)
+    return build_cache(tmp_path / "cache", image_rows(source.keys(), source.fingerprint)[0], encode)
 
 
 def test_rows_are_padded_at_the_right_and_padding_is_not_learnt(tiny_vlm, source: ConversationSource) -> None:
@@ -72,8 +72,8 @@ def test_rows_are_padded_at_the_right_and_padding_is_not_learnt(tiny_vlm, source
         assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (max(lengths) - length)
 
 
-def test_none_to_three_pictures_in_one_batch(tiny_vlm, source: ConversationSource) -> None:
-    """The batch's loss is the mean over all labels, as each sample has it alone: no picture goes astray."""
+def test_none_to_three_images_in_one_batch(tiny_vlm, source: ConversationSource) -> None:
+    """The batch's loss is the mean over all labels, as each sample has it alone: no image goes astray."""
     model, processor = tiny_vlm()
     data, collate = TrainingSet(source, processor, 4), Collator(processor.tokenizer.pad_token_id)
     items = [data[index] for index in range(4)]
@@ -123,7 +123,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_padded_ones(
         assert (gradient - wanted[name]).abs().max() < 1e-5 * largest, name
 
 
-def test_text_alone_makes_a_batch_without_pictures(tiny_vlm, source: ConversationSource) -> None:
+def test_text_alone_makes_a_batch_without_images(tiny_vlm, source: ConversationSource) -> None:
     model, processor = tiny_vlm()
     batch = Collator(0)([TrainingSet(source, processor, 4)[0]])
     assert batch.keys() == {"info", "input_ids", "labels", "attention_mask"}
@@ -170,13 +170,13 @@ def test_items_come_round_again_and_nothing_is_decoded_for_a_cache(
 ) -> None:
     model, processor = tiny_vlm()
     cache = cached(tmp_path, model, processor, source)
-    monkeypatch.setattr(ConversationSource, "picture", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(ConversationSource, "image", lambda *_: pytest.fail("decoded"))
     data = TrainingSet(source, processor, 9, cache, offset=7)
     assert len(data) == 9
     assert [data[index]["id"] for index in range(9)] == ["s3", *["s0", "s1", "s2", "s3"] * 2]
 
 
-def test_a_picture_that_goes_bad_is_reported_with_the_sample(
+def test_a_image_that_goes_bad_is_reported_with_the_sample(
     tmp_path: Path, tiny_vlm, source: ConversationSource
 ) -> None:
     data = TrainingSet(source, tiny_vlm()[1], 4)
@@ -208,7 +208,7 @@ def test_what_is_kept_of_a_row_is_what_was_read(
 
 
 def test_places_of_the_tokens_to_come() -> None:
-    """Visual tokens (9) spread over the span of the last layout; text behind a picture stands behind the whole span."""
+    """Visual tokens (9) spread over the span of the last layout; text behind a image stands behind the whole span."""
     items = [
         {"id": "a", "input_ids": [1, 9, 9, 2, 9, 9, 3], "labels": [-100] * 6 + [3]},
         {"id": "b", "input_ids": [1, 2], "labels": [-100, 2]},

@@ -102,7 +102,7 @@ def test_F17_forms_that_are_read(folder: Path, form: str) -> None:
     source = opened(folder, FORMS[form])
     assert source[0].messages == READ
     (key,) = source[0].images
-    assert source.picture(key).getpixel((0, 0)) == (255, 0, 0)
+    assert source.image(key).getpixel((0, 0)) == (255, 0, 0)
     assert source.size(key) == (8, 8)
     assert list(source.keys()) == [key]
     assert len(source.fingerprint(key)) == 64
@@ -133,7 +133,7 @@ def test_F17_names_in_another_unicode_form_are_found(folder: Path, stored: str, 
     place.mkdir()
     (place / unicodedata.normalize(stored, "ü.png")).write_bytes(_png("blue"))
     source = opened(folder, llava(unicodedata.normalize(asked, "é/ü.png")))
-    assert source.picture(source[0].images[0]).getpixel((0, 0)) == (0, 0, 255)
+    assert source.image(source[0].images[0]).getpixel((0, 0)) == (0, 0, 255)
     assert source.size(source[0].images[0]) == (8, 8)
 
 
@@ -142,7 +142,7 @@ def test_F17_a_name_that_is_there_as_written_comes_first(folder: Path) -> None:
         (folder / name).write_bytes(_png("blue"))
         (folder / "a b.png").write_bytes(_png())
         source = opened(folder, llava(name))
-        assert source.picture(source[0].images[0]).getpixel((0, 0)) == (0, 0, 255)
+        assert source.image(source[0].images[0]).getpixel((0, 0)) == (0, 0, 255)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -229,7 +229,7 @@ def test_F17_parts_with_images_in_tables_and_shards(folder: Path, monkeypatch: p
     datasets.Dataset.from_dict({"messages": [turns], "system": ["Be brief."]}).to_parquet(folder / "a.parquet")
     table = TableSource(ConversationData(kind="parquet", path=str(folder / "a.parquet")))
     assert table[0].messages[1:] == READ and table[0].messages[0]["role"] == "system"
-    assert table.picture(table[0].images[0]).getpixel((0, 0)) == (0, 0, 255)
+    assert table.image(table[0].images[0]).getpixel((0, 0)) == (0, 0, 255)
 
     with tarfile.open(folder / "a.tar", "w") as tar:
         row = json.dumps(parts({"image": "k.1.png"}, ASK)).encode()
@@ -239,7 +239,7 @@ def test_F17_parts_with_images_in_tables_and_shards(folder: Path, monkeypatch: p
             tar.addfile(member, io.BytesIO(data))
     shards = ShardSource(ConversationData(kind="shards", path=str(folder / "a.tar")))
     assert shards[0].messages == READ and len(shards[0].images) == 1
-    assert shards.picture(shards[0].images[0]).getpixel((0, 0)) == (0, 0, 255)
+    assert shards.image(shards[0].images[0]).getpixel((0, 0)) == (0, 0, 255)
 
 
 def test_F31_a_system_prompt_beside_the_turns_is_read(folder: Path) -> None:

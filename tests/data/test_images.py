@@ -1,4 +1,4 @@
-"""Pictures from files: the right pixels, or a ValueError that names the file. Never another exception (R15)."""
+"""Images from files: the right pixels, or a ValueError that names the file. Never another exception (R15)."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 import sparsight
-from sparsight.data.images import FORMATS, known_formats, load_image, picture_size
+from sparsight.data.images import FORMATS, known_formats, load_image, size_of_image
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
 
 def two_halves(left: tuple, right: tuple, mode: str = "RGB") -> Image.Image:
     """40 x 20, each half of one colour."""
-    picture = Image.new(mode, (40, 20), left)
-    picture.paste(right, (20, 0, 40, 20))
-    return picture
+    image = Image.new(mode, (40, 20), left)
+    image.paste(right, (20, 0, 40, 20))
+    return image
 
 
-def colours(picture: Image.Image) -> list[tuple]:
-    assert picture.mode == "RGB"
-    return [picture.getpixel((5, 5)), picture.getpixel((picture.width - 5, picture.height - 5))]
+def colours(image: Image.Image) -> list[tuple]:
+    assert image.mode == "RGB"
+    return [image.getpixel((5, 5)), image.getpixel((image.width - 5, image.height - 5))]
 
 
 def near(found: list[tuple], expected: list[tuple], within: int = 3) -> bool:
@@ -44,14 +44,14 @@ def test_formats(tmp_path: Path, suffix: str) -> None:
 def test_sizes_come_from_the_header_alone(tmp_path: Path) -> None:
     for name in ("png", "bmp", "gif", "webp", "tiff", "jpg"):
         two_halves(RED, BLUE).save(tmp_path / f"a.{name}")
-        assert picture_size(tmp_path / f"a.{name}") == picture_size((tmp_path / f"a.{name}").read_bytes()) == (40, 20)
+        assert size_of_image(tmp_path / f"a.{name}") == size_of_image((tmp_path / f"a.{name}").read_bytes()) == (40, 20)
     Image.effect_noise((200, 100), 50).save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:1000])
-    assert picture_size(tmp_path / "cut.jpg") == (200, 100)
+    assert size_of_image(tmp_path / "cut.jpg") == (200, 100)
     with pytest.raises(ValueError, match="a.png: there is no such file"):
-        picture_size(tmp_path / "sub" / "a.png")
-    with pytest.raises(ValueError, match="some.png: cannot be read as a picture: empty"):
-        picture_size(b"", "some.png")
+        size_of_image(tmp_path / "sub" / "a.png")
+    with pytest.raises(ValueError, match="some.png: cannot be read as a image: empty"):
+        size_of_image(b"", "some.png")
 
 
 def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
@@ -64,10 +64,10 @@ def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
 
 
 def test_palette_with_a_transparent_colour_is_laid_on_white(tmp_path: Path) -> None:
-    picture = two_halves(RED, BLUE).quantize(4)
-    blue = picture.getpixel((30, 10))
-    picture.save(tmp_path / "a.png", transparency=blue)
-    picture.save(tmp_path / "a.gif", transparency=blue)
+    image = two_halves(RED, BLUE).quantize(4)
+    blue = image.getpixel((30, 10))
+    image.save(tmp_path / "a.png", transparency=blue)
+    image.save(tmp_path / "a.gif", transparency=blue)
     with Image.open(tmp_path / "a.png") as saved:
         assert saved.mode == "P"
     assert colours(load_image(tmp_path / "a.png")) == [RED, WHITE]
@@ -90,7 +90,7 @@ def test_sixteen_bits_keep_their_greys(tmp_path: Path, suffix: str) -> None:
 
 
 def test_pixels_of_32_bits_are_refused(tmp_path: Path) -> None:
-    """Whoever saved them knows what is white; guessing gives a black or a white picture."""
+    """Whoever saved them knows what is white; guessing gives a black or a white image."""
     Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "f.tif")
     Image.fromarray(np.full((8, 8), 70000, np.int32)).save(tmp_path / "i.tif")
     for name in ("f.tif", "i.tif"):
@@ -103,12 +103,12 @@ def test_exif_rotation_is_applied(tmp_path: Path, orientation: int, size: tuple,
     exif = Image.Exif()
     exif[0x0112] = orientation
     two_halves(RED, BLUE).save(tmp_path / "a.png", exif=exif)
-    picture = load_image(tmp_path / "a.png")
-    assert picture.size == size
-    assert colours(picture)[0] == first
+    image = load_image(tmp_path / "a.png")
+    assert image.size == size
+    assert colours(image)[0] == first
 
 
-def test_the_first_picture_of_an_animation_is_taken(tmp_path: Path) -> None:
+def test_the_first_image_of_an_animation_is_taken(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (40, 20), colour) for colour in (RED, BLUE)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert colours(load_image(tmp_path / "a.gif"))[0] == RED
@@ -146,11 +146,11 @@ def test_D10_no_program_is_run_on_an_image(tmp_path: Path, ghostscript: Path) ->
     ghostscript.unlink()
     with Image.open(file) as opened:
         for source in (file, str(file), file.read_bytes(), opened):
-            with pytest.raises(ValueError, match=r"a\.png: cannot be read as a picture: .*no format that is known"):
+            with pytest.raises(ValueError, match=r"a\.png: cannot be read as a image: .*no format that is known"):
                 load_image(source, "a.png")
     for stored in (file, file.read_bytes()):
         with pytest.raises(ValueError, match="no format that is known"):
-            picture_size(stored)
+            size_of_image(stored)
     assert not ghostscript.exists()
 
 
@@ -166,10 +166,10 @@ def test_D10_formats_that_are_listed_are_opened(tmp_path: Path, kind: str) -> No
     if kind not in known_formats():
         pytest.skip(f"this Pillow has no {kind}")
     two_halves(RED, BLUE).resize((64, 32)).save(tmp_path / "a", format=kind)
-    picture = load_image(tmp_path / "a")
-    assert picture.width == 2 * picture.height or kind == "ICO"
+    image = load_image(tmp_path / "a")
+    assert image.width == 2 * image.height or kind == "ICO"
     with Image.open(tmp_path / "a") as opened:
-        assert load_image(opened).tobytes() == picture.tobytes()
+        assert load_image(opened).tobytes() == image.tobytes()
 
 
 def test_D10_images_with_several_in_one_file_are_opened(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_one_pixel(tmp_path: Path) -> None:
     assert load_image(tmp_path / "a.png").getpixel((0, 0)) == RED
 
 
-def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
+def test_what_is_no_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "page.jpg").write_bytes(b"<html>404</html>")
     (tmp_path / "folder.jpg").mkdir()
@@ -226,7 +226,7 @@ def test_a_broken_file_is_refused_wherever_it_is_broken(tmp_path: Path, kind: st
         file.write_bytes(whole[:length])
         with pytest.raises(ValueError, match="broken.jpg"):
             load_image(file)
-    for _ in range(60):  # with wrong bytes in it, a file may still be a picture; it may not raise anything else
+    for _ in range(60):  # with wrong bytes in it, a file may still be a image; it may not raise anything else
         damaged = bytearray(whole)
         for place in rng.integers(0, len(whole), 3):
             damaged[place] = rng.integers(256)

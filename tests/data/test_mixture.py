@@ -48,7 +48,7 @@ def test_weights_are_what_is_written() -> None:
 
 
 def mixture(folder: Path, *weights: float) -> MixtureData:
-    """Four rows of JSON, shards with six, and scenes with three pictures."""
+    """Four rows of JSON, shards with six, and scenes with three images."""
     turns = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi."}]
     (folder / "a.json").write_text(json.dumps([{"id": f"r{i}", "conversations": turns} for i in range(4)]))
     write_tar(folder / "a.tar", samples(0, 6))
@@ -72,9 +72,9 @@ def test_parts_run_in_order_and_start_again(tmp_path: Path) -> None:
     assert [name for name in ids if name[0] == "2"] == [f"2/scenes/train/{i}" for i in range(4)]
 
 
-def test_pictures_are_those_of_the_parts(tmp_path: Path) -> None:
+def test_images_are_those_of_the_parts(tmp_path: Path) -> None:
     source = open_source(mixture(tmp_path, 1, 1, 1), 12, 64)
-    sizes = {source[i].id[0]: source.picture(source[i].images[0]).size for i in range(12) if source[i].images}
+    sizes = {source[i].id[0]: source.image(source[i].images[0]).size for i in range(12) if source[i].images}
     assert sizes == {source[i].id[0]: source.size(source[i].images[0]) for i in range(12) if source[i].images}
     assert sizes == {"1": (8, 8), "2": (64, 64)}
     used = {key for i in range(12) for key in source[i].images}

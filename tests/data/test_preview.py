@@ -1,4 +1,4 @@
-"""The contact sheet: all samples have room, whatever their number of pictures."""
+"""The contact sheet: all samples have room, whatever their number of images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_contact_sheet_has_room_for_all_tiles(cutouts: str) -> None:
         contact_sheet(source, n=0)
 
 
-def test_samples_of_none_one_and_two_pictures_and_any_shape(tmp_path: Path) -> None:
+def test_samples_of_none_one_and_two_images_and_any_shape(tmp_path: Path) -> None:
     for name, size, colour in (("wide", (300, 3), "red"), ("high", (3, 300), "lime"), ("big", (900, 900), "blue")):
         Image.new("RGB", size, colour).save(tmp_path / f"{name}.png")
     turns = [{"role": "user", "content": "Häuser, 猫 ?"}, {"role": "assistant", "content": "long " * 80}]

@@ -43,7 +43,7 @@ def true_answer(scene: Scene, question: str) -> str:
         return " ".join(filter(None, (row, column))) or "middle"
 
     body = question.removesuffix(" ?")
-    if body == "describe the picture .":
+    if body == "describe the image .":
         spots = [(t.box, f"{'an' if t.name[0] in 'aeiou' else 'a'} {t.name}") for t in scene.things]
         spots += [(scene.number_box, f"the number {scene.number}")] if scene.number_box else []
         rows = sorted(spots, key=lambda p: (3 * (p[0][1] + p[0][3]) // (2 * side), p[0][0] + p[0][2]))
@@ -138,7 +138,7 @@ def test_nothing_held_out_is_allowed() -> None:
     make_scene(replace(SHAPES, held_out=0), "test", 0)
 
 
-# ---------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------- images
 
 
 def test_only_the_boxes_are_drawn_on(config: SceneConfig) -> None:
@@ -158,7 +158,7 @@ def test_only_the_boxes_are_drawn_on(config: SceneConfig) -> None:
 def test_boxes_keep_the_shape_of_the_cutout(config: SceneConfig) -> None:
     for index in range(50):
         for thing in make_scene(config, "train", index).things:
-            width, height = drawing.whole_cutout(drawing.cutout_folder(config.cutouts), thing.picture).size
+            width, height = drawing.whole_cutout(drawing.cutout_folder(config.cutouts), thing.image).size
             x1, y1, x2, y2 = thing.box
             assert 47 <= max(x2 - x1, y2 - y1) <= 84
             assert (x2 - x1) / (y2 - y1) == pytest.approx(width / height, rel=0.1)
@@ -166,21 +166,21 @@ def test_boxes_keep_the_shape_of_the_cutout(config: SceneConfig) -> None:
 
 def test_every_kind_loads_and_differs(config: SceneConfig) -> None:
     names = scenes.kind_names(replace(config, kinds=14 if config.cutouts == "families" else 64))
-    files = [file for name in names for split in scenes.SPLITS for file in scenes.pictures_of(config, name, split)]
+    files = [file for name in names for split in scenes.SPLITS for file in scenes.images_of(config, name, split)]
     drawn = {drawing.cutout(drawing.cutout_folder(config.cutouts), file, 32, 32).tobytes() for file in files}
     assert len(set(names)) == (14 if config.cutouts == "families" else 64)
     assert len(drawn) == len(set(files))
 
 
-def test_families_hold_pictures_out() -> None:
-    """No picture of validation or test is seen in training, and each split has one of every kind."""
+def test_families_hold_images_out() -> None:
+    """No image of validation or test is seen in training, and each split has one of every kind."""
     if "families" not in CUTOUTS:
         pytest.skip("no emoji installed")
     config = SceneConfig(cutouts="families", kinds=14)
     seen = {split: set() for split in scenes.SPLITS}  # type: dict[str, set[str]]
-    for split, pictures in seen.items():
+    for split, images in seen.items():
         for index in range(300):
-            pictures |= {thing.picture for thing in make_scene(config, split, index).things}
+            images |= {thing.image for thing in make_scene(config, split, index).things}
     assert not seen["train"] & (seen["validation"] | seen["test"]) and not seen["validation"] & seen["test"]
     assert len(seen["test"]) >= 14 and len(seen["train"]) >= 2 * 14
 
@@ -269,7 +269,7 @@ def test_counts_are_not_trivial(config: SceneConfig) -> None:
     assert max(answers.values()) < 0.4 * answers.total()
 
 
-def test_the_picture_comes_once_and_nothing_answers_itself(config: SceneConfig) -> None:
+def test_the_image_comes_once_and_nothing_answers_itself(config: SceneConfig) -> None:
     captions = 0
     for index in range(300):
         messages = scenes.conversation(make_scene(config, "train", index), questions=6)
@@ -277,10 +277,10 @@ def test_the_picture_comes_once_and_nothing_answers_itself(config: SceneConfig) 
         kinds = [part["type"] for m in messages for part in m["content"]]
         assert kinds[0] == "image" and kinds.count("image") == 1
         questions = [question for question, _ in turns(messages)]
-        if questions[0] == "describe the picture .":
+        if questions[0] == "describe the image .":
             captions += 1
             assert all(q.startswith(("where is", "box of")) for q in questions[1:])
-        assert "describe the picture ." not in questions[1:]
+        assert "describe the image ." not in questions[1:]
     assert 60 < captions < 140
 
 
@@ -339,7 +339,7 @@ def test_chance_is_low_and_existence_is_a_coin() -> None:
 # ---------------------------------------------------------------------------------------- data set
 
 
-def test_dataset_repeats_pictures_with_other_questions(config: SceneConfig) -> None:
+def test_dataset_repeats_images_with_other_questions(config: SceneConfig) -> None:
     data = pickle.loads(pickle.dumps(ScenesDataset(config, "train", scenes=10, repeats=3)))
     assert len(data) == 30
     first, again = data[2], data[12]
@@ -352,7 +352,7 @@ def test_dataset_repeats_pictures_with_other_questions(config: SceneConfig) -> N
         data[30]
 
 
-def test_dataset_can_leave_pictures_undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dataset_can_leave_images_undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     data = ScenesDataset(SHAPES, "test", scenes=4, draw=False, tasks={"caption": 1})
     monkeypatch.setattr(Scene, "draw", lambda self: pytest.fail("drawn"))
     assert data[1]["images"] == [] and len(data[1]["messages"]) == 2
@@ -411,7 +411,7 @@ def test_other_mistakes_are_named() -> None:
         single_question(make_scene(SHAPES, "train", 0), "ocr")
     with pytest.raises(ValueError, match="weight of count is -1"):
         ScenesDataset(SHAPES, "train", tasks={"count": -1})
-    with pytest.raises(ValueError, match="any picture allows"):
+    with pytest.raises(ValueError, match="any image allows"):
         ScenesDataset(SHAPES, "train", tasks={"position": 1})
     with pytest.raises(ValueError, match="scenes=0"):
         ScenesDataset(SHAPES, "train", scenes=0)

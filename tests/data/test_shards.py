@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from shards import conversation, picture, samples, write_tar
+from shards import conversation, make_image, samples, write_tar
 from sparsight.data.shards import build_index, stem
 from sparsight.data.sources import ShardSource
 from sparsight.settings.data import ConversationData
@@ -36,7 +36,7 @@ def numbers(source: ShardSource, indices: range) -> list[tuple[int, int]]:
     found = []
     for index in indices:
         sample = source[index]
-        red, green, _ = source.picture(sample.images[0]).getpixel((0, 0))
+        red, green, _ = source.image(sample.images[0]).getpixel((0, 0))
         found.append((int(sample.messages[1]["content"][0]["text"]), red + 256 * green))
     return found
 
@@ -60,13 +60,13 @@ def test_samples_of_all_shards_in_order(tmp_path: Path) -> None:
 def test_names_long_and_foreign_in_every_format_of_tar(tmp_path: Path, form: int) -> None:
     long = "a" * 60 + "/" + "b" * 90 if form == tarfile.USTAR_FORMAT else "a" * 150 + "/" + "b" * 150
     foreign = "\u72ac\U0001f415" if form != tarfile.USTAR_FORMAT else "dog"
-    members = [("./x/1.json", conversation()), ("./x/1.png", picture())]
+    members = [("./x/1.json", conversation()), ("./x/1.png", make_image())]
     for key in (long, foreign):
-        members += [(f"{key}.json", conversation()), (f"{key}.png", picture())]
+        members += [(f"{key}.json", conversation()), (f"{key}.png", make_image())]
     source = opened(write_tar(tmp_path / "a.tar", members, form))
     assert [source[index].id for index in range(3)] == ["x/1", long, foreign]
     key = source[1].images[0]
-    assert source.picture(key).size == source.size(key) == (8, 8)
+    assert source.image(key).size == source.size(key) == (8, 8)
 
 
 def test_members_of_a_sample_need_not_be_neighbours(tmp_path: Path) -> None:
@@ -76,12 +76,12 @@ def test_members_of_a_sample_need_not_be_neighbours(tmp_path: Path) -> None:
 
 
 def colours(source: ShardSource, index: int = 0) -> list[tuple[int, ...]]:
-    return [source.picture(key).getpixel((0, 0)) for key in source[index].images]
+    return [source.image(key).getpixel((0, 0)) for key in source[index].images]
 
 
-def test_several_pictures_go_by_number_or_by_the_names_that_the_row_gives(tmp_path: Path) -> None:
+def test_several_images_go_by_number_or_by_the_names_that_the_row_gives(tmp_path: Path) -> None:
     two = [{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "No."}]
-    red, blue = ("k.2.png", picture("red")), ("k.10.png", picture("blue"))
+    red, blue = ("k.2.png", make_image("red")), ("k.10.png", make_image("blue"))
     ordered, turned = [(255, 0, 0), (0, 0, 255)], [(0, 0, 255), (255, 0, 0)]
     cases = {"none": None, "here": ["k.10.png", "k.2.png"], "elsewhere": ["train/1.jpg", "train/2.jpg"]}
     for case, names in cases.items():
@@ -92,15 +92,19 @@ def test_several_pictures_go_by_number_or_by_the_names_that_the_row_gives(tmp_pa
 
 def test_captions_text_alone_and_metadata_beside_a_caption(tmp_path: Path) -> None:
     silent = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi."}]
-    members = [("c.jpg", picture(form="JPEG")), ("c.txt", b" A red square.\n"), ("c.json", b'{"url": "x"}')]
-    members += [("t.json", conversation(conversations=silent, id=7)), ("d.WEBP", picture(form="WEBP")), ("d.txt", b"x")]
+    members = [("c.jpg", make_image(form="JPEG")), ("c.txt", b" A red square.\n"), ("c.json", b'{"url": "x"}')]
+    members += [
+        ("t.json", conversation(conversations=silent, id=7)),
+        ("d.WEBP", make_image(form="WEBP")),
+        ("d.txt", b"x"),
+    ]
     source = opened(write_tar(tmp_path / "a.tar", members))
     assert source[0].messages == [
         {"role": "user", "content": [{"type": "image"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "A red square."}]},
     ]
     assert (source[1].id, source[1].images) == ("7", ())
-    assert source.picture(source[2].images[0]).size == (8, 8)
+    assert source.image(source[2].images[0]).size == (8, 8)
 
 
 @pytest.mark.parametrize("name, key", [("a/b.c/d.0.jpg", "a/b.c/d"), ("d.json", "d"), ("a/.d.jpg", ""), ("d", "d")])
@@ -114,15 +118,15 @@ ROWS: dict[str, tuple[list[tuple[str, bytes]], str]] = {
     "json": ([("k.json", b"{")], "TAR, offset 512, member 'k.json': not valid JSON: "),
     "coding": ([("k.json", b"\xff")], "TAR, offset 512, member 'k.json': expected text in UTF-8: "),
     "caption": (
-        [("k.txt", b"\xff"), ("k.png", picture())],
+        [("k.txt", b"\xff"), ("k.png", make_image())],
         "TAR, offset 512, member 'k.txt': expected text in UTF-8: ",
     ),
     "caption of nothing": (
         [("k.txt", b"x")],
-        "TAR, sample 'k': expected one .txt and pictures beside it, found ['k.txt']",
+        "TAR, sample 'k': expected one .txt and images beside it, found ['k.txt']",
     ),
     "caption empty": (
-        [("k.txt", b" "), ("k.png", picture())],
+        [("k.txt", b" "), ("k.png", make_image())],
         "TAR, sample 'k' (id k), field 'messages': an answer of the assistant is empty; expected text",
     ),
     "a dot too many": (  # in the names: three samples, and the first alone would be read
@@ -133,17 +137,17 @@ ROWS: dict[str, tuple[list[tuple[str, bytes]], str]] = {
         [("k.json", b'{"id": 4}')],
         "TAR, sample 'k' (id 4): expected 'conversations' (LLaVA) or 'messages', found the fields ['id']",
     ),
-    "no picture": (
+    "no image": (
         [("k.json", conversation())],
         "TAR, sample 'k' (id k), field 'conversations': the text has 1 <image>, but there are 0 images: []",
     ),
-    "another picture": (
-        [("k.json", conversation(image=["k.1.png", "no.png"])), ("k.1.png", picture()), ("k.2.png", picture())],
+    "another image": (
+        [("k.json", conversation(image=["k.1.png", "no.png"])), ("k.1.png", make_image()), ("k.2.png", make_image())],
         "TAR, sample 'k' (id k), field 'image': expected members of the sample, which are ['k.1.png', 'k.2.png'], "
         "found ['k.1.png', 'no.png']",
     ),
     "two of one name": (
-        [("k.json", conversation()), ("k.png", picture()), ("k.png", picture())],
+        [("k.json", conversation()), ("k.png", make_image()), ("k.png", make_image())],
         "TAR, sample 'k': expected members of different names, found ['k.json', 'k.png', 'k.png']",
     ),
 }
@@ -159,19 +163,19 @@ def test_a_wrong_sample_is_told_with_tar_and_sample(tmp_path: Path, fault: str) 
     assert str(caught.value).startswith(expected.replace("TAR", str(tar)))
 
 
-def test_a_broken_picture_is_told_with_its_place(tmp_path: Path) -> None:
-    tar = write_tar(tmp_path / "a.tar", [("k.json", conversation()), ("k.png", picture()[:40])])
+def test_a_broken_image_is_told_with_its_place(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "a.tar", [("k.json", conversation()), ("k.png", make_image()[:40])])
     source = opened(tar)
-    with pytest.raises(ValueError, match="a.tar, offset 1536, member 'k.png': cannot be read as a picture"):
-        source.picture(source[0].images[0])
+    with pytest.raises(ValueError, match="a.tar, offset 1536, member 'k.png': cannot be read as a image"):
+        source.image(source[0].images[0])
 
 
 def test_a_sample_without_text_is_told_when_the_index_is_built(tmp_path: Path) -> None:
-    tar = write_tar(tmp_path / "a.tar", [*samples(0, 1), ("k.png", picture()), ("l.png", picture())])
+    tar = write_tar(tmp_path / "a.tar", [*samples(0, 1), ("k.png", make_image()), ("l.png", make_image())])
     with pytest.raises(ValueError) as caught:
         opened(tar)
     assert str(caught.value) == (
-        f"{tar}, sample 'k': expected a member 'k.json' or 'k.txt', found pictures alone (2 of 3 samples are so)"
+        f"{tar}, sample 'k': expected a member 'k.json' or 'k.txt', found images alone (2 of 3 samples are so)"
     )
     assert os.listdir(tmp_path) == ["a.tar"]
 
@@ -195,7 +199,7 @@ def test_what_is_no_tar_of_samples(tmp_path: Path) -> None:
     expected = {
         "link": "offset 0: not a whole tar: expected files and folders, but 'a.png' is a link or a device",
         "packed": "offset 0: not a whole tar: ",
-        "none": "no samples in it; expected members .json or .txt, with pictures beside them",
+        "none": "no samples in it; expected members .json or .txt, with images beside them",
         "empty": "offset 0: not a whole tar: empty file",
         "text": "offset 0: not a whole tar: ",
     }
@@ -212,7 +216,7 @@ def test_what_is_no_tar_of_samples(tmp_path: Path) -> None:
 def test_a_tar_that_is_cut_is_told_wherever_the_cut_is(tmp_path_factory, share: float, form: int) -> None:
     """Samples that are lost must be told. What stands behind the last member (the end mark) is no loss."""
     folder = tmp_path_factory.mktemp("cut")
-    members = [*samples(0, 2), ("\u72ac" * 60 + ".png", picture()), ("\u72ac" * 60 + ".json", conversation())]
+    members = [*samples(0, 2), ("\u72ac" * 60 + ".png", make_image()), ("\u72ac" * 60 + ".json", conversation())]
     tar = write_tar(folder / "a.tar", members, form)
     with tarfile.open(tar) as archive:
         end = archive.getmembers()[-1].offset_data + 512 * -(-len(members[-1][1]) // 512)
@@ -235,7 +239,7 @@ def test_a_damaged_tar_is_read_or_told_never_a_crash(tmp_path_factory, place: in
             source = opened(tar)
         for index in range(len(source)):
             for key in source[index].images:
-                source.picture(key)
+                source.image(key)
     except ValueError as error:
         told = str(error)
     assert "a.tar" in told or not told
@@ -349,7 +353,7 @@ class Noting(Dataset):
 
     def __getitem__(self, index: int) -> str:
         sample = self.source[index]
-        self.source.picture(sample.images[0])
+        self.source.image(sample.images[0])
         self.noted.append(sample.id)
         return sample.id
 

@@ -58,7 +58,7 @@ def test_llava(folder: Path, name: str) -> None:
     assert source[0].messages == READ
     assert (source[0].images, source[1].images) == (("a.png",), ("sub/b.png",))
     assert source.keys() == ["a.png", "sub/b.png"]
-    assert source.picture("sub/b.png").getpixel((0, 0)) == (255, 0, 0)
+    assert source.image("sub/b.png").getpixel((0, 0)) == (255, 0, 0)
     assert source.size("sub/b.png") == (8, 8)
     assert len(source) == len(list(source)) == 2
 
@@ -95,9 +95,9 @@ def test_images_that_no_turn_mentions_come_first_and_text_alone_is_fine(folder: 
     assert source[1].images == () and source[1].messages[0]["content"] == [{"type": "text", "text": "What is it?"}]
 
 
-def test_pictures_may_lie_elsewhere(folder: Path) -> None:
+def test_images_may_lie_elsewhere(folder: Path) -> None:
     source = opened(folder, row(image="b.png"), images=str(folder / "sub"))
-    assert source.picture("b.png").size == (8, 8)
+    assert source.image("b.png").size == (8, 8)
 
 
 def test_jsonl_lines_end_at_newlines_alone(folder: Path) -> None:
@@ -148,10 +148,10 @@ FAULTS: dict[str, tuple[Any, list[str]]] = {
         row(conversations=None, messages=[{"role": "user", "content": [{"type": "text", "text": None}]}]),
         ["id s-1", "messages", "None"],
     ),
-    "picture missing": (row(image="gone.png"), ["id s-1", "'image'", "gone.png", "no such file", "1 of 2"]),
-    "picture above the folder": (row(image="../secret.png"), ["id s-1", "'image'", "'../secret.png'", "inside"]),
-    "picture above by a detour": (row(image="sub/../../secret.png"), ["id s-1", "'image'", "inside"]),
-    "picture by absolute path": (row(image="/etc/secret.png"), ["id s-1", "'image'", "'/etc/secret.png'", "inside"]),
+    "image missing": (row(image="gone.png"), ["id s-1", "'image'", "gone.png", "no such file", "1 of 2"]),
+    "image above the folder": (row(image="../secret.png"), ["id s-1", "'image'", "'../secret.png'", "inside"]),
+    "image above by a detour": (row(image="sub/../../secret.png"), ["id s-1", "'image'", "inside"]),
+    "image by absolute path": (row(image="/etc/secret.png"), ["id s-1", "'image'", "'/etc/secret.png'", "inside"]),
 }
 
 
@@ -165,7 +165,7 @@ def test_a_fault_is_told_with_file_row_id_field_found_and_expected(folder: Path,
     assert missing == [], str(caught.value)
 
 
-def test_a_path_out_of_the_folder_is_refused_also_where_a_picture_is(folder: Path) -> None:
+def test_a_path_out_of_the_folder_is_refused_also_where_a_image_is(folder: Path) -> None:
     for path in ("../a.png", str(folder / "a.png")):
         with pytest.raises(ValueError, match="inside the image folder"):
             opened(folder, row(image=path), images=str(folder / "sub"))
@@ -200,12 +200,12 @@ def test_a_file_that_is_none_is_named(tmp_path: Path, name: str, text: bytes | N
 SHAPES = SceneData(scenes=5, cutouts="shapes")
 
 
-def test_scenes_repeat_pictures_with_other_questions() -> None:
+def test_scenes_repeat_images_with_other_questions() -> None:
     source = SceneSource(SHAPES, 12, image_size=64)
     assert len(source) == 12 and list(source.keys()) == [0, 1, 2, 3, 4]
     assert [source[i].images for i in (0, 5, 10)] == [(0,)] * 3
     assert any(source[i].messages != source[i + 5].messages for i in range(5))
-    assert source.picture(3).size == source.size(3) == (64, 64)
+    assert source.image(3).size == source.size(3) == (64, 64)
 
 
 # ---------------------------------------------------------------------------------------- files in general
@@ -242,7 +242,7 @@ def test_rows_of_a_list_are_read_when_asked_for_and_travel_by_pickle(folder: Pat
 @pytest.mark.parametrize(
     "values, expected",
     [
-        ({"kind": "shards", "images": "x"}, "images 'x': pictures of shards lie in the shards; leave it out"),
+        ({"kind": "shards", "images": "x"}, "images 'x': images of shards lie in the shards; leave it out"),
         ({"index_folder": "x"}, "index_folder 'x': only shards have indices; leave it out"),
         ({"kind": "tables"}, "Input should be 'json', 'parquet', 'datasets' or 'shards'"),
     ],
@@ -280,7 +280,7 @@ KINDS = pytest.mark.parametrize("kind", ["parquet", "datasets"])
 @KINDS
 @pytest.mark.parametrize("form", ["path", "bytes", "both", "path in a mapping", "PIL"])
 @pytest.mark.parametrize("field", ["image", "images"])
-def test_pictures_of_a_table_in_every_form(folder: Path, kind: str, form: str, field: str) -> None:
+def test_images_of_a_table_in_every_form(folder: Path, kind: str, form: str, field: str) -> None:
     content = (folder / "a.png").read_bytes()
     cell: Any = {
         "path": "sub/b.png",
@@ -294,7 +294,7 @@ def test_pictures_of_a_table_in_every_form(folder: Path, kind: str, form: str, f
     assert len(source) == 2 and source[1].id == "4" and source[1].messages == READ
     (key,) = source[1].images
     assert key == ("sub/b.png" if "path" in form else (1, 0))
-    assert source.picture(key).getpixel((0, 0)) == (255, 0, 0)
+    assert source.image(key).getpixel((0, 0)) == (255, 0, 0)
     assert source.size(key) == (8, 8)
     assert list(source.keys()) == (["sub/b.png"] if "path" in form else [(0, 0), (1, 0)])
 
@@ -307,14 +307,14 @@ def test_llava_and_text_alone_in_a_table(folder: Path, kind: str) -> None:
 
 
 @KINDS
-def test_reading_a_row_decodes_no_picture(folder: Path, kind: str) -> None:
-    broken = {"bytes": b"no picture", "path": None}
+def test_reading_a_row_decodes_no_image(folder: Path, kind: str) -> None:
+    broken = {"bytes": b"no image", "path": None}
     features = {"messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}]}
     features["image"] = datasets.Image()  # which datasets would decode
     source = table(folder, kind, {"messages": [MESSAGES], "image": [broken]}, datasets.Features(features))
     assert source[0].images == ((0, 0),)
-    with pytest.raises(ValueError, match=r"table(.parquet)?, row 0, picture 0: cannot be read as a picture"):
-        source.picture((0, 0))
+    with pytest.raises(ValueError, match=r"table(.parquet)?, row 0, image 0: cannot be read as a image"):
+        source.image((0, 0))
 
 
 @KINDS
@@ -385,7 +385,7 @@ def test_lines_of_windows_and_the_mark_of_its_editors_are_not_learnt(tmp_path: P
 
 
 @pytest.mark.parametrize("images", [None, []])
-def test_an_empty_column_does_not_hide_the_picture(folder: Path, images: Any) -> None:
+def test_an_empty_column_does_not_hide_the_image(folder: Path, images: Any) -> None:
     """Tables written as JSON have all columns in every row."""
     filled = row() | {"images": images, "messages": None}
     sample = opened(folder, filled, row(image=None) | {"images": images, "conversations": [

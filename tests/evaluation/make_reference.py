@@ -125,7 +125,7 @@ def captions(rng: random.Random) -> list[dict[str, Any]]:
         return " ".join(rng.choice(WORDS) for _ in range(rng.randint(0, longest)))
 
     hard = [
-        (["a cat"], [["a cat"]]),  # one picture: all weights are 0
+        (["a cat"], [["a cat"]]),  # one image: all weights are 0
         (["a cat", ""], [["a cat", ""], ["a dog"]]),
         (["cat cat cat cat", "dog"], [["a cat on a mat"], ["dog", "dog dog"]]),
         (["a cat on a mat", "a dog"], [["a cat on a mat"], ["a dog"]]),

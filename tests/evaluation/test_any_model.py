@@ -20,7 +20,7 @@ from transformers import (
 from sparsight.modeling.chat_templates import FLATTEN, LEAN
 from sparsight.pipeline import evaluate_checkpoint, inspect_checkpoint
 from sparsight.settings.recipe import held_out_file
-from tiny import ask, clip_config, make_language, picture
+from tiny import ask, clip_config, make_image, make_language
 
 
 def save_llava(folder: Path) -> Path:
@@ -65,7 +65,7 @@ def conversations(folder: Path) -> Path:
     for number, (question, answer) in enumerate(
         [("what ?", "a red dog"), ("how many are in it ?", "2"), ("why ?", "so")]
     ):
-        picture(number, 60 + 10 * number).save(folder / f"{number}.png")
+        make_image(number, 60 + 10 * number).save(folder / f"{number}.png")
         turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
         rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
     (folder / "rows.json").write_text(json.dumps(rows))
@@ -80,7 +80,7 @@ def test_F06_a_model_of_transformers_is_asked_by_its_own_processor(llava, tmp_pa
     model, processor = AutoModelForImageTextToText.from_pretrained(llava), AutoProcessor.from_pretrained(llava)
     said = []
     for item, answer in result.answers:
-        inputs = ask(processor, picture(item.picture, 60 + 10 * item.picture), item.question)
+        inputs = ask(processor, make_image(item.image, 60 + 10 * item.image), item.question)
         room = len(processor.tokenizer(item.truth)["input_ids"]) + 8
         ids = model.generate(**inputs, max_new_tokens=room, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         said.append(processor.tokenizer.decode(ids, skip_special_tokens=True).strip())

@@ -16,15 +16,15 @@ from sparsight.pipeline import evaluate_checkpoint
 from sparsight.settings.recipe import HeldOut, held_out_file
 
 
-def write(folder: Path, rows: list[tuple[str, ...]], pictures: int = 1) -> Path:
+def write(folder: Path, rows: list[tuple[str, ...]], images: int = 1) -> Path:
     """A LLaVA file; a row is question, answer, question, answer ..."""
     file = folder / "held_out.json"
     data = []
     for number, turns in enumerate(rows):
         Image.new("RGB", (32, 32), (40 * number, 90, 10)).save(folder / f"{number}.png")
         said = [{"from": ("human", "gpt")[at % 2], "value": text} for at, text in enumerate(turns)]
-        said[0]["value"] = "<image>\n" * pictures + said[0]["value"]
-        data.append({"id": str(number), "image": [f"{number}.png"] * pictures, "conversations": said})
+        said[0]["value"] = "<image>\n" * images + said[0]["value"]
+        data.append({"id": str(number), "image": [f"{number}.png"] * images, "conversations": said})
     file.write_text(json.dumps(data))
     return file
 
@@ -35,9 +35,9 @@ ROWS = [("what is it ?", "a dog", "how many ?", "2"), ("what is it ?", "a cat"),
 def test_each_question_stands_by_itself(tmp_path: Path) -> None:
     settings = HeldOut(data={"path": str(write(tmp_path, ROWS))})
     questions = held_out_questions("pets", settings, 32)
-    asked = [(item.picture, item.question, item.truth) for item in questions.items]
+    asked = [(item.image, item.question, item.truth) for item in questions.items]
     assert asked == [(0, *ROWS[0][:2]), (0, *ROWS[0][2:]), (1, *ROWS[1]), (2, *ROWS[2])]
-    assert questions.picture(2).getpixel((0, 0)) == (80, 90, 10)
+    assert questions.image(2).getpixel((0, 0)) == (80, 90, 10)
     assert questions.score(questions.items, ["Dog.", "two", "dog", "2"]) == [1, 1, 0, 1]  # normalised as VQA does
     few = held_out_questions("pets", settings.model_copy(update={"items": 3}), 32)
     assert few.items == questions.items[:3]
@@ -57,8 +57,8 @@ def test_boxes_and_captions_have_their_metrics(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_asked_is_told(tmp_path: Path) -> None:
-    file = write(tmp_path, [("why ?", "so")], pictures=2)
-    with pytest.raises(ValueError, match="sample '0' has 2 pictures and turns of .*: expected one picture"):
+    file = write(tmp_path, [("why ?", "so")], images=2)
+    with pytest.raises(ValueError, match="sample '0' has 2 images and turns of .*: expected one image"):
         held_out_questions("odd", HeldOut(data={"path": str(file)}), 32)
 
 
@@ -108,6 +108,6 @@ def test_an_option_that_reads_as_an_article_is_an_answer(tmp_path: Path) -> None
 
 
 def test_other_right_answers_are_another_test() -> None:
-    """Captions have one question for all pictures: their numbers and the question alone tell nothing."""
+    """Captions have one question for all images: their numbers and the question alone tell nothing."""
     one, other = (Scores([(Item("caption", 0, "describe", truth), "x")], {"caption": [0.0]}) for truth in ("a", "b"))
-    assert one.questions != other.questions and one.pictures == other.pictures
+    assert one.questions != other.questions and one.images == other.images

@@ -1,4 +1,4 @@
-"""Scores on scenes: right answers score 1, the control sees wrong pictures, and batches do not matter."""
+"""Scores on scenes: right answers score 1, the control sees wrong images, and batches do not matter."""
 
 from __future__ import annotations
 
@@ -62,24 +62,24 @@ def test_boxes_are_scored_by_overlap() -> None:
 def test_each_task_has_its_number_of_questions(data: ScenesDataset) -> None:
     items = make_items(data, 5)
     assert {task: sum(item.task == task for item in items) for task in TASKS} == dict.fromkeys(TASKS, 5)
-    assert all(0 <= item.picture < 30 for item in items)
+    assert all(0 <= item.image < 30 for item in items)
     for task in TASKS:
-        pictures = [item.picture for item in items if item.task == task]
-        assert len(set(pictures)) == 5  # not one picture five times
+        images = [item.image for item in items if item.task == task]
+        assert len(set(images)) == 5  # not one image five times
     assert items == make_items(data, 5)
 
 
 def test_F21_only_the_tasks_that_are_trained_are_asked(data: ScenesDataset) -> None:
     """The demo asked four tasks that it had hardly trained, and they stayed at chance."""
     own = ScenesDataset(data.config, "test", scenes=30, tasks={"naming": 2, "position": 0, "caption": 1})
-    assert [(item.task, item.picture) for item in make_items(own, 2)] == [
-        (item.task, item.picture) for item in make_items(data, 2) if item.task in ("caption", "naming")
+    assert [(item.task, item.image) for item in make_items(own, 2)] == [
+        (item.task, item.image) for item in make_items(data, 2) if item.task in ("caption", "naming")
     ]
 
 
 def test_the_truth_scores_one(data: ScenesDataset) -> None:
     for item in make_items(data, 5):
-        assert score_answer(item.task, item.truth, item.truth, data.scene(item.picture)) == 1
+        assert score_answer(item.task, item.truth, item.truth, data.scene(item.image)) == 1
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_F21_a_caption_that_is_right_in_part_is_not_judged(task: str, answer: st
     assert judged(Item(task, 0, "?", "a dog , a cat"), answer, points) is right
 
 
-def test_too_few_pictures_give_fewer_questions(data: ScenesDataset) -> None:
+def test_too_few_images_give_fewer_questions(data: ScenesDataset) -> None:
     few = ScenesDataset(data.config, "test", scenes=3)
     assert sum(item.task == "caption" for item in make_items(few, 5)) == 3
 
@@ -118,7 +118,7 @@ class Spy:
         monkeypatch.setattr(evaluation, "answer_all", spied)
 
 
-def test_the_control_asks_every_question_about_another_picture(
+def test_the_control_asks_every_question_about_another_image(
     tiny_vlm, data: ScenesDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = tiny_vlm()
@@ -126,12 +126,12 @@ def test_the_control_asks_every_question_about_another_picture(
     result = evaluate_scenes(model, processor, data, 2)
     (items, own), (again, other) = spy.calls
     assert items == again == make_items(data, 2)
-    pictures = sorted({item.picture for item in items})
-    tokens = visual_tokens(model, processor, data.image, pictures, 7)
-    row = {picture: tokens[place] for place, picture in enumerate(pictures)}
+    images = sorted({item.image for item in items})
+    tokens = visual_tokens(model, processor, data.image, images, 7)
+    row = {image: tokens[place] for place, image in enumerate(images)}
     for item, right, wrong in zip(items, own, other, strict=True):
-        assert torch.allclose(right, row[item.picture], atol=1e-5)
-        assert any(torch.allclose(wrong, row[picture], atol=1e-5) for picture in pictures if picture != item.picture)
+        assert torch.allclose(right, row[item.image], atol=1e-5)
+        assert any(torch.allclose(wrong, row[image], atol=1e-5) for image in images if image != item.image)
         assert not torch.allclose(wrong, right, atol=1e-3)
     assert result.scores.keys() == result.shuffled.keys() == result.items.keys() == set(TASKS)
     assert result.items == dict.fromkeys(TASKS, 2)
@@ -149,7 +149,7 @@ def test_points_stand_item_by_item(tiny_vlm, data: ScenesDataset, monkeypatch: p
     for task in TASKS:
         own = [place for place, item in enumerate(items) if item.task == task]
         assert result.points[task] == result.shuffled_points[task] == [float(place % 2) for place in own]
-        assert result.pictures[task] == [items[place].picture for place in own]
+        assert result.images[task] == [items[place].image for place in own]
     estimates = result.estimates()
     assert list(estimates) == [*TASKS, "existence F1", "yes-ratio"]
     assert all(estimates[task].mean == result.scores[task] == 0.5 for task in TASKS)
@@ -199,13 +199,13 @@ def test_answers_do_not_depend_on_the_batch(tiny_vlm, data: ScenesDataset) -> No
 
 
 def test_answers_are_those_of_plain_generation(tiny_vlm, data: ScenesDataset) -> None:
-    """Encoded once and asked in batches is the same as one picture and one question by the processor."""
+    """Encoded once and asked in batches is the same as one image and one question by the processor."""
     model, processor = tiny_vlm()
     items = make_items(data, 2)
-    pictures = [data.image(item.picture) for item in items]
-    visual = visual_tokens(model, processor, data.image, [item.picture for item in items], 4)
+    images = [data.image(item.image) for item in items]
+    visual = visual_tokens(model, processor, data.image, [item.image for item in items], 4)
     found = answer_all(model, processor, items, visual, torch.arange(len(items)), 5)
-    for item, image, answer in zip(items, pictures, found, strict=True):
+    for item, image, answer in zip(items, images, found, strict=True):
         inputs = ask(processor, image, item.question)
         room = len(processor.tokenizer(item.truth)["input_ids"]) + 8
         ids = model.generate(**inputs, max_new_tokens=room, do_sample=False)[0, inputs["input_ids"].shape[1] :]

@@ -31,16 +31,16 @@ from sparsight.modeling import SparsightForConditionalGeneration
 from sparsight.modeling.build import _vision, build
 from sparsight.modeling.chat_templates import CHATML, FLATTEN, multimodal_template
 from sparsight.modeling.scratch import scratch_language
-from sparsight.settings.bridges import ChainOfSight, Linear, Mlp, PixelShuffle, Resampler
+from sparsight.settings.bridges import ChainOfSightConfig, LinearConfig, MlpConfig, PixelShuffleConfig, ResamplerConfig
 from sparsight.settings.recipe import ScratchLanguage
-from tiny import BRIDGE, TEXTS, clip_config, conversation, make_language, make_vlm, picture
+from tiny import BRIDGE, TEXTS, clip_config, conversation, make_image, make_language, make_vlm
 
 BRIDGES = {
-    "linear": (Linear(), 64),
-    "mlp": (Mlp(), 64),
-    "pixel_shuffle": (PixelShuffle(factor=3), 9),
-    "resampler": (Resampler(tokens=5, width=32, heads=2), 5),
-    "chain_of_sight": (ChainOfSight("1:4,2:1,4:2", width=32, heads=2), 40),
+    "linear": (LinearConfig(), 64),
+    "mlp": (MlpConfig(), 64),
+    "pixel_shuffle": (PixelShuffleConfig(factor=3), 9),
+    "resampler": (ResamplerConfig(tokens=5, width=32, heads=2), 5),
+    "chain_of_sight": (ChainOfSightConfig("1:4,2:1,4:2", width=32, heads=2), 40),
 }
 LANGUAGE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 349}
 LLAMA = LANGUAGE | {"intermediate_size": 64, "num_key_value_heads": 2, "eos_token_id": 4, "bos_token_id": None}
@@ -63,7 +63,12 @@ def composed(language, **options):
 
 def prompt(processor, model=None):
     batch = processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "How many?"}]}],
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": make_image()}, {"type": "text", "text": "How many?"}],
+            }
+        ],
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
@@ -161,11 +166,11 @@ def test_local_folders(folders):
         assert torch.equal(tensor, theirs[name.removeprefix("vision_model.")]), name
     for name, tensor in language.model.state_dict().items():
         assert torch.equal(tensor, model.model.language_model.state_dict()[name]), name
-    # The encoder's own means, but the whole picture: resized, never cropped.
+    # The encoder's own means, but the whole image: resized, never cropped.
     images = processor.image_processor
     assert images.image_mean == CLIPImageProcessorPil().image_mean
     assert (dict(images.size), images.do_center_crop) == ({"height": 64, "width": 64}, False)
-    assert images(picture().resize((90, 40)), return_tensors="pt")["pixel_values"].shape == (1, 3, 64, 64)
+    assert images(make_image().resize((90, 40)), return_tensors="pt")["pixel_values"].shape == (1, 3, 64, 64)
     assert logits(model, processor).isfinite().all()
     fewer, _ = build(str(root / "clip"), str(root / "llama"), BRIDGE, language_layers=1)
     assert len(fewer.model.language_model.layers) == 1
@@ -205,7 +210,7 @@ def test_efficientnet_by_name(tmp_path):
     model, processor = make_vlm(BRIDGE, vision="efficientnet-lite0")
     assert (model.config.image_size, model.config.map_size) == (256, [16, 16])
     assert model.config.level_widths == [112, 320] and model.config.feature_positions
-    pixels = processor.image_processor(picture(), return_tensors="pt")["pixel_values"]
+    pixels = processor.image_processor(make_image(), return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 256, 256) and pixels.min() >= -1 and pixels.max() <= 1
     model.save_pretrained(tmp_path)
     error = (logits(AutoModelForImageTextToText.from_pretrained(tmp_path), processor) - logits(model, processor)).abs()
@@ -217,7 +222,7 @@ def test_smollm2_by_name():
     model, processor = build(clip_config(), "smollm2-135m", BRIDGE, language_layers=1)
     assert model.config.text_config.num_hidden_layers == 1 and model.config.tie_word_embeddings
     talk = conversation("How many?", "Two.")
-    talk[0]["content"][0]["image"] = picture()
+    talk[0]["content"][0]["image"] = make_image()
     batch = processor.apply_chat_template(
         talk, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
     )
@@ -335,7 +340,7 @@ def test_parts_that_cannot_be_composed():
         build(3, language, BRIDGE, tokenizer=own)
     with pytest.raises(ValueError, match=f"expected a causal language model, found {type(language.model).__name__}"):
         build(clip_config(), language.model, BRIDGE, tokenizer=own)
-    with pytest.raises(ValueError, match="expected a causal language model, found Linear"):
+    with pytest.raises(ValueError, match="expected a causal language model, found LinearConfig"):
         build(clip_config(), nn.Linear(2, 2), BRIDGE, tokenizer=own)
     with pytest.raises(ValueError, match="give tokenizer= too"):
         build(clip_config(), language, BRIDGE)
@@ -345,7 +350,7 @@ def test_parts_that_cannot_be_composed():
     with pytest.raises(ValueError, match="its embeddings are 16 wide and its hidden states 32"):
         build(clip_config(), narrow, BRIDGE, tokenizer=own)
     with pytest.raises(ValueError, match="a grid of 16 windows per side needs at least 16 patches .* map has 8"):
-        build(clip_config(), language, ChainOfSight("1:4,16:1", width=32, heads=2), tokenizer=own)
+        build(clip_config(), language, ChainOfSightConfig("1:4,16:1", width=32, heads=2), tokenizer=own)
     with pytest.raises(ValueError, match="unknown layout 'cos-81'"):
         build(clip_config(), language, "cos-81", tokenizer=own)
 
@@ -360,7 +365,7 @@ def test_round_trip_in_a_new_process(tmp_path):
         model, processor = make_vlm(settings)
         for part in (model, processor):
             part.save_pretrained(tmp_path / name)
-        picture().save(tmp_path / "picture.png")
+        make_image().save(tmp_path / "image.png")
         batch = prompt(processor)
         wanted[name] = (batch, logits(as_loaded(model), processor))
     torch.save(wanted, tmp_path / "wanted.pt")
@@ -377,7 +382,7 @@ for name, (batch, logits) in torch.load(root / "wanted.pt").items():
     model = AutoModelForImageTextToText.from_pretrained(root / name)
     processor = AutoProcessor.from_pretrained(root / name)
     assert processor.num_image_tokens == config.num_image_tokens
-    content = [{"type": "image", "image": Image.open(root / "picture.png")}, {"type": "text", "text": "How many?"}]
+    content = [{"type": "image", "image": Image.open(root / "image.png")}, {"type": "text", "text": "How many?"}]
     again = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True,
                                           return_tensors="pt", add_generation_prompt=True)
     assert set(again) == set(batch) and all(torch.equal(again[key], batch[key]) for key in batch), name
@@ -486,7 +491,7 @@ def test_a_tokenizer_without_image_token_gets_one():
     assert model.get_input_embeddings().weight.shape[0] == model.config.text_config.vocab_size == 33
     assert torch.equal(model.get_input_embeddings().weight[:32], rows)
     assert own.pad_token == "</s>"
-    batch = processor(text="w1 <image> w2", images=picture(), return_tensors="pt")
+    batch = processor(text="w1 <image> w2", images=make_image(), return_tensors="pt")
     assert int((batch["input_ids"] == 32).sum()) == 8
     assert model(**batch).logits.shape == (1, 10, 33)
 

@@ -161,7 +161,7 @@ def test_maps_of_convolutional_encoders_are_in_reading_order(name, place):
 
 
 class Pooled(nn.Module):
-    """Gives one vector a picture."""
+    """Gives one vector a image."""
 
     def forward(self, pixel_values):
         pooled = pixel_values.mean((2, 3))
@@ -192,7 +192,7 @@ def text_encoder():
         (Bare, "Bare gives no spatial features: its output has no hidden states, only Tensor"),
         (Sequences, r"Sequences gives no spatial features: hidden states \(2, 3, 4096\), patch size None"),
         (lambda: made(SwinConfig(image_size=64, embed_dim=8, depths=[1, 1], num_heads=[1, 2])), "no patch features"),
-        (lambda: made(PixtralVisionConfig(**FIXED)), r"\(1, 128, 32\) for 2 pictures: it does not keep"),
+        (lambda: made(PixtralVisionConfig(**FIXED)), r"\(1, 128, 32\) for 2 images: it does not keep"),
     ],
     ids=["text", "pooled", "tensor", "no patches", "shrinking", "joined"],
 )
@@ -209,8 +209,8 @@ def test_levels_that_do_not_exist():
         EfficientNetLiteModel(EfficientNetLiteConfig(out_blocks=[3, 16]))
 
 
-def test_pictures_that_do_not_divide_into_patches():
-    with pytest.raises(ValueError, match=r"pictures of \(68, 68\) pixels do not divide into patches of 8"):
+def test_images_that_do_not_divide_into_patches():
+    with pytest.raises(ValueError, match=r"images of \(68, 68\) pixels do not divide into patches of 8"):
         feature_levels(made(TRANSFORMERS["siglip2"]), pixels(68))
 
 

@@ -15,7 +15,7 @@ from sparsight.modeling.configuration import EfficientNetLiteConfig
 from sparsight.modeling.efficientnet_lite import EfficientNetLiteModel
 from sparsight.reporting import Run, write_card
 from sparsight.settings.load import builtin_recipe, load_recipe
-from tiny import make_vlm, picture
+from tiny import make_image, make_vlm
 
 SOURCE = str(Path(sparsight.__file__).parents[1])
 
@@ -96,12 +96,12 @@ def test_F19_each_auto_class_loads_first(saved, tmp_path, first, expected):
 
 
 def test_F19_a_pipeline_answers(saved, tmp_path):
-    picture().save(tmp_path / "picture.png")
+    make_image().save(tmp_path / "image.png")
     loads(
         f"""
 from transformers import pipeline
 ask = pipeline("image-text-to-text", ".", trust_remote_code=True)
-content = [{{"type": "image", "image": {str(tmp_path / "picture.png")!r}}}, {{"type": "text", "text": "What is it?"}}]
+content = [{{"type": "image", "image": {str(tmp_path / "image.png")!r}}}, {{"type": "text", "text": "What is it?"}}]
 found = ask(text=[{{"role": "user", "content": content}}], max_new_tokens=3)
 assert found[0]["generated_text"][-1]["role"] == "assistant"
 """,

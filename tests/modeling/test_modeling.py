@@ -32,11 +32,11 @@ def sample(model, images, text=9, seed=0):
     """Ids of one sample, placeholders spread over the text, and its pixels."""
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(6, 300, (text,), generator=generator).split(max(1, text // (images + 1)))
-    picture = torch.full((model.config.num_image_tokens,), model.config.image_token_id)
+    image = torch.full((model.config.num_image_tokens,), model.config.image_token_id)
     parts = []
     for place in range(max(images, len(words))):
         parts += [words[place]] if place < len(words) else []
-        parts += [picture] if place < images else []
+        parts += [image] if place < images else []
     return torch.cat(parts), torch.randn(images, 3, SIDE, SIDE, generator=generator)
 
 

@@ -8,7 +8,7 @@ from sparsight.data.chat import render
 from sparsight.data.collate import TrainingSet
 from sparsight.data.sources import Sample
 from sparsight.modeling import SparsightProcessor
-from tiny import ListSource, conversation, make_vlm, picture
+from tiny import ListSource, conversation, make_image, make_vlm
 
 
 @pytest.fixture(scope="module")
@@ -16,20 +16,20 @@ def processor():
     return make_vlm()[1]
 
 
-def with_images(messages, pictures):
-    """Messages with the pictures themselves in their image parts."""
-    pictures = iter(pictures)
+def with_images(messages, images):
+    """Messages with the images themselves in their image parts."""
+    images = iter(images)
     for message in messages:
         if not isinstance(message["content"], str):
             for part in message["content"]:
                 if part["type"] == "image":
-                    part["image"] = next(pictures)
+                    part["image"] = next(images)
     return messages
 
 
 def test_placeholders_are_expanded(processor):
     text = "<image> one <image><image> three"
-    batch = processor(text=text, images=[picture(i) for i in range(3)], return_tensors="pt")
+    batch = processor(text=text, images=[make_image(i) for i in range(3)], return_tensors="pt")
     ids = batch["input_ids"][0]
     placeholders = ids == processor.image_token_id
     assert placeholders.sum() == 3 * processor.num_image_tokens == 24
@@ -40,8 +40,8 @@ def test_placeholders_are_expanded(processor):
 
 
 def test_batches_are_padded(processor):
-    texts = ["<image> a", "no picture at all", "<image><image> two"]
-    images = [[picture(0)], [], [picture(1), picture(2)]]
+    texts = ["<image> a", "no image at all", "<image><image> two"]
+    images = [[make_image(0)], [], [make_image(1), make_image(2)]]
     batch = processor(text=texts, images=images, padding=True, return_tensors="pt")
     counts = (batch["input_ids"] == processor.image_token_id).sum(1).tolist()
     assert counts == [8, 0, 16]
@@ -51,20 +51,20 @@ def test_batches_are_padded(processor):
 
 
 def test_text_alone(processor):
-    batch = processor(text="no picture", return_tensors="pt")
+    batch = processor(text="no image", return_tensors="pt")
     assert set(batch) == {"input_ids", "attention_mask"}
-    assert processor.tokenizer.decode(batch["input_ids"][0]) == "no picture"
+    assert processor.tokenizer.decode(batch["input_ids"][0]) == "no image"
 
 
 def test_counts_for_serving(processor):
-    """What vLLM and others ask for without a picture at hand."""
+    """What vLLM and others ask for without a image at hand."""
     counts = processor._get_num_multimodal_tokens(image_sizes=[(80, 80), (10, 300)])
     assert (counts["num_image_tokens"], counts["num_image_patches"]) == ([8, 8], [1, 1])
     assert "num_image_tokens" not in processor._get_num_multimodal_tokens()
 
 
 def test_token_types(processor):
-    batch = processor(text="<image> one", images=picture(), return_mm_token_type_ids=True, return_tensors="pt")
+    batch = processor(text="<image> one", images=make_image(), return_mm_token_type_ids=True, return_tensors="pt")
     assert torch.equal(batch["mm_token_type_ids"] == 1, batch["input_ids"] == processor.image_token_id)
 
 
@@ -73,7 +73,7 @@ def test_the_mask_covers_the_answer_and_its_stop_token(processor, images):
     talk = conversation("How many apples?", "There are 12.", images)
     talk += [{"role": "user", "content": "And dogs?"}, {"role": "assistant", "content": "A small dog."}]
     batch = processor.apply_chat_template(
-        with_images(talk, [picture(i) for i in range(images)]),
+        with_images(talk, [make_image(i) for i in range(images)]),
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
@@ -83,8 +83,8 @@ def test_the_mask_covers_the_answer_and_its_stop_token(processor, images):
     said = processor.tokenizer.decode(ids[mask == 1])
     assert said == "There are 12.<|end|>A small dog.<|end|>"
     unsaid = processor.tokenizer.decode(ids[mask == 0])
-    pictures = "".join("<image>" * 8 + "\n" for _ in range(images))
-    assert unsaid == f"<|user|>{pictures}How many apples?<|assistant|><|user|>And dogs?<|assistant|>"
+    marks = "".join("<image>" * 8 + "\n" for _ in range(images))
+    assert unsaid == f"<|user|>{marks}How many apples?<|assistant|><|user|>And dogs?<|assistant|>"
     assert ("pixel_values" in batch) == (images > 0)
     assert mask.numel() == ids.numel()
 
@@ -93,7 +93,7 @@ def test_the_prompt_is_the_start_of_the_conversation(processor):
     """What is generated from is what was learnt from."""
     whole, prompt = (
         processor.apply_chat_template(
-            with_images(conversation("How many?", answer), [picture()]),
+            with_images(conversation("How many?", answer), [make_image()]),
             tokenize=True,
             return_dict=True,
             add_generation_prompt=answer is None,
@@ -113,18 +113,18 @@ def test_the_number_of_tokens_is_saved(processor, tmp_path):
     assert isinstance(loaded, SparsightProcessor)
     assert (loaded.num_image_tokens, loaded.image_token_id) == (8, processor.image_token_id)
     assert loaded.chat_template == processor.chat_template
-    one, other = (p(text="<image> a", images=picture(), return_tensors="pt") for p in (processor, loaded))
+    one, other = (p(text="<image> a", images=make_image(), return_tensors="pt") for p in (processor, loaded))
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_pictures_and_placeholders_that_differ(processor):
+def test_images_and_placeholders_that_differ(processor):
     with pytest.raises(ValueError, match="total 0 <image> tokens and 1 images"):
-        processor(text="no placeholder", images=[picture()])
+        processor(text="no placeholder", images=[make_image()])
     with pytest.raises(ValueError, match="total 2 <image> tokens and 1 images"):
-        processor(text="<image><image>", images=[picture()])
+        processor(text="<image><image>", images=[make_image()])
 
 
-def test_a_picture_takes_one_token_at_least(processor):
+def test_a_image_takes_one_token_at_least(processor):
     with pytest.raises(ValueError, match="num_image_tokens: expected 1 or more, found 0"):
         SparsightProcessor(processor.image_processor, processor.tokenizer, num_image_tokens=0)
 

@@ -11,7 +11,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from sparsight.modeling.build import build
-from tiny import BRIDGE, clip_config, make_language, make_vlm, picture
+from tiny import BRIDGE, clip_config, make_image, make_language, make_vlm
 from tiny import ask as prompt
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -78,7 +78,7 @@ def test_F32_a_dtype_is_that_of_all_parts(saved, dtype):
 @pytest.mark.parametrize("config", QUANTIZERS)
 def test_F32_a_saved_model_loads_quantised(saved, config, tmp_path):
     folder, model, processor = saved
-    inputs = prompt(processor, picture(), "How many apples?")
+    inputs = prompt(processor, make_image(), "How many apples?")
     model.set_attn_implementation("sdpa")
     with torch.no_grad():
         expected = model(**inputs).logits

@@ -17,12 +17,12 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 
 from sparsight.modeling.configuration import EfficientNetLiteConfig
 from sparsight.modeling.scaling import resize_positions, scale_checkpoint, scale_tokens
-from sparsight.settings.bridges import ChainOfSight, Resampler
-from tiny import clip_config, conversation, make_language, make_vlm, picture
+from sparsight.settings.bridges import ChainOfSightConfig, ResamplerConfig
+from tiny import clip_config, conversation, make_image, make_language, make_vlm
 
-SMALL = ChainOfSight("1:4,2:2", width=32, heads=2)  # 12 tokens
+SMALL = ChainOfSightConfig("1:4,2:2", width=32, heads=2)  # 12 tokens
 TINY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
-# name: configuration, picture's side before and after, patches per side before and after
+# name: configuration, image's side before and after, patches per side before and after
 ENCODERS = {
     "clip": (clip_config(), 64, 128, 8, 16),
     "siglip, 27x27": (SiglipVisionConfig(**TINY, image_size=384, patch_size=14), 384, 768, 27, 54),
@@ -50,7 +50,7 @@ LEARNT = {
 
 def prompt(processor):
     talk = conversation("How many?", None)
-    talk[0]["content"][0]["image"] = picture()
+    talk[0]["content"][0]["image"] = make_image()
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
     return processor.apply_chat_template(talk, **options)
 
@@ -124,7 +124,7 @@ def test_the_same_layout_changes_nothing():
 
 
 def test_a_chosen_source():
-    model, processor = make_vlm(ChainOfSight("1:4,2:4", width=32, heads=2))
+    model, processor = make_vlm(ChainOfSightConfig("1:4,2:4", width=32, heads=2))
     assert text(scale_tokens(model, processor, "4:4", sources={4: 1})) == {"4:4": "1:4"}
 
 
@@ -143,13 +143,13 @@ def test_training_mode_and_precision_are_kept():
         ("1:4,2:3", {}, "scale 2:3 of '1:4,2:3' has no source in '1:4,2:2'"),
         ("1:4,16:2", {}, "a grid of 16 windows per side needs at least 16 patches .* has 8"),
         ("mlp", {}, "kind chain_of_sight cannot become one of kind mlp"),
-        (Resampler(tokens=4, width=32, heads=2), {}, "kind chain_of_sight cannot become one of kind resampler"),
-        (ChainOfSight("1:4,4:2", width=64, heads=2), {}, r"differ \(old, new\): {'width': \[32, 64\]}"),
+        (ResamplerConfig(tokens=4, width=32, heads=2), {}, "kind chain_of_sight cannot become one of kind resampler"),
+        (ChainOfSightConfig("1:4,4:2", width=64, heads=2), {}, r"differ \(old, new\): {'width': \[32, 64\]}"),
         ("1:4,4:2", {"sources": {8: 1}}, r"sources name grids \[8\]"),
         ("cos-528", {}, "ambiguous"),
         (None, {"vision_levels": [2, 9]}, r"CLIPVisionModel has no feature level \[9\]: it has 0 to 4"),
         (None, {"vision_levels": [1]}, r"the new feature levels \[1\] share none with the old ones \[2, 3\]"),
-        (None, {"image_size": 4}, "image_size 4: CLIPVisionModel cuts pictures into patches of 8 pixels"),
+        (None, {"image_size": 4}, "image_size 4: CLIPVisionModel cuts images into patches of 8 pixels"),
         (None, {"image_size": 8}, "a grid of 2 windows per side needs at least 2 patches .* has 1"),
     ],
 )
@@ -172,7 +172,7 @@ def test_more_heads_are_refused():
     """All tensors would fit, but mean something else."""
     model, processor = make_vlm(SMALL)
     with pytest.raises(ValueError, match="heads"):
-        scale_tokens(model, processor, ChainOfSight("1:4,4:2", width=32, heads=4))
+        scale_tokens(model, processor, ChainOfSightConfig("1:4,4:2", width=32, heads=4))
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -227,36 +227,36 @@ def test_positions_are_interpolated_as_the_encoder_would(name):
     assert new.grad.abs().sum() > 0  # a place of its own for every patch
 
 
-def test_pictures_of_several_sizes_at_native_resolution():
-    """Qwen2.5-VL's tower with its own processor: each picture's tokens are those it has alone."""
+def test_images_of_several_sizes_at_native_resolution():
+    """Qwen2.5-VL's tower with its own processor: each image's tokens are those it has alone."""
     config = ENCODERS["qwen2.5-vl"][0]
     own = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2)
     model, processor = make_vlm(SMALL, vision=config, image_processor=own, image_size=96)
-    pictures = [picture(0, 64), picture(1, 90).crop((0, 0, 90, 40)), picture(2, 80).crop((0, 0, 50, 80))]
-    batch = processor.image_processor(pictures, return_tensors="pt")
+    images = [make_image(0, 64), make_image(1, 90).crop((0, 0, 90, 40)), make_image(2, 80).crop((0, 0, 50, 80))]
+    batch = processor.image_processor(images, return_tensors="pt")
     sizes = batch["image_grid_thw"][:, 1:].tolist()
     assert len({tuple(size) for size in sizes}) == 3  # of several sizes indeed
     with torch.no_grad():
         together = model.get_image_features(**batch).pooler_output
-        for number, image in enumerate(pictures):
+        for number, image in enumerate(images):
             alone = processor.image_processor([image], return_tensors="pt")
             error = (model.get_image_features(**alone).pooler_output[0] - together[number]).abs().max()
             assert error <= 1e-5, error  # measured 1e-6
     talk = conversation("How many?", None)
-    talk[0]["content"][0]["image"] = pictures[1]
+    talk[0]["content"][0]["image"] = images[1]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
     inputs = processor.apply_chat_template(talk, **options)
     assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
     linear, linear_processor = make_vlm("linear", vision=config, image_processor=own, image_size=96)
     with pytest.raises(ValueError, match="a token for each patch needs maps of one size"):
-        linear.get_image_features(**linear_processor.image_processor(pictures, return_tensors="pt"))
+        linear.get_image_features(**linear_processor.image_processor(images, return_tensors="pt"))
 
 
-def test_square_pictures_are_cut_as_the_native_processor_cuts_them():
+def test_square_images_are_cut_as_the_native_processor_cuts_them():
     config, side = ENCODERS["qwen2.5-vl"][:2]
     model, _ = make_vlm(SMALL, vision=config, image_size=side)
     own = Qwen2VLImageProcessorPil(patch_size=8, do_resize=False)
-    batch = own([picture(3, side)], return_tensors="pt")
+    batch = own([make_image(3, side)], return_tensors="pt")
     plain = torch.as_tensor(batch["pixel_values"]).view(8 // 2, 8 // 2, 2, 2, 3, 2, 8, 8)[..., 0, :, :]
     square = plain.permute(4, 0, 2, 5, 1, 3, 6).reshape(1, 3, side, side)
     with torch.no_grad():
@@ -281,19 +281,19 @@ def test_native_maps_are_in_reading_order():
 
 
 def test_a_resampler_becomes_chain_of_sight():
-    model, processor = make_vlm(Resampler(tokens=4, width=32, heads=2))
+    model, processor = make_vlm(ResamplerConfig(tokens=4, width=32, heads=2))
     pixels = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         before = model.get_image_features(pixels).pooler_output
         report = scale_tokens(model, processor, "1:4,2:4")
         after = model.get_image_features(pixels).pooler_output
     assert text(report) == {"1:4": "1:4", "2:4": "1:4"}
-    assert model.config.bridge_config == ChainOfSight("1:4,2:4", width=32, heads=2).model_dump()
+    assert model.config.bridge_config == ChainOfSightConfig("1:4,2:4", width=32, heads=2).model_dump()
     assert (before - after[:, :4]).abs().max() <= 1e-5 and processor.num_image_tokens == 20
 
 
 def test_up_and_down_again():
-    model, processor = make_vlm(ChainOfSight("1:4,4:2", width=32, heads=2))
+    model, processor = make_vlm(ChainOfSightConfig("1:4,4:2", width=32, heads=2))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     scale_tokens(model, processor, "1:4,2:4,8:2")
     report = scale_tokens(model, processor, "1:4,4:2")
@@ -409,4 +409,4 @@ def test_without_a_layout_for_a_scratch_language_model_all_else_is_kept(tmp_path
     """The report of a size alone has no rows, and says so in one line."""
     model, processor = make_vlm(SMALL, language=make_language()[0])
     report = scale_tokens(model, processor, image_size=128)
-    assert str(report) == "visual tokens 12 -> 12, pictures 64 -> 128 px, encoder positions 8x8 -> 16x16"
+    assert str(report) == "visual tokens 12 -> 12, images 64 -> 128 px, encoder positions 8x8 -> 16x16"

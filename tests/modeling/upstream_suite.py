@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaModel
 
 from sparsight.modeling import SparsightConfig, SparsightForConditionalGeneration, SparsightModel
-from sparsight.settings.bridges import ChainOfSight
+from sparsight.settings.bridges import ChainOfSightConfig
 
 sys.path.insert(0, str(Path(os.environ["SPARSIGHT_TRANSFORMERS_TESTS"]).resolve().parent))
 
@@ -46,7 +46,7 @@ class _SparsightTester(VLMModelTester):
 
     def __init__(self, parent, **kwargs):
         super().__init__(parent, **({"image_size": 8, "patch_size": 4, "num_image_tokens": 2} | kwargs))
-        self.bridge_config = ChainOfSight("1:2", width=32, heads=2).model_dump()
+        self.bridge_config = ChainOfSightConfig("1:2", width=32, heads=2).model_dump()
         self.level_widths, self.map_size, self.vision_levels = [32], [2, 2], [-1]  # the last, as LLaVA in its tests
 
 

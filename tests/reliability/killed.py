@@ -15,10 +15,10 @@ import torch
 from families import batch_of, made
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
+from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.attach import attach
 from sparsight.sparse.callback import SparsightCallback
-from tiny import conversation, make_vlm, picture
+from tiny import conversation, make_image, make_vlm
 
 STEPS = 8
 COMMON: dict[str, Any] = {
@@ -55,8 +55,8 @@ class Recorder(TrainerCallback):
         self.step = state.global_step
 
 
-class Pictures(torch.utils.data.Dataset):
-    """24 samples, each with a picture of its own."""
+class Images(torch.utils.data.Dataset):
+    """24 samples, each with a image of its own."""
 
     def __init__(self, name: str, model: Any) -> None:
         self.rows = [{k: v[0] for k, v in batch_of(name, model, (1,), seed).items()} for seed in range(24)]
@@ -71,7 +71,7 @@ class Pictures(torch.utils.data.Dataset):
 def chats() -> Any:
     from datasets import Dataset
 
-    rows = [{"messages": conversation(f"Read {n}.", f"It is {n}."), "images": [picture(n)]} for n in range(24)]
+    rows = [{"messages": conversation(f"Read {n}.", f"It is {n}."), "images": [make_image(n)]} for n in range(24)]
     for row in rows:  # one type for all contents, as Arrow wants it
         row["messages"][1]["content"] = [{"type": "text", "text": row["messages"][1]["content"]}]
     return Dataset.from_list(rows)
@@ -83,8 +83,8 @@ def train(kind: str, folder: Path, die_at: int | None = None, resume: bool = Fal
     model, processor = (made(name), None) if kind == "hf" else make_vlm("1:16")
     handle = attach(
         model,
-        VisualTokenCompressor(keep=0.25, final=1.0, method="random"),
-        LayerSkipper(alpha=0.6, epsilon=0.3),
+        CompressorConfig(keep=0.25, final=1.0, method="random"),
+        SkipperConfig(alpha=0.6, epsilon=0.3),
         seed=3,
     )
     recorder = Recorder(handle, die_at)
@@ -92,7 +92,7 @@ def train(kind: str, folder: Path, die_at: int | None = None, resume: bool = Fal
     trainer: Trainer
     if kind == "hf":
         arguments = TrainingArguments(str(folder), **COMMON)
-        trainer = Trainer(model, arguments, train_dataset=Pictures(name, model), callbacks=callbacks)
+        trainer = Trainer(model, arguments, train_dataset=Images(name, model), callbacks=callbacks)
     else:
         from trl import SFTConfig, SFTTrainer
 

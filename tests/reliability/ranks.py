@@ -1,4 +1,4 @@
-"""Two ranks on gloo, run by `torchrun` from test_ranks.py: one has pictures, the other text alone.
+"""Two ranks on gloo, run by `torchrun` from test_ranks.py: one has images, the other text alone.
 
 torchrun --nproc-per-node 2 ranks.py FOLDER {ddp,fsdp}
 """
@@ -17,11 +17,11 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
+from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.attach import attach
 
 NAMES = ("sparsight", "llava, clip + llama", "qwen2_5_vl", "qwen3_vl", "smolvlm")
-VIDEOS = ("qwen2_5_vl", "qwen3_vl")  # pictures and videos go through the vision tower one after the other
+VIDEOS = ("qwen2_5_vl", "qwen3_vl")  # images and videos go through the vision tower one after the other
 STEPS, LONG = 3, 50
 
 
@@ -30,20 +30,20 @@ def prepared(name: str, recompute: bool) -> tuple[Any, Any]:
     model = made(name)
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    compressor = VisualTokenCompressor(keep=0.5, method="similarity")
-    return model, attach(model, compressor, LayerSkipper(alpha=0.5, epsilon=0.0, course="constant"), seed=1)
+    compressor = CompressorConfig(keep=0.5, method="similarity")
+    return model, attach(model, compressor, SkipperConfig(alpha=0.5, epsilon=0.0, schedule="constant"), seed=1)
 
 
 def batches(name: str, model: Any, step: int) -> list[dict[str, Any]]:
-    """What each rank sees: pictures on the first, text on the second; on odd steps the other way round."""
-    if step == STEPS:  # detached: the plain models know no blank pictures
+    """What each rank sees: images on the first, text on the second; on odd steps the other way round."""
+    if step == STEPS:  # detached: the plain models know no blank images
         return [batch_of(name, model, (1, 1), seed=step)] * 2
     both = [batch_of(name, model, (1, 1), seed=step), batch_of(name, model, (0, 0), seed=100 + step)]
     return both if step % 2 == 0 else both[::-1]
 
 
 def with_video(name: str, model: Any) -> list[dict[str, Any]]:
-    """What each rank sees: a picture and a video of one frame on the first, pictures alone on the second."""
+    """What each rank sees: a image and a video of one frame on the first, images alone on the second."""
     both = [batch_of(name, model, (1, 1), seed=step) for step in (0, 1)]
     batch, ids = both[0], both[0]["input_ids"]
     ids[1][ids[1] == IMAGE] = WORDS + 3
@@ -110,7 +110,7 @@ def main() -> None:
         loss_of(parallel, both[rank], labels_in(both), 2).backward()
         handle.clear_gradients()
         found["video", name] = len(calls), gradients(model)
-    # R03: pictures and text at random, in another order on each rank.
+    # R03: images and text at random, in another order on each rank.
     model, handle = prepared("llava, clip + llama", False)
     parallel, order = wrapped(model, handle, kind), random.Random(rank)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)

@@ -13,10 +13,10 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from families import made
-from killed import COMMON, Pictures
+from killed import COMMON, Images
 from transformers import Trainer, TrainingArguments
 
-from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
+from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.attach import attach
 from sparsight.sparse.callback import SparsightCallback
 
@@ -31,9 +31,9 @@ FSDP = {
 
 def trained(folder: Path, resume: Path | None = None) -> dict[str, torch.Tensor]:
     model = made(NAME)
-    handle = attach(model, VisualTokenCompressor(keep=0.25), LayerSkipper(alpha=0.6, epsilon=0.3), seed=3)
+    handle = attach(model, CompressorConfig(keep=0.25), SkipperConfig(alpha=0.6, epsilon=0.3), seed=3)
     arguments: dict[str, Any] = COMMON | {"max_steps": 4, "fsdp": True, "fsdp_config": FSDP}
-    data = Pictures(NAME, model)
+    data = Images(NAME, model)
     callbacks = [SparsightCallback(handle)]
     trainer = Trainer(model, TrainingArguments(str(folder), **arguments), train_dataset=data, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume and str(resume))

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from families import batch_of, made
 from ranks import wrapped
 
-from sparsight.settings.methods import LayerSkipper
+from sparsight.settings.methods import SkipperConfig
 from sparsight.sparse.attach import attach
 
 NAME = "llava, clip + llama"
@@ -32,7 +32,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     model = made(NAME)
-    handle = attach(model, skipper=LayerSkipper(alpha=0.5, epsilon=0.0))
+    handle = attach(model, skipper=SkipperConfig(alpha=0.5, epsilon=0.0))
     parallel = wrapped(model, handle, kind)
     optimizer = torch.optim.AdamW(parallel.parameters(), lr=0.1, weight_decay=0.5)
     found: dict[str, list[torch.Tensor]] = {}

@@ -24,7 +24,7 @@ ALL = {"vision": 1e-4, "bridge": 1e-3, "language": 1e-3}
 
 
 def notes(tmp_path: Path, tiny_vlm: Any, images: int | None, **changes: Any) -> tuple[list[str], Records]:
-    """What a stage's log notes, over scenes, or over samples with so many pictures."""
+    """What a stage's log notes, over scenes, or over samples with so many images."""
     recipe, stage = one_stage(**({"learning_rate": ALL} | changes))
     model, processor = tiny_vlm()
     add_lora(model, stage, seed=0)
@@ -74,7 +74,7 @@ QUIET: dict[str, dict[str, Any]] = {
     "Muon": {"optimizer": "muon"},
     "LoRA": {"lora": {"rank": 4}},
     "LoRA, one step at a rate of 0": {"lora": {"rank": 4}, "samples": 4, "warmup": 1},
-    "a layer is off": {"skipper": {"alpha": 1, "epsilon": 0, "course": "constant", "protected": [1, 0]}},
+    "a layer is off": {"skipper": {"alpha": 1, "epsilon": 0, "schedule": "constant", "protected": [1, 0]}},
     "compressor": {"compressor": {"keep": 0.5}},
 }
 

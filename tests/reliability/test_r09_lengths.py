@@ -67,7 +67,7 @@ def test_the_limit_is_the_language_models_context_if_not_given(vlm: Any) -> None
         max_length(above, language)
 
 
-def test_pictures_of_a_fixed_number_of_tokens_are_not_shrunk() -> None:
+def test_images_of_a_fixed_number_of_tokens_are_not_shrunk() -> None:
     with pytest.raises(ValueError, match=r"shrink_image makes no sample shorter.*a layout with fewer tokens"):
         Recipe.model_validate(recipe_values(Path("none"), stages=[stage_values(on_too_long="shrink_image")]))
 

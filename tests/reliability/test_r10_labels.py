@@ -47,7 +47,7 @@ def test_an_answer_that_the_question_quotes_is_learnt_once_and_in_its_place(name
     assert places[0] == next(place for place, label in enumerate(asked) if label != -100)
 
 
-def test_a_template_that_leaves_out_a_picture_is_an_error() -> None:
+def test_a_template_that_leaves_out_a_image_is_an_error() -> None:
     plain = (FOLDER / "smollm2.jinja").read_text(encoding="utf-8")
     deaf = FLATTEN + plain.replace("message['content']", "message['content'].replace('<image>', '')")
     with pytest.raises(ValueError, match=r"the conversation has 2 images, but the chat template writes 0 <image>"):

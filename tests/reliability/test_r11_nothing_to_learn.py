@@ -28,7 +28,7 @@ def test_the_error_names_the_sample(tiny_vlm) -> None:
         data[0]
 
 
-class OnePictureIsNan(TrainingSet):
+class OneImageIsNan(TrainingSet):
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = super().__getitem__(index)
         if index == 5:
@@ -42,6 +42,6 @@ def test_a_loss_that_is_not_finite_names_the_samples_of_its_pass(tmp_path: Path,
     select_trainable(model, stage)
     source = open_source(recipe.data, stage.samples, stage.image_size)
     with pytest.raises(ValueError, match=r"step \d: the loss is nan; training stops here. Its samples: ") as told:
-        train(model, processor, recipe, stage, tmp_path, OnePictureIsNan(source, processor, stage.samples))
+        train(model, processor, recipe, stage, tmp_path, OneImageIsNan(source, processor, stage.samples))
     named = str(told.value).partition("samples: ")[2].split(", ")
     assert len(named) == 2 and source[5].id in named

@@ -9,10 +9,14 @@ import torch
 
 from sparsight.data.collate import Collator, TrainingSet
 from sparsight.data.sources import Sample
-from sparsight.settings.bridges import ChainOfSight, Linear, Resampler
+from sparsight.settings.bridges import ChainOfSightConfig, LinearConfig, ResamplerConfig
 from tiny import ListSource, conversation
 
-BRIDGES = [Linear(), Resampler(tokens=6, width=32, heads=2), ChainOfSight("1:4,2:1", width=32, heads=2)]
+BRIDGES = [
+    LinearConfig(),
+    ResamplerConfig(tokens=6, width=32, heads=2),
+    ChainOfSightConfig("1:4,2:1", width=32, heads=2),
+]
 ANSWERS = ("12 apples.", "A small dog stands there.", "47", "A house, two trees and a boat.")
 
 

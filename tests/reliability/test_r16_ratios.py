@@ -64,39 +64,39 @@ def test_extreme_ratios_in_native_resolution() -> None:
 def test_crop_is_what_clips_own_processor_does() -> None:
     clip = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     for size in [size for size in SIZES if max(size) < 20_000]:
-        picture = noise(*size)
+        image = noise(*size)
         assert torch.equal(
-            processor(CLIPImageProcessorPil(), "crop").pixels([picture])["pixel_values"],
-            clip([picture], return_tensors="pt")["pixel_values"],
+            processor(CLIPImageProcessorPil(), "crop").pixels([image])["pixel_values"],
+            clip([image], return_tensors="pt")["pixel_values"],
         )
 
 
 def test_square_is_what_siglips_own_processor_does() -> None:
     siglip = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE})
     for size in SIZES:
-        picture = noise(*size)
+        image = noise(*size)
         for resize in (None, "square"):
             assert torch.equal(
-                processor(SiglipImageProcessorPil(), resize).pixels([picture])["pixel_values"],
-                siglip([picture], return_tensors="pt")["pixel_values"],
+                processor(SiglipImageProcessorPil(), resize).pixels([image])["pixel_values"],
+                siglip([image], return_tensors="pt")["pixel_values"],
             )
 
 
 @pytest.mark.parametrize("cls", [CLIPImageProcessorPil, SiglipImageProcessorPil])
 def test_pad_keeps_the_shape_and_fills_with_the_mean(cls: Any) -> None:
-    picture = noise(200, 100)
-    pixels = processor(cls(), "pad").pixels([picture])["pixel_values"][0]
+    image = noise(200, 100)
+    pixels = processor(cls(), "pad").pixels([image])["pixel_values"][0]
     small = cls(size={"height": SIDE // 2, "width": SIDE}, do_center_crop=False)
-    assert torch.equal(pixels[:, : SIDE // 2], small([picture], return_tensors="pt")["pixel_values"][0])
+    assert torch.equal(pixels[:, : SIDE // 2], small([image], return_tensors="pt")["pixel_values"][0])
     assert (pixels[:, SIDE // 2 :] == 0).all()  # normalised: the mean colour
     standing = processor(cls(), "pad").pixels([noise(100, 200)])["pixel_values"][0]
     assert (standing[:, :, SIDE // 2 :] == 0).all() and (standing[:, :, : SIDE // 2] != 0).any()
 
 
-def test_crop_of_a_picture_too_thin_to_enlarge_takes_its_middle() -> None:
-    picture = Image.new("RGB", (20_000, 1), "red")
-    picture.paste((0, 0, 255), (9_990, 0, 10_010, 1))
-    pixels = processor(ViTImageProcessorPil(), "crop").pixels([picture])["pixel_values"][0]
+def test_crop_of_a_image_too_thin_to_enlarge_takes_its_middle() -> None:
+    image = Image.new("RGB", (20_000, 1), "red")
+    image.paste((0, 0, 255), (9_990, 0, 10_010, 1))
+    pixels = processor(ViTImageProcessorPil(), "crop").pixels([image])["pixel_values"][0]
     assert (pixels[2] > 0.99).all() and (pixels[0] < -0.99).all()
 
 
@@ -108,13 +108,13 @@ def test_the_way_travels_with_the_processor(tmp_path: Path, resize: str) -> None
     own.save_pretrained(tmp_path / "saved")
     back = SparsightProcessor.from_pretrained(tmp_path / "saved")
     plain = AutoImageProcessor.from_pretrained(tmp_path / "saved", backend="pil")
-    picture = noise(90, 40)
-    expected = own.pixels([picture])["pixel_values"]
-    assert torch.equal(back.pixels([picture])["pixel_values"], expected)
-    assert torch.equal(plain([picture], return_tensors="pt")["pixel_values"], expected)
+    image = noise(90, 40)
+    expected = own.pixels([image])["pixel_values"]
+    assert torch.equal(back.pixels([image])["pixel_values"], expected)
+    assert torch.equal(plain([image], return_tensors="pt")["pixel_values"], expected)
     scale_tokens(model, own, image_size=2 * SIDE)
     assert resize_mode(own.image_processor) == resize
-    assert own.pixels([picture])["pixel_values"].shape[2:] == (2 * SIDE, 2 * SIDE)
+    assert own.pixels([image])["pixel_values"].shape[2:] == (2 * SIDE, 2 * SIDE)
 
 
 def test_the_processor_alone_is_the_one_that_build_makes(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_the_processor_alone_is_the_one_that_build_makes(tmp_path: Path) -> None
 def test_what_an_encoder_cannot_take_is_refused() -> None:
     with pytest.raises(ValueError, match="resize: keep: CLIP.* squares alone: use square, pad or crop"):
         set_image_size(CLIPImageProcessorPil(), SIDE, "keep")
-    with pytest.raises(ValueError, match="resize: pad: Qwen2VL.* pictures of any shape: use keep"):
+    with pytest.raises(ValueError, match="resize: pad: Qwen2VL.* images of any shape: use keep"):
         set_image_size(Qwen2VLImageProcessorPil(), SIDE, "pad")
     with pytest.raises(ValueError, match="resize: .*: ConvNext"):
         set_image_size(ConvNextImageProcessorPil(), SIDE, "pad")

@@ -1,4 +1,4 @@
-"""R17: memory stays flat: over 10,000 samples of tar shards, pictures decoded; in processes that load data from rows;
+"""R17: memory stays flat: over 10,000 samples of tar shards, images decoded; in processes that load data from rows;
 and over samples whose tokens are kept."""
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ source = ShardSource(ConversationData(kind="shards", path=sys.argv[1]))
 process = psutil.Process()
 for index in range(10_000):
     sample = source[index * 7919 % len(source)]  # as a shuffled epoch does: each sample once, anywhere
-    assert source.picture(sample.images[0]).size == (64, 64)
+    assert source.image(sample.images[0]).size == (64, 64)
     if index % 1000 == 999:
         gc.collect()
         print(process.memory_info().rss)
@@ -106,8 +106,8 @@ from templates import family_tokenizer
 class Processor:
     tokenizer, image_token, num_image_tokens = family_tokenizer("smollm2"), "<image>", 576
 
-    def pixels(self, pictures):
-        return {"pixel_values": torch.ones(len(pictures), 3, 336, 336)}
+    def pixels(self, images):
+        return {"pixel_values": torch.ones(len(images), 3, 336, 336)}
 
 data = TrainingSet(ConversationSource(ConversationData(path=sys.argv[1])), Processor(), 300)
 for index in range(300):
@@ -120,7 +120,7 @@ for index in range(300):
 
 
 def test_pixels_are_not_kept_with_tokens(tmp_path: Path) -> None:
-    """Pixels of 129 pictures would be 175 MB."""
+    """Pixels of 129 images would be 175 MB."""
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "some words " * 40}]
     rows = [{"id": str(number), "image": "a.png", "conversations": turns} for number in range(150)]
@@ -141,7 +141,7 @@ def test_what_is_kept_of_tokens_is_as_large_as_is_said(monkeypatch: pytest.Monke
             return 300
 
         def __getitem__(self, row: int) -> Sample:
-            said = [("user", f"Question {row}?"), ("assistant", "How many apples are in the picture? " * 90)]
+            said = [("user", f"Question {row}?"), ("assistant", "How many apples are in the image? " * 90)]
             turns = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
             return Sample(str(row), turns, ())
 

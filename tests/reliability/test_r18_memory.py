@@ -47,7 +47,7 @@ def test_methods_are_at_their_largest_there(tmp_path: Path, tiny_vlm: Any, metho
 
 
 @pytest.mark.parametrize("batches", [{"batch_size": 16}, {"batch_tokens": 4096}])
-def test_the_step_with_most_pictures_is_the_third(batches: dict[str, int]) -> None:
+def test_the_step_with_most_images_is_the_third(batches: dict[str, int]) -> None:
     draw = np.random.default_rng(0)
     images = draw.choice([0, 1, 8], 640, p=[0.3, 0.6, 0.1])
     text = np.where(images == 0, draw.integers(200, 2000, 640), draw.integers(10, 60, 640))
@@ -55,11 +55,11 @@ def test_the_step_with_most_pictures_is_the_third(batches: dict[str, int]) -> No
     values = stage_values(samples=640) | {"batch_size": None} | batches
     stage = Stage.model_validate({key: value for key, value in values.items() if value is not None})
     steps = plan_steps(stage, 640, 0, 1, sizes, largest_first=True)
-    pictures = [sum(int(images[batch].sum()) for batch in step) for step in steps]
+    counts = [sum(int(images[batch].sum()) for batch in step) for step in steps]
     positions = [max(len(batch) * int(sizes[batch, 0].max()) for batch in step) for step in steps]
     longest = [max(int(sizes[batch, 0].max()) for batch in step) for step in steps]
     assert sorted(index for step in steps for batch in step for index in batch) == [*range(640)]
-    assert pictures[2] == max(pictures) or pictures[1] == max(pictures)
+    assert counts[2] == max(counts) or counts[1] == max(counts)
     assert positions[1] == max(positions) if "batch_tokens" in batches else longest[1] == max(longest)
 
 

@@ -42,10 +42,10 @@ def test_each_sample_is_decoded_once_an_epoch_over_all_ranks(tmp_path: Path, tin
     _, processor = prepared(tiny_vlm, stage)
     data = training_set(processor, recipe, stage)
     decoded: Counter[str] = Counter()
-    real = ConversationSource.picture
-    monkeypatch.setattr(ConversationSource, "picture", lambda self, key: decoded.update([key]) or real(self, key))
+    real = ConversationSource.image
+    monkeypatch.setattr(ConversationSource, "image", lambda self, key: decoded.update([key]) or real(self, key))
     plan = plan_steps(stage, len(data), recipe.seed, 2, data.sizes(tmp_path / "sizes.npy"))
-    assert not decoded  # to measure samples no picture is read
+    assert not decoded  # to measure samples no image is read
     for rank in (0, 1):
         for batch in RankBatches(plan, rank, 2):
             for index in batch:

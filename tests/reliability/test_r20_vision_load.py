@@ -59,7 +59,7 @@ def test_token_budgets_put_batches_of_like_many_images_together(packing: bool) -
 def test_at_native_resolution_ranks_get_as_many_patches_as_can_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Samples of one or two pictures, 24 to 468 patches; the pictures' sizes come from their headers."""
+    """Samples of one or two images, 24 to 468 patches; the images' sizes come from their headers."""
     draw, rows = np.random.default_rng(0), []
     for number in range(64):
         sides = [draw.integers(16, 400, 2).tolist() for _ in range(draw.integers(1, 3))]
@@ -76,7 +76,7 @@ def test_at_native_resolution_ranks_get_as_many_patches_as_can_be(
     data = TrainingSet(source, processor, 64)
     patches = np.array([len(data[row]["pixels"]["pixel_values"]) for row in range(64)])
     images = np.array([len(row["image"]) for row in rows])
-    monkeypatch.setattr(ConversationSource, "picture", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(ConversationSource, "image", lambda *_: pytest.fail("decoded"))
     sizes = data.sizes(tmp_path / "sizes.npy")
     assert sizes[:, 1].tolist() == patches.tolist()
 
@@ -87,8 +87,8 @@ def test_at_native_resolution_ranks_get_as_many_patches_as_can_be(
         found = [images_by_rank(step, 4, patches) for step in steps]
         return float(np.mean([max(each) / np.mean(each) - 1 for each in found]))
 
-    assert uneven(patches) < 0.1 < uneven(images)  # measured: 0.06 over the mean; dealt out by pictures, 0.26
+    assert uneven(patches) < 0.1 < uneven(images)  # measured: 0.06 over the mean; dealt out by images, 0.26
 
     (tmp_path / "3-0.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"sample '3': .*3-0.png: cannot be read as a picture"):
+    with pytest.raises(ValueError, match=r"sample '3': .*3-0.png: cannot be read as a image"):
         TrainingSet(source, processor, 64).sizes(tmp_path / "again.npy")

@@ -68,7 +68,7 @@ def test_after_a_kill_the_same_samples_follow(tmp_path: Path, ranks: int) -> Non
     for rank in range(ranks):
         assert learnt(tmp_path / "cut", rank) == learnt(tmp_path / "whole", rank, began)
     read = (tmp_path / "cut" / "decoded").read_text().splitlines()
-    assert len(read) == 6 * (10 - began)  # one picture a sample
+    assert len(read) == 6 * (10 - began)  # one image a sample
     steps = [{step["step"]: step["loss"] for step in read_run(tmp_path / run / "run").stages[0].steps} for run in
              ("whole", "cut")]  # fmt: skip
     assert len(steps[0]) == 10 and steps[0] == steps[1]

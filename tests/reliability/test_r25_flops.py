@@ -22,8 +22,8 @@ from sparsight.devices import peaks as devices
 from sparsight.devices.precision import default_device, device_name
 from sparsight.modeling.encoders import count_flops
 from sparsight.modeling.packed import attention_for_packed_rows
-from sparsight.settings.bridges import ChainOfSight, Linear
-from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
+from sparsight.settings.bridges import ChainOfSightConfig, LinearConfig
+from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.settings.recipe import Lora, Stage
 from sparsight.sparse.attach import attach
 from sparsight.sparse.callback import SparsightCallback
@@ -36,7 +36,7 @@ from tiny import make_vlm
 ALL = {"vision": 1e-3, "bridge": 1e-3, "language": 1e-3}
 FROZEN = {"bridge": 1e-3, "language": 1e-3}
 ALIGN = {"bridge": 1e-3}
-COMPRESSOR, SKIPPER = VisualTokenCompressor(keep=0.25), LayerSkipper(alpha=0.5)
+COMPRESSOR, SKIPPER = CompressorConfig(keep=0.25), SkipperConfig(alpha=0.5)
 
 
 def items(model, images, texts):
@@ -82,7 +82,7 @@ def test_a_step_of_our_own_model(name, bridge):
     model, processor = make_vlm(*([] if bridge == "chain_of_sight" else [bridge]))
     stage = Stage(
         name="s",
-        bridge=Linear(),
+        bridge=LinearConfig(),
         learning_rate=case["rates"],
         samples=1,
         lora=case.get("lora"),
@@ -125,15 +125,15 @@ SIZES = {
 @pytest.mark.parametrize("rates", [FROZEN, ALL], ids=["frozen encoder", "all train"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_a_step_at_native_resolution(sizes, rates, bridge):
-    """Each picture as large as it is; maps are padded to the largest for the bridge. Measured: to the last FLOP."""
+    """Each image as large as it is; maps are padded to the largest for the bridge. Measured: to the last FLOP."""
     image_processor = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2)
     model, processor = make_vlm(
-        ChainOfSight(bridge, width=32, heads=2),
+        ChainOfSightConfig(bridge, width=32, heads=2),
         vision=CONFIGS["qwen2_5_vl"]().vision_config,
         image_processor=image_processor,
         image_size=128,
     )
-    stage = Stage(name="s", bridge=Linear(), learning_rate=rates, samples=1)
+    stage = Stage(name="s", bridge=LinearConfig(), learning_rate=rates, samples=1)
     select_trainable(model, stage)
     model.set_attn_implementation("eager")
     model.train()

@@ -12,9 +12,9 @@ import skipped
 import torch
 from families import FAMILIES, made
 
-from sparsight.settings.methods import VisualTokenCompressor
+from sparsight.settings.methods import CompressorConfig
 from sparsight.sparse.attach import attach
-from sparsight.sparse.blank import blank_features, blank_picture
+from sparsight.sparse.blank import blank_features, blank_image
 
 
 def free_port():
@@ -77,7 +77,7 @@ def test_r01_gradients_of_two_ranks_are_those_of_one_process(tmp_path, kind):
         wanted = ranks.gradients(model)
         for found in (first, second):
             calls, gradients = found["video", name]
-            assert calls == 2  # R04: the second one has pictures alone
+            assert calls == 2  # R04: the second one has images alone
             check_gradients(gradients, wanted, name)
 
 
@@ -104,10 +104,10 @@ def test_r24_resumed_in_shards_is_the_run_that_was_never_interrupted(tmp_path):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_r02_a_blank_picture_fits_every_family(name):
-    """And reaches every parameter of the vision tower that a picture reaches."""
+def test_r02_a_blank_image_fits_every_family(name):
+    """And reaches every parameter of the vision tower that a image reaches."""
     model = made(name)
-    handle = attach(model, VisualTokenCompressor(keep=1.0))
+    handle = attach(model, CompressorConfig(keep=1.0))
     owner = model.model
     blank_features(owner, torch.zeros(1)).backward()
     reached = {key for key, p in model.named_parameters() if p.grad is not None}
@@ -116,11 +116,11 @@ def test_r02_a_blank_picture_fits_every_family(name):
     inside = handle.parts.decoder + ".", handle.parts.head + "."
     wanted = {key for key, p in model.named_parameters() if p.grad is not None and not key.startswith(inside)}
     assert wanted and wanted <= reached | {"model.image_newline"}
-    assert all(value.numel() <= 2**15 for value in blank_picture(owner, torch.zeros(1)).values())
+    assert all(value.numel() <= 2**15 for value in blank_image(owner, torch.zeros(1)).values())
 
 
-def test_r02_a_model_that_takes_pictures_in_another_form_is_told():
+def test_r02_a_model_that_takes_images_in_another_form_is_told():
     model = made("llava, clip + llama")
     model.config.vision_config.image_size = 7
-    with pytest.raises(ValueError, match="A blank picture did not fit this model .*put one picture into every rank"):
+    with pytest.raises(ValueError, match="A blank image did not fit this model .*put one image into every rank"):
         blank_features(model.model, torch.zeros(1))

@@ -37,15 +37,15 @@ QUESTIONS = [
     ("text", "Which word is written on the sign?", "HARBOR", "HARBOR", "HARBUR"),
     ("position", "Is the triangle left or right of the star?", "left", "right", "left"),
     ("existence", "Is there a green circle?", "yes", "yes", "yes"),
-    ("caption", "Describe the picture.", "Three red circles above a blue square on a pale ground.",
+    ("caption", "Describe the image.", "Three red circles above a blue square on a pale ground.",
      "Three red circles and a blue square.", "Two red circles and a blue square."),
     ("grounding", "Where is the yellow star?", "top left", "top left", "top left"),
     ("count", "How many shapes are there in all?", "7", "6", "7"),
 ]  # fmt: skip
 
 
-def picture(seed: int) -> str:
-    """A small picture of shapes, as base64 of its PNG."""
+def make_image(seed: int) -> str:
+    """A small image of shapes, as base64 of its PNG."""
     draw_from = random.Random(seed)
     image = Image.new("RGB", (160, 120), (244, 240, 230))
     pen = ImageDraw.Draw(image)
@@ -86,12 +86,12 @@ def write_run(folder: Path, name: str, steps: int = 60, **header: Any) -> Path:
         log.write("eval", checkpoint="finetune", items=dict.fromkeys(TASKS, 400), seconds=12.0, **scores)
         for index, (task, question, truth, theirs, ours) in enumerate(QUESTIONS):
             texts = {"id": f"scenes/{index}", "task": task, "question": question, "truth": truth}
-            log.write("example", **texts, answer=theirs if standard else ours, image_png_base64=picture(index))
+            log.write("example", **texts, answer=theirs if standard else ours, image_png_base64=make_image(index))
     return folder
 
 
 def write_points(folder: Path, better: float = 0.0, items: int = 60, **questions: str) -> Path:
-    """Add each item's points to a run's log: of pictures that all tasks share, some easy and some hard for any run."""
+    """Add each item's points to a run's log: of images that all tasks share, some easy and some hard for any run."""
     rng = random.Random(str(better))
     hard = [random.Random(number).random() for number in range(items)]
     points = {task: [float(0.3 * rng.random() + 0.7 * (1 - each) + better > 0.5) for each in hard] for task in TASKS}
@@ -102,7 +102,7 @@ def write_points(folder: Path, better: float = 0.0, items: int = 60, **questions
             scores={task: sum(own) / items for task, own in points.items()},
             items=dict.fromkeys(TASKS, items),
             points=points,
-            pictures={task: list(range(items)) for task in TASKS},
+            images={task: list(range(items)) for task in TASKS},
             questions=dict.fromkeys(TASKS, "a1b2") | questions,
         )
     return folder

@@ -14,11 +14,11 @@ LAYERS = [
 RECORD = {
     "model": "my-vlm",
     "data": "scenes",
-    "without_pictures": 0,
+    "without_images": 0,
     "environment": {"platform": "Linux"},
     "analysis": {
         "samples": 3,
-        "pictures": 4,
+        "images": 4,
         "visual_tokens": 64,
         "text_tokens": 30,
         "layers": LAYERS,
@@ -26,7 +26,7 @@ RECORD = {
         "redundancy": 0.75,
         "any_two": 0.25,
         "redundancy_map": [[0.5, 1.0], [0.75, 0.75]],
-        "map_pictures": 4,
+        "map_images": 4,
     },
     "suggestion": {
         "compressor": {"keep": 0.25, "method": "uniform"},

@@ -162,17 +162,17 @@ def test_the_paired_test_is_that_of_the_points_in_the_log(tmp_path, tested):
         assert rows[task]["points"][1] == pytest.approx(test["difference"])
         assert rows[task]["interval"][1] == pytest.approx((test["interval"][1] - test["interval"][0]) / 2)
         assert rows[task]["p_value"] == [None, test["p_value"]]
-    # half of the interval that takes the runs for independent, or so: both find the same pictures hard
+    # half of the interval that takes the runs for independent, or so: both find the same images hard
     scores = rows["count"]["scores"]
     unpaired = 196 * sum(p * (1 - p) / 60 for p in scores) ** 0.5
     assert rows["count"]["interval"][1] < 0.8 * unpaired
 
 
-def test_the_mean_is_tested_with_whole_pictures(tested):
-    """All tasks are about the same pictures: the mean is as sure as so many pictures let it be, not so many items."""
+def test_the_mean_is_tested_with_whole_images(tested):
+    """All tasks are about the same images: the mean is as sure as so many images let it be, not so many items."""
     ours, theirs = ([run.points[task].scores for task in TASKS] for run in tested)
-    by_picture = [fmean(a) - fmean(b) for a, b in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True)]
-    expected = 1.96 * np.std(by_picture) / len(by_picture) ** 0.5
+    by_image = [fmean(a) - fmean(b) for a, b in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True)]
+    expected = 1.96 * np.std(by_image) / len(by_image) ** 0.5
     low, high = compare(tested)["tests"]["mine"]["mean"]["interval"]
     assert (high - low) / 2 == pytest.approx(100 * expected, rel=0.1)
 
@@ -189,7 +189,7 @@ def test_p_values_stand_in_table_and_page(tmp_path, tested):
 
 
 def test_only_the_same_items_are_tested(tmp_path, runs, tested):
-    """Other questions, other pictures, or logs without points: no test; the figures stay."""
+    """Other questions, other images, or logs without points: no test; the figures stay."""
     assert compare(runs)["tests"] == {"sparsight": {}} and " p " not in printed(compare(runs))
     other = read_run(write_points(write_run(tmp_path / "other", "other"), 0.1, count="ffff"))
     result = compare([tested[1], other])

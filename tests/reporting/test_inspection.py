@@ -55,7 +55,7 @@ def test_windows_are_drawn_where_they_are_cut():
     assert abs(np.flatnonzero(white.all(1)).mean() - 416 * 3 / 7) <= 1.5
 
 
-def test_a_page_with_a_picture_for_each_scale(tmp_path):
+def test_a_page_with_a_image_for_each_scale(tmp_path):
     looks = {scale: spikes(scale, 8, [(0, 0)] * scale.queries) for scale in (Scale(1, 40), Scale(2, 1))}
     page = write_inspection(Image.new("RGB", (9, 9)), looks, "<b>model</b>: a & b", tmp_path / "new" / "folder")
     assert {path.name for path in page.parent.iterdir()} == {"index.html", "scale-1x40.png", "scale-2x1.png"}

@@ -224,7 +224,7 @@ def test_a_run_has_ended_when_its_recipe_is_done(tmp_path):
 def test_points_a_hair_above_one_are_points(tmp_path):
     """CIDEr-D of the right caption is 10 but for rounding; older logs hold it as it came."""
     points = [1.0000000000000002, 0.0]
-    scored = {"type": "eval", "scores": {"c": 0.5}, "points": {"c": points}, "pictures": {"c": [0, 1]}}
+    scored = {"type": "eval", "scores": {"c": 0.5}, "points": {"c": points}, "images": {"c": [0, 1]}}
     run = read_run(started(tmp_path, scored | {"questions": {"c": "x"}}))
     assert run.points["c"].scores == points and run.problems == []
 
@@ -246,7 +246,7 @@ def test_the_last_checkpoint_evaluated_counts(tmp_path):
 def test_points_are_read_where_they_fit(tmp_path):
     def scored(**changes):
         record = {"type": "eval", "checkpoint": "1", "scores": {"a": 0.5}, "points": {"a": [0, 1.0]}}
-        return record | {"pictures": {"a": [3, 4]}, "questions": {"a": "ff"}} | changes
+        return record | {"images": {"a": [3, 4]}, "questions": {"a": "ff"}} | changes
 
     run = read_run(started(tmp_path / "whole", scored()))
     assert run.points == {"a": ([0, 1.0], [3, 4], "ff")} and run.problems == []
@@ -258,19 +258,19 @@ def test_points_are_read_where_they_fit(tmp_path):
         {"points": {"a": [-1, 2]}},
         {"points": {"a": [0, None]}},
         {"points": {"a": [False, True]}},
-        {"points": {"a": []}, "pictures": {"a": []}},
-        {"pictures": {}},
-        {"pictures": {"a": ["x", "y"]}},
+        {"points": {"a": []}, "images": {"a": []}},
+        {"images": {}},
+        {"images": {"a": ["x", "y"]}},
         {"questions": 5},
         {"points": "attack"},
     )
     for number, changes in enumerate(wrong):
         run = read_run(started(tmp_path / str(number), scored(**changes)))
         assert run.points == {} and run.scores
-        assert run.problems == ["line 2: points of a do not fit its pictures or its score; left out"]
+        assert run.problems == ["line 2: points of a do not fit its images or its score; left out"]
 
 
-def test_questions_on_one_picture_are_several_examples(tmp_path):
+def test_questions_on_one_image_are_several_examples(tmp_path):
     def asked(question, answer):
         return {"type": "example", "id": "scenes/test/3", "task": "count", "question": question, "answer": answer}
 

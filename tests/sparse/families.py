@@ -19,7 +19,7 @@ from transformers import (
     SmolVLMConfig,
 )
 
-from sparsight.settings.methods import VisualTokenCompressor
+from sparsight.settings.methods import CompressorConfig
 from sparsight.sparse.attach import attach
 from sparsight.sparse.gather import gather_inputs
 from tiny import make_vlm
@@ -142,7 +142,7 @@ def batch_of(name: str, model: Any, images: tuple[int, ...] = (1, 1), seed: int 
     """Samples with so many images each, and words around them; those at the end are learnt."""
     generator = torch.Generator().manual_seed(seed)
     image = model.config.image_token_id if name == "sparsight" else IMAGE
-    # LLaVA-OneVision: one tile, the whole picture, and an end of line for each row.
+    # LLaVA-OneVision: one tile, the whole image, and an end of line for each row.
     count = 36 if name == "llava_onevision" else tokens_of_an_image(name)
     rows, labels = [], []
     for number in images:
@@ -189,7 +189,7 @@ def masked_reference(
     """Logits of the short pass, those of the full model where dropped positions are hidden from every other one, and
     which positions were kept."""
     batch = {key: value for key, value in batch.items() if key != "labels"}
-    handle = attach(model, VisualTokenCompressor(keep=0.5, method=method), train_only=False)
+    handle = attach(model, CompressorConfig(keep=0.5, method=method), train_only=False)
     seen = {}
 
     def spy(kwargs, kept, keep_BT, *options):

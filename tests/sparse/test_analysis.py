@@ -34,7 +34,7 @@ def test_similarities_are_those_of_the_hidden_states(name):
     found = measure(model, [batch])
     told, visual = plain(model, batch)
     text = batch["attention_mask"].bool() & ~visual
-    assert (found.samples, found.pictures) == (2, 3)
+    assert (found.samples, found.images) == (2, 3)
     assert (found.visual_tokens, found.text_tokens) == (int(visual.sum()), int(text.sum()))
     # The last state of theirs is the one behind the norm: no layer's output.
     for number, layer in enumerate(found.layers[:-1]):
@@ -90,7 +90,7 @@ def test_padding_and_batches_change_nothing():
     assert one.redundancy == pytest.approx(other.redundancy, abs=1e-6)
 
 
-def test_redundancy_is_that_of_each_picture():
+def test_redundancy_is_that_of_each_image():
     model = made("llava, siglip + qwen2")
     batch = batch_of("llava, siglip + qwen2", model, (1, 2))
     found = measure(model, [batch])
@@ -98,7 +98,7 @@ def test_redundancy_is_that_of_each_picture():
     tokens = told.hidden_states[0][visual].view(3, 16, -1)
     by_place = redundancy(tokens, (4, 4))
     assert found.redundancy == pytest.approx(float(by_place.mean()), abs=1e-6)
-    assert found.map_pictures == 3
+    assert found.map_images == 3
     assert torch.allclose(torch.tensor(found.redundancy_map), by_place.mean(0).view(4, 4), atol=1e-6)
     pairs = cosine_similarity(tokens[:, :, None], tokens[:, None], dim=-1)[:, ~torch.eye(16, dtype=torch.bool)]
     assert found.any_two == pytest.approx(float(pairs.mean()), abs=1e-6)
@@ -113,7 +113,7 @@ def test_tokens_in_no_square_go_along_the_sequence():
     found = measure(model, [batch])
     told, visual = plain(model, batch)
     line = redundancy(told.hidden_states[0][visual][None, :15], (1, 15))
-    assert found.pictures == 2 and found.redundancy == pytest.approx(float(line.sum()) / 16, abs=1e-6)
+    assert found.images == 2 and found.redundancy == pytest.approx(float(line.sum()) / 16, abs=1e-6)
     assert found.redundancy_map == ((0.0,),)
 
 
@@ -228,6 +228,6 @@ def test_both_kinds_of_positions_count_alike():
 def test_the_line_to_paste():
     advice = suggest(analysis([0.3, 0.9, 0.92, 0.94, 0.96]))
     assert advice.code == (
-        "sparsight.attach(model, sparsight.VisualTokenCompressor(keep=0.25),"
-        " sparsight.LayerSkipper(alpha=0.6, epsilon=0.3, protected=(1, 0)))"
+        "sparsight.attach(model, sparsight.CompressorConfig(keep=0.25),"
+        " sparsight.SkipperConfig(alpha=0.6, epsilon=0.3, protected=(1, 0)))"
     )

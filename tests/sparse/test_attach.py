@@ -8,13 +8,13 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
-from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
+from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.attach import NoEffectWarning, attach
 from sparsight.sparse.compress import compress
 from tiny import make_vlm
 
-QUARTER = VisualTokenCompressor(keep=0.25)
-HALF_OFF = LayerSkipper(alpha=0.5, epsilon=0.0, course="constant")
+QUARTER = CompressorConfig(keep=0.25)
+HALF_OFF = SkipperConfig(alpha=0.5, epsilon=0.0, schedule="constant")
 METHODS = ["uniform", "random", "text", "pool", "similarity", "merge"]
 
 
@@ -38,7 +38,7 @@ def test_keep_all_and_skip_none_is_the_plain_model_bit_by_bit(name):
     model = made(name)
     batch = batch_of(name, model, (1, 0, 2) if name != "paligemma" else (1, 1))
     plain = gradients(model, batch)
-    handle = attach(model, VisualTokenCompressor(keep=1.0), LayerSkipper(alpha=0.0, epsilon=0.0))
+    handle = attach(model, CompressorConfig(keep=1.0), SkipperConfig(alpha=0.0, epsilon=0.0))
     assert same(gradients(model, batch), plain)
     handle.detach()
     assert same(gradients(model, batch), plain)
@@ -73,7 +73,7 @@ def test_attached_and_detached_without_a_trace(name):
 def test_trains_and_what_is_saved_loads_in_plain_transformers(name, tmp_path):
     model = made(name)
     batch = batch_of(name, model)
-    handle = attach(model, QUARTER, LayerSkipper(alpha=0.6, epsilon=0.3))
+    handle = attach(model, QUARTER, SkipperConfig(alpha=0.6, epsilon=0.3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     course = []
     for step in range(20):
@@ -142,7 +142,7 @@ def test_every_method_on_uneven_samples(name, method):
     """0 to 3 images a sample, padding between: the loss is finite, and gradients reach encoder and language model."""
     model = made(name)
     batch = batch_of(name, model, (3, 0, 1))
-    handle = attach(model, VisualTokenCompressor(keep=0.5, method=method))
+    handle = attach(model, CompressorConfig(keep=0.5, method=method))
     loss, grads = gradients(model, batch)
     assert loss.isfinite() and all(grad.isfinite().all() for grad in grads.values())
     assert any(handle.parts.vision in key for key in grads)
@@ -160,7 +160,7 @@ def grids_of(model, batch, monkeypatch):
         return compress(tokens_IND, keep, method, grid=grid, **options)
 
     monkeypatch.setattr("sparsight.sparse.attach.compress", spy)
-    handle = attach(model, VisualTokenCompressor(keep=0.5, method="pool"))
+    handle = attach(model, CompressorConfig(keep=0.5, method="pool"))
     model(**batch)
     handle.detach()
     return sorted(seen)
@@ -195,7 +195,7 @@ def test_lora_before_or_after(name):
         adapters = LoraConfig(r=4, target_modules=r".*language_model.*(q_proj|v_proj|up_proj)", init_lora_weights=False)
         torch.manual_seed(0)
         wrapped = model if attached_first else get_peft_model(model, adapters)
-        handle = attach(wrapped, VisualTokenCompressor(keep=0.5, method="pool"), HALF_OFF)
+        handle = attach(wrapped, CompressorConfig(keep=0.5, method="pool"), HALF_OFF)
         wrapped = get_peft_model(model, adapters) if attached_first else wrapped
         handle.off = (False, True, False, True)[: handle.parts.layers]
         wrapped.train()(**batch_of(name, model, (2, 1))).loss.backward()
@@ -211,7 +211,7 @@ def test_samples_do_not_meet():
     """A sample's loss is the same alone and in a batch with others, whatever is dropped there."""
     name = "llava, clip + llama"
     model = made(name)
-    attach(model, VisualTokenCompressor(keep=0.3, method="similarity"))
+    attach(model, CompressorConfig(keep=0.3, method="similarity"))
     batch = batch_of(name, model, (2, 1))
     logits = model(**batch).logits
     for row, pixels in enumerate((slice(0, 2), slice(2, 3))):
@@ -228,11 +228,11 @@ def test_renumbered_places_have_no_gaps(monkeypatch):
     plain = model.get_decoder().forward
     model.get_decoder().forward = lambda *a, **k: (seen.append(k["position_ids"]), plain(*a, **k))[1]
     batch = batch_of(name, model)
-    handle = attach(model, VisualTokenCompressor(keep=0.25, positions="renumbered"))
+    handle = attach(model, CompressorConfig(keep=0.25, positions="renumbered"))
     model(**batch)
     assert torch.equal(seen[0], torch.arange(12).expand(2, -1))
     handle.detach()
-    attach(model, VisualTokenCompressor(keep=0.25, positions="original"))
+    attach(model, CompressorConfig(keep=0.25, positions="original"))
     model(**batch)
     assert seen[1][0].tolist() == [0, 1, 4, 8, 12, 17, *range(18, 24)]  # the last visual token stays
 
@@ -245,7 +245,7 @@ def test_eval_and_generate_are_the_plain_model():
         plain = model(**batch).logits
     prompt = {key: value for key, value in batch.items() if key != "labels"}
     answer = model.generate(**prompt, max_new_tokens=5, do_sample=False)
-    handle = attach(model, QUARTER, LayerSkipper(alpha=1.0, epsilon=0.0))
+    handle = attach(model, QUARTER, SkipperConfig(alpha=1.0, epsilon=0.0))
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, plain)
     assert torch.equal(model.generate(**prompt, max_new_tokens=5, do_sample=False), answer)
@@ -257,9 +257,7 @@ def test_eval_and_generate_are_the_plain_model():
 
 def test_the_step_settles_what_is_kept_and_what_is_off():
     model = made("llava, clip + llama")
-    handle = attach(
-        model, VisualTokenCompressor(keep=0.2, final=1.0, dense_every=5), LayerSkipper(alpha=0.5, epsilon=0)
-    )
+    handle = attach(model, CompressorConfig(keep=0.2, final=1.0, dense_every=5), SkipperConfig(alpha=0.5, epsilon=0))
     drawn = []
     for step in range(20):
         handle.step(step, step / 19)
@@ -282,7 +280,7 @@ def test_activation_checkpointing_recomputes_the_same(name):
         model = made(name)
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        attach(model, VisualTokenCompressor(keep=0.5, method="random"), HALF_OFF).step(4, 0.1)
+        attach(model, CompressorConfig(keep=0.5, method="random"), HALF_OFF).step(4, 0.1)
         found.append(gradients(model, batch_of(name, model)))
     assert torch.equal(found[0][0], found[1][0]) and found[0][1].keys() == found[1][1].keys()
     assert all(torch.allclose(grad, found[1][1][key], atol=1e-6) for key, grad in found[0][1].items())
@@ -295,7 +293,7 @@ def test_accumulation_is_the_large_batch(method):
     found = []
     for parts in (1, 2, 4):
         model = made(name)
-        handle = attach(model, VisualTokenCompressor(keep=0.5, method=method), HALF_OFF)
+        handle = attach(model, CompressorConfig(keep=0.5, method=method), HALF_OFF)
         handle.step(3, 0.2)
         batch = batch_of(name, model, (1, 1, 1, 1))
         total = (batch["labels"] != -100).sum()
@@ -308,13 +306,13 @@ def test_accumulation_is_the_large_batch(method):
         assert all(torch.allclose(grad, other[key], atol=1e-5) for key, grad in found[0].items())
 
 
-def test_random_tokens_are_a_function_of_seed_step_and_picture():
+def test_random_tokens_are_a_function_of_seed_step_and_image():
     """Also of numbers that differ in high bits alone, of which torch's generator sees nothing."""
     name, steps, seeds = "llava, clip + llama", (0, 4096), (0, 1, 2**32)
     kept = []
     for seed in seeds:
         model = made(name)
-        handle = attach(model, VisualTokenCompressor(keep=0.5, method="random"), seed=seed)
+        handle = attach(model, CompressorConfig(keep=0.5, method="random"), seed=seed)
         seen = []
         handle.layers[0].register_forward_pre_hook(
             lambda _, args, kwargs, seen=seen: seen.append(kwargs["position_ids"].tolist()), with_kwargs=True
@@ -369,7 +367,7 @@ def test_a_layer_that_is_off_is_not_updated():
 
 def test_no_effect_is_told():
     model = made("llava, clip + llama")
-    attach(model, QUARTER, LayerSkipper(alpha=0.0, epsilon=0.0)).step(0, 0.0)
+    attach(model, QUARTER, SkipperConfig(alpha=0.0, epsilon=0.0)).step(0, 0.0)
     text = {"input_ids": torch.full((1, 4), 9), "labels": torch.full((1, 4), 9)}
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", NoEffectWarning)
@@ -393,12 +391,12 @@ def test_plan_touches_nothing():
 def test_what_cannot_be_attached():
     model = made("llava, clip + llama")
     with pytest.raises(ValueError, match=r"protected layers 3 \+ 2: the model has 4"):
-        attach(model, skipper=LayerSkipper(protected=(3, 2)))
+        attach(model, skipper=SkipperConfig(protected=(3, 2)))
     with pytest.raises(ValueError, match="importance has 2 values, but the model has 4 layers"):
-        attach(model, skipper=LayerSkipper(importance=(1.0, 2.0)))
-    with pytest.raises(ValueError, match="compressor: expected a VisualTokenCompressor, found LayerSkipper"):
-        attach(model, LayerSkipper(), LayerSkipper())
-    with pytest.raises(ValueError, match=r"write attach\(model, skipper=LayerSkipper\(...\)\)"):
+        attach(model, skipper=SkipperConfig(importance=(1.0, 2.0)))
+    with pytest.raises(ValueError, match="compressor: expected a CompressorConfig, found SkipperConfig"):
+        attach(model, SkipperConfig(), SkipperConfig())
+    with pytest.raises(ValueError, match=r"write attach\(model, skipper=SkipperConfig\(...\)\)"):
         attach(model, skipper=0.25)
     attach(model, QUARTER)
     with pytest.raises(ValueError, match="has something attached already"):
@@ -408,9 +406,9 @@ def test_what_cannot_be_attached():
     with pytest.raises(ValueError, match="Linear: expected a model of transformers"):
         attach(nn.Linear(2, 2), QUARTER)
     with pytest.raises(ValueError, match="keep"):
-        VisualTokenCompressor(keep=0.0)
+        CompressorConfig(keep=0.0)
     with pytest.raises(ValueError, match="alpha 0.9, epsilon 0.3"):
-        LayerSkipper(alpha=0.9, epsilon=0.3)
+        SkipperConfig(alpha=0.9, epsilon=0.3)
 
 
 def test_detach_after_the_model_was_wrapped_is_refused():

@@ -14,18 +14,18 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from sparsight.cost import LanguageShape, Trains, language_flops
-from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
+from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.attach import attach
 from sparsight.sparse.callback import STATE_FILE, SparsightCallback, figures
-from tiny import conversation, make_vlm, picture
+from tiny import conversation, make_image, make_vlm
 
 NAME = "llava, clip + llama"
-COMPRESSOR = VisualTokenCompressor(keep=0.25, final=1.0, method="random")
-SKIPPER = LayerSkipper(alpha=0.6, epsilon=0.3)
+COMPRESSOR = CompressorConfig(keep=0.25, final=1.0, method="random")
+SKIPPER = SkipperConfig(alpha=0.6, epsilon=0.3)
 
 
-class Pictures(torch.utils.data.Dataset):
-    """24 samples, each with a picture of its own."""
+class Images(torch.utils.data.Dataset):
+    """24 samples, each with a image of its own."""
 
     def __init__(self, model):
         self.rows = [{k: v[0] for k, v in batch_of(NAME, model, (1,), seed).items()} for seed in range(24)]
@@ -56,7 +56,7 @@ def trained(folder, resume=None, said=None, accumulate=2, skipper=SKIPPER, seed=
         dataloader_pin_memory=False,
         resume_from_checkpoint=said,
     )
-    trainer = Trainer(model, arguments, train_dataset=Pictures(model), callbacks=[callback])
+    trainer = Trainer(model, arguments, train_dataset=Images(model), callbacks=[callback])
     trainer.train(resume_from_checkpoint=resume)
     return trainer, callback
 
@@ -88,7 +88,7 @@ def test_resumed_is_the_run_that_was_never_interrupted(tmp_path):
 def test_resuming_with_other_settings_is_refused(tmp_path):
     trained(tmp_path)
     with pytest.raises(ValueError, match="was written with other settings; these differ .*skipper"):
-        trained(tmp_path, resume=str(tmp_path / "checkpoint-3"), skipper=LayerSkipper(alpha=0.1))
+        trained(tmp_path, resume=str(tmp_path / "checkpoint-3"), skipper=SkipperConfig(alpha=0.1))
 
 
 def test_r24_resuming_in_another_folder_goes_on_from_the_checkpoint(tmp_path):
@@ -110,7 +110,7 @@ def test_r24_resuming_in_another_folder_goes_on_from_the_checkpoint(tmp_path):
 
 def test_copies_of_the_model_are_refused():
     """Without torchrun, transformers wraps a model in nn.DataParallel where it sees several GPUs."""
-    handle = attach(made(NAME), VisualTokenCompressor())
+    handle = attach(made(NAME), CompressorConfig())
     with pytest.raises(ValueError, match="2 GPUs in one process: nn.DataParallel .* start with torchrun"):
         SparsightCallback(handle).on_train_begin(SimpleNamespace(n_gpu=2), TrainerState(), None)
 
@@ -118,7 +118,7 @@ def test_copies_of_the_model_are_refused():
 def test_an_engine_that_cannot_skip_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     handle = attach(made(NAME), skipper=SKIPPER)
-    with pytest.raises(ValueError, match="LayerSkipper cannot work under DeepSpeed, .*Use DDP or FSDP version 2"):
+    with pytest.raises(ValueError, match="SkipperConfig cannot work under DeepSpeed, .*Use DDP or FSDP version 2"):
         SparsightCallback(handle).on_train_begin(None, TrainerState(), None)
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -142,7 +142,7 @@ def test_what_is_saved_is_a_plain_model(tmp_path):
 def test_figures_are_what_was_executed():
     """Against the cost model by hand: 2 rows of 24 positions cut to 12, two of four layers off."""
     model = made(NAME)
-    handle = attach(model, VisualTokenCompressor(keep=0.25), SKIPPER)
+    handle = attach(model, CompressorConfig(keep=0.25), SKIPPER)
     handle.off = (False, True, True, False)
     model(**batch_of(NAME, model))
     found = figures(handle, handle.take_passes())
@@ -161,7 +161,7 @@ def test_executed_flops_match_the_counter():
     for parameter in [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]:
         parameter.requires_grad_(False)
     batch = batch_of(NAME, model)
-    handle = attach(model, VisualTokenCompressor(keep=0.25), SKIPPER)
+    handle = attach(model, CompressorConfig(keep=0.25), SKIPPER)
     for off in ((False,) * 4, (False, True, True, False)):
         handle.off = off
         with FlopCounterMode(display=False) as counter:
@@ -184,15 +184,15 @@ def test_a_probe_needs_a_number_of_steps():
 
 
 def test_with_trl(tmp_path):
-    """TRL's SFTTrainer on messages and pictures, its own collator, loss and accuracy; our VLM as any other."""
+    """TRL's SFTTrainer on messages and images, its own collator, loss and accuracy; our VLM as any other."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     model, processor = make_vlm("1:16")
-    rows = [{"messages": conversation(f"Read {n}.", f"It is {n}."), "images": [picture(n)]} for n in range(8)]
+    rows = [{"messages": conversation(f"Read {n}.", f"It is {n}."), "images": [make_image(n)]} for n in range(8)]
     for row in rows:  # one type for all contents, as Arrow wants it
         row["messages"][1]["content"] = [{"type": "text", "text": row["messages"][1]["content"]}]
-    callback = SparsightCallback(attach(model, VisualTokenCompressor(keep=0.25), SKIPPER))
+    callback = SparsightCallback(attach(model, CompressorConfig(keep=0.25), SKIPPER))
     arguments = SFTConfig(
         str(tmp_path),
         max_steps=12,
@@ -279,7 +279,7 @@ def test_F40_the_whole_path_in_every_family(name, tmp_path):
 
 def test_F40_layers_of_other_sizes_count_by_their_own():
     model, batch = model_and_data("gemma4")
-    handle = attach(model, VisualTokenCompressor(keep=0.5))
+    handle = attach(model, CompressorConfig(keep=0.5))
     model(**batch).loss.backward()
     (done,) = handle.take_passes()
     found = figures(handle, [done])["language_flops"]
@@ -312,7 +312,7 @@ def test_F01_the_handle_of_another_model_is_refused(tmp_path):
 
     def train(model, handle):
         callback = SparsightCallback(handle)
-        Trainer(model, arguments, train_dataset=Pictures(model), callbacks=[callback]).train()
+        Trainer(model, arguments, train_dataset=Images(model), callbacks=[callback]).train()
 
     with pytest.raises(ValueError, match="handle of another model .* to which nothing is attached"):
         train(copy.deepcopy(model), handle)
@@ -338,7 +338,7 @@ def preferences(processor):
         answers = [
             [{"role": "assistant", "content": [{"type": "text", "text": text}]}] for text in (f"It is {n}.", "No.")
         ]
-        rows.append({"prompt": prompt, "chosen": answers[0], "rejected": answers[1], "images": [picture(n)]})
+        rows.append({"prompt": prompt, "chosen": answers[0], "rejected": answers[1], "images": [make_image(n)]})
     return Dataset.from_list(rows)
 
 
@@ -350,7 +350,7 @@ def dpo(folder, both, adapters=False, method="random"):
     reference = None if adapters else copy.deepcopy(model).eval()
     if adapters:
         model = get_peft_model(model, LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
-    methods = {"compressor": VisualTokenCompressor(keep=0.25, method=method), "skipper": SKIPPER, "seed": 4}
+    methods = {"compressor": CompressorConfig(keep=0.25, method=method), "skipper": SKIPPER, "seed": 4}
     handles = [attach(model, **methods)]
     if both:
         handles.append(attach(reference, **methods, train_only=False))
@@ -393,7 +393,7 @@ def test_F34_a_dense_reference_is_told(tmp_path):
     logged, told = dpo(tmp_path, both=False)
     assert abs(logged[0]["rewards/margins"]) > 1e-4
     assert len(told) == 1 and "DPOConfig trains against a reference model" in told[0]
-    assert "sparsight.attach(trainer.ref_model, compressor=VisualTokenCompressor(keep=0.25" in told[0]
+    assert "sparsight.attach(trainer.ref_model, compressor=CompressorConfig(keep=0.25" in told[0]
     assert "seed=4, train_only=False)" in told[0] and "SparsightCallback([handle, reference])" in told[0]
 
 

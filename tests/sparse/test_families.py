@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import __version__
 
-from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
+from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.attach import attach
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "try_families.py"
@@ -59,18 +59,18 @@ def test_layers_that_hand_more_on_are_not_skipped(name):
     """Keys, values or choices of one layer are used by later ones: the compressor works, the skipper is refused."""
     model = script.made(name)
     with pytest.raises(ValueError, match="none can be skipped: attach the compressor alone"):
-        attach(model, skipper=LayerSkipper(alpha=0.5))
-    attach(model, VisualTokenCompressor(keep=0.5))
+        attach(model, skipper=SkipperConfig(alpha=0.5))
+    attach(model, CompressorConfig(keep=0.5))
 
 
 def test_the_loss_that_balances_experts_is_refused_with_dropped_tokens():
     model = script.made("qwen3_vl_moe")
     batch = script.batch_of(model)
     plain = model(**batch, output_router_logits=True).aux_loss
-    handle = attach(model, VisualTokenCompressor(keep=1.0))
+    handle = attach(model, CompressorConfig(keep=1.0))
     assert torch.equal(model(**batch, output_router_logits=True).aux_loss, plain)
     handle.detach()
-    attach(model, VisualTokenCompressor(keep=0.5))
+    attach(model, CompressorConfig(keep=0.5))
     with pytest.raises(ValueError, match="Qwen3VLMoeForConditionalGeneration was asked for router_logits"):
         model(**batch, output_router_logits=True)
 
@@ -83,7 +83,7 @@ def test_features_of_deeper_layers_go_with_their_tokens():
     plain = decoder.forward
     decoder.forward = lambda *args, **kwargs: (seen.append(kwargs), plain(*args, **kwargs))[1]
     script.gradients(model, batch)
-    attach(model, VisualTokenCompressor(keep=0.5))
+    attach(model, CompressorConfig(keep=0.5))
     script.gradients(model, batch)
     full, short = seen
     kept = short["vision_mask"][..., 0].sum()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import batch_of, made
 
-from sparsight.settings.methods import VisualTokenCompressor
+from sparsight.settings.methods import CompressorConfig
 from sparsight.sparse.attach import attach
 from sparsight.sparse.gather import Kept, gather_inputs
 
@@ -17,8 +17,8 @@ def packed(samples):
     """One row of several samples, as transformers takes it: places start anew, and there is no mask."""
     row = {key: torch.cat([sample[key] for sample in samples], 1) for key in ("input_ids", "labels")}
     row["position_ids"] = torch.cat([torch.arange(sample["input_ids"].shape[1]) for sample in samples])[None]
-    pictures = [sample["pixel_values"] for sample in samples if "pixel_values" in sample]
-    return row | {"pixel_values": torch.cat(pictures)}
+    images = [sample["pixel_values"] for sample in samples if "pixel_values" in sample]
+    return row | {"pixel_values": torch.cat(images)}
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
@@ -27,7 +27,7 @@ def packed(samples):
 def test_a_packed_row_gives_what_its_samples_give_alone(backend, positions, method):
     model = made(NAME)
     model.set_attn_implementation(backend)
-    attach(model, VisualTokenCompressor(keep=0.4, method=method, positions=positions))
+    attach(model, CompressorConfig(keep=0.4, method=method, positions=positions))
     samples = [batch_of(NAME, model, (images,), seed=images) for images in (1, 2, 0, 3)]
     rows = [packed(samples[:2]), packed(samples[2:])]
     found = [model(**row, use_cache=False).logits[0] for row in rows]

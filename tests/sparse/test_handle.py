@@ -18,19 +18,19 @@ from transformers import (
 )
 
 from sparsight.compat import CACHE
-from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
+from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse import attach as module
 from sparsight.sparse.attach import NoEffectWarning, attach
 from sparsight.sparse.executed import figures
 from tiny import make_vlm
 
 NAME = "llava, clip + llama"
-QUARTER = VisualTokenCompressor(keep=0.25)
-HALF_OFF = LayerSkipper(alpha=0.5, epsilon=0.0, course="constant")
+QUARTER = CompressorConfig(keep=0.25)
+HALF_OFF = SkipperConfig(alpha=0.5, epsilon=0.0, schedule="constant")
 SCHEDULES = [
     {"skipper": HALF_OFF},
-    {"compressor": VisualTokenCompressor(keep=0.25, final=1.0)},
-    {"compressor": VisualTokenCompressor(keep=0.25, dense_every=4)},
+    {"compressor": CompressorConfig(keep=0.25, final=1.0)},
+    {"compressor": CompressorConfig(keep=0.25, dense_every=4)},
 ]
 
 
@@ -173,7 +173,7 @@ def test_F09_generate_in_training_mode_is_that_of_eval_mode(options, adapters):
     plain = model.eval().generate(**batch, **options)
     if adapters:
         model = get_peft_model(model, LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
-    handle = attach(model, QUARTER, LayerSkipper(alpha=1.0, epsilon=0.0, course="constant"))
+    handle = attach(model, QUARTER, SkipperConfig(alpha=1.0, epsilon=0.0, schedule="constant"))
     handle.step(1, 0.0)
     model.train()
     assert torch.equal(model.generate(**batch, **options), plain)
@@ -189,7 +189,7 @@ def test_F09_assisted_generation_in_training_mode():
     options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     plain = model.eval().generate(ids, **options)
     for each in (model, assistant):
-        attach(each, skipper=LayerSkipper(alpha=1.0, epsilon=0.0, course="constant")).step(1, 0.0)
+        attach(each, skipper=SkipperConfig(alpha=1.0, epsilon=0.0, schedule="constant")).step(1, 0.0)
     model.train()
     found = model.generate(ids, assistant_model=assistant, **options)
     assert torch.equal(found, plain)

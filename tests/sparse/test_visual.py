@@ -9,7 +9,7 @@ from families import IMAGE, WORDS, batch_of, made, masked_reference
 from test_attach import gradients
 from test_families import script
 
-from sparsight.settings.methods import VisualTokenCompressor
+from sparsight.settings.methods import CompressorConfig
 from sparsight.sparse.attach import attach
 from sparsight.sparse.compress import compress, redundancy
 from sparsight.sparse.executed import figures
@@ -39,7 +39,7 @@ def test_F33_a_sample_without_an_image(name, method, monkeypatch):
     batch = as_the_processor_gives(batch_of(name, model, images), images)
     short, full, keep = masked_reference(model, batch, method, monkeypatch)
     assert (short - full)[keep].abs().max() <= 1e-5 * full[keep].abs().max()
-    handle = attach(model.train(), VisualTokenCompressor(keep=0.5, method=method))
+    handle = attach(model.train(), CompressorConfig(keep=0.5, method=method))
     assert gradients(model, batch)[0].isfinite()
     assert handle._sizes["image"] == [4, 4, 4]  # images, not samples
 
@@ -56,7 +56,7 @@ def test_F36_padding_goes_where_each_kind_of_layer_has_a_mask_of_its_own():
             value[1] = torch.cat([value[1][text], value.new_zeros(longest - int(text.sum()))])
     batch["attention_mask"][1] = (torch.arange(longest) < words).long()
     batch["pixel_values"] = batch["pixel_values"][:1]
-    handle = attach(model, VisualTokenCompressor(keep=0.5))
+    handle = attach(model, CompressorConfig(keep=0.5))
     model(**batch)
     (done,) = handle.take_passes()
     own = int(batch["attention_mask"][0].sum())
@@ -95,7 +95,7 @@ def grids_of(model, batch, monkeypatch):
         return compress(tokens_IND, keep, method, grid=grid, **options)
 
     monkeypatch.setattr("sparsight.sparse.attach.compress", spy)
-    handle = attach(model, VisualTokenCompressor(keep=0.5, method="pool"))
+    handle = attach(model, CompressorConfig(keep=0.5, method="pool"))
     model(**batch)
     (done,) = handle.take_passes()
     found = figures(handle, [done])
@@ -193,7 +193,7 @@ def test_F37_a_cache_gives_what_the_whole_gives_or_is_refused(images, padded):
                 ]
             )
     batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    attach(model, VisualTokenCompressor(keep=0.25), train_only=False)
+    attach(model, CompressorConfig(keep=0.25), train_only=False)
     whole = decoded(model, batch, cached=False)
     if images == (1, 1):
         assert (decoded(model, batch, cached=True) - whole).abs().max() <= 1e-5 * whole.abs().max()
@@ -210,7 +210,7 @@ def test_F37_generate_with_a_cache_is_as_without(family, positions):
     model = made(family).eval()
     batch = batch_of(family, model, (1, 1))
     batch.pop("labels")
-    attach(model, VisualTokenCompressor(keep=0.25, positions=positions), train_only=False)
+    attach(model, CompressorConfig(keep=0.25, positions=positions), train_only=False)
 
     def generated(use_cache):
         told = {"output_logits": True, "return_dict_in_generate": True, "do_sample": False}
@@ -225,7 +225,7 @@ def test_F37_positions_that_nobody_gave_count_what_was_dropped(positions):
     model = made(LLAVA).eval()
     batch = batch_of(LLAVA, model, (1, 1))
     batch.pop("labels")
-    attach(model, VisualTokenCompressor(keep=0.25, positions=positions), train_only=False)
+    attach(model, CompressorConfig(keep=0.25, positions=positions), train_only=False)
     more = torch.full((2, 1), 7)
     first = model(**batch, use_cache=True)
     follows = model(input_ids=more, past_key_values=first.past_key_values).logits[:, -1]
@@ -239,7 +239,7 @@ def test_F37_positions_along_several_axes_must_be_given():
     model = made("qwen2_5_vl").eval()
     batch = batch_of("qwen2_5_vl", model, (1, 1))
     batch.pop("labels")
-    attach(model, VisualTokenCompressor(keep=0.25), train_only=False)
+    attach(model, CompressorConfig(keep=0.25), train_only=False)
     first = model(**batch, use_cache=True)
     with pytest.raises(ValueError, match="pass position_ids, as generate"):
         model(input_ids=torch.full((2, 1), 7), past_key_values=first.past_key_values)
@@ -263,7 +263,7 @@ def test_F41_a_model_split_over_devices():
     add_hook_to_module(head, AlignDevicesHook(execution_device="meta"))
     batch = batch_of(LLAVA, model, (1, 2))
     batch.pop("labels")
-    handle = attach(model, VisualTokenCompressor(keep=0.5))
+    handle = attach(model, CompressorConfig(keep=0.5))
     logits = model(**batch).logits
     assert logits.device.type == "meta" and logits.shape[:2] == batch["input_ids"].shape
     (done,) = handle.take_passes()
@@ -283,7 +283,7 @@ def test_F02_visual_tokens_carry_no_labels_in_training(form, keep):
     model = made(LLAVA)
     batch, right = all_labelled(model)
     given = batch["labels"].clone()
-    handle = attach(model, VisualTokenCompressor(keep=keep))
+    handle = attach(model, CompressorConfig(keep=keep))
     wanted = gradients(model, right)
     args, kwargs = ((), batch) if form == "keyword" else (positional(model, batch), {})
     with pytest.warns(UserWarning, match=r"48 of the \d+ labels .* prompt / completion"):
@@ -311,7 +311,7 @@ def test_F02_eval_passes_are_left_alone():
     model = made(LLAVA).eval()
     batch, _ = all_labelled(model)
     plain = model(**batch).loss
-    attach(model, VisualTokenCompressor(keep=0.25))
+    attach(model, CompressorConfig(keep=0.25))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(model(**batch).loss, plain)
@@ -322,7 +322,7 @@ def test_F02_the_loss_is_a_mean_over_the_labels_that_are_left():
     model = made(LLAVA)
     batch, right = all_labelled(model, (1, 1))
     count = {key: (labels["labels"] != -100).sum() for key, labels in (("all", batch), ("left", right))}
-    attach(model, VisualTokenCompressor(keep=0.25))
+    attach(model, CompressorConfig(keep=0.25))
     wanted = model(**right, num_items_in_batch=count["left"]).loss
     with pytest.warns(UserWarning, match="labels of this batch stood on visual tokens"):
         found = model(**batch, num_items_in_batch=count["all"]).loss
@@ -336,7 +336,7 @@ def test_F02_shifted_labels_too():
     def shifted(labels):
         return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
 
-    attach(model, VisualTokenCompressor(keep=0.25))
+    attach(model, CompressorConfig(keep=0.25))
     wanted = model(**right, shift_labels=shifted(right["labels"])).loss
     with pytest.warns(UserWarning, match="stood on visual tokens"):
         found = model(**batch, shift_labels=shifted(batch["labels"])).loss

@@ -82,7 +82,7 @@ def test_batches_may_be_cut_into_micro_batches(tmp_path: Path, tiny_vlm, kind: s
 def test_tokens_weigh_as_those_to_come(tmp_path: Path, tiny_vlm, to: str) -> None:
     """Of its own layout, every token is born once: training is the plain one. Of a finer one it is another."""
     found = []
-    for keys in ({}, {"places_of": to}, {"places_of": to, "proportional_attention": True}):
+    for keys in ({}, {"position_layout": to}, {"position_layout": to, "proportional_attention": True}):
         recipe, stage = one_stage(samples=8, learning_rate=BRIDGE_AND_LANGUAGE, **keys)
         model, processor, _ = prepared(tiny_vlm, stage)
         scale_tokens(model, processor, stage.bridge)
@@ -97,7 +97,7 @@ def test_tokens_weigh_as_those_to_come(tmp_path: Path, tiny_vlm, to: str) -> Non
 
 
 def test_attention_that_takes_no_weights_is_refused(tmp_path: Path, tiny_vlm) -> None:
-    recipe, stage = one_stage(places_of="1:4,2:1", proportional_attention=True)
+    recipe, stage = one_stage(position_layout="1:4,2:1", proportional_attention=True)
     model, processor, _ = prepared(tiny_vlm, stage)
     model.config.text_config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="needs attn_implementation sdpa or eager .* found 'flash_attention_2'"):

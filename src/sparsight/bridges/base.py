@@ -11,7 +11,7 @@ import torch
 class Bridge(Protocol):
     """From feature levels, lower level first, each (B, H, W, C_level), to visual tokens (B, N, E).
 
-    ``sizes_B2``: rows and columns of each picture's own map, where maps of several sizes are padded to one.
+    ``sizes_B2``: rows and columns of each image's own map, where maps of several sizes are padded to one.
     """
 
     def __call__(self, levels_BHWC: Sequence[torch.Tensor], sizes_B2: torch.Tensor | None = None) -> torch.Tensor: ...

@@ -45,7 +45,7 @@ class PatchwiseBridge(nn.Module):
         if sizes_B2 is not None and (sizes_B2 != sizes_B2.new_tensor(levels_BHWC[0].shape[1:3])).any():
             raise ValueError(
                 f"a bridge with a token for each patch needs maps of one size, found {sizes_B2.tolist()}: "
-                "use pictures of one size, or a resampler or chain_of_sight"
+                "use images of one size, or a resampler or chain_of_sight"
             )
         x_BHWC = pixel_shuffle(torch.cat(list(levels_BHWC), dim=-1), self.factor)
         x_BNE = self.proj(self.norm(x_BHWC.flatten(1, 2)))

@@ -14,7 +14,7 @@ import torch
 
 from sparsight.bridges.windowed import WindowedResampler
 from sparsight.layouts import Layout, Scale
-from sparsight.settings.bridges import ChainOfSight
+from sparsight.settings.bridges import ChainOfSightConfig
 
 _INNER = {
     "attn.query_norm": "norm_query",
@@ -36,7 +36,7 @@ def from_port(state: Mapping[str, torch.Tensor], side: int | None = None) -> tup
 
     Args:
         side: patches per side of the feature map; that of the widest window if not given, which is right where the
-            coarsest scale sees the whole picture.
+            coarsest scale sees the whole image.
 
     Returns:
         The bridge, and the numbers of the encoder's blocks (from 0) that its levels are.
@@ -60,7 +60,7 @@ def from_port(state: Mapping[str, torch.Tensor], side: int | None = None) -> tup
     if bare := [level for level in levels if level not in norms]:
         raise ValueError(f"not the port's resampler: no cont_norm.weight of the blocks {bare}")
     mlp = next(tensor.shape[0] for name, tensor in state.items() if name.endswith("fc1.weight"))
-    settings = ChainOfSight(layout, width=width, heads=max(1, width // 64), mlp_ratio=mlp / width, depth=depth)
+    settings = ChainOfSightConfig(layout, width=width, heads=max(1, width // 64), mlp_ratio=mlp / width, depth=depth)
     with torch.device("meta"):
         bridge = WindowedResampler(settings, [norms[level] for level in levels], state["out_proj.weight"].shape[0])
     names = _names(bridge, side, levels)

@@ -30,7 +30,7 @@ def window_index(sizes_B2: torch.Tensor, height: int, width: int, grid: int) -> 
     """Which patches each window sees: as equal as can be, none dropped, none counted twice (`window_bounds`).
 
     Args:
-        sizes_B2: rows and columns of each picture's own map, at the top left of a map of ``height`` x ``width``.
+        sizes_B2: rows and columns of each image's own map, at the top left of a map of ``height`` x ``width``.
 
     Returns:
         index_BWP: patch numbers in the whole map (row-major), 0 on the padding.
@@ -218,7 +218,7 @@ class WindowedResampler(nn.Module):
     one LayerNorm and one linear map, shared by all scales, lead to the language model's width.
 
     Args:
-        settings: ``config.ChainOfSight`` or ``config.Resampler``.
+        settings: ``config.ChainOfSightConfig`` or ``config.Resampler``.
         level_widths: channels of each feature level, lower first.
         out_width: width of the language model, E.
     """

@@ -52,7 +52,7 @@ def language_flops(
 def bridge_flops(
     settings: Any, level_widths: Sequence[int], out_width: int, map_size: tuple[int, int], images: float, trains: Trains
 ) -> float:
-    """Executed FLOPs of a bridge for ``images`` pictures, forward and backward."""
+    """Executed FLOPs of a bridge for ``images`` images, forward and backward."""
     bridge = bridge_settings(settings)
     tokens = bridge.visual_tokens(map_size)
     if bridge.kind in ("resampler", "chain_of_sight"):
@@ -84,7 +84,7 @@ def _windowed(
             query = 2 * scale.tokens * width * width
             if number:
                 linear += images * query
-            else:  # the first level's queries are the same for every picture and projected once
+            else:  # the first level's queries are the same for every image and projected once
                 queries += query
             linear += 2 * images * scale.tokens * (width * width + 2 * width * hidden)
             last += 2 * images * scale.tokens * width * hidden
@@ -131,7 +131,7 @@ def step_flops(
 
     Args:
         batch, positions, labels, pairs: see `language_flops`.
-        encoder_flops: one picture's pass (``encoders.count_flops``); 0 where features come from a cache.
+        encoder_flops: one image's pass (``encoders.count_flops``); 0 where features come from a cache.
     """
     parts = {
         "encoder": encoder_flops * images,

@@ -20,7 +20,7 @@ from sparsight.cost.memory import (
 from sparsight.cost.shapes import Trains, encoder_shape, language_shape, tell_if_cut
 from sparsight.layouts import window_bounds
 from sparsight.schedules import anneal, kept_tokens, skip_probabilities
-from sparsight.settings.bridges import ChainOfSight, Resampler
+from sparsight.settings.bridges import ChainOfSightConfig, ResamplerConfig
 from sparsight.settings.data import SceneData
 from sparsight.settings.recipe import Lora, Recipe, Stage
 
@@ -36,7 +36,7 @@ class StageCost:
 
     recipe: Recipe
     stage: Stage
-    cached_before: int = 0  # pictures that an earlier stage has encoded
+    cached_before: int = 0  # images that an earlier stage has encoded
 
     @cached_property
     def shapes(self) -> tuple[Any, Any]:
@@ -66,7 +66,7 @@ class StageCost:
 
     @cached_property
     def tokens(self) -> int:
-        """Visual tokens of a picture."""
+        """Visual tokens of a image."""
         return self.stage.bridge.visual_tokens(self.map_size)
 
     def length(self, keep: float = 1.0) -> float:
@@ -91,8 +91,8 @@ class StageCost:
         return -(-self.stage.samples // self.batch)
 
     @cached_property
-    def pictures(self) -> int:
-        """Different pictures, as far as the recipe says."""
+    def images(self) -> int:
+        """Different images, as far as the recipe says."""
         seen = round(self.stage.samples * self.stage.conversation.images)
         data = self.recipe.data_of(self.stage)
         return min(data.scenes, seen) if isinstance(data, SceneData) else seen
@@ -101,14 +101,14 @@ class StageCost:
     def flops(self) -> dict[str, float]:
         """Executed FLOPs of the stage by part; schedules are averaged over its course."""
         encoder, total = self.shapes[0], defaultdict[str, float](float)
-        picture = encoder.flops(self.image_size, self.recipe.vision_levels, self.trains)
+        image = encoder.flops(self.image_size, self.recipe.vision_levels, self.trains)
         for share, keep, layers in self._course():
             for part, flops in self.micro_batch_flops(keep, layers).items():
                 total[part] += share * flops * self.stage.samples / self.micro_batch
         images = self.stage.samples * self.stage.conversation.images
         if self.stage.cache_features:
-            images = float(self.pictures - self.cached_before)
-        return {"encoder": picture * max(0.0, images)} | dict(total)
+            images = float(self.images - self.cached_before)
+        return {"encoder": image * max(0.0, images)} | dict(total)
 
     def micro_batch_flops(self, keep: float = 1.0, layers: float | None = None) -> dict[str, float]:
         """Of one forward and backward pass behind the encoder."""
@@ -122,7 +122,7 @@ class StageCost:
             0.0,
             rows,
             positions,
-            self.micro_batch * self.stage.conversation.learnt,
+            self.micro_batch * self.stage.conversation.supervised,
             self.micro_batch * self.stage.conversation.images,
             self.trains,
             # Packed, each conversation's attention is by itself; not so with a compressor.
@@ -153,7 +153,7 @@ class StageCost:
             yield (1 - dense) / POINTS, keep, layers - off
 
     def mean(self, what: str) -> float:
-        """Over the stage: ``tokens`` that stay of a picture's, or ``layers`` run."""
+        """Over the stage: ``tokens`` that stay of a image's, or ``layers`` run."""
         index = {"tokens": 0, "layers": 1}[what]
         return sum(share * (kept_tokens(self.tokens, keep), layers)[index] for share, keep, layers in self._course())
 
@@ -183,7 +183,7 @@ class StageCost:
         bridge = bridge_activations(
             self.stage.bridge, encoder.level_widths(levels), language.hidden, self.map_size, images, bf16
         )
-        logits = count * self.stage.conversation.learnt * language.vocabulary * (10 if bf16 else 8)
+        logits = count * self.stage.conversation.supervised * language.vocabulary * (10 if bf16 else 8)
         kept = held + bridge + copies + logits + tower * trains.vision
         return step_memory(self.parts, kept, tower, layer, count < self.batch)
 
@@ -206,12 +206,12 @@ def forecast(recipe: Recipe) -> list[StageCost]:
     for stage in recipe.stages:
         encoder, side = StageCost(recipe, stage).shapes[0], StageCost(recipe, stage).image_size
         tell_if_cut(f"vision '{recipe.vision}'", side, getattr(encoder, "patch", 1), encoder.image_size)
-        pictures = f"{side} {recipe.source_of(stage)}"
-        cost = StageCost(recipe, stage, cached[pictures])
+        images = f"{side} {recipe.source_of(stage)}"
+        cost = StageCost(recipe, stage, cached[images])
         for scale in stage.bridge.scales.scales if hasattr(stage.bridge, "scales") else ():
             window_bounds(min(cost.map_size), scale.grid)
         if stage.cache_features:
-            cached[pictures] = max(cached[pictures], cost.pictures)
+            cached[images] = max(cached[images], cost.images)
         stages.append(cost)
     return stages
 
@@ -231,7 +231,7 @@ def standard(recipe: Recipe) -> Recipe:
     tokens = max(StageCost(recipe, stage).tokens for stage in recipe.stages)
 
     def plain(stage: Stage) -> Stage:
-        bridge = Resampler(tokens=tokens, **inner_sizes(stage.bridge))
+        bridge = ResamplerConfig(tokens=tokens, **inner_sizes(stage.bridge))
         return stage.model_copy(update={"bridge": bridge, "compressor": None, "skipper": None})
 
     return recipe.model_copy(update={"stages": tuple(map(plain, recipe.stages))})
@@ -266,11 +266,11 @@ def remedies(cost: StageCost, limit: float) -> list[str]:
 def paper_ratios(recipe: Recipe) -> dict[str, tuple[float, float]]:
     """Layout -> (FLOPs of the first stage relative to 336 tokens, the paper's pre-training time relative to that)."""
     stage = recipe.stages[0]
-    if not isinstance(stage.bridge, ChainOfSight) or min(StageCost(recipe, stage).map_size) < 8:
+    if not isinstance(stage.bridge, ChainOfSightConfig) or min(StageCost(recipe, stage).map_size) < 8:
         return {}
 
     def flops(layout: str) -> float:
-        bridge = ChainOfSight(**(stage.bridge.model_dump() | {"layout": layout}))
+        bridge = ChainOfSightConfig(**(stage.bridge.model_dump() | {"layout": layout}))
         cost = StageCost(recipe, stage.model_copy(update={"bridge": bridge}))
         return sum(cost.flops.values())
 

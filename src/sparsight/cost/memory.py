@@ -32,15 +32,15 @@ class Parts:
         built = bridge_parameters(bridge, encoder.level_widths(levels), language.hidden)
         total = {"vision": encoder.parameters, "bridge": built, "language": language.parameters}
         weights = sum(count * sizes[part] for part, count in total.items())
-        learnt = {part: count * getattr(trains, part) for part, count in total.items()}
-        trained = sum(count * sizes[part] for part, count in learnt.items())
+        trainable = {part: count * getattr(trains, part) for part, count in total.items()}
+        trained = sum(count * sizes[part] for part, count in trainable.items())
         if trains.lora_rank and trains.language:
-            trained -= learnt["language"] * sizes["language"]
-            learnt["language"] = language.lora_parameters(trains.lora_rank)
-            total["language"] += learnt["language"]
-            weights += 4 * learnt["language"]
-            trained += 4 * learnt["language"]
-        return cls(total, learnt, weights, trained)
+            trained -= trainable["language"] * sizes["language"]
+            trainable["language"] = language.lora_parameters(trains.lora_rank)
+            total["language"] += trainable["language"]
+            weights += 4 * trainable["language"]
+            trained += 4 * trainable["language"]
+        return cls(total, trainable, weights, trained)
 
 
 def language_activations(
@@ -98,8 +98,8 @@ def encoder_activations(
     states = (encoder.layers + 1) * h * 4
     if not trains.vision:
         return images * tokens * (states + block)
-    learnt = max(pick_levels(encoder.layers + 1, False, levels, encoder.family))
-    return images * tokens * (states + block * (1 if trains.recompute else learnt))
+    used = max(pick_levels(encoder.layers + 1, False, levels, encoder.family))
+    return images * tokens * (states + block * (1 if trains.recompute else used))
 
 
 def step_memory(parts: Parts, kept: float, running: float, work: float, accumulates: bool) -> dict[str, float]:

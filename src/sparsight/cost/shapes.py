@@ -203,7 +203,7 @@ class VitShape:
         return self.layers * block + pixels + places + rest
 
     def flops(self, side: int, levels: Sequence[int] | None, trains: Trains) -> float:
-        """Executed FLOPs of one picture, forward and, below the last feature level, backward."""
+        """Executed FLOPs of one image, forward and, below the last feature level, backward."""
         patches = (side // self.patch) ** 2
         tokens, h = patches + self.prefix, self.hidden
         linear = 2 * tokens * sum(a * b for a, b in self.block_maps())
@@ -215,9 +215,9 @@ class VitShape:
         if self.pooling and self.family == "vit":
             total += 2 * h * h
         if trains.vision:
-            learnt = max(pick_levels(self.layers + 1, False, levels, self.family))
+            used = max(pick_levels(self.layers + 1, False, levels, self.family))
             again = linear + scores - 2 * tokens * self.intermediate * h if trains.recompute else 0
-            total += learnt * (2 * (linear + scores) + again) + pixels
+            total += used * (2 * (linear + scores) + again) + pixels
         return float(total)
 
 
@@ -274,17 +274,17 @@ class LiteShape:
         return total
 
     def flops(self, side: int, levels: Sequence[int] | None, trains: Trains) -> float:
-        """Executed FLOPs of one picture, forward and backward."""
+        """Executed FLOPs of one image, forward and backward."""
         side = -(-side // 2)
         stem = total = 2 * 27 * 32 * side**2
-        learnt = max(self._levels(levels))
+        used = max(self._levels(levels))
         for number, (inside, middle, outside, kernel, stride) in enumerate(self._blocks()):
             if number > max(self.out_blocks):
                 break
             expand = inside * middle * side**2 if middle > inside else 0
             side = -(-side // stride)
             block = 2 * (expand + (kernel**2 + outside) * middle * side**2)
-            total += block * (3 if trains.vision and number <= learnt else 1)
+            total += block * (3 if trains.vision and number <= used else 1)
         return float(total + stem * trains.vision)
 
 

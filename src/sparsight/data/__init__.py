@@ -1,1 +1,1 @@
-"""Data: sources, pictures, chat, batches, and the embedded scenes."""
+"""Data: sources, images, chat, batches, and the embedded scenes."""

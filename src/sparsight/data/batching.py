@@ -56,7 +56,7 @@ def plan_steps(
         sizes: (samples, 2): positions of each sample, visual tokens included, and its images (at native resolution
             their patches). Needed if there is anything to deal out.
         largest_first: the step with the longest sample (packed or with ``batch_tokens``: with most positions, padding
-            included) comes second, where optimizer states exist too, and that with most pictures third: memory runs
+            included) comes second, where optimizer states exist too, and that with most images third: memory runs
             out at once or never.
 
     Raises:
@@ -73,7 +73,7 @@ def plan_steps(
     if largest_first and sizes is not None:
         for place, load in zip(LARGEST, (partial(_positions, stage, sizes), partial(_images, sizes)), strict=True):
             worst = max(range(len(steps)), key=lambda n: load(steps[n]))
-            # What is second stays there; where all are alike, as with a picture each, so do all.
+            # What is second stays there; where all are alike, as with a image each, so do all.
             if place < len(steps) and load(steps[worst]) > max(map(load, steps[1 : place + 1])):
                 steps[place], steps[worst] = steps[worst], steps[place]
     return steps

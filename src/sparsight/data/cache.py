@@ -1,4 +1,4 @@
-"""A cache of a frozen encoder's features: each picture is encoded once, then read from a memory map.
+"""A cache of a frozen encoder's features: each image is encoded once, then read from a memory map.
 
 Shapes: I images, H x W patches, C channels. Features are kept in bf16.
 """
@@ -21,10 +21,10 @@ from sparsight.aside import moved_aside
 
 
 class FeatureCache:
-    """Feature levels by picture key, memory-mapped from ``folder``.
+    """Feature levels by image key, memory-mapped from ``folder``.
 
     Args:
-        rows: where each picture's features stand.
+        rows: where each image's features stand.
 
     Raises:
         ValueError: what lies there is damaged.
@@ -45,13 +45,13 @@ class FeatureCache:
             raise ValueError(f"{folder}: damaged: {error}") from None
 
     def read(self, keys: Sequence[Hashable]) -> tuple[torch.Tensor, ...]:
-        """Features of pictures, one (len(keys), H, W, C) in bf16 for each level."""
+        """Features of images, one (len(keys), H, W, C) in bf16 for each level."""
         rows = np.array([self.rows[key] for key in keys], dtype=np.intp)
         return tuple(torch.from_numpy(level[rows].copy()).view(torch.bfloat16) for level in self.levels)
 
 
-def picture_rows(keys: Sequence[Hashable], fingerprint: Callable[[Hashable], str]) -> tuple[dict[Hashable, int], str]:
-    """The row of each picture, one for all that are the same, and a name for the contents of all rows."""
+def image_rows(keys: Sequence[Hashable], fingerprint: Callable[[Hashable], str]) -> tuple[dict[Hashable, int], str]:
+    """The row of each image, one for all that are the same, and a name for the contents of all rows."""
     found: dict[str, int] = {}
     rows = {key: found.setdefault(fingerprint(key), len(found)) for key in keys}
     return rows, hashlib.sha256("\n".join(found).encode()).hexdigest()
@@ -76,17 +76,17 @@ def build_cache(
     batch_size: int = 8,
     tell: Callable[[str], None] = lambda text: None,
 ) -> FeatureCache:
-    """Encode every picture once; a folder that is there is used as it is, but for a damaged one, which is moved aside.
+    """Encode every image once; a folder that is there is used as it is, but for a damaged one, which is moved aside.
 
     Any number of processes may do so at once: each writes a folder of its own, and the first to be done gives it the
     name.
 
     Args:
         folder: where it lies; its name says all that features depend on.
-        rows: from `picture_rows`.
-        encode: keys -> feature levels, each (I, H, W, C); the same map size for all pictures.
-        progress: told the number of pictures done.
-        batch_size: pictures encoded together; small, for a CPU's caches.
+        rows: from `image_rows`.
+        encode: keys -> feature levels, each (I, H, W, C); the same map size for all images.
+        progress: told the number of images done.
+        batch_size: images encoded together; small, for a CPU's caches.
         tell: told where a damaged cache is now.
 
     Raises:
@@ -96,7 +96,7 @@ def build_cache(
         try:
             return FeatureCache(folder, rows)
         except ValueError as damaged:
-            tell(f"{damaged}. Pictures are encoded again; it is now {moved_aside(folder, f'damaged-{folder.name}')}")
+            tell(f"{damaged}. Images are encoded again; it is now {moved_aside(folder, f'damaged-{folder.name}')}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
     try:
@@ -132,7 +132,7 @@ def _write(
         for memory, level in zip(maps, levels, strict=True):
             if level.shape[1:] != memory.shape[1:]:
                 raise ValueError(
-                    f"picture '{part[0]}' has a feature map {tuple(level.shape[1:])}, others {memory.shape[1:]}: only "
+                    f"image '{part[0]}' has a feature map {tuple(level.shape[1:])}, others {memory.shape[1:]}: only "
                     "maps of one size can be cached. Set cache_features: false"
                 )
             memory[start : start + len(part)] = level.view(torch.uint16).numpy()

@@ -82,7 +82,7 @@ class _Rows(Dataset):
 
 
 def check_rows(data: TrainingSet, workers: int = 0, progress: Callable[[int], None] = lambda done: None) -> Findings:
-    """Encode every row of the data's source as training does, pictures and all, and keep what is to be told.
+    """Encode every row of the data's source as training does, images and all, and keep what is to be told.
 
     Args:
         workers: processes that do so; 0: this one.

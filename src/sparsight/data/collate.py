@@ -1,4 +1,4 @@
-"""From samples to batches: encoded one by one where the pictures are, then padded and stacked.
+"""From samples to batches: encoded one by one where the images are, then padded and stacked.
 
 Shapes: B samples, T positions, I images in the whole batch, H x W patches, C channels.
 """
@@ -39,7 +39,7 @@ class BadSampleError(ValueError):
 
 
 class TrainingSet(Dataset):
-    """A source, encoded for a processor. Pictures come as pixels, or as cached features of a frozen encoder.
+    """A source, encoded for a processor. Images come as pixels, or as cached features of a frozen encoder.
 
     The source starts again at its end. In place of a sample that is to be replaced another is drawn, by the seed and
     the place alone, the next if that is bad too; the item's ``replaced`` has the entries of the bad ones.
@@ -74,7 +74,7 @@ class TrainingSet(Dataset):
         self.drop_too_long = drop_too_long
         self.replace_bad = replace_bad
         self.seed = seed
-        # A row's id, token ids and labels, and keys of its pictures. As lists, tokens would take three times the room.
+        # A row's id, token ids and labels, and keys of its images. As lists, tokens would take three times the room.
         self._kept: dict[int, tuple[str, array[int], array[int], tuple[Any, ...]]] = {}
         self._room = KEPT
 
@@ -116,10 +116,10 @@ class TrainingSet(Dataset):
         """One row of the source as an item.
 
         Args:
-            text_alone: without its pictures, which are not read; at native resolution with the number of their patches.
+            text_alone: without its images, which are not read; at native resolution with the number of their patches.
 
         Raises:
-            BadSampleError: its conversation or a picture cannot be read or learnt from.
+            BadSampleError: its conversation or a image cannot be read or learnt from.
         """
         name = None
         try:
@@ -133,7 +133,7 @@ class TrainingSet(Dataset):
                 name, ids, labels, images = kept
                 item = {"id": name, "input_ids": ids.tolist(), "labels": labels.tolist()}
             if not text_alone:
-                return item | self._pictures(images)
+                return item | self._images(images)
             return item | ({"patches": self._patches(images)} if self.processor.native else {})
         except (ValueError, OSError) as error:
             bad = BadSampleError(f"sample '{name}': {error}" if name is not None else str(error))
@@ -162,19 +162,19 @@ class TrainingSet(Dataset):
             )
         return {"id": sample.id, "input_ids": encoded.input_ids, "labels": encoded.labels}
 
-    def _pictures(self, keys: Sequence[Any]) -> dict[str, Any]:
-        if self.cache is not None:  # also of no picture: a batch of text then runs the bridge like any other
+    def _images(self, keys: Sequence[Any]) -> dict[str, Any]:
+        if self.cache is not None:  # also of no image: a batch of text then runs the bridge like any other
             return {"features": self.cache.read(keys)}
         if not keys:
             return {}
-        return {"pixels": dict(self.processor.pixels([self.source.picture(key) for key in keys]))}
+        return {"pixels": dict(self.processor.pixels([self.source.image(key) for key in keys]))}
 
     def _patches(self, keys: Sequence[Any]) -> int:
         return sum(self.processor.patches(*self.source.size(key)) for key in keys)
 
     def sizes(self, file: Path, progress: Callable[[int], None] = lambda done: None) -> np.ndarray:
         """Positions of each item, visual tokens included, and its images, or at native resolution their patches,
-        (items, 2). No picture is decoded. Kept in ``file``, for the next time: a resumed run deals as it began."""
+        (items, 2). No image is decoded. Kept in ``file``, for the next time: a resumed run deals as it began."""
         with contextlib.suppress(FileNotFoundError, ValueError, EOFError):  # not there yet, or cut short by a kill
             if (kept := np.load(file)).shape == (self.length, 2):
                 return kept
@@ -217,9 +217,9 @@ class Collator:
     entries of bad samples that were replaced.
 
     Args:
-        places: of a picture's visual tokens (`image_token_id`) among the last one's, and how many those are: text
-            behind a picture then stands as far from it as it will once there are so many tokens. Not with ``packing``.
-        weights: of a picture's visual tokens in attention, as if each were so many.
+        places: of a image's visual tokens (`image_token_id`) among the last one's, and how many those are: text
+            behind a image then stands as far from it as it will once there are so many tokens. Not with ``packing``.
+        weights: of a image's visual tokens in attention, as if each were so many.
     """
 
     def __init__(

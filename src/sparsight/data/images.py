@@ -1,4 +1,4 @@
-"""Pictures from files, bytes, or as they are."""
+"""Images from files, bytes, or as they are."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Found = TypeVar("Found")
 
 
 def load_image(source: str | Path | bytes | Image.Image, name: str | None = None) -> Image.Image:
-    """A picture as RGB: turned as its EXIF says, transparency laid on white, 16 bits brought to 8, an animation's first
+    """A image as RGB: turned as its EXIF says, transparency laid on white, 16 bits brought to 8, an animation's first
     frame. What is in the file counts, not how its name ends.
 
     Args:
-        source: a file, a file's bytes, or an opened picture.
+        source: a file, a file's bytes, or an opened image.
         name: what messages call it; the path if not given.
 
     Raises:
@@ -34,8 +34,8 @@ def load_image(source: str | Path | bytes | Image.Image, name: str | None = None
     return _opened(source, name, _rgb)
 
 
-def picture_size(source: str | Path | bytes, name: str | None = None) -> tuple[int, int]:
-    """Width and height of a picture from its header alone, as it is stored: EXIF may turn it.
+def size_of_image(source: str | Path | bytes, name: str | None = None) -> tuple[int, int]:
+    """Width and height of a image from its header alone, as it is stored: EXIF may turn it.
 
     Raises:
         ValueError: as `load_image`, but for what only decoding finds.
@@ -44,7 +44,7 @@ def picture_size(source: str | Path | bytes, name: str | None = None) -> tuple[i
 
 
 def _opened(source: str | Path | bytes | Image.Image, name: str | None, use: Callable[[Image.Image], Found]) -> Found:
-    name = name or (str(source) if isinstance(source, str | Path) else "picture")
+    name = name or (str(source) if isinstance(source, str | Path) else "image")
     try:
         if isinstance(source, Image.Image):
             lazy = bool(getattr(source, "tile", None))  # opened by somebody, and not decoded yet
@@ -59,9 +59,9 @@ def _opened(source: str | Path | bytes | Image.Image, name: str | None, use: Cal
     except FileNotFoundError:
         raise ValueError(f"{name}: there is no such file") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{name}: cannot be read as a picture: empty, or in no format that is known") from None
+        raise ValueError(f"{name}: cannot be read as a image: empty, or in no format that is known") from None
     except Exception as error:  # decoders raise all kinds of errors over broken bytes: KeyError, struct.error, ...
-        raise ValueError(f"{name}: cannot be read as a picture: {error or type(error).__name__}") from None
+        raise ValueError(f"{name}: cannot be read as a image: {error or type(error).__name__}") from None
 
 
 @cache
@@ -80,17 +80,17 @@ def _size(opened: Image.Image) -> tuple[int, int]:
 
 def _rgb(opened: Image.Image) -> Image.Image:
     _size(opened)
-    picture = _eight_bits(ImageOps.exif_transpose(opened), opened.format)
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    image = _eight_bits(ImageOps.exif_transpose(opened), opened.format)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
-def _eight_bits(picture: Image.Image, file_format: str | None) -> Image.Image:
+def _eight_bits(image: Image.Image, file_format: str | None) -> Image.Image:
     """Deep grey to 8 bits; Pillow's own conversion clips instead, so that nearly all comes out white."""
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and file_format in ("PNG", "PPM")):
-        return Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
-    if picture.mode in ("I", "F"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
+        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
         raise ValueError("32-bit pixels, of which nobody knows what is white; save it with 8 or 16 bits")
-    return picture
+    return image

@@ -1,4 +1,4 @@
-"""A contact sheet: pictures with their conversations, to look at data before training on it."""
+"""A contact sheet: images with their conversations, to look at data before training on it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def contact_sheet(source: Source, n: int = 12, columns: int = 4) -> Image.Image:
     tiles = []
     for index in range(min(n, len(source))):
         sample = source[index]
-        tiles.append(_tile([source.picture(key) for key in sample.images], sample.messages))
+        tiles.append(_tile([source.image(key) for key in sample.images], sample.messages))
     rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
     gap, width = 20, max(tile.width for tile in tiles)
     heights = [max(tile.height for tile in row) + 20 for row in rows]
@@ -38,21 +38,19 @@ def contact_sheet(source: Source, n: int = 12, columns: int = 4) -> Image.Image:
     return sheet
 
 
-def _tile(
-    pictures: list[Image.Image], messages: list[dict[str, Any]], side: int = 256, margin: int = 12
-) -> Image.Image:
-    """The pictures (fitted into a square of ``side``) with the turns below: question in grey, answer in blue."""
+def _tile(images: list[Image.Image], messages: list[dict[str, Any]], side: int = 256, margin: int = 12) -> Image.Image:
+    """The images (fitted into a square of ``side``) with the turns below: question in grey, answer in blue."""
     font, line = ImageFont.load_default(15), 20
     lines: list[tuple[str, str]] = []
     for message in messages:
         colour = "#1d4ed8" if message["role"] == "assistant" else "#6b7280"
         text = " ".join(part["text"] for part in message["content"] if part["type"] == "text")
         lines += [(part, colour) for part in _wrap(text, font, side)]
-    top = (side + margin) * len(pictures)
+    top = (side + margin) * len(images)
     tile = Image.new("RGB", (side + 2 * margin, top + margin + line * len(lines)), "white")
-    for number, picture in enumerate(pictures):
-        scale = side / max(picture.size)
-        fitted = picture.resize([max(1, round(length * scale)) for length in picture.size])
+    for number, image in enumerate(images):
+        scale = side / max(image.size)
+        fitted = image.resize([max(1, round(length * scale)) for length in image.size])
         tile.paste(fitted, (margin, 2 + (side + margin) * number))
     draw = ImageDraw.Draw(tile)
     for number, (text, colour) in enumerate(lines):

@@ -23,7 +23,7 @@ from rich.progress import Progress
 
 from sparsight.console import Console
 
-PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
+IMAGES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
 TEXTS = frozenset({".json", ".txt"})
 _MAGIC = b"SPARIDX1"
 # Bytes; times in nanoseconds. "offset" is that of the member's data, "name" the place among all names.
@@ -163,7 +163,7 @@ def build_index(tar: Path, index: Path, progress: Callable[[int], None] = lambda
     for member in _members(tar):
         name = member.name.removeprefix("./")
         key, kind = stem(name), os.path.splitext(name)[1].lower()
-        if not key or kind not in PICTURES | TEXTS:
+        if not key or kind not in IMAGES | TEXTS:
             others[kind or name] += 1
             continue
         number = samples.setdefault(key, len(samples))
@@ -181,11 +181,11 @@ def build_index(tar: Path, index: Path, progress: Callable[[int], None] = lambda
         text = f"{tar}: {others.total()} members are of no use here: {dict(others.most_common(5))}"
         warnings.warn(text, stacklevel=2)
     if not samples:
-        raise ValueError(f"{tar}: no samples in it; expected members .json or .txt, with pictures beside them")
+        raise ValueError(f"{tar}: no samples in it; expected members .json or .txt, with images beside them")
     if not all(texts):
         key = list(samples)[texts.index(0)]
         raise ValueError(
-            f"{tar}, sample '{key}': expected a member '{key}.json' or '{key}.txt', found pictures alone"
+            f"{tar}, sample '{key}': expected a member '{key}.json' or '{key}.txt', found images alone"
             f" ({texts.count(0)} of {len(samples)} samples are so)"
         )
     members = np.frombuffer(fields, _MEMBER)

@@ -1,4 +1,4 @@
-"""Sources of conversations about pictures: all have a length, random access, and pictures by key."""
+"""Sources of conversations about images: all have a length, random access, and images by key."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from sparsight.data.conversations import (
     read_row,
     unused_fields,
 )
-from sparsight.data.images import load_image, picture_size
+from sparsight.data.images import load_image, size_of_image
 from sparsight.data.mixture import Quotas
 from sparsight.data.rows import decode, open_rows, parse
-from sparsight.data.shards import PICTURES, Shard, open_shards, stem
+from sparsight.data.shards import IMAGES, Shard, open_shards, stem
 from sparsight.scenes.questions import ScenesDataset
 from sparsight.scenes.world import SceneConfig
 from sparsight.settings.data import ConversationData, Data, MixtureData, SceneData
@@ -44,24 +44,24 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Sample: ...
 
-    def picture(self, key: Any) -> Image.Image: ...
+    def image(self, key: Any) -> Image.Image: ...
 
     def size(self, key: Any) -> tuple[int, int]:
-        """A picture's sides, without decoding it."""
+        """A image's sides, without decoding it."""
         ...
 
     def fingerprint(self, key: Any) -> str:
-        """Equal for pictures that are the same, and for those alone."""
+        """Equal for images that are the same, and for those alone."""
         ...
 
     def keys(self) -> Sequence[Hashable]:
-        """Every picture's key, once."""
+        """Every image's key, once."""
         ...
 
 
 class SceneSource:
-    """The embedded scenes as a source of ``length`` conversations about ``data.scenes`` pictures;
-    a picture that comes again has other questions."""
+    """The embedded scenes as a source of ``length`` conversations about ``data.scenes`` images;
+    a image that comes again has other questions."""
 
     def __init__(self, data: SceneData, length: int, split: str = "train", image_size: int = 256) -> None:
         self.config = scene_config(data, image_size)
@@ -71,15 +71,15 @@ class SceneSource:
         )
         self.length = length
         self.split = split
-        self.pictures = data.scenes
+        self.images = data.scenes
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> Sample:
-        return Sample(f"scenes/{self.split}/{index}", self.scenes.messages(index), (index % self.pictures,))
+        return Sample(f"scenes/{self.split}/{index}", self.scenes.messages(index), (index % self.images,))
 
-    def picture(self, key: int) -> Image.Image:
+    def image(self, key: int) -> Image.Image:
         return self.scenes.image(key)
 
     def size(self, key: int) -> tuple[int, int]:
@@ -89,7 +89,7 @@ class SceneSource:
         return f"{self.config} {self.split} {self.scenes.seed} {key}"  # they are drawn from these alone
 
     def keys(self) -> Sequence[int]:
-        return range(self.pictures)
+        return range(self.images)
 
 
 def scene_config(data: SceneData, image_size: int = 256) -> SceneConfig:
@@ -129,7 +129,7 @@ class RowSource:
         if not isinstance(key, str):
             number, place = key
             images = self._read(number, lambda images, where: images or []).images
-            return images[place], f"{self.path}, row {number}, picture {place}"
+            return images[place], f"{self.path}, row {number}, image {place}"
         path = find_file(self.folder, key)
         try:
             return path.read_bytes(), str(path)
@@ -138,11 +138,11 @@ class RowSource:
         except OSError as error:
             raise ValueError(f"{no_such_file(path)} that can be read: {error.strerror}") from None
 
-    def picture(self, key: Any) -> Image.Image:
+    def image(self, key: Any) -> Image.Image:
         return load_image(*self.content(key))
 
     def size(self, key: Any) -> tuple[int, int]:
-        return picture_size(find_file(self.folder, key)) if isinstance(key, str) else picture_size(*self.content(key))
+        return size_of_image(find_file(self.folder, key)) if isinstance(key, str) else size_of_image(*self.content(key))
 
     def fingerprint(self, key: Any) -> str:
         return hashlib.sha256(self.content(key)[0]).hexdigest()
@@ -268,7 +268,7 @@ def _files(path: str, pattern: str) -> list[Path]:
 
 class ShardSource(RowSource):
     """WebDataset tar shards: members with the same stem are one sample. Its .json is a row as in a .json file; without
-    one, its .txt is a caption. Pictures are those that the row names, or in the order KEY.0.jpg, KEY.1.jpg.
+    one, its .txt is a caption. Images are those that the row names, or in the order KEY.0.jpg, KEY.1.jpg.
 
     Raises:
         ValueError: a tar is damaged or its index cannot be written (`shards.open_shards`).
@@ -290,12 +290,12 @@ class ShardSource(RowSource):
         where = f"{shard.file.path}, sample '{name}'"
         if len(members) < len(found):
             raise ValueError(f"{where}: expected members of different names, found {[member for member, _ in found]}")
-        pictures = sorted((m for m in members if _kind(m) in PICTURES), key=_number_and_name)
+        stored = sorted((m for m in members if _kind(m) in IMAGES), key=_number_and_name)
 
         def find(images: list[str | bytes] | None, where: str) -> list[Any]:
-            return [(part, members[picture]) for picture in _named(images, pictures, where)]
+            return [(part, members[image]) for image in _named(images, stored, where)]
 
-        return read_row(_shard_row(shard, members, len(pictures), where), name, where, find)
+        return read_row(_shard_row(shard, members, len(stored), where), name, where, find)
 
     def content(self, key: tuple[int, int]) -> tuple[bytes, str]:
         part, member = key
@@ -311,7 +311,7 @@ def _number_and_name(name: str) -> tuple[int, str]:
     return int(number[1]) if number else -1, name
 
 
-def _shard_row(shard: Shard, members: dict[str, int], pictures: int, where: str) -> Any:
+def _shard_row(shard: Shard, members: dict[str, int], stored: int, where: str) -> Any:
     """The sample's row: a .json with a conversation, or else the .txt; a .json beside it may hold other things."""
     captions = [place for name, place in members.items() if _kind(name) == ".txt"]
     row, found = None, []
@@ -329,24 +329,24 @@ def _shard_row(shard: Shard, members: dict[str, int], pictures: int, where: str)
         return found[0]
     if not captions:
         return row
-    if len(captions) > 1 or not pictures:
-        raise ValueError(f"{where}: expected one .txt and pictures beside it, found {list(members)}")
+    if len(captions) > 1 or not stored:
+        raise ValueError(f"{where}: expected one .txt and images beside it, found {list(members)}")
     caption = decode(shard.read(captions[0]), shard.where(captions[0]))
-    turns = [("user", IMAGE_TAG * pictures), ("assistant", caption.strip())]
+    turns = [("user", IMAGE_TAG * stored), ("assistant", caption.strip())]
     return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
-def _named(images: list[str | bytes] | None, pictures: list[str], where: str) -> list[str]:
+def _named(images: list[str | bytes] | None, stored: list[str], where: str) -> list[str]:
     """The members that a row names; all in their order if it names no images, or none of these."""
     if images is None:
-        return pictures
-    known = {os.path.basename(picture): picture for picture in pictures} | {picture: picture for picture in pictures}
+        return stored
+    known = {os.path.basename(image): image for image in stored} | {image: image for image in stored}
     names = [name.replace("\\", "/") if isinstance(name, str) else f"{len(name)} bytes" for name in images]
     found = [known.get(name) or known.get(os.path.basename(name)) for name in names]
-    if not any(found) and len(names) == len(pictures):
-        return pictures
+    if not any(found) and len(names) == len(stored):
+        return stored
     if not all(found):
-        raise ValueError(f"{where}: expected members of the sample, which are {pictures}, found {names}")
+        raise ValueError(f"{where}: expected members of the sample, which are {stored}, found {names}")
     return [name for name in found if name]
 
 
@@ -376,8 +376,8 @@ class MixtureSource:
         sample = self.parts[part][rank % len(self.parts[part])]
         return replace(sample, id=f"{self.names[part]}/{sample.id}", images=tuple((part, key) for key in sample.images))
 
-    def picture(self, key: tuple[int, Any]) -> Image.Image:
-        return self.parts[key[0]].picture(key[1])
+    def image(self, key: tuple[int, Any]) -> Image.Image:
+        return self.parts[key[0]].image(key[1])
 
     def size(self, key: tuple[int, Any]) -> tuple[int, int]:
         return self.parts[key[0]].size(key[1])
@@ -394,7 +394,7 @@ def open_source(data: Data, length: int, image_size: int, strict: bool = True) -
 
     Args:
         length: conversations that scenes or a mixture give; other sources have the length of their files.
-        strict: what can be found wrong without reading pictures is an error at once, where that takes no long.
+        strict: what can be found wrong without reading images is an error at once, where that takes no long.
     """
     if isinstance(data, SceneData):
         return SceneSource(data, length, image_size=image_size)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 def process_state() -> PartialState:
     """This process's place in its group, which is joined on the first call, if a launcher such as torchrun made one.
 
-    Its patience is long: while the first rank measures samples or encodes pictures, the others wait for it.
+    Its patience is long: while the first rank measures samples or encodes images, the others wait for it.
     """
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
 

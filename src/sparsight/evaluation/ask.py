@@ -1,4 +1,4 @@
-"""Ask a model questions about pictures: greedy answers, what each is worth, and the control with wrong pictures."""
+"""Ask a model questions about images: greedy answers, what each is worth, and the control with wrong images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Item:
     """One question of the test."""
 
     task: str
-    picture: int
+    image: int
     question: str
     truth: str
 
@@ -35,7 +35,7 @@ class Item:
 class Scores:
     """Answers, and what each is worth in [0, 1], by task in the order of the items.
 
-    ``shuffled_points`` are of the control, in which each question gets another picture; empty without it.
+    ``shuffled_points`` are of the control, in which each question gets another image; empty without it.
     """
 
     answers: list[tuple[Item, str]] = field(default_factory=list)
@@ -58,28 +58,27 @@ class Scores:
         return dict(Counter(item.task for item, _ in self.answers))
 
     @property
-    def pictures(self) -> dict[str, list[int]]:
-        """What picture each point is about, by task."""
-        return {task: [item.picture for item, _ in self._of(task)] for task in self.points}
+    def images(self) -> dict[str, list[int]]:
+        """What image each point is about, by task."""
+        return {task: [item.image for item, _ in self._of(task)] for task in self.points}
 
     @property
     def questions(self) -> dict[str, str]:
-        """A hash by task of pictures, questions and right answers: equal where the same was asked."""
+        """A hash by task of images, questions and right answers: equal where the same was asked."""
         asked = {
-            task: repr([(item.picture, item.question, item.truth) for item, _ in self._of(task)])
-            for task in self.points
+            task: repr([(item.image, item.question, item.truth) for item, _ in self._of(task)]) for task in self.points
         }
         return {task: hashlib.sha256(text.encode()).hexdigest()[:16] for task, text in asked.items()}
 
     def estimates(self) -> dict[str, Estimate]:
         """Each task's score with its 95% interval; of existence also POPE's F1 and share of yes."""
-        pictures = self.pictures
-        found = {task: bootstrap(points, pictures[task]) for task, points in self.points.items()}
+        images = self.images
+        found = {task: bootstrap(points, images[task]) for task, points in self.points.items()}
         if pairs := self._of("existence"):
             said = np.array([reads_yes(answer) for _, answer in pairs], float)
             true = np.array([item.truth == "yes" for item, _ in pairs], float)
-            found["existence F1"] = bootstrap(2 * said * true, pictures["existence"], weights=said + true)
-            found["yes-ratio"] = bootstrap(said, pictures["existence"])
+            found["existence F1"] = bootstrap(2 * said * true, images["existence"], weights=said + true)
+            found["yes-ratio"] = bootstrap(said, images["existence"])
         return found
 
     def _of(self, task: str) -> list[tuple[Item, str]]:
@@ -88,10 +87,10 @@ class Scores:
 
 @dataclass(frozen=True)
 class Questions:
-    """What is asked. ``picture`` gives a picture by its number, ``score`` the points of answers to items."""
+    """What is asked. ``image`` gives a image by its number, ``score`` the points of answers to items."""
 
     items: list[Item]
-    picture: Callable[[int], Image.Image]
+    image: Callable[[int], Image.Image]
     score: Callable[[Sequence[Item], Sequence[str]], list[float]]
 
     @property
@@ -102,13 +101,13 @@ class Questions:
 
 @torch.no_grad()
 def visual_tokens(
-    model: Any, processor: Any, picture: Callable[[int], Image.Image], numbers: Sequence[int], batch_size: int
+    model: Any, processor: Any, image: Callable[[int], Image.Image], numbers: Sequence[int], batch_size: int
 ) -> torch.Tensor:
-    """Every picture's visual tokens (I, N, E): encoded once, however many questions are asked about it. No more than a
-    batch of pictures is in memory."""
+    """Every image's visual tokens (I, N, E): encoded once, however many questions are asked about it. No more than a
+    batch of images is in memory."""
     parts = []
     for start in range(0, len(numbers), batch_size):
-        pixels = processor.pixels([picture(number) for number in numbers[start : start + batch_size]]).to(model.device)
+        pixels = processor.pixels([image(number) for number in numbers[start : start + batch_size]]).to(model.device)
         parts.append(model.get_image_features(**pixels, return_dict=True).pooler_output)
     return torch.cat(parts)
 
@@ -146,7 +145,7 @@ def answer_all(
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """Greedy answers; ``rows`` says where in ``visual_INE`` each item's picture is. Items of like length go
+    """Greedy answers; ``rows`` says where in ``visual_INE`` each item's image is. Items of like length go
     together."""
     tokenizer = processor.tokenizer
     stops = stop_tokens(tokenizer, model.generation_config.eos_token_id)
@@ -179,13 +178,13 @@ def answer_any(
     model: Any,
     processor: Any,
     items: list[Item],
-    picture: Callable[[int], Image.Image],
+    image: Callable[[int], Image.Image],
     numbers: Sequence[int],
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
     """Greedy answers of any image-text-to-text model of transformers, by its own processor. ``numbers``: the number of
-    each item's image, which ``picture`` gives.
+    each item's image, which ``image`` gives.
 
     Raises:
         ValueError: its processor has no chat template.
@@ -202,7 +201,7 @@ def answer_any(
 
     def produce(places: list[int], most: int) -> torch.Tensor:
         parts = [
-            [{"type": "image", "image": picture(numbers[place])}, {"type": "text", "text": items[place].question}]
+            [{"type": "image", "image": image(numbers[place])}, {"type": "text", "text": items[place].question}]
             for place in places
         ]
         inputs = processor.apply_chat_template(
@@ -233,21 +232,21 @@ def ask(
     control: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scores:
-    """Ask all questions, and again with the pictures shuffled.
+    """Ask all questions, and again with the images shuffled.
 
     Args:
         model: ours, whose images are encoded once, or any image-text-to-text model of transformers.
-        control: also score with each question's picture replaced by another one; must fall to chance.
+        control: also score with each question's image replaced by another one; must fall to chance.
     """
     was_training = model.training
     model.eval()
     items = questions.items
-    used = sorted({item.picture for item in items})
-    row = {picture: place for place, picture in enumerate(used)}
+    used = sorted({item.image for item in items})
+    row = {image: place for place, image in enumerate(used)}
     ours = isinstance(processor, SparsightProcessor)
-    visual_INE = visual_tokens(model, processor, questions.picture, used, batch_size) if ours else torch.empty(0)
-    own = torch.tensor([row[item.picture] for item in items], device=visual_INE.device)
-    other = (own + max(1, len(used) // 2)) % len(used)  # always another picture, when there are two or more
+    visual_INE = visual_tokens(model, processor, questions.image, used, batch_size) if ours else torch.empty(0)
+    own = torch.tensor([row[item.image] for item in items], device=visual_INE.device)
+    other = (own + max(1, len(used) // 2)) % len(used)  # always another image, when there are two or more
     result = Scores()
     total = len(items) * (1 + control)
     for shuffled, rows in ((False, own), (True, other))[: 1 + control]:
@@ -257,7 +256,7 @@ def ask(
             answers = answer_all(model, processor, items, visual_INE, rows, batch_size, tell)
         else:
             numbers = [used[place] for place in rows.tolist()]
-            answers = answer_any(model, processor, items, questions.picture, numbers, batch_size, tell)
+            answers = answer_any(model, processor, items, questions.image, numbers, batch_size, tell)
         points = result.shuffled_points if shuffled else result.points
         for item, value in zip(items, questions.score(items, answers), strict=True):
             points.setdefault(item.task, []).append(value)

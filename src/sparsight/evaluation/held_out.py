@@ -27,11 +27,11 @@ _SCORE: dict[str, Callable[[Sequence[str], Sequence[str]], list[float]]] = {
 
 
 def held_out_questions(name: str, settings: HeldOut, image_size: int) -> Questions:
-    """Every question of the file's first conversations by itself, with its picture and without the turns before it.
+    """Every question of the file's first conversations by itself, with its image and without the turns before it.
 
     Raises:
-        ValueError: a conversation has not exactly one picture, or turns that are no questions and answers; or the
-            picture is not there.
+        ValueError: a conversation has not exactly one image, or turns that are no questions and answers; or the
+            image is not there.
     """
     source = open_source(settings.data, settings.items, image_size)
     items: list[Item] = []
@@ -40,8 +40,8 @@ def held_out_questions(name: str, settings: HeldOut, image_size: int) -> Questio
         roles = [message["role"] for message in sample.messages if message["role"] != "system"]
         if len(sample.images) != 1 or roles != ["user", "assistant"] * (len(roles) // 2):
             raise ValueError(
-                f"{name}: sample '{sample.id}' has {len(sample.images)} pictures and turns of {roles}: expected one "
-                "picture, questions and answers"
+                f"{name}: sample '{sample.id}' has {len(sample.images)} images and turns of {roles}: expected one "
+                "image, questions and answers"
             )
         source.size(sample.images[0])  # an error if it is not there, and not only when it is asked about
         said = [
@@ -54,7 +54,7 @@ def held_out_questions(name: str, settings: HeldOut, image_size: int) -> Questio
             break
     return Questions(
         items[: settings.items],
-        lambda row: source.picture(source[row].images[0]),
+        lambda row: source.image(source[row].images[0]),
         lambda items, answers: _SCORE[settings.metric](answers, [item.truth for item in items]),
     )
 

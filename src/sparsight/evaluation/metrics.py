@@ -113,7 +113,7 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> l
     """CIDEr-D of each caption, 0 to 10 (Vedantam et al. 2015, section 5, as in the official scorer).
 
     Words are what stands between spaces: take off case and punctuation first. Weights of n-grams come from all the
-    references, so that a score depends on which captions are scored with it; of one picture alone all are 0.
+    references, so that a score depends on which captions are scored with it; of one image alone all are 0.
 
     Args:
         references: for each caption, those that people wrote.

@@ -11,16 +11,16 @@ from sparsight.scenes.world import TASKS, Scene
 
 
 def make_items(data: ScenesDataset, per_task: int) -> list[Item]:
-    """``per_task`` questions of each task that ``data`` names, or of all, over as few pictures as carry them."""
+    """``per_task`` questions of each task that ``data`` names, or of all, over as few images as carry them."""
     items = []
     for task in TASKS if data.tasks is None else [task for task in TASKS if data.tasks.get(task, 0) > 0]:
         found = 0
-        for picture in range(data.scenes):
+        for image in range(data.scenes):
             if found == per_task:
                 break
-            asked = single_question(data.scene(picture), task, seed=picture)
+            asked = single_question(data.scene(image), task, seed=image)
             if asked is not None:
-                items.append(Item(task, picture, *asked))
+                items.append(Item(task, image, *asked))
                 found += 1
     return items
 
@@ -40,7 +40,7 @@ def scene_questions(data: ScenesDataset, per_task: int) -> Questions:
         make_items(data, per_task),
         data.image,
         lambda items, answers: [
-            score_answer(item.task, answer, item.truth, data.scene(item.picture))
+            score_answer(item.task, answer, item.truth, data.scene(item.image))
             for item, answer in zip(items, answers, strict=True)
         ],
     )

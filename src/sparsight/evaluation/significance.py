@@ -1,11 +1,11 @@
 """How sure a score is: bootstrap intervals, and the paired test of two models. Imports no torch.
 
-Items that share a picture are not independent, so whole pictures are resampled, each with all its items (the cluster
-bootstrap), and whole pictures change sides in the test. Everything is seeded. Sources: Efron & Tibshirani, "An
+Items that share a image are not independent, so whole images are resampled, each with all its items (the cluster
+bootstrap), and whole images change sides in the test. Everything is seeded. Sources: Efron & Tibshirani, "An
 Introduction to the Bootstrap" (1993), percentile intervals; Phipson & Smyth (2010), p-values that are never zero; Holm
 (1979), several tests at once.
 
-Shapes: S seeds, I items, T tasks, C pictures, D draws.
+Shapes: S seeds, I items, T tasks, C images, D draws.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ class PairedTest(NamedTuple):
 
 def bootstrap(
     points: ArrayLike,
-    pictures: Labels = None,
+    images: Labels = None,
     tasks: Labels = None,
     weights: ArrayLike | None = None,
     level: float = 0.95,
     draws: int = 2000,
     seed: int = 0,
 ) -> Estimate:
-    """Mean of points and its percentile interval, over pictures and, where there are several, seeds together.
+    """Mean of points and its percentile interval, over images and, where there are several, seeds together.
 
-    With few pictures or seeds the interval is too narrow: of one it is a point, and three seeds tell little of seeds.
+    With few images or seeds the interval is too narrow: of one it is a point, and three seeds tell little of seeds.
 
     Args:
-        points: (I,), or (S, I) for the same items by S seeds; seeds and pictures are then resampled side by side.
-        pictures: (I,) what each item is about; each item by itself if not given.
+        points: (I,), or (S, I) for the same items by S seeds; seeds and images are then resampled side by side.
+        images: (I,) what each item is about; each item by itself if not given.
         tasks: (I,) the mean is that of the tasks' means; one task if not given. A task of which nothing was drawn is
             left out of that draw's mean.
         weights: of the shape of points: the mean is sum of points / sum of weights, 0 where that is 0 / 0; ones if
@@ -65,7 +65,7 @@ def bootstrap(
     """
     if not 0 < level < 1 or draws < 1:
         raise ValueError(f"level={level}, draws={draws}: expected a level between 0 and 1 and at least 1 draw")
-    sums_STC, sizes_STC = _totals(points, weights, pictures, tasks)
+    sums_STC, sizes_STC = _totals(points, weights, images, tasks)
     seeds, _, count = sums_STC.shape
     rng = np.random.default_rng(seed)
     drawn = []
@@ -82,7 +82,7 @@ def bootstrap(
 def paired_test(
     ours: ArrayLike,
     theirs: ArrayLike,
-    pictures: Labels = None,
+    images: Labels = None,
     tasks: Labels = None,
     level: float = 0.95,
     draws: int = 2000,
@@ -92,7 +92,7 @@ def paired_test(
     """Two models on the same items: does one do better? Arguments as in `bootstrap`; (S, I) pairs seed by seed.
 
     The p-value is that of the sign-flip permutation test: if the models were alike, they could as well change sides
-    on any picture. All ways to do so are counted where they are no more than `permutations`, else so many are drawn.
+    on any image. All ways to do so are counted where they are no more than `permutations`, else so many are drawn.
     It takes the seeds as they are; the interval resamples them.
 
     Raises:
@@ -104,9 +104,9 @@ def paired_test(
             f"a paired test takes the same items of both models and at least 1 permutation; got points of shapes "
             f"{ours_SI.shape} and {theirs_SI.shape}, permutations={permutations}"
         )
-    estimate = bootstrap(ours_SI - theirs_SI, pictures, tasks, None, level, draws, seed)
-    sums_STC, sizes_STC = _totals(ours_SI - theirs_SI, None, pictures, tasks)
-    shares_C = (sums_STC / sizes_STC.sum(-1, keepdims=True)).mean((0, 1))  # what each picture adds to the difference
+    estimate = bootstrap(ours_SI - theirs_SI, images, tasks, None, level, draws, seed)
+    sums_STC, sizes_STC = _totals(ours_SI - theirs_SI, None, images, tasks)
+    shares_C = (sums_STC / sizes_STC.sum(-1, keepdims=True)).mean((0, 1))  # what each image adds to the difference
     p_value = _sign_flip(shares_C[shares_C != 0], permutations, np.random.default_rng(seed))
     return PairedTest(estimate.mean, estimate.low, estimate.high, p_value)
 
@@ -121,7 +121,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return raised
 
 
-def _totals(points: ArrayLike, weights: ArrayLike | None, pictures: Labels, tasks: Labels) -> tuple[Floats, Floats]:
+def _totals(points: ArrayLike, weights: ArrayLike | None, images: Labels, tasks: Labels) -> tuple[Floats, Floats]:
     """Sums of points and of weights (S, T, C)."""
     points_SI = np.atleast_2d(np.asarray(points, float))
     weights_SI = np.ones_like(points_SI) if weights is None else np.atleast_2d(np.asarray(weights, float))
@@ -130,13 +130,13 @@ def _totals(points: ArrayLike, weights: ArrayLike | None, pictures: Labels, task
         raise ValueError(f"points {points_SI.shape}, weights {weights_SI.shape}: expected (I,) or (S, I)")
     if not (np.isfinite(points_SI).all() and np.isfinite(weights_SI).all() and (weights_SI >= 0).all()):
         raise ValueError("points and weights must be finite, and weights at least 0")
-    for name, labels in (("pictures", pictures), ("tasks", tasks)):
+    for name, labels in (("images", images), ("tasks", tasks)):
         if labels is not None and len(labels) != items:
             raise ValueError(f"{len(labels)} {name} for {items} items: expected one for each")
     task_I = _places([0] * items if tasks is None else tasks)
-    picture_I = _places(range(items) if pictures is None else pictures)
-    totals = np.zeros((2, len(points_SI), max(task_I) + 1, max(picture_I) + 1))
-    for item, place in enumerate(zip(task_I, picture_I, strict=True)):
+    image_I = _places(range(items) if images is None else images)
+    totals = np.zeros((2, len(points_SI), max(task_I) + 1, max(image_I) + 1))
+    for item, place in enumerate(zip(task_I, image_I, strict=True)):
         totals[(..., *place)] += points_SI[:, item], weights_SI[:, item]
     return totals[0], totals[1]
 

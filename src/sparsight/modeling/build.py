@@ -53,10 +53,10 @@ def build(
     Args:
         vision: ``"efficientnet-lite0"``, a hub id, a local folder, a config (random weights), or a module.
         language: ``"smollm2-135m"``, a hub id, a local folder, a config (random weights), or a causal LM.
-        bridge: settings such as ``ChainOfSight("cos-32")``, a kind such as ``"mlp"``, or a layout.
+        bridge: settings such as ``ChainOfSightConfig("cos-32")``, a kind such as ``"mlp"``, or a layout.
         tokenizer: needed when ``language`` is a config or a module.
         image_processor: the encoder's own if it has one, else resize and normalise by 0.5.
-        image_size: side of the square picture in pixels; the encoder's own if not given.
+        image_size: side of the square image in pixels; the encoder's own if not given.
         vision_levels: feature levels, lower first (see ``encoders.feature_levels``).
         language_layers: keep only the first layers of the language model.
         resize: ``square``, ``pad``, ``crop`` or ``keep`` (see `set_image_size`).
@@ -109,7 +109,7 @@ def build(
 
 @torch.no_grad()
 def probe(encoder: nn.Module, image_size: int, levels: Sequence[int] | None) -> list[torch.Tensor]:
-    """Feature levels of two grey pictures: the truth about widths and map size, instead of a guess."""
+    """Feature levels of two grey images: the truth about widths and map size, instead of a guess."""
     patch = getattr(getattr(encoder, "config", None), "patch_size", None)
     if isinstance(patch, int) and not takes_grids(encoder):  # which refuses such a size by itself
         tell_if_cut(type(encoder).__name__, image_size, patch, getattr(encoder.config, "image_size", None))
@@ -122,12 +122,12 @@ def probe(encoder: nn.Module, image_size: int, levels: Sequence[int] | None) -> 
 
 
 def set_image_size(image_processor: Any, side: int, resize: str | None = None) -> None:
-    """Let an image processor give square pictures of ``side`` pixels, by its own resampling, rescaling, normalising.
+    """Let an image processor give square images of ``side`` pixels, by its own resampling, rescaling, normalising.
 
     Args:
         resize: ``square`` stretches (the default). ``pad`` keeps the shape; the rest, below or at the right, is 0 once
             normalised: the encoder's mean colour. ``crop`` brings the shorter side to ``side`` and takes the middle.
-            ``keep`` is for native-resolution encoders, which take nothing else: the picture's shape, and its area at
+            ``keep`` is for native-resolution encoders, which take nothing else: the image's shape, and its area at
             most that of the square.
 
     Raises:
@@ -137,7 +137,7 @@ def set_image_size(image_processor: Any, side: int, resize: str | None = None) -
     name, native = type(image_processor).__name__, hasattr(image_processor, "merge_size")
     resize = resize or ("keep" if native else "square")
     if native != (resize == "keep"):
-        takes = "pictures of any shape: use keep" if native else "squares alone: use square, pad or crop"
+        takes = "images of any shape: use keep" if native else "squares alone: use square, pad or crop"
         raise ValueError(f"resize: {resize}: {name} gives its encoder {takes}")
     if native:
         image_processor.size = {"shortest_edge": min(side, 56) ** 2, "longest_edge": side**2}
@@ -155,7 +155,7 @@ def set_image_size(image_processor: Any, side: int, resize: str | None = None) -
         except Exception as error:
             made = error
         if made != (1, 3, side, side):
-            raise ValueError(f"resize: {resize}: {name} makes {made} of a picture, expected {(1, 3, side, side)}")
+            raise ValueError(f"resize: {resize}: {name} makes {made} of a image, expected {(1, 3, side, side)}")
 
 
 def _vision(vision: Any, image_processor: Any, image_size: int | None) -> tuple[nn.Module, Any, int]:

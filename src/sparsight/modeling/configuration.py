@@ -33,7 +33,7 @@ class SparsightConfig(WithStub, PreTrainedConfig):
         bridge_config: kind and settings of the bridge (see ``sparsight.settings.load``).
         vision_levels: indices of the encoder's feature levels, lower first.
         level_widths: channels of each level.
-        image_size: side of the square input picture in pixels.
+        image_size: side of the square input image in pixels.
         map_size: (H, W) of the feature map at that size.
         image_token_id: the placeholder's id; an image takes ``num_image_tokens`` of them.
         feature_positions: add fixed 2-D positions to the features (for encoders without positions of their own).

@@ -108,7 +108,7 @@ class EfficientNetLiteModel(Registered, PreTrainedModel):
             mean_C = norm.bias + (mean_C if block.residual else 0)
             variance_C = norm.weight**2 + (variance_C if block.residual else 0)
             if index in self.config.out_blocks:
-                # Standardised: the channels' constant part would drown what differs between pictures.
+                # Standardised: the channels' constant part would drown what differs between images.
                 scale_C = (variance_C + norm.eps).rsqrt()
                 maps[index] = (x_BCHW - mean_C[:, None, None]) * scale_C[:, None, None]
         return FeatureMaps(feature_maps=tuple(maps[index] for index in self.config.out_blocks))

@@ -22,14 +22,14 @@ from sparsight.devices.flops import flop_counter
 def _patchify(pixel_values: torch.Tensor, patch: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, C, h, w) -> patches (B, H*W, P*P*C) and their grid (B, 2), as SigLIP2 takes them."""
     if any(side % patch for side in pixel_values.shape[2:]):
-        raise ValueError(f"pictures of {tuple(pixel_values.shape[2:])} pixels do not divide into patches of {patch}")
+        raise ValueError(f"images of {tuple(pixel_values.shape[2:])} pixels do not divide into patches of {patch}")
     x_BHWPPC = pixel_values.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 3, 5, 1)
     grid = torch.tensor(x_BHWPPC.shape[1:3], device=pixel_values.device)
     return x_BHWPPC.flatten(3).flatten(1, 2), grid.expand(len(pixel_values), 2)
 
 
 def takes_grids(encoder: nn.Module) -> bool:
-    """Whether an encoder takes pictures at their native resolution: patches and a grid (Qwen2.5-VL and its like)."""
+    """Whether an encoder takes images at their native resolution: patches and a grid (Qwen2.5-VL and its like)."""
     return "grid_thw" in inspect.signature(encoder.forward).parameters
 
 
@@ -40,12 +40,12 @@ def _native_maps(
     its whole output."""
     config = encoder.config
     patch, merge = config.patch_size, config.spatial_merge_size
-    if grids_I3 is None:  # square pictures: cut into patches as the encoder's own processor does
+    if grids_I3 is None:  # square images: cut into patches as the encoder's own processor does
         images, _, height, width = pixel_values.shape
         rows, columns = height // patch, width // patch
         if height % (patch * merge) or width % (patch * merge):
             raise ValueError(
-                f"pictures of {height}x{width} pixels do not divide into {merge}x{merge} patches of {patch}: "
+                f"images of {height}x{width} pixels do not divide into {merge}x{merge} patches of {patch}: "
                 f"use a multiple of {patch * merge}"
             )
         x = pixel_values.unflatten(3, (-1, merge, patch)).unflatten(2, (-1, merge, patch))
@@ -53,7 +53,7 @@ def _native_maps(
         pixel_values = x.flatten(5).flatten(0, 4)
         grids_I3 = torch.tensor([[1, rows, columns]] * images, device=pixel_values.device)
     if (grids_I3[:, 0] != 1).any():
-        raise ValueError(f"expected pictures, found videos: grids (frames, rows, columns) {grids_I3.tolist()}")
+        raise ValueError(f"expected images, found videos: grids (frames, rows, columns) {grids_I3.tolist()}")
     output = encoder(pixel_values, grid_thw=grids_I3, output_hidden_states=True, **asked)
     order = None
     if hasattr(encoder, "permute_input_for_window_attn"):
@@ -141,7 +141,7 @@ def _states(
         native, output = _native_maps(encoder, pixel_values, image_grid_thw, **asked)
         return native, False, output
     if image_grid_thw is not None:
-        raise ValueError(f"{name} takes pictures of one size, but was given grids of patches (image_grid_thw)")
+        raise ValueError(f"{name} takes images of one size, but was given grids of patches (image_grid_thw)")
     output = _run(encoder, pixel_values, **asked)
     maps = getattr(output, "feature_maps", None)
     states = maps if maps is not None else getattr(output, "hidden_states", None)
@@ -165,8 +165,8 @@ def _spatial(x: torch.Tensor, encoder: nn.Module, pixel_values: torch.Tensor) ->
         return x.permute(0, 2, 3, 1)
     if x.shape[0] != pixel_values.shape[0]:
         raise ValueError(
-            f"{type(encoder).__name__} gives hidden states {tuple(x.shape)} for {pixel_values.shape[0]} pictures: "
-            "it does not keep the pictures of a batch apart"
+            f"{type(encoder).__name__} gives hidden states {tuple(x.shape)} for {pixel_values.shape[0]} images: "
+            "it does not keep the images of a batch apart"
         )
     if x.ndim == 4:
         return x.permute(0, 2, 3, 1)
@@ -212,9 +212,9 @@ def sincos_2d(height: int, width: int, channels: int, device: torch.device, dtyp
 
 
 def count_flops(encoder: Any, image_size: int | tuple[int, int], levels: Sequence[int] | None = None) -> float:
-    """FLOPs of one picture's pass, counted on the real modules (attention in full).
+    """FLOPs of one image's pass, counted on the real modules (attention in full).
 
-    ``image_size``: the side of a square picture, or height and width, in pixels.
+    ``image_size``: the side of a square image, or height and width, in pixels.
     The backward pass is in it if parameters of the encoder train: it runs only below the last feature level.
     """
     parameter = next(encoder.parameters())

@@ -1,4 +1,4 @@
-"""The processor: pictures and text in, placeholders expanded to the model's number of visual tokens."""
+"""The processor: images and text in, placeholders expanded to the model's number of visual tokens."""
 
 from __future__ import annotations
 
@@ -61,19 +61,19 @@ class SparsightProcessor(WithStub, ProcessorMixin):
     def chat_template(self, template: Any) -> None:
         self.tokenizer.chat_template = template
 
-    def pixels(self, pictures: Sequence[Image.Image]) -> BatchFeature:
-        """What the encoder takes of pictures in RGB: ``pixel_values``, and grids where their shapes differ."""
-        shaped = [_tamed(picture, self.image_processor) for picture in pictures]
+    def pixels(self, images: Sequence[Image.Image]) -> BatchFeature:
+        """What the encoder takes of images in RGB: ``pixel_values``, and grids where their shapes differ."""
+        shaped = [_tamed(image, self.image_processor) for image in images]
         return self.image_processor(shaped, return_tensors="pt")
 
     @property
     def native(self) -> bool:
-        """Whether a picture has as many patches as its shape asks for, and their number can be told beforehand."""
+        """Whether a image has as many patches as its shape asks for, and their number can be told beforehand."""
         counts = hasattr(self.image_processor, "get_number_of_image_patches")
         return counts and resize_mode(self.image_processor) == "keep"
 
     def patches(self, width: int, height: int) -> int:
-        """Patches that `pixels` makes of a picture of that size, at native resolution."""
+        """Patches that `pixels` makes of a image of that size, at native resolution."""
         sides = [max(side, -(-max(width, height) // _THINNEST)) for side in (height, width)]
         return self.image_processor.get_number_of_image_patches(*sides)
 
@@ -95,32 +95,32 @@ class SparsightProcessor(WithStub, ProcessorMixin):
 
 
 def resize_mode(image_processor: Any) -> str:
-    """How an image processor shapes pictures: ``square``, ``pad``, ``crop`` or ``keep``."""
+    """How an image processor shapes images: ``square``, ``pad``, ``crop`` or ``keep``."""
     if hasattr(image_processor, "merge_size"):
         return "keep"
     crops = getattr(image_processor, "do_center_crop", False)
     return "crop" if crops else "pad" if getattr(image_processor, "do_pad", False) else "square"
 
 
-def _tamed(picture: Image.Image, image_processor: Any) -> Image.Image:
-    """A picture that its image processor can shape: only extreme ratios change.
+def _tamed(image: Image.Image, image_processor: Any) -> Image.Image:
+    """A image that its image processor can shape: only extreme ratios change.
 
     Padding needs a shorter side that is still 2 pixels when the longer one fits, native resolution a ratio of 200 at
-    most: thinner pictures are made thicker. Cropping takes the middle alone, so the ends of one thinner than 1:256
+    most: thinner images are made thicker. Cropping takes the middle alone, so the ends of one thinner than 1:256
     are cut off before it is enlarged: its enlargement could be larger than memory.
     """
-    mode, (short, long) = resize_mode(image_processor), sorted(picture.size)
+    mode, (short, long) = resize_mode(image_processor), sorted(image.size)
     if mode == "square" or long <= 2 * short:
-        return picture
-    wide = picture.width == long
+        return image
+    wide = image.width == long
     if mode == "crop":
         most = 256 * short
         start = (long - most) // 2
         box = (start, 0, start + most, short) if wide else (0, start, short, start + most)
-        return picture.crop(box) if long > most else picture
+        return image.crop(box) if long > most else image
     side = image_processor.size["max_height"] // 2 if mode == "pad" else _THINNEST
     thick = -(-long // side)
-    return picture.resize((long, thick) if wide else (thick, long)) if thick > short else picture
+    return image.resize((long, thick) if wide else (thick, long)) if thick > short else image
 
 
 AutoProcessor.register(SparsightConfig, SparsightProcessor, exist_ok=True)

@@ -27,7 +27,7 @@ from sparsight.modeling.encoders import level_numbers
 from sparsight.modeling.folders import check_files, model_type
 from sparsight.modeling.processing import SparsightProcessor, resize_mode
 from sparsight.modeling.vlm import SparsightForConditionalGeneration
-from sparsight.settings.bridges import ChainOfSight, bridge_settings, check_scaling
+from sparsight.settings.bridges import ChainOfSightConfig, bridge_settings, check_scaling
 
 BRIDGE, TOWER = "model.multi_modal_projector.", "model.vision_tower."
 # What a Trainer puts beside a model: it belongs to the old parameters.
@@ -55,7 +55,7 @@ class ScalingReport:
             for row in rows
         ]
         tokens, size = ("{} -> {}".format(*pair) for pair in (self.tokens, self.image_size))
-        head = f"visual tokens {tokens}, pictures {size} px, encoder positions {self.positions}"
+        head = f"visual tokens {tokens}, images {size} px, encoder positions {self.positions}"
         return "\n".join([head, *(lines if self.born else [])])
 
 
@@ -76,7 +76,7 @@ def scale_tokens(
         model: ours, or a peft model around it.
         layout: such as ``"1:16,2:16,16:1"``, or bridge settings of the same width and heads. A single-scale resampler
             can become Chain-of-Sight: it is the scale ``1:n``. Unchanged if not given.
-        image_size: side of the picture in pixels; the encoder's table of positions is interpolated by its own code.
+        image_size: side of the image in pixels; the encoder's table of positions is interpolated by its own code.
         sources: overrides of the lineage, grid of the new scale -> grid of the old one.
         vision_levels: the encoder's feature levels to see from now on, some of the old ones among them.
 
@@ -116,7 +116,7 @@ def scale_tokens(
 
 
 def _maps(encoder: Any, side: int, levels: Sequence[int], bridge: Any) -> tuple[tuple[int, int], list[int]]:
-    """Size of the first feature map, and the widths of all, of a picture of so many pixels a side; errors as above."""
+    """Size of the first feature map, and the widths of all, of a image of so many pixels a side; errors as above."""
     _check_side(encoder, side)
     maps = probe(encoder, side, levels)
     map_size = maps[0].shape[1], maps[0].shape[2]
@@ -141,8 +141,8 @@ def scaled_processor(
 def _laid_out(old: Any, layout: Any) -> Any:
     """Settings of the new bridge; a layout alone takes its width and heads from the old one."""
     new = old if layout is None else bridge_settings(layout)
-    if isinstance(layout, str) and isinstance(new, ChainOfSight) and hasattr(old, "scales"):
-        return ChainOfSight.model_validate(old.model_dump(exclude={"kind", "tokens"}) | {"layout": new.layout})
+    if isinstance(layout, str) and isinstance(new, ChainOfSightConfig) and hasattr(old, "scales"):
+        return ChainOfSightConfig.model_validate(old.model_dump(exclude={"kind", "tokens"}) | {"layout": new.layout})
     return new
 
 
@@ -181,14 +181,14 @@ def _patches(encoder: nn.Module, side: int) -> int:
 def _check_side(encoder: nn.Module, side: int) -> None:
     if side < 1 or _patches(encoder, side) < 1:
         raise ValueError(
-            f"image_size {side}: {type(encoder).__name__} cuts pictures into patches of "
+            f"image_size {side}: {type(encoder).__name__} cuts images into patches of "
             f"{getattr(encoder.config, 'patch_size', 1)} pixels, so it takes no smaller ones"
         )
 
 
 @torch.no_grad()
 def resize_positions(encoder: nn.Module, side: int) -> str | None:
-    """Interpolate an encoder's learnt positions to pictures of ``side`` pixels, in place, by the encoder's own code.
+    """Interpolate an encoder's learnt positions to images of ``side`` pixels, in place, by the encoder's own code.
 
     That code says whether it is antialiased; prefix tokens keep theirs. The encoder's outputs at that size do not
     change, since it would have interpolated at run time; but each place can now learn its own position.

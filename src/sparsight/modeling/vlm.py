@@ -200,11 +200,11 @@ class SparsightModel(SparsightPreTrainedModel):
             count = (input_ids == self.config.image_token_id).sum(1).tolist()
             raise ValueError(f"the samples hold {count} image placeholders, but there are no images")
 
-    def _without_pictures(self, embeds_BTE: torch.Tensor) -> torch.Tensor:
+    def _without_images(self, embeds_BTE: torch.Tensor) -> torch.Tensor:
         """A batch of text alone: every trainable parameter that it leaves out gets a gradient of zero.
 
         So it has a backward pass when only the bridge trains, and all ranks reduce the same gradients. Where there are
-        several ranks, a blank picture goes through encoder and bridge: those may be sharded, and every rank has to be
+        several ranks, a blank image goes through encoder and bridge: those may be sharded, and every rank has to be
         there when they are gathered.
         """
         if several_ranks():
@@ -249,7 +249,7 @@ class SparsightModel(SparsightPreTrainedModel):
             inputs_embeds = inputs_embeds.masked_scatter(mask_BT1, visual_INE.to(inputs_embeds.dtype))
         elif self.training:  # in eval mode placeholders without images are words, as in other families
             self._refuse_placeholders(input_ids)
-            inputs_embeds = self._without_pictures(inputs_embeds)
+            inputs_embeds = self._without_images(inputs_embeds)
         if encoded is not None and self.training and several_ranks():
             # Blocks above the last feature level get no gradient otherwise.
             inputs_embeds = touched(inputs_embeds, self.vision_tower.parameters())

@@ -34,27 +34,27 @@ def analyze_checkpoint(
     Args:
         name: a folder, or an id on the hub.
         data: LLaVA JSON or messages; scenes of the model's own recipe, or the embedded ones, if not given.
-        images: folder of the data's pictures; the file's own if not given.
-        samples: conversations with pictures to look at, from the first one.
+        images: folder of the data's images; the file's own if not given.
+        samples: conversations with images to look at, from the first one.
         out: gets ``analysis.json`` and ``index.html``.
 
     Returns:
         What ``analysis.json`` holds.
 
     Raises:
-        ValueError: the model or its processor cannot be loaded or measured, or no sample has a picture.
+        ValueError: the model or its processor cannot be loaded or measured, or no sample has a image.
     """
     name, out = str(name), Path(out)
     if images is not None and data is None:
-        raise ValueError(f"--images {images}: expected --data as well, the conversations about these pictures")
+        raise ValueError(f"--images {images}: expected --data as well, the conversations about these images")
     source = open_source(
         ConversationData(path=str(data), images=str(images) if images else None) if data else own_scenes(name),
         samples,
         256,
     )
-    chosen, without = _with_pictures(source, samples)
+    chosen, without = _with_images(source, samples)
     if not chosen:
-        raise ValueError(f"{data}: none of its {without} samples has a picture; visual tokens need some")
+        raise ValueError(f"{data}: none of its {without} samples has a image; visual tokens need some")
     model, processor = load_any(name, attn_implementation="eager")
 
     def inputs() -> Iterator[Any]:
@@ -64,7 +64,7 @@ def analyze_checkpoint(
     with Progress(console=console) as bar:
         measured = measure(model, bar.track(inputs(), total=len(chosen), description="looking at samples"))
     settings = {"model": name, "data": str(data or "scenes"), "images": str(images) if images else None}
-    found = {"without_pictures": without, "environment": environment(), "analysis": asdict(measured)}
+    found = {"without_images": without, "environment": environment(), "analysis": asdict(measured)}
     record = settings | found | {"suggestion": _suggestion(measured)}
     write_atomic(out / "analysis.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
     write_analysis(record, out / "index.html")
@@ -84,8 +84,8 @@ def _suggestion(measured: Analysis) -> dict[str, Any]:
     }
 
 
-def _with_pictures(source: Source, samples: int) -> tuple[list[Sample], int]:
-    """The first samples that have pictures, and how many without were passed over on the way."""
+def _with_images(source: Source, samples: int) -> tuple[list[Sample], int]:
+    """The first samples that have images, and how many without were passed over on the way."""
     chosen: list[Sample] = []
     for index in range(len(source)):
         if len(chosen) == samples:
@@ -95,12 +95,12 @@ def _with_pictures(source: Source, samples: int) -> tuple[list[Sample], int]:
 
 
 def _inputs(sample: Sample, source: Source, processor: Any) -> Any:
-    """One conversation as the model's inputs, pictures put in where its messages have places for them."""
-    pictures = iter(sample.images)
+    """One conversation as the model's inputs, images put in where its messages have places for them."""
+    images = iter(sample.images)
     messages = []
     for message in sample.messages:
         content = [
-            part | {"image": source.picture(next(pictures))} if part["type"] == "image" else part
+            part | {"image": source.image(next(images))} if part["type"] == "image" else part
             for part in message["content"]
         ]
         messages.append(message | {"content": content})
@@ -115,8 +115,8 @@ def _print_analysis(record: dict[str, Any], out: Path, console: Console) -> None
     console.print(layer_table(record))
     if seen["without_attention"]:
         console.print(Text(f"! {seen['without_attention']}", style="yellow"))
-    if record["without_pictures"]:
-        console.print(f"samples without a picture, passed over: {record['without_pictures']}")
+    if record["without_images"]:
+        console.print(f"samples without a image, passed over: {record['without_images']}")
     console.print(
         f"visual tokens: similarity with neighbours {seen['redundancy']:.3f}, of any two {seen['any_two']:.3f}\n"
     )

@@ -99,4 +99,4 @@ def _tokenizer(recipe: Recipe, stage: Stage) -> tuple[Any, int | None]:
 
 def _shown(sample: Sample, source: Source) -> dict[str, str]:
     parts = [part["text"] for message in sample.messages for part in message["content"] if part["type"] == "text"]
-    return {"id": sample.id, "text": " / ".join(parts)[:300], "image": png(source.picture(sample.images[0]), 320)}
+    return {"id": sample.id, "text": " / ".join(parts)[:300], "image": png(source.image(sample.images[0]), 320)}

@@ -71,8 +71,8 @@ def _ended(recipe: Recipe, folder: Path) -> bool:
 
 
 def _print_examples(runs: list[Run], console: Console) -> None:
-    heads = ("picture", "question", "truth", *(each.name for each in runs))
+    heads = ("image", "question", "truth", *(each.name for each in runs))
     asked = [{example_key(example): example for example in each.examples} for each in runs]
     common = [[each[key] for each in asked] for key in asked[0] if all(key in each for each in asked)]
     rows = [(*(rows[0][key] for key in ("id", "question", "truth")), *(r["answer"] for r in rows)) for rows in common]
-    console.print(table("Examples (pictures in the report)", heads, rows, left=len(heads)))
+    console.print(table("Examples (images in the report)", heads, rows, left=len(heads)))

@@ -42,7 +42,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 @dataclass(frozen=True)
 class _Asked:
-    """Questions of one kind, what a blind guess scores by task, and where their pictures come from."""
+    """Questions of one kind, what a blind guess scores by task, and where their images come from."""
 
     source: str
     questions: Questions
@@ -51,8 +51,8 @@ class _Asked:
 
 def _to_ask(settings: Evaluation, data: SceneData, side: int) -> Iterator[_Asked]:
     if settings.kind == "scenes":
-        pictures = max(4 * settings.items, 50)  # not every picture carries every task
-        scenes = ScenesDataset(scene_config(data, side), settings.split, pictures, seed=data.seed, tasks=data.tasks)
+        images = max(4 * settings.items, 50)  # not every image carries every task
+        scenes = ScenesDataset(scene_config(data, side), settings.split, images, seed=data.seed, tasks=data.tasks)
         questions, guesses = scene_questions(scenes, settings.items), chance(scenes.config, settings.split)
         own = {task: guess for task, guess in guesses.items() if task in questions.tasks}
         yield _Asked(f"scenes/{settings.split}", questions, own)
@@ -102,18 +102,18 @@ def score_run(
             chance=asked.chance,
             items=result.items,
             points=result.points,
-            pictures=result.pictures,
+            images=result.images,
             questions=result.questions,
             seconds=time.perf_counter() - start,
         )
         for item, answer, points in _examples(result):
             log.write(
                 "example",
-                id=f"{asked.source}/{item.picture}",
-                image_png_base64=png(asked.questions.picture(item.picture), 512),
+                id=f"{asked.source}/{item.image}",
+                image_png_base64=png(asked.questions.image(item.image), 512),
                 answer=answer,
                 correct=judged(item, answer, points),
-                **{key: value for key, value in asdict(item).items() if key != "picture"},
+                **{key: value for key, value in asdict(item).items() if key != "image"},
             )
         _add_scores(table, asked, result)
     session.console.print(table)
@@ -174,21 +174,21 @@ def judged(item: Item, answer: str, points: float) -> bool | None:
 
 
 def _examples(result: Scores) -> list[tuple[Item, str, float]]:
-    """One example of each task in turn, each about another picture; the same for every run."""
+    """One example of each task in turn, each about another image; the same for every run."""
     points = {task: iter(values) for task, values in result.points.items()}
     all_of = [(item, answer, next(points[item.task])) for item, answer in result.answers]
     chosen: list[tuple[Item, str, float]] = []
     tasks = list(result.items)
     for number in range(EXAMPLES):
         own = [each for each in all_of if each[0].task == tasks[number % len(tasks)]]
-        used = {item.picture for item, *_ in chosen}
-        chosen += [each for each in own if each[0].picture not in used][:1]
+        used = {item.image for item, *_ in chosen}
+        chosen += [each for each in own if each[0].image not in used][:1]
     return chosen
 
 
-def png(picture: Image.Image, side: int) -> str:
+def png(image: Image.Image, side: int) -> str:
     """In base64, at most so many pixels a side: logs and pages hold it."""
-    buffer, small = io.BytesIO(), picture.copy()
+    buffer, small = io.BytesIO(), image.copy()
     small.thumbnail((side, side))
     small.save(buffer, format="PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""The feature cache of a stage: pictures encoded once, and charged once to every run."""
+"""The feature cache of a stage: images encoded once, and charged once to every run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from rich.text import Text
 
 from sparsight.console import Progress
-from sparsight.data.cache import FeatureCache, build_cache, picture_rows
+from sparsight.data.cache import FeatureCache, build_cache, image_rows
 from sparsight.data.sources import Source
 from sparsight.devices.precision import default_device
 from sparsight.devices.ranks import process_state
@@ -24,7 +24,7 @@ from sparsight.settings.recipe import Stage
 
 @dataclass(frozen=True)
 class Encoding:
-    """What encoding the pictures once cost this run: seconds and FLOPs."""
+    """What encoding the images once cost this run: seconds and FLOPs."""
 
     seconds: float
     flops: float
@@ -41,17 +41,17 @@ def cached_features(
     log, made_of = session.log, hashlib.sha256()
     for tensor in model.model.vision_tower.state_dict().values():
         made_of.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    rows, contents = picture_rows(source.keys(), source.fingerprint)
+    rows, contents = image_rows(source.keys(), source.fingerprint)
     how = model.config.vision_levels, session.recipe.precision, processor.image_processor.to_json_string()
     made_of.update(f"{contents} {how}".encode())
     folder = session.cache_root / made_of.hexdigest()[:16]
-    pictures = len(set(rows.values()))
+    images = len(set(rows.values()))
 
     # A model that comes from disk is not on the GPU yet; only the Trainer takes it there, and FSDP in its own way.
     tower, device = model.model.vision_tower, default_device()
 
     def encode(part: Sequence[Hashable]) -> tuple[torch.Tensor, ...]:
-        pixels = processor.pixels([source.picture(key) for key in part])
+        pixels = processor.pixels([source.image(key) for key in part])
         return model.model.encode_images(**pixels.to(device))
 
     def warn(text: str) -> None:
@@ -63,20 +63,20 @@ def cached_features(
         Progress(console=session.console) as bar,
         autocast(session.recipe.precision, device),
     ):
-        task = bar.add_task("encoding pictures", total=pictures)
+        task = bar.add_task("encoding images", total=images)
         before = model.device
         tower.to(device)
         cache = build_cache(folder, rows, encode, lambda n: bar.update(task, completed=n), tell=warn)
         tower.to(before)
-        bar.update(task, completed=pictures)
+        bar.update(task, completed=images)
     _tell_whether_it_pays(cache, list(rows), stage, session)
     if not session.main:
         return cache, Encoding(0.0, 0.0)
     # Every run is charged once for what its cache took, also when another run has built it: alone, it would have to.
     others = {name: cache["folder"] for name, cache in read_run(log.path).caches.items() if name != stage.name}
     paid = str(folder) in others.values()
-    cost = Encoding(0.0, 0.0) if paid else Encoding(cache.seconds, encoder_flops * pictures)
-    log.write("cache", stage=stage.name, folder=str(folder), pictures=pictures, seconds=cost.seconds, flops=cost.flops)
+    cost = Encoding(0.0, 0.0) if paid else Encoding(cache.seconds, encoder_flops * images)
+    log.write("cache", stage=stage.name, folder=str(folder), images=images, seconds=cost.seconds, flops=cost.flops)
     return cache, cost
 
 

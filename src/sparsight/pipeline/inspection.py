@@ -16,7 +16,7 @@ from sparsight.scenes.questions import ScenesDataset
 
 
 def inspect_checkpoint(folder: str | Path, image: str | Path | None, out: str | Path, console: Console) -> Path:
-    """Draw a model's windows over a picture, and where each query looks: a PNG for each scale, and one page.
+    """Draw a model's windows over a image, and where each query looks: a PNG for each scale, and one page.
 
     Args:
         image: a scene of the model's own recipe if not given (of the embedded ones if it was trained on other data).
@@ -25,7 +25,7 @@ def inspect_checkpoint(folder: str | Path, image: str | Path | None, out: str | 
         The page.
 
     Raises:
-        ValueError: no model in ``folder``, one without queries, or no picture in ``image``.
+        ValueError: no model in ``folder``, one without queries, or no image in ``image``.
     """
     if (kind := model_type(Path(folder))) not in (None, SparsightConfig.model_type):
         raise ValueError(
@@ -35,12 +35,12 @@ def inspect_checkpoint(folder: str | Path, image: str | Path | None, out: str | 
         )
     model, processor = load(folder)
     name = Path(image).name if image else "scene 0 of the test split"
-    picture = load_image(image) if image else ScenesDataset(scene_config(own_scenes(folder)), "test", 1).image(0)
-    pixels = processor.pixels([picture])
+    shown = load_image(image) if image else ScenesDataset(scene_config(own_scenes(folder)), "test", 1).image(0)
+    pixels = processor.pixels([shown])
     looks = {scale: maps[0].numpy() for scale, maps in model.model.attention_maps(**pixels).items()}
-    if "image_grid_thw" in pixels:  # else maps are as large as the picture
+    if "image_grid_thw" in pixels:  # else maps are as large as the image
         _, rows, columns = pixels["image_grid_thw"][0].tolist()
         looks = {scale: maps[:, :rows, :columns] for scale, maps in looks.items()}
-    page = write_inspection(picture, looks, f"{folder}: {name}", out)
-    console.print(f"wrote [bold]{page}[/] and {len(looks)} pictures beside it")
+    page = write_inspection(shown, looks, f"{folder}: {name}", out)
+    console.print(f"wrote [bold]{page}[/] and {len(looks)} images beside it")
     return page

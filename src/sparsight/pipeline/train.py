@@ -79,8 +79,8 @@ def run(
         move_aside(out, resume, console)
     recipe = settle_precision(recipe, out, resume, console)
     log = open_log(recipe, out, resume) if main else RunLog(Path(os.devnull), append=True)
-    if (layout := recipe.stages[-1].places_of) is not None:
-        text = f"places_of in the last stage: the model expects to be scaled to '{layout}'; until then, answers suffer"
+    if (layout := recipe.stages[-1].position_layout) is not None:
+        text = f"position_layout in the last stage: the model expects to be scaled to '{layout}', and answers poorly until then"
         console.print(text, style="yellow", markup=False)
     session = Session(recipe, out, log, console, resume, Path(cache_root or out / "cache"), main, resident_now())
     model: SparsightForConditionalGeneration | None = None
@@ -128,7 +128,7 @@ def check_inputs(recipe: Recipe, done: Collection[str] = ()) -> dict[str, Source
 
     Raises:
         ValueError: a tracker that is not installed, scores of the same name, or data that are not there or not as
-            expected, as far as that can be told without decoding pictures.
+            expected, as far as that can be told without decoding images.
     """
     if missing := [name for name in recipe.report_to if importlib.util.find_spec(name) is None]:
         raise ValueError(f"report_to: {missing} cannot be imported; pip install {' '.join(missing)}, or take it out")

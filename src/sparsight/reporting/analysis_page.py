@@ -33,7 +33,7 @@ def _percent(share: float | None) -> str:
 def layer_table(record: Mapping[str, Any]) -> Table:
     """`layer_rows` for the terminal."""
     seen = record["analysis"]
-    counts = (f"{seen[key]} {key.replace('_', ' ')}" for key in ("samples", "pictures", "visual_tokens", "text_tokens"))
+    counts = (f"{seen[key]} {key.replace('_', ' ')}" for key in ("samples", "images", "visual_tokens", "text_tokens"))
     return table(f"{record['model']}: {', '.join(counts)}", HEADINGS, layer_rows(record), left=0)
 
 

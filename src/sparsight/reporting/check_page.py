@@ -27,8 +27,8 @@ def figures_of(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("tokens of a sample, mean", f"{lengths['mean']:.1f}"),
         ("tokens of a sample, quantiles 0.5, 0.9, 0.99", f"{middle}, {tail}, {far}"),
         ("longest sample", f"{lengths['longest']:,} tokens (id {lengths['longest_id']})"),
-        ("pictures", f"{record['images']:,}"),
-        ("visual tokens of a picture", f"{record['visual_tokens_per_image']:,}"),
+        ("images", f"{record['images']:,}"),
+        ("visual tokens of a image", f"{record['visual_tokens_per_image']:,}"),
         ("text tokens : visual tokens", f"{record['text_tokens']:,} : {record['visual_tokens']:,}"
          + ("" if ratio is None else f" = {ratio:.3g}")),
     ]  # fmt: skip
@@ -44,7 +44,7 @@ def write_check(record: Mapping[str, Any], examples: Sequence[Mapping[str, str]]
     """Write the page, atomically.
 
     Args:
-        examples: ``id``, ``text`` and ``image`` (PNG in base64) of pictures to show.
+        examples: ``id``, ``text`` and ``image`` (PNG in base64) of images to show.
     """
     histogram = record["lengths"]["histogram"]
     edges = histogram["edges"]

@@ -186,20 +186,20 @@ def _common(runs: list[Run]) -> list[str]:
 def _tests(run: Run, base: Run, common: list[str]) -> dict[str, dict[str, Any]]:
     """Paired tests by task, where both runs have points of the same items; "mean" if so for all tasks in common.
 
-    `difference` and `interval` (95%) are in points, run minus baseline. Pictures are what is resampled.
+    `difference` and `interval` (95%) are in points, run minus baseline. Images are what is resampled.
     """
     same = [
         task
         for task, points in run.points.items()
-        if task in base.points and points[1:] == base.points[task][1:]  # pictures and questions
+        if task in base.points and points[1:] == base.points[task][1:]  # images and questions
     ]
     groups = {task: [task] for task in same} | ({"mean": common} if common and set(common) <= set(same) else {})
     tests = {}
     for name, tasks in groups.items():
         ours, theirs = ([score for task in tasks for score in each.points[task].scores] for each in (run, base))
-        pictures = [picture for task in tasks for picture in base.points[task].pictures]
+        images = [image for task in tasks for image in base.points[task].images]
         labels = [task for task in tasks for _ in base.points[task].scores]
-        found = paired_test(ours, theirs, pictures, labels)
+        found = paired_test(ours, theirs, images, labels)
         interval = [100 * found.low, 100 * found.high]
         tests[name] = {"difference": 100 * found.difference, "interval": interval, "p_value": found.p_value}
     return tests

@@ -34,7 +34,7 @@ from sparsight.reporting.runlog import Run, StageRun, example_key, number_in, re
 _POINTS = 1500  # the most points in a curve
 _FREE_TEXT = 4  # a truth of that many words or numbers is a description or a box: equality cannot judge it
 _WINDOWS = 64  # per side; more are no lines but a grey
-_PICTURE = re.compile(r"[A-Za-z0-9+/]+={0,2}")
+_IMAGE = re.compile(r"[A-Za-z0-9+/]+={0,2}")
 
 
 def write_report(comparison: Comparison, runs: Iterable[Run], path: str | Path, max_examples: int = 24) -> None:
@@ -267,22 +267,22 @@ def _examples(runs: list[Run]) -> list[dict[str, Any]]:
     for run in runs:
         for record in run.examples:
             texts = {key: str(record.get(key, "")) for key in ("id", "task", "question", "truth")}
-            example = merged.setdefault(example_key(record), texts | {"picture": None, "answers": []})
-            picture = record.get("image_png_base64")
-            if isinstance(picture, str) and _PICTURE.fullmatch(picture):
-                example["picture"] = picture
+            example = merged.setdefault(example_key(record), texts | {"image": None, "answers": []})
+            image = record.get("image_png_base64")
+            if isinstance(image, str) and _IMAGE.fullmatch(image):
+                example["image"] = image
             text = str(record.get("answer", ""))
             example["answers"].append({"run": run.name, "text": text, "right": _right(record)})
     return list(merged.values())
 
 
 def _windows(runs: list[Run]) -> dict[int, str]:
-    """Windows per side -> which runs cut the pictures of their last stage like that. Empty if a run pads or crops."""
+    """Windows per side -> which runs cut the images of their last stage like that. Empty if a run pads or crops."""
     found: dict[int, list[str]] = {}
     for run in runs:
         recipe = run.header.get("recipe")
         if isinstance(recipe, dict) and recipe.get("resize") in ("pad", "crop"):
-            return {}  # the logged pictures are not what the encoder sees
+            return {}  # the logged images are not what the encoder sees
         try:
             layout = Layout.parse(str(run.stages[-1].layout)) if run.stages else None
         except ValueError:  # a bridge without windows

@@ -1,4 +1,4 @@
-"""Where the queries of a bridge look: a picture for each scale, and one self-contained page."""
+"""Where the queries of a bridge look: a image for each scale, and one self-contained page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST = 36  # queries drawn of a scale: a single-scale resampler has hundreds
 RAMP = ((12, 8, 38), (88, 22, 110), (186, 54, 85), (249, 142, 9), (252, 255, 164))
 
 
-def write_inspection(picture: Image.Image, looks: Mapping[Scale, np.ndarray], title: str, out: str | Path) -> Path:
+def write_inspection(image: Image.Image, looks: Mapping[Scale, np.ndarray], title: str, out: str | Path) -> Path:
     """Write ``scale-GRIDxQUERIES.png`` for each scale and ``index.html`` into ``out``.
 
     Args:
@@ -32,7 +32,7 @@ def write_inspection(picture: Image.Image, looks: Mapping[Scale, np.ndarray], ti
     out.mkdir(parents=True, exist_ok=True)
     entries = []
     for scale, maps_NHW in looks.items():
-        sheet, peak = draw_scale(picture, scale, maps_NHW)
+        sheet, peak = draw_scale(image, scale, maps_NHW)
         file = out / f"scale-{scale.grid}x{scale.queries}.png"
         sheet.save(file, optimize=True)
         entries.append(
@@ -53,8 +53,8 @@ def write_inspection(picture: Image.Image, looks: Mapping[Scale, np.ndarray], ti
     return page
 
 
-def draw_scale(picture: Image.Image, scale: Scale, maps_NHW: np.ndarray) -> tuple[Image.Image, float]:
-    """The windows over the picture, then a tile for each query: as windows do not overlap, one tile shows all of them.
+def draw_scale(image: Image.Image, scale: Scale, maps_NHW: np.ndarray) -> tuple[Image.Image, float]:
+    """The windows over the image, then a tile for each query: as windows do not overlap, one tile shows all of them.
 
     Returns:
         The sheet, and how much more than evenly the brightest place is looked at.
@@ -66,7 +66,7 @@ def draw_scale(picture: Image.Image, scale: Scale, maps_NHW: np.ndarray) -> tupl
     looks_QHW = (maps_NHW * patches_N11).reshape(scale.grid**2, scale.queries, height, width).sum(0)
     peak = float(looks_QHW.max())
     shape = round(_SIDE * width / max(height, width)), round(_SIDE * height / max(height, width))
-    base = picture.convert("RGB").resize((2 * shape[0], 2 * shape[1]), Image.Resampling.LANCZOS)
+    base = image.convert("RGB").resize((2 * shape[0], 2 * shape[1]), Image.Resampling.LANCZOS)
     grey = np.asarray(base.convert("L").convert("RGB"), dtype=np.float32)
     tiles = [("windows", _lines(base.copy(), scale.grid, (height, width)))]
     for query, look_HW in enumerate(looks_QHW[:_MOST]):

@@ -33,7 +33,7 @@ STANDARD = (
     "a stage here has) throughout, every token and every layer in every step."
 )
 ASSUMED = (
-    "Reckoned with {text:g} text tokens a conversation, {learnt:g} of them supervised; images: {images:g} "
+    "Reckoned with {text:g} text tokens a conversation, {supervised:g} of them supervised; images: {images:g} "
     "(stages.{name}.conversation), no padding; FLOPs of matrix products and attention, backward pass included; memory "
     "of AdamW and PyTorch on one device, without what the allocator wastes."
 )

@@ -155,7 +155,7 @@ class Curve:
     """A stage's losses, a value a step. ``mean``: over up to 25 steps on either side, fewer in short stages.
 
     Args:
-        seconds: since the stage began, the encoding of pictures before the first step included.
+        seconds: since the stage began, the encoding of images before the first step included.
         samples: seen in the stage.
     """
 
@@ -222,10 +222,10 @@ class StageRun:
 
 
 class Points(NamedTuple):
-    """Items of one task: scores in [0, 1], what picture each is about, and a hash, equal where the same was asked."""
+    """Items of one task: scores in [0, 1], what image each is about, and a hash, equal where the same was asked."""
 
     scores: list[float]
-    pictures: list[int]
+    images: list[int]
     questions: str
 
 
@@ -286,7 +286,7 @@ def number_in(record: object, key: str) -> float | None:
 
 
 def example_key(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """What tells examples apart: several questions may be asked of the picture that `id` names."""
+    """What tells examples apart: several questions may be asked of the image that `id` names."""
     return tuple(str(record.get(key, "")) for key in ("id", "task", "question"))
 
 
@@ -325,15 +325,13 @@ def _mapping(value: object) -> dict[str, Any]:
 
 
 def _points(parts: list[Any], mean: float) -> Points | None:
-    """Scores, pictures and questions as `Points`; None if they do not fit each other or that mean."""
-    scores, pictures, questions = parts
-    if not (isinstance(scores, list) and isinstance(pictures, list) and isinstance(questions, str)):
+    """Scores, images and questions as `Points`; None if they do not fit each other or that mean."""
+    scores, images, questions = parts
+    if not (isinstance(scores, list) and isinstance(images, list) and isinstance(questions, str)):
         return None
-    numbers = [list(_numbers(dict(enumerate(part))).values()) for part in (scores, pictures)]
+    numbers = [list(_numbers(dict(enumerate(part))).values()) for part in (scores, images)]
     fit = (
-        numbers == [scores, pictures]
-        and len(scores) == len(pictures) > 0
-        and all(0 <= each <= 1 + 1e-9 for each in scores)
+        numbers == [scores, images] and len(scores) == len(images) > 0 and all(0 <= each <= 1 + 1e-9 for each in scores)
     )
     return Points(*parts) if fit and math.isclose(fmean(scores), mean, abs_tol=1e-6) else None
 
@@ -450,11 +448,14 @@ class LogReader:
         points = self.evaluation.setdefault("points", {})
         for task, score in _numbers(record["scores"]).items():
             points.pop(task, None)
-            parts = [_mapping(record.get(key)).get(task) for key in ("points", "pictures", "questions")]
+            parts = [
+                _mapping(record.get(key) or record.get("pictures" if key == "images" else key)).get(task)
+                for key in ("points", "images", "questions")
+            ]
             if (found := _points(parts, score)) is not None:
                 points[task] = found
             elif any(part is not None for part in parts):
-                self.problems.append(f"line {number}: points of {task} do not fit its pictures or its score; left out")
+                self.problems.append(f"line {number}: points of {task} do not fit its images or its score; left out")
 
     def run(self) -> Run:
         """What was read so far. Raises `ValueError` if no header was."""

@@ -29,7 +29,7 @@ burger food 1f354|drum toy 1f941|bus machine 1f68c|snail animal 1f40c|flower nat
 globe nature 1f30d|pumpkin food 1f383|lion animal 1f981|ladder machine 1fa9c|plane machine 2708-fe0f
 watermelon food 1f349|tent home 26fa|fire nature 1f525
 """
-# families: several pictures of each kind, so that some can be held out
+# families: several images of each kind, so that some can be held out
 _FAMILIES = """
 book print 1f4d5 1f4d9 1f4d3 1f4d4 1f4d2 1f4d7 1f4d8|heart sign 2764-fe0f 1f49b 1f49c 1f90e 1f5a4 1f49a 1f499 1f9e1
 clock round 1f550 1f553 1f556 1f559 1f55c 1f55f 1f562 1f565|cat body 1f63a 1f63b 1f63c 1f640 1f638 1f63e 1f63d 1f639
@@ -42,7 +42,7 @@ tree plant 1f334 1f384 1f333 1f332|train ride 1f686 1f684 1f685 1f69d 1f68a 1f68
 
 
 def _table(text: str) -> tuple[dict[str, tuple[str, ...]], dict[str, frozenset[str]]]:
-    """Pictures and group by name."""
+    """Images and group by name."""
     rows = [entry.split() for entry in text.strip().replace("\n", "|").split("|")]
     return {row[0]: tuple(row[2:]) for row in rows}, {row[0]: frozenset({row[1]}) for row in rows}
 
@@ -61,11 +61,11 @@ _SHAPES = ("circle", "star", "square", "heart", "triangle", "cross", "ring", "mo
 # each block of eight shows every colour and every shape once
 SHAPE_KINDS = tuple(f"{c} {_SHAPES[(i + 3 * b) % 8]}" for b in range(8) for i, c in enumerate(_COLOURS))
 
-# kind -> names of its pictures, and what a kind has in common with others: a group, or its colour and its shape
-PICTURES: dict[str, dict[str, tuple[str, ...]]] = {"shapes": {name: (name,) for name in SHAPE_KINDS}}
+# kind -> names of its images, and what a kind has in common with others: a group, or its colour and its shape
+IMAGES: dict[str, dict[str, tuple[str, ...]]] = {"shapes": {name: (name,) for name in SHAPE_KINDS}}
 TRAITS = {"shapes": {name: frozenset(name.split(" ")) for name in SHAPE_KINDS}}
 for _set, _text_of in (("emoji", _EMOJI), ("families", _FAMILIES)):
-    PICTURES[_set], TRAITS[_set] = _table(_text_of)
+    IMAGES[_set], TRAITS[_set] = _table(_text_of)
 
 
 @dataclass(frozen=True)
@@ -100,22 +100,22 @@ def cutout_folder(cutouts: str) -> Path | None:
 
 
 @lru_cache(maxsize=256)
-def whole_cutout(folder: Path | None, picture: str) -> Image.Image:
+def whole_cutout(folder: Path | None, name: str) -> Image.Image:
     """The cut-out at full size, RGBA, trimmed to what is visible."""
     if folder is None:
-        colour, shape = picture.split(" ")
+        colour, shape = name.split(" ")
         image = _draw_shape(colour, shape)
     else:
-        with Image.open(folder / f"{picture}.webp", formats=("WEBP",)) as file:
+        with Image.open(folder / f"{name}.webp", formats=("WEBP",)) as file:
             image = file.convert("RGBA")
     visible = image.getchannel("A").point(lambda alpha: 255 * (alpha > 24))
     return image.crop(visible.getbbox())
 
 
 @lru_cache(maxsize=1024)
-def cutout(folder: Path | None, picture: str, width: int, height: int) -> Image.Image:
+def cutout(folder: Path | None, image: str, width: int, height: int) -> Image.Image:
     """The cut-out, RGBA, width x height."""
-    return whole_cutout(folder, picture).resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    return whole_cutout(folder, image).resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
 
 
 def _draw_shape(colour: str, shape: str, size: int = 256) -> Image.Image:
@@ -153,9 +153,9 @@ def _draw_shape(colour: str, shape: str, size: int = 256) -> Image.Image:
     inner = framed.filter(ImageFilter.MinFilter(11)).crop((6, 6, size + 6, size + 6))
     shade = np.linspace(1.06, 0.84, size)[:, None, None]
     body = np.clip(np.array(_COLOURS[colour]) * shade, 0, 255).repeat(size, axis=1).astype(np.uint8)
-    picture = Image.composite(Image.fromarray(body), Image.new("RGB", (size, size), "white"), inner)
-    picture.putalpha(mask)
-    return picture
+    image = Image.composite(Image.fromarray(body), Image.new("RGB", (size, size), "white"), inner)
+    image.putalpha(mask)
+    return image
 
 
 # card and digits: legible on any ground

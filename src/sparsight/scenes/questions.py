@@ -1,4 +1,4 @@
-"""Endless pictures with exact truth: named cut-outs on a grid, a printed number, and questions about them.
+"""Endless images with exact truth: named cut-outs on a grid, a printed number, and questions about them.
 
 Everything is a pure function of (config, split, seed, index); no global generator is touched. What is drawn stands in
 `drawing`. Source: ours.
@@ -34,7 +34,7 @@ from sparsight.scenes.world import (
 
 _TOTAL = "how many things ?"
 _TEXT = "what number is printed ?"
-_CAPTION = "describe the picture ."
+_CAPTION = "describe the image ."
 
 
 # ------------------------------------------------------------------------------------------------- questions
@@ -61,7 +61,7 @@ def _caption(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn |
 def _existence(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | None:
     """Yes or no by a fair coin, and only where both can be asked, so that neither is more likely.
 
-    Half of the absent kinds are adversarial: like one in the picture (same group, or colour, or shape).
+    Half of the absent kinds are adversarial: like one in the image (same group, or colour, or shape).
     """
     here = scene.counts()
     free = [name for name in kind_names(scene.config) if f"is {name}" not in asked]
@@ -145,13 +145,13 @@ def single_question(scene: Scene, task: str, seed: int = 0) -> tuple[str, str] |
 def conversation(
     scene: Scene, seed: int = 0, questions: int | None = None, tasks: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """Messages in the HF format; the picture stands in the first user turn alone. No question comes twice.
+    """Messages in the HF format; the image stands in the first user turn alone. No question comes twice.
 
     A caption can only come first. It gives away what is there, so after it only position and
     grounding are asked. A thing is asked for by one of naming, position and grounding: they tell each other.
 
     Args:
-        questions: the most turns; fewer where the picture has no more to ask. None: as in the scene's config.
+        questions: the most turns; fewer where the image has no more to ask. None: as in the scene's config.
         tasks: weight of each task; those left out are not asked. None: `WEIGHTS`.
 
     Raises: ValueError for an unknown task, a bad weight, or if the scene allows none of the tasks.
@@ -164,8 +164,8 @@ def conversation(
         raise ValueError(f"scene {scene.index} of {scene.split} allows none of the tasks {sorted(weights)}")
     messages: list[dict[str, Any]] = []
     for number, (question, answer) in enumerate(turns):
-        picture = [{"type": "image"}] if number == 0 else []
-        messages.append({"role": "user", "content": [*picture, {"type": "text", "text": question}]})
+        image = [{"type": "image"}] if number == 0 else []
+        messages.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
 
@@ -284,12 +284,12 @@ class ScenesDataset:
     """Map-style data set: item i is scene i % scenes, with a conversation seeded by i. Picklable; no torch.
 
     Args:
-        scenes: number of pictures.
-        repeats: conversations for each picture, with other questions each time.
+        scenes: number of images.
+        repeats: conversations for each image, with other questions each time.
         tasks: weight of each task, see `conversation`. None: `WEIGHTS`.
-        draw: whether items carry the picture; if not, "images" is empty (a feature cache calls `image`).
+        draw: whether items carry the image; if not, "images" is empty (a feature cache calls `image`).
 
-    Raises: ValueError for bad numbers, or if no task is one that every picture allows; FileNotFoundError if
+    Raises: ValueError for bad numbers, or if no task is one that every image allows; FileNotFoundError if
         emoji are asked for and absent.
     """
 
@@ -311,7 +311,7 @@ class ScenesDataset:
         _check_tasks(weights)
         always = {"caption", "count", "naming"} | ({"text"} if config.numbers == 1 else set())
         if not any(weights.get(task, 0) > 0 for task in always):
-            raise ValueError(f"tasks is {dict(weights)}, expected one that any picture allows: {sorted(always)}")
+            raise ValueError(f"tasks is {dict(weights)}, expected one that any image allows: {sorted(always)}")
         self.config, self.split, self.scenes, self.repeats = config.resolved(), split, scenes, repeats
         self.seed, self.tasks, self.draw = seed, dict(tasks) if tasks is not None else None, draw
 
@@ -319,11 +319,11 @@ class ScenesDataset:
         return self.scenes * self.repeats
 
     def scene(self, scene_index: int) -> Scene:
-        """The truth about picture `scene_index`."""
+        """The truth about image `scene_index`."""
         return make_scene(self.config, self.split, scene_index, self.seed)
 
     def image(self, scene_index: int) -> Image.Image:
-        """Picture `scene_index`, RGB, image_size x image_size."""
+        """Image `scene_index`, RGB, image_size x image_size."""
         return self.scene(scene_index).draw()
 
     def messages(self, i: int) -> list[dict[str, Any]]:
@@ -331,7 +331,7 @@ class ScenesDataset:
         return conversation(self.scene(i % self.scenes), i, tasks=self.tasks)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """{"id", "image_key" (the picture), "images", "messages"}. Raises IndexError past the end."""
+        """{"id", "image_key" (the image), "images", "messages"}. Raises IndexError past the end."""
         if not -len(self) <= i < len(self):
             raise IndexError(f"item {i} of a data set of {len(self)}")
         i, key = i % len(self), i % self.scenes

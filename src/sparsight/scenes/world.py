@@ -13,7 +13,7 @@ from PIL import Image
 from sparsight import assets
 from sparsight.scenes.drawing import (
     CARDS,
-    PICTURES,
+    IMAGES,
     SHAPE_KINDS,
     Ground,
     card_size,
@@ -38,14 +38,14 @@ _SIZES = 16  # distinct sizes of a cut-out: bounds the cache of resized ones
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """What the pictures hold. Pixel lengths are for a picture of 256 px and scale with `image_size`.
+    """What the images hold. Pixel lengths are for a image of 256 px and scale with `image_size`.
 
     Args:
         kinds: how many kinds of things occur, the first ones of the list (2..64).
         thing_size: smallest and largest longer side of a thing; it must fit into a cell (256 / grid).
         numbers: probability of a printed number of `digits` (fewest, most) digits, font size `number_size`.
         noise: probability of a noisy ground, otherwise plain or a gradient.
-        cutouts: "emoji", "shapes", or "auto" (emoji if they are installed); "families" are emoji with several pictures
+        cutouts: "emoji", "shapes", or "auto" (emoji if they are installed); "families" are emoji with several images
             of a kind: the last one is for test, the one before it for validation, the others are for training.
         held_out: share of the (kind, cell) pairs that no training scene shows and each other scene does.
         questions: the most question turns of a conversation.
@@ -73,7 +73,7 @@ class SceneConfig:
         cell, most = 256 // self.grid if self.grid in (2, 3) else 0, self.grid**2
         low, high = self.thing_size if len(self.thing_size) == 2 else (0, 0)
         few, many = self.digits if len(self.digits) == 2 else (0, 0)
-        most_kinds = len(PICTURES.get(self.cutouts, SHAPE_KINDS))
+        most_kinds = len(IMAGES.get(self.cutouts, SHAPE_KINDS))
         rules: dict[str, tuple[bool, str]] = {
             "grid": (self.grid in (2, 3), "2 or 3"),
             "image_size": (self.image_size >= 32, "at least 32"),
@@ -91,7 +91,7 @@ class SceneConfig:
                 f"at least 8, and {many} digits no wider than a cell of {cell} px",
             ),
             "noise": (0 <= self.noise <= 1, "a probability"),
-            "cutouts": (self.cutouts in ("auto", *PICTURES), "auto, shapes, emoji or families"),
+            "cutouts": (self.cutouts in ("auto", *IMAGES), "auto, shapes, emoji or families"),
             "held_out": (0 <= self.held_out <= 0.5, "0 to 0.5"),
             "questions": (self.questions >= 1, "at least 1"),
         }
@@ -112,17 +112,17 @@ class SceneConfig:
 
 @dataclass(frozen=True)
 class Thing:
-    """One cut-out: kind, cell (0 = top left), its tight box in pixels, and which picture of the kind it is."""
+    """One cut-out: kind, cell (0 = top left), its tight box in pixels, and which image of the kind it is."""
 
     name: str
     cell: int
     box: Box
-    picture: str
+    image: str
 
 
 @dataclass(frozen=True)
 class Scene:
-    """The whole truth about one picture. `things` are in reading order; `config.cutouts` is settled."""
+    """The whole truth about one image. `things` are in reading order; `config.cutouts` is settled."""
 
     config: SceneConfig
     split: str
@@ -136,7 +136,7 @@ class Scene:
 
     @property
     def image_size(self) -> int:
-        """Side of the square picture in pixels."""
+        """Side of the square image in pixels."""
         return self.config.image_size
 
     def counts(self) -> Counter[str]:
@@ -144,35 +144,35 @@ class Scene:
         return Counter(thing.name for thing in self.things)
 
     def draw(self) -> Image.Image:
-        """The picture, RGB, image_size x image_size."""
-        picture = draw_ground(self.ground, self.image_size)
+        """The image, RGB, image_size x image_size."""
+        image = draw_ground(self.ground, self.image_size)
         for thing in self.things:
             x1, y1, x2, y2 = thing.box
-            drawn = cutout(cutout_folder(self.config.cutouts), thing.picture, x2 - x1, y2 - y1)
-            picture.paste(drawn, (x1, y1), drawn)
+            drawn = cutout(cutout_folder(self.config.cutouts), thing.image, x2 - x1, y2 - y1)
+            image.paste(drawn, (x1, y1), drawn)
         if self.number is not None and self.number_box is not None:
             x1, y1, x2, y2 = self.number_box
             card = draw_card(self.number, x2 - x1, y2 - y1, self.ground.seed % len(CARDS))
-            picture.paste(card, (x1, y1), card)
-        return picture
+            image.paste(card, (x1, y1), card)
+        return image
 
 
 # ------------------------------------------------------------------------------------------- names and pairs
 
 
-def _pictures(config: SceneConfig) -> dict[str, tuple[str, ...]]:
-    """The pictures of every kind. Looks for the emoji only where it must: this is asked many times a scene."""
-    return PICTURES[config.resolved().cutouts if config.cutouts == "auto" else config.cutouts]
+def _images(config: SceneConfig) -> dict[str, tuple[str, ...]]:
+    """The images of every kind. Looks for the emoji only where it must: this is asked many times a scene."""
+    return IMAGES[config.resolved().cutouts if config.cutouts == "auto" else config.cutouts]
 
 
 def kind_names(config: SceneConfig) -> tuple[str, ...]:
     """The names of the kinds that occur, `config.kinds` of them."""
-    return tuple(_pictures(config))[: config.kinds]
+    return tuple(_images(config))[: config.kinds]
 
 
-def pictures_of(config: SceneConfig, name: str, split: str) -> tuple[str, ...]:
-    """The pictures of a kind that a split shows; of a kind with one alone, all splits show that."""
-    every = _pictures(config)[name]
+def images_of(config: SceneConfig, name: str, split: str) -> tuple[str, ...]:
+    """The images of a kind that a split shows; of a kind with one alone, all splits show that."""
+    every = _images(config)[name]
     if len(every) == 1:
         return every
     return {"train": every[:-2], "validation": every[-2:-1], "test": every[-1:]}[split]
@@ -266,14 +266,14 @@ def _jitter(config: SceneConfig, rng: np.random.Generator, cell: int, width: int
 
 
 def _thing(config: SceneConfig, rng: np.random.Generator, name: str, cell: int, split: str) -> Thing:
-    pictures = pictures_of(config, name, split)
-    picture = pictures[rng.integers(len(pictures))] if len(pictures) > 1 else pictures[0]
+    images = images_of(config, name, split)
+    image = images[rng.integers(len(images))] if len(images) > 1 else images[0]
     low, high = config.thing_size
     size = (low + (high - low) * int(rng.integers(_SIZES)) / (_SIZES - 1)) * config.image_size / 256
-    width, height = whole_cutout(cutout_folder(config.cutouts), picture).size
+    width, height = whole_cutout(cutout_folder(config.cutouts), image).size
     scale = size / max(width, height)
     box = _jitter(config, rng, cell, max(1, int(width * scale)), max(1, int(height * scale)))
-    return Thing(name, cell, box, picture)
+    return Thing(name, cell, box, image)
 
 
 def _make_ground(config: SceneConfig, rng: np.random.Generator) -> Ground:

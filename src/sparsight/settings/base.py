@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+import warnings
+from typing import Any, ClassVar
 
 from pydantic import (
     BaseModel,
@@ -18,16 +19,25 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    RENAMED: ClassVar[dict[str, str]] = {}  # old key -> key; old ones are read until the next release
+
     @model_validator(mode="before")
     @classmethod
-    def _name_the_nearest_key(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            for key in values:
-                if key not in cls.model_fields:
-                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
-                    hint = f"; did you mean '{near[0]}'?" if near else "."
-                    known = ", ".join(cls.model_fields)
-                    raise ValueError(f"unknown key '{key}' in {cls.__name__}{hint} Known keys: {known}")
+    def _known_keys(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for old in cls.RENAMED.keys() & values.keys():
+            new = cls.RENAMED[old]
+            if new in values:
+                raise ValueError(f"{cls.__name__} has both '{new}' and '{old}', its old name: give '{new}' alone")
+            warnings.warn(f"'{old}' is now called '{new}'; the old name goes with the next release", FutureWarning, 2)
+            values = {new if key == old else key: value for key, value in values.items()}
+        for key in values:
+            if key not in cls.model_fields:
+                near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
+                hint = f"; did you mean '{near[0]}'?" if near else "."
+                known = ", ".join(cls.model_fields)
+                raise ValueError(f"unknown key '{key}' in {cls.__name__}{hint} Known keys: {known}")
         return values
 
 

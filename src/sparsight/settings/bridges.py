@@ -24,7 +24,7 @@ class BridgeSettings(Settings):
         raise NotImplementedError
 
 
-class Linear(BridgeSettings):
+class LinearConfig(BridgeSettings):
     """One linear map per patch: H*W tokens (LLaVA)."""
 
     kind: Literal["linear"] = "linear"
@@ -33,7 +33,7 @@ class Linear(BridgeSettings):
         return map_size[0] * map_size[1]
 
 
-class Mlp(BridgeSettings):
+class MlpConfig(BridgeSettings):
     """Two linear maps with GELU between, per patch: H*W tokens (LLaVA-1.5)."""
 
     kind: Literal["mlp"] = "mlp"
@@ -42,7 +42,7 @@ class Mlp(BridgeSettings):
         return map_size[0] * map_size[1]
 
 
-class PixelShuffle(BridgeSettings):
+class PixelShuffleConfig(BridgeSettings):
     """``factor`` x ``factor`` patches folded into one token, then an MLP (InternVL, Idefics3)."""
 
     kind: Literal["pixel_shuffle"] = "pixel_shuffle"
@@ -78,8 +78,8 @@ class WindowedSettings(BridgeSettings):
         return self.scales.tokens
 
 
-class Resampler(WindowedSettings):
-    """The single-scale resampler: ``tokens`` queries that see the whole picture, i.e. the layout ``1:tokens``."""
+class ResamplerConfig(WindowedSettings):
+    """The single-scale resampler: ``tokens`` queries that see the whole image, i.e. the layout ``1:tokens``."""
 
     kind: Literal["resampler"] = "resampler"
     tokens: int = Field(336, ge=1)
@@ -89,7 +89,7 @@ class Resampler(WindowedSettings):
         return Layout.parse(f"1:{self.tokens}")
 
 
-class ChainOfSight(WindowedSettings):
+class ChainOfSightConfig(WindowedSettings):
     """Multi-scale windowed resamplers (Chain-of-Sight, section 3). The values not given are the paper's.
 
     Args:
@@ -130,12 +130,14 @@ def spelled_out(value: Any) -> Any:
     return {"kind": value} if value in BRIDGE_KINDS else {"kind": "chain_of_sight", "layout": value}
 
 
-_Kinds = Annotated[Linear | Mlp | PixelShuffle | Resampler | ChainOfSight, Field(discriminator="kind")]
+_Kinds = Annotated[
+    LinearConfig | MlpConfig | PixelShuffleConfig | ResamplerConfig | ChainOfSightConfig, Field(discriminator="kind")
+]
 Bridge = Annotated[_Kinds, BeforeValidator(spelled_out, json_schema_input_type=_Kinds | str)]
 _BRIDGE: TypeAdapter[Any] = TypeAdapter(Bridge)
 
 
-def bridge_settings(value: Any) -> Linear | Mlp | PixelShuffle | Resampler | ChainOfSight:
+def bridge_settings(value: Any) -> LinearConfig | MlpConfig | PixelShuffleConfig | ResamplerConfig | ChainOfSightConfig:
     """Settings of a bridge from settings, a dict, a kind such as ``"mlp"``, or a layout such as ``"cos-80"``.
 
     ``"paper"`` is Chain-of-Sight with the paper's values: 80 tokens, width 1024, 16 heads, one round.
@@ -152,18 +154,20 @@ def bridge_settings(value: Any) -> Linear | Mlp | PixelShuffle | Resampler | Cha
 
 
 def check_scaling(old: Bridge, new: Bridge, sources: Mapping[int, int] | None = None) -> dict[Scale, Scale]:
-    """Where each scale of a bridge would be born from; ``sources`` as in `Layout.lineage`.
+    """Where each scale of a bridge would be born from; ``sources`` as in `Layout.source_scales`.
 
     Raises:
         ValueError: the bridge ``old`` cannot become ``new``: a scale has no source, or more than the layout differs.
     """
-    if not isinstance(old, WindowedSettings) or not isinstance(new, ChainOfSight | type(old)):
+    if not isinstance(old, WindowedSettings) or not isinstance(new, ChainOfSightConfig | type(old)):
         raise ValueError(
             f"a bridge of kind {old.kind} cannot become one of kind {new.kind}: only resampler and chain_of_sight can "
             "be scaled, to chain_of_sight"
         )
     sizes = ("width", "heads", "mlp_ratio", "depth", "order", "shared_queries")
-    values = {key: [getattr(each, key, ChainOfSight.model_fields[key].default) for each in (old, new)] for key in sizes}
+    values = {
+        key: [getattr(each, key, ChainOfSightConfig.model_fields[key].default) for each in (old, new)] for key in sizes
+    }
     if changed := {key: pair for key, pair in values.items() if pair[0] != pair[1]}:
         raise ValueError(f"scaling changes the layout alone, but these differ (old, new): {changed}")
-    return old.scales.lineage(new.scales, sources)
+    return old.scales.source_scales(new.scales, sources)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
     Field,
@@ -13,16 +13,16 @@ from sparsight.settings.base import Settings
 
 
 class SceneData(Settings):
-    """The embedded data: an endless, seeded generator of pictures with exact truth."""
+    """The embedded data: an endless, seeded generator of images with exact truth."""
 
     kind: Literal["scenes"] = "scenes"
-    scenes: int = Field(4000, ge=1, description="different training pictures")
+    scenes: int = Field(4000, ge=1, description="different training images")
     kinds: int = Field(32, ge=2, le=64)
     min_things: int = Field(1, ge=1, le=8)
     max_things: int = Field(6, ge=1, le=8)
     numbers: float = Field(0.5, ge=0, le=1)
     digits: tuple[int, int] = Field((1, 2), description="fewest and most digits of a printed number")
-    number_size: int = Field(40, ge=8, description="font size of a printed number, in pixels of a picture of 256")
+    number_size: int = Field(40, ge=8, description="font size of a printed number, in pixels of a image of 256")
     grid: int = Field(3, ge=2, le=3, description="cells per side that things stand in")
     noise: float = Field(0.5, ge=0, le=1)
     held_out: float = Field(0.1, ge=0, le=0.5, description="share of (kind, cell) pairs that training never shows")
@@ -38,13 +38,13 @@ class ConversationData(Settings):
 
     kind: Literal["json", "parquet", "datasets", "shards"] = "json"
     path: str = Field(description="a file; for datasets a folder; for parquet and shards a file, a folder or a pattern")
-    images: str | None = Field(None, description="folder of the pictures; the file's own folder if not given")
+    images: str | None = Field(None, description="folder of the images; the file's own folder if not given")
     index_folder: str | None = Field(None, description="where indices of shards lie; beside the shards if not given")
 
     @model_validator(mode="after")
     def _all_used(self) -> ConversationData:
         if self.kind == "shards" and self.images is not None:
-            raise ValueError(f"images '{self.images}': pictures of shards lie in the shards; leave it out")
+            raise ValueError(f"images '{self.images}': images of shards lie in the shards; leave it out")
         if self.kind != "shards" and self.index_folder is not None:
             raise ValueError(f"index_folder '{self.index_folder}': only shards have indices; leave it out")
         return self
@@ -71,6 +71,8 @@ Data = Annotated[SceneData | ConversationData | MixtureData, Field(discriminator
 class Conversation(Settings):
     """A conversation of the data, on average. It is what `sparsight plan` reckons with: it does not read data."""
 
+    RENAMED: ClassVar[dict[str, str]] = {"learnt": "supervised"}
+
     text: float = Field(64, gt=0, description="text tokens, those of the chat template included")
-    learnt: float = Field(32, gt=0, description="text tokens that are learnt")
+    supervised: float = Field(32, gt=0, description="text tokens that are supervised")
     images: float = Field(1, ge=0)

@@ -132,11 +132,17 @@ def _lay_over(values: dict[str, Any], name: str) -> None:
     kept = next(filter(None, sizes), {})
     for stage in stages:
         new = preset["late" if stage is last else "early"]
-        stage |= {"compressor": None, "skipper": None, "places_of": None, "proportional_attention": stage is settle}
+        stage.pop("places_of", None)  # its old name
+        stage |= {
+            "compressor": None,
+            "skipper": None,
+            "position_layout": None,
+            "proportional_attention": stage is settle,
+        }
         stage |= new | {"bridge": kept | new["bridge"]}
 
 
-_OF_PRESETS = ("bridge", "compressor", "skipper", "places_of", "proportional_attention")  # keys of every stage
+_OF_PRESETS = ("bridge", "compressor", "skipper", "position_layout", "proportional_attention")  # keys of every stage
 
 
 def _override_around(values: dict[str, Any], overrides: list[str], preset: str) -> None:

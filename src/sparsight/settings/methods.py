@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import (
     Field,
@@ -12,7 +12,7 @@ from pydantic import (
 from sparsight.settings.base import Settings
 
 
-class VisualTokenCompressor(Settings):
+class CompressorConfig(Settings):
     """Fewer visual tokens behind the bridge, in training alone (Sparse Training Scheme, stage I).
 
     Args:
@@ -31,7 +31,7 @@ class VisualTokenCompressor(Settings):
     positions: Literal["original", "renumbered"] = "original"
 
 
-class LayerSkipper(Settings):
+class SkipperConfig(Settings):
     """Layers of the language model that are off in a step, forward and backward, in training alone (Sparse Training
     Scheme, stage II). See ``schedules.skip_probabilities``.
 
@@ -40,14 +40,16 @@ class LayerSkipper(Settings):
         importance: of each layer, as ``sparsight analyze`` measures it; then the tilt follows it in place of depth.
     """
 
+    RENAMED: ClassVar[dict[str, str]] = {"course": "schedule"}
+
     alpha: float = Field(0.6, ge=0, le=1)
     epsilon: float = Field(0.3, ge=-1, le=1)
-    course: Literal["falling", "constant", "rising"] = "falling"
+    schedule: Literal["falling", "constant", "rising"] = "falling"
     protected: tuple[int, int] = (0, 0)
     importance: tuple[float, ...] | None = None
 
     @model_validator(mode="after")
-    def _probabilities(self) -> LayerSkipper:
+    def _probabilities(self) -> SkipperConfig:
         if self.alpha * (1 + abs(self.epsilon)) > 1:
             raise ValueError(f"alpha {self.alpha}, epsilon {self.epsilon}: expected alpha * (1 + |epsilon|) <= 1")
         if min(self.protected) < 0:

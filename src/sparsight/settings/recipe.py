@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
     Field,
@@ -16,7 +16,7 @@ from sparsight.layouts import Layout
 from sparsight.settings.base import Settings, readable
 from sparsight.settings.bridges import Bridge, WindowedSettings, check_scaling
 from sparsight.settings.data import Conversation, ConversationData, Data, MixtureData, SceneData
-from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
+from sparsight.settings.methods import CompressorConfig, SkipperConfig
 
 
 class ScratchLanguage(Settings):
@@ -58,13 +58,16 @@ class LearningRates(Settings):
 class Stage(Settings):
     """One stage of training, with its own layout, image size, and what trains."""
 
+    RENAMED: ClassVar[dict[str, str]] = {"places_of": "position_layout"}
+
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
     bridge: Bridge
-    places_of: str | None = Field(
+    position_layout: str | None = Field(
         None, description="layout whose places in the sequence the visual tokens take: the one they will be scaled to"
     )
     proportional_attention: bool = Field(
-        False, description="with places_of: a visual token weighs in attention as the tokens that will be born from it"
+        False,
+        description="with position_layout: a visual token weighs in attention as the tokens that will be born from it",
     )
     image_size: int | None = Field(
         None, ge=16, description="side of the square image in pixels; the encoder's own if not given"
@@ -83,8 +86,8 @@ class Stage(Settings):
         False, description="recompute activations in the backward pass: less memory, more FLOPs"
     )
     conversation: Conversation = Field(Conversation(), description="what `plan` reckons with; training counts")
-    compressor: VisualTokenCompressor | None = Field(None, description="fewer visual tokens, in training alone")
-    skipper: LayerSkipper | None = Field(None, description="layers that are off, in training alone")
+    compressor: CompressorConfig | None = Field(None, description="fewer visual tokens, in training alone")
+    skipper: SkipperConfig | None = Field(None, description="layers that are off, in training alone")
     warmup: float = Field(0.03, ge=0, le=1, description="share of the steps")
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     optimizer: Literal["adamw", "muon"] = Field(
@@ -102,7 +105,7 @@ class Stage(Settings):
     checkpoints: int = Field(4, ge=0, description="checkpoints written in the course of the stage")
     data: Data | None = Field(None, description="in place of the recipe's data")
     tasks: dict[str, float] | None = Field(None, description="weight of each task of scenes, in place of data.tasks")
-    cache_features: bool = Field(False, description="encode each picture once; the encoder must be frozen")
+    cache_features: bool = Field(False, description="encode each image once; the encoder must be frozen")
     max_length: int | None = Field(
         None, ge=2, description="tokens of a sample, visual ones too; the language model's context if not given"
     )
@@ -127,23 +130,23 @@ class Stage(Settings):
             raise ValueError(f"stage '{self.name}': lora needs learning_rate.language")
         if self.cache_features and self.learning_rate.vision is not None:
             raise ValueError(f"stage '{self.name}': features cannot be cached while the vision encoder trains")
-        if self.places_of is not None:
+        if self.position_layout is not None:
             if self.packing or not isinstance(self.bridge, WindowedSettings):
                 raise ValueError(
-                    f"stage '{self.name}': places_of '{self.places_of}' needs a resampler or chain_of_sight, and no "
-                    f"packing; found {self.bridge.kind}, packing {self.packing}"
+                    f"stage '{self.name}': position_layout '{self.position_layout}' needs a resampler or chain_of_sight, "
+                    f"and no packing; found {self.bridge.kind}, packing {self.packing}"
                 )
             if getattr(self.bridge, "order", "coarse_to_fine") != "coarse_to_fine":
-                raise ValueError(f"stage '{self.name}': places_of goes with order: coarse_to_fine alone")
-            self.bridge.scales.places(Layout.parse(self.places_of))
-        if self.proportional_attention and (self.places_of is None or self.compressor is not None):
+                raise ValueError(f"stage '{self.name}': position_layout goes with order: coarse_to_fine alone")
+            self.bridge.scales.positions(Layout.parse(self.position_layout))
+        if self.proportional_attention and (self.position_layout is None or self.compressor is not None):
             raise ValueError(
-                f"stage '{self.name}': proportional_attention needs places_of, and no compressor; found "
-                f"{self.places_of}, {self.compressor}"
+                f"stage '{self.name}': proportional_attention needs position_layout, and no compressor; found "
+                f"{self.position_layout}, {self.compressor}"
             )
         if self.on_too_long == "shrink_image":
             raise ValueError(
-                f"stage '{self.name}': on_too_long: shrink_image makes no sample shorter: a bridge gives every picture "
+                f"stage '{self.name}': on_too_long: shrink_image makes no sample shorter: a bridge gives every image "
                 "the same number of visual tokens. Take a layout with fewer tokens, or set error or drop_sample"
             )
         return self
@@ -177,7 +180,7 @@ def held_out_file(data: Path | None, images: Path | None, metric: str, items: in
     """
     if data is None:
         if images is not None:
-            raise ValueError(f"--images {images}: expected --data as well, the conversations about these pictures")
+            raise ValueError(f"--images {images}: expected --data as well, the conversations about these images")
         return None
     source = {"path": str(data), "images": str(images) if images else None}
     try:
@@ -209,7 +212,7 @@ class Recipe(Settings):
     language: str | ScratchLanguage = "smollm2-135m"
     language_layers: int | None = Field(None, ge=1, description="keep only the first layers of the language model")
     resize: Literal["square", "pad", "crop", "keep"] | None = Field(
-        None, description="how pictures come to image_size; square if not given, keep for a native-resolution encoder"
+        None, description="how images come to image_size; square if not given, keep for a native-resolution encoder"
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 (autocast) where the device has instructions for it, else fp32"
@@ -232,7 +235,7 @@ class Recipe(Settings):
         cached = [stage.name for stage in self.stages if stage.cache_features]
         if cached and self.on_bad_sample == "quarantine":
             raise ValueError(
-                f"on_bad_sample: quarantine, but the stages {cached} cache the features of all pictures before they "
+                f"on_bad_sample: quarantine, but the stages {cached} cache the features of all images before they "
                 "train: set cache_features: false, or take out what `sparsight data check` finds"
             )
         if reserved := {"total", "score"} & set(names):

@@ -1,6 +1,6 @@
 """How a VLM's layers and visual tokens behave, and what that suggests for the Sparse Training Scheme.
 
-Shapes: B samples, T positions, D width, A heads, L layers, N visual tokens of a picture.
+Shapes: B samples, T positions, D width, A heads, L layers, N visual tokens of a image.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
+from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.compress import redundancy
 from sparsight.sparse.parts import find_parts
 
 LEAST_KEEP, STEP = 0.1, 0.05  # keep is no smaller; keep and alpha are multiples of STEP
-MOST_ALPHA = float(LayerSkipper.model_fields["alpha"].default)
+MOST_ALPHA = float(SkipperConfig.model_fields["alpha"].default)
 TILT = 0.3  # |epsilon|
 TREND = 0.5  # the correlation from which depth is said to order the layers
 FLAT = 0.01  # layers that differ by less are alike
@@ -50,16 +50,16 @@ class Analysis:
     """What `measure` saw.
 
     Args:
-        pictures: unbroken runs of visual tokens; each tile of a picture that is cut into tiles is one.
+        images: unbroken runs of visual tokens; each tile of a image that is cut into tiles is one.
         without_attention: why layers lack figures of attention; empty if all have them.
-        redundancy: mean cosine similarity of a visual token and its neighbours on the picture's grid (along the
+        redundancy: mean cosine similarity of a visual token and its neighbours on the image's grid (along the
             sequence where the tokens form no square), as the first layer gets them.
-        any_two: mean cosine similarity of any two visual tokens of a picture, neighbours or not.
-        redundancy_map: mean by place, of the `map_pictures` pictures with the most frequent square; None without one.
+        any_two: mean cosine similarity of any two visual tokens of a image, neighbours or not.
+        redundancy_map: mean by place, of the `map_images` images with the most frequent square; None without one.
     """
 
     samples: int
-    pictures: int
+    images: int
     visual_tokens: int
     text_tokens: int
     layers: tuple[LayerFigures, ...]
@@ -67,7 +67,7 @@ class Analysis:
     redundancy: float
     any_two: float
     redundancy_map: tuple[tuple[float, ...], ...] | None
-    map_pictures: int
+    map_images: int
 
 
 @torch.no_grad()
@@ -112,8 +112,8 @@ class _Sums:
         self.similar_L2 = torch.zeros(layers, 2, dtype=torch.float64)
         self.attention_L3 = torch.zeros(layers, 3, dtype=torch.float64)  # to visual tokens, if even, queries
         self.redundant_3 = torch.zeros(3, dtype=torch.float64)  # redundancy by token, similarity by pair, pairs
-        self.maps: dict[int, list[torch.Tensor]] = defaultdict(list)  # side -> (side, side) of each picture
-        self.pictures = 0
+        self.maps: dict[int, list[torch.Tensor]] = defaultdict(list)  # side -> (side, side) of each image
+        self.images = 0
 
     def begin(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
         self.visual_BT = torch.isin(ids_BT, self.visual_token_ids.to(ids_BT.device))
@@ -159,7 +159,7 @@ class _Sums:
         return hook
 
     def _add_tokens(self, x_BTD: torch.Tensor) -> None:
-        """Redundancy of each picture: an unbroken run of visual tokens in a sample."""
+        """Redundancy of each image: an unbroken run of visual tokens in a sample."""
         for x_TD, visual_T in zip(x_BTD, self.visual_BT, strict=True):
             edges = F.pad(visual_T.int(), (1, 1)).diff().nonzero().flatten().tolist()
             for start, end in list(pairwise(edges))[::2]:
@@ -171,7 +171,7 @@ class _Sums:
                 pairs = float(F.normalize(x_1ND[0].double(), dim=-1).sum(0).square().sum()) - tokens
                 sums = [float(place_N.sum()), pairs, tokens * (tokens - 1)]
                 self.redundant_3 += torch.tensor(sums, dtype=torch.float64)
-                self.pictures += 1
+                self.images += 1
                 if square:
                     self.maps[side].append(place_N.view(side, side))
 
@@ -185,14 +185,14 @@ class _Sums:
         attention = [(a / n, e / n) if n else (None, None) for a, e, n in self.attention_L3.tolist()]
         lacking = [number for number, (share, _) in enumerate(attention) if share is None]
         why = (
-            f"layers {lacking} gave no attention weights for text behind a picture: expected the backend 'eager' and"
+            f"layers {lacking} gave no attention weights for text behind a image: expected the backend 'eager' and"
             f" layers with softmax attention, found the backend '{backend}'"
         )
         maps = max(self.maps.values(), key=len, default=[])
         mean_map = torch.stack(maps).mean(0).tolist() if maps else None
         return Analysis(
             samples=self.samples,
-            pictures=self.pictures,
+            images=self.images,
             visual_tokens=visual,
             text_tokens=text,
             layers=tuple(LayerFigures(*s, *a) for s, a in zip(similar, attention, strict=True)),
@@ -200,7 +200,7 @@ class _Sums:
             redundancy=float(self.redundant_3[0]) / visual,
             any_two=float(self.redundant_3[1] / self.redundant_3[2].clamp(min=1)),
             redundancy_map=None if mean_map is None else tuple(map(tuple, mean_map)),
-            map_pictures=len(maps),
+            map_images=len(maps),
         )
 
 
@@ -208,8 +208,8 @@ class _Sums:
 class Suggestion:
     """Settings to start from, ``importance`` of each layer (1 - similarity), and why, by setting."""
 
-    compressor: VisualTokenCompressor
-    skipper: LayerSkipper
+    compressor: CompressorConfig
+    skipper: SkipperConfig
     importance: tuple[float, ...]
     reasons: dict[str, str]
 
@@ -227,7 +227,7 @@ def suggest(analysis: Analysis) -> Suggestion:
     """Starting points by simple rules; none was tuned, and none is a measured optimum.
 
     - keep: 1 - (redundancy - any_two) / (1 - any_two), in steps of 0.05, from 0.1 to 1: what a token's neighbours do
-      not say, of what the tokens of a picture do not share anyway.
+      not say, of what the tokens of a image do not share anyway.
     - protected: the first and last layers in a row whose similarity lies below the median by more than 0.02 and by more
       than three times the median distance from it. The others are free.
     - alpha: the median similarity of the free layers, rounded down to 0.05, and at most the default of 0.6.
@@ -247,7 +247,7 @@ def suggest(analysis: Analysis) -> Suggestion:
     importance = tuple(round(max(0.0, 1 - value), 4) for value in similar)
     tilt, why_tilt = _tilt(free, importance)
     reasons = {
-        "keep": f"Any two visual tokens of a picture are alike by {analysis.any_two:.3f}, neighbours by"
+        "keep": f"Any two visual tokens of a image are alike by {analysis.any_two:.3f}, neighbours by"
         f" {analysis.redundancy:.3f}: of what they do not all share, neighbours say {100 * max(0.0, said):.0f}%.",
         "protected": f"The median similarity of the layers is {middle:.3f}; of the first layers in a row {first},"
         f" and of the last {last}, lie more than {clear:.3f} below it.",
@@ -255,8 +255,8 @@ def suggest(analysis: Analysis) -> Suggestion:
         f" output is like its input, and at most with {MOST_ALPHA}, the default.",
         "epsilon": why_tilt,
     }
-    skipper = LayerSkipper.model_validate({"alpha": alpha, "protected": (first, last), **tilt})
-    return Suggestion(VisualTokenCompressor.model_validate({"keep": keep}), skipper, importance, reasons)
+    skipper = SkipperConfig.model_validate({"alpha": alpha, "protected": (first, last), **tilt})
+    return Suggestion(CompressorConfig.model_validate({"keep": keep}), skipper, importance, reasons)
 
 
 def _down(value: float) -> float:
@@ -264,7 +264,7 @@ def _down(value: float) -> float:
 
 
 def _tilt(free: list[float], importance: tuple[float, ...]) -> tuple[dict[str, Any], str]:
-    """Settings of `LayerSkipper` for the tilt, and why."""
+    """Settings of `SkipperConfig` for the tilt, and why."""
     if max(free) - min(free) < FLAT:
         alike = f"The free layers' similarities ({fmean(free):.3f} on average) differ by less than {FLAT}."
         return {"epsilon": 0.0}, alike

@@ -23,7 +23,7 @@ from torch import nn
 from sparsight.compat import CACHE
 from sparsight.devices.ranks import largest, several_ranks, touched
 from sparsight.schedules import anneal, skip_probabilities, skipped_layers
-from sparsight.settings.methods import LayerSkipper, VisualTokenCompressor
+from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.blank import blank_features
 from sparsight.sparse.compress import compress
 from sparsight.sparse.gather import Kept, behind_cache, gather_inputs, mark_cache, packed_samples
@@ -77,7 +77,7 @@ def attach(
     `SparsightCallback` calls: until then all is dense.
 
     Args:
-        compressor, skipper: a `VisualTokenCompressor`, a `LayerSkipper`, or both; known by type, in either position.
+        compressor, skipper: a `CompressorConfig`, a `SkipperConfig`, or both; known by type, in either position.
         seed: of the methods' draws, which are functions of (seed, step, layer) alone.
         train_only: in eval mode the model is the plain one, and so it is in any mode inside of ``generate`` and where a
             cache of keys and values is given.
@@ -89,15 +89,15 @@ def attach(
     Raises:
         ValueError: the model cannot take them, or has them already, or none is given.
     """
-    if isinstance(compressor, LayerSkipper) or isinstance(skipper, VisualTokenCompressor):
+    if isinstance(compressor, SkipperConfig) or isinstance(skipper, CompressorConfig):
         compressor, skipper = skipper, compressor
     if compressor is None and skipper is None and not plan:
         raise ValueError(
             "attach was given neither a compressor nor a skipper: write attach(model, "
-            "compressor=VisualTokenCompressor(...)), attach(model, skipper=LayerSkipper(...)), or both; "
+            "compressor=CompressorConfig(...)), attach(model, skipper=SkipperConfig(...)), or both; "
             "attach(model, plan=True) only shows what would be touched"
         )
-    for name, given, kind in (("compressor", compressor, VisualTokenCompressor), ("skipper", skipper, LayerSkipper)):
+    for name, given, kind in (("compressor", compressor, CompressorConfig), ("skipper", skipper, SkipperConfig)):
         if not isinstance(given, kind | None):
             raise ValueError(
                 f"{name}: expected a {kind.__name__}, found {given!r}; write attach(model, {name}={kind.__name__}(...))"
@@ -113,8 +113,8 @@ def attach(
     return SparseHandle(model, parts, decoder, layers, head, compressor, skipper, seed, train_only)
 
 
-def _skip_options(skipper: LayerSkipper) -> dict[str, Any]:
-    return {key: getattr(skipper, key) for key in ("alpha", "epsilon", "course", "protected", "importance")}
+def _skip_options(skipper: SkipperConfig) -> dict[str, Any]:
+    return {key: getattr(skipper, key) for key in ("alpha", "epsilon", "schedule", "protected", "importance")}
 
 
 class SparseHandle:
@@ -127,8 +127,8 @@ class SparseHandle:
         decoder: Any,
         layers: Sequence[nn.Module],
         head: Any,
-        compressor: VisualTokenCompressor | None,
-        skipper: LayerSkipper | None,
+        compressor: CompressorConfig | None,
+        skipper: SkipperConfig | None,
         seed: int,
         train_only: bool,
     ) -> None:
@@ -139,7 +139,7 @@ class SparseHandle:
         self._generating, self._cached = 0, False  # calls of `generate` that we are in; whether a cache was given
         self._told: set[str] = set()
         self._first: int | None = None  # image of this step that the last pass with gradients began with
-        self._drawn = 0  # pictures of the present step so far: each draws its own random tokens
+        self._drawn = 0  # images of the present step so far: each draws its own random tokens
         self._batch: tuple[Any, dict[str, Any]] | None = None
         self._visual_BT: torch.Tensor | None = None
         self._video_BT: torch.Tensor | None = None
@@ -155,7 +155,7 @@ class SparseHandle:
         self.encoder_calls: dict[str, tuple[Any, dict[str, Any], int]] = {}
         self._pixels: dict[str, int] = {}
         self._encoding = False
-        # Pictures and videos go through the vision tower one after the other.
+        # Images and videos go through the vision tower one after the other.
         self.videos = "pixel_values_videos" in inspect.signature(self.splicer.forward).parameters
         self._given = 0  # inputs of the vision tower in this batch
         self._embeds_due, self._probing = False, False
@@ -430,18 +430,18 @@ class SparseHandle:
     def _embedded(self, _: nn.Module, __: Any, embeds: torch.Tensor) -> torch.Tensor:
         """Where there are several ranks: one that has text alone, or no videos, does as the others, which have some.
 
-        Blank pictures go through vision tower and projector, whose shards all ranks have to gather together, and
-        what gets no gradient gets a zero. Here, behind the embeddings, is where the others encode their pictures.
+        Blank images go through vision tower and projector, whose shards all ranks have to gather together, and
+        what gets no gradient gets a zero. Here, behind the embeddings, is where the others encode their images.
         """
         first, self._embeds_due = self._embeds_due, False
         if not first or not several_ranks() or not (self._probing or (self.model.training and torch.is_grad_enabled())):
             return embeds
-        ours = hasattr(self.splicer, "_without_pictures") and self.model.training  # does so by itself
+        ours = hasattr(self.splicer, "_without_images") and self.model.training  # does so by itself
         alone = ours or not self.parts.vision
         if not alone:
             seen = self._visual_BT is None or bool(self._visual_BT.any())
             calls = max(self._given, int(seen))
-            # At least one, so that ranks need not ask each other where pictures are all that there may be.
+            # At least one, so that ranks need not ask each other where images are all that there may be.
             wanted = max(1, largest(calls, embeds.device)) if self.videos else 1
             for _blank in range(wanted - calls):
                 embeds = embeds + 0.0 * blank_features(self.splicer, embeds).to(embeds.dtype)
@@ -593,13 +593,13 @@ class SparseHandle:
             if self.compressor.method == "text":
                 options["text_BTD"] = embeds_BTD[sample_IN[:, 0]].detach()
                 text_IT = (keep_BT & ~visual_BT)[sample_IN[:, 0]]
-                if packed_BT is not None:  # that of the picture's own sample
+                if packed_BT is not None:  # that of the image's own sample
                     row_I, first_I = sample_IN[:, 0], position_IN[:, 0]
                     owner_BT = packed_BT.expand(len(keep_BT), -1)
                     text_IT = text_IT & (owner_BT[row_I] == owner_BT[row_I, first_I][:, None])
                 options["text_mask_BT"] = text_IT
             few_IKD, index_IK = compress(tokens_IND, self.keep, self.compressor.method, grid=grid, **options)
-            # What follows a picture is said by its last position: that one stays.
+            # What follows a image is said by its last position: that one stays.
             index_IK = torch.cat([index_IK[:, :-1], torch.full_like(index_IK[:, :1], length - 1)], 1)
             if self.compressor.method not in ("pool", "merge"):
                 few_IKD = tokens_IND.gather(1, index_IK[..., None].expand_as(few_IKD))
@@ -618,9 +618,9 @@ class SparseHandle:
             return first
         return self._first
 
-    def _generator(self, picture: int) -> torch.Generator:
+    def _generator(self, image: int) -> torch.Generator:
         # Mixed into 32 bits, as torch looks at no more of a seed.
-        mixed = np.random.SeedSequence([self.seed, self.global_step, picture]).generate_state(1)
+        mixed = np.random.SeedSequence([self.seed, self.global_step, image]).generate_state(1)
         return torch.Generator().manual_seed(int(mixed[0]))
 
     def _runs(self, places_M2: torch.Tensor) -> list[Run]:

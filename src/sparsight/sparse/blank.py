@@ -1,4 +1,4 @@
-"""A blank picture for any VLM: what a rank that has fewer inputs than others sends through its vision tower."""
+"""A blank image for any VLM: what a rank that has fewer inputs than others sends through its vision tower."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from typing import Any
 
 import torch
 
-_NO_PICTURE = (
-    "{name}: this rank's batch has no picture, or no video, while others may have some, and all ranks must go through "
-    "the vision tower together. A blank picture did not fit this model ({error}): put one picture into every rank's "
+_NO_IMAGE = (
+    "{name}: this rank's batch has no image, or no video, while others may have some, and all ranks must go through "
+    "the vision tower together. A blank image did not fit this model ({error}): put one image into every rank's "
     "batch, and one video if there are any"
 )
 
 
 def blank_features(owner: Any, like: torch.Tensor) -> torch.Tensor:
-    """The sum of what the language model is given of one blank picture, through ``owner.get_image_features``.
+    """The sum of what the language model is given of one blank image, through ``owner.get_image_features``.
 
     Raises:
-        ValueError: the model takes pictures in a form that we do not know.
+        ValueError: the model takes images in a form that we do not know.
     """
     try:
-        found = owner.get_image_features(**blank_picture(owner, like), return_dict=True)
+        found = owner.get_image_features(**blank_image(owner, like), return_dict=True)
     except Exception as error:
-        raise ValueError(_NO_PICTURE.format(name=type(owner).__name__, error=error)) from error
+        raise ValueError(_NO_IMAGE.format(name=type(owner).__name__, error=error)) from error
     if hasattr(found, "pooler_output"):  # the tower's other outputs reach nothing, nor may they get gradients here
         found = [found.pooler_output, getattr(found, "deepstack_features", None)]
     return torch.stack([tensor.float().sum() for tensor in tensors(found)]).sum()
 
 
-def blank_picture(owner: Any, like: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Arguments of ``get_image_features`` for one black picture; small where the encoder takes any size."""
+def blank_image(owner: Any, like: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Arguments of ``get_image_features`` for one black image; small where the encoder takes any size."""
     config = owner.config
     accepted = inspect.signature(owner.get_image_features).parameters
     vision = config if hasattr(config, "image_size") else config.vision_config
@@ -42,9 +42,9 @@ def blank_picture(owner: Any, like: torch.Tensor) -> dict[str, torch.Tensor]:
     size = vision.image_size
     height, width = (size, size) if isinstance(size, int) else size
     pixels = like.new_zeros(1, 3, height, width)
-    if "pixel_attention_mask" in accepted:  # a picture of zeros is taken for padding there, and thrown away
+    if "pixel_attention_mask" in accepted:  # a image of zeros is taken for padding there, and thrown away
         return {"pixel_values": pixels[:, None] + 1.0}
-    tiled = hasattr(config, "image_grid_pinpoints")  # the whole picture, and one tile
+    tiled = hasattr(config, "image_grid_pinpoints")  # the whole image, and one tile
     if tiled or getattr(vision, "model_type", "") == "pixtral":
         pixels = pixels[:, None].repeat(1, 2, 1, 1, 1) if tiled else pixels
         return {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]], device=like.device)}

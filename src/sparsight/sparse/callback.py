@@ -211,7 +211,7 @@ def _refuse_engine(model: nn.Module) -> None:
     else:
         return
     raise ValueError(
-        f"LayerSkipper cannot work under {engine}, which {why}. Use DDP or FSDP version 2 (fsdp_version: 2), "
+        f"SkipperConfig cannot work under {engine}, which {why}. Use DDP or FSDP version 2 (fsdp_version: 2), "
         "or the compressor alone"
     )
 

@@ -43,7 +43,7 @@ def find_parts(model: Any, needs_vision: bool = True) -> tuple[Parts, Any, list[
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise ValueError(f"{name}: its decoder {type(decoder).__name__} has no list of layers")
     if any("cross" in child for layer in layers for child, _ in layer.named_children()):
-        raise ValueError(f"{name} looks at pictures by cross-attention: there are no visual tokens in its sequence")
+        raise ValueError(f"{name} looks at images by cross-attention: there are no visual tokens in its sequence")
     ids = [getattr(config, key, None) for key in ("image_token_id", "image_token_index", "video_token_id")]
     try:
         vision: Any = model.get_encoder(modality="image")
@@ -53,7 +53,7 @@ def find_parts(model: Any, needs_vision: bool = True) -> tuple[Parts, Any, list[
     if vision not in modules or any(module is decoder for module in vision.modules()):
         vision = None
     if needs_vision and vision is None:
-        raise ValueError(f"{name} has no vision tower: expected a model that encodes pictures before its decoder")
+        raise ValueError(f"{name} has no vision tower: expected a model that encodes images before its decoder")
     if needs_vision and not any(isinstance(i, int) for i in ids):
         raise ValueError(f"{name} has no id of a visual token in its config, so its visual tokens cannot be found")
     head = model.get_output_embeddings() or getattr(language, "get_output_embeddings", lambda: None)()

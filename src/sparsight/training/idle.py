@@ -50,15 +50,13 @@ def describe_idle(model: nn.Module, optimizer: Any, handle: SparseHandle | None 
         found = [names[parameter] for parameter in parameters if parameter in idle]
         if len(found) == len(parameters) > 0:
             whole.append(f"learning_rate.{part}")
-        elif not found or part == "vision":  # a picture has reached it: the others are behind the last level
+        elif not found or part == "vision":  # a image has reached it: the others are behind the last level
             continue
         some = ", ".join(found[:NAMED]) + (", ..." if len(found) > NAMED else "")
         told.append(f"{part}: {len(found)} of {len(parameters)} ({some})")
     if not told:
         return ""
-    advice = (
-        f" If this data is to have no pictures, leave out {' and '.join(whole)}: that freezes them." if whole else ""
-    )
+    advice = f" If this data is to have no images, leave out {' and '.join(whole)}: that freezes them." if whole else ""
     return (
         f"parameters that train have had no gradient: {'; '.join(told)}. They take the optimizer's memory, and weight "
         f"decay shrinks them.{advice}"

@@ -71,7 +71,7 @@ class Interrupted(Exception):
 class StepCounter:
     """What the steps since the last record executed, counted from the batches themselves.
 
-    ``encoder_flops``: of one picture's pass through the encoder (``encoders.count_flops``); what pictures at their
+    ``encoder_flops``: of one image's pass through the encoder (``encoders.count_flops``); what images at their
     native resolution take is counted by their grids, when one is first met. ``precision``: bf16 or
     fp32, of whose peak on this device the share (``mfu``) is taken, where that is known. ``resident``: bytes of the
     process before the run, which are not its own.
@@ -146,7 +146,7 @@ class StepCounter:
         self.counts["padding_tokens"] += ids.numel() - filled
 
     def _of_grid(self, grid: tuple[int, int]) -> float:
-        """FLOPs of a picture of so many rows and columns of patches in the encoder."""
+        """FLOPs of a image of so many rows and columns of patches in the encoder."""
         if grid not in self.flops_of_grid:
             encoder, config = self.model.model.vision_tower, self.model.config
             size = grid[0] * encoder.config.patch_size, grid[1] * encoder.config.patch_size
@@ -489,10 +489,10 @@ def _bar(console: Console) -> Progress:
 
 def _collator(processor: SparsightProcessor, stage: Stage) -> Collator:
     length, places, weights = stage.batch_tokens or stage.pack_length, None, None
-    if stage.places_of is not None:
-        target, scales = Layout.parse(stage.places_of), stage.bridge.scales  # type: ignore[union-attr]
-        places = scales.places(target), target.tokens
-        weights = scales.offspring(target) if stage.proportional_attention else None
+    if stage.position_layout is not None:
+        target, scales = Layout.parse(stage.position_layout), stage.bridge.scales  # type: ignore[union-attr]
+        places = scales.positions(target), target.tokens
+        weights = scales.children(target) if stage.proportional_attention else None
     pad = processor.tokenizer.pad_token_id
     return Collator(pad, stage.packing, length, processor.image_token_id, places, weights)
 

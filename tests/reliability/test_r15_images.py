@@ -1,4 +1,4 @@
-"""R15: bad pictures. Each is refused with file and reason, told beforehand, and costs a run no more than itself."""
+"""R15: bad images. Each is refused with file and reason, told beforehand, and costs a run no more than itself."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from sparsight.pipeline import check_data, run
 from sparsight.reporting import read_run
 from sparsight.settings.recipe import Recipe
 from sparsight.training.quarantine import Quarantine
-from tiny import picture
+from tiny import make_image
 
-UNREADABLE = "cannot be read as a picture"
+UNREADABLE = "cannot be read as a image"
 UNKNOWN = f"{UNREADABLE}: empty, or in no format that is known"
 
 
@@ -57,7 +57,7 @@ def corpus() -> dict[str, bytes]:
         "turned.jpg": encoded(halves(), "JPEG", exif=turned),
         "one.png": encoded(Image.new("RGB", (1, 1), "red")),
         "wrong.jpg": encoded(halves(), "PNG"),
-        "cut.jpg": encoded(picture(0, 64), "JPEG")[:700],
+        "cut.jpg": encoded(make_image(0, 64), "JPEG")[:700],
         "empty.jpg": b"",
         "bomb.png": bomb(13_000),
         "huge.png": bomb(20_000),
@@ -97,7 +97,7 @@ def write(tmp_path: Path, encoder: Path) -> Callable[..., Recipe]:
     """`write(files, **recipe keys)`: the files, a data set with a row for each and for ``more``, and its recipe."""
 
     def make(files: dict[str, bytes], more: tuple[dict[str, Any], ...] = (), **changes: Any) -> Recipe:
-        folder = tmp_path / "pictures"
+        folder = tmp_path / "images"
         folder.mkdir()
         for name, data in files.items():
             (folder / name).write_bytes(data)
@@ -130,7 +130,7 @@ def listed(record: dict[str, Any]) -> dict[tuple[int, str], str]:
     return {(entry["row"], entry["id"]): entry["reason"] for entry in record["bad"]}
 
 
-# ---------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------- images
 
 
 @pytest.mark.parametrize("as_bytes", [False, True], ids=["file", "bytes"])
@@ -162,7 +162,7 @@ def test_the_limit_is_our_own_and_without_warnings(
     if off:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     monkeypatch.setattr(images, "MAX_PIXELS", 799)
-    with pytest.raises(ValueError, match=r"^a\.png: cannot be read as a picture: 40 x 20 pixels, more than 799"):
+    with pytest.raises(ValueError, match=r"^a\.png: cannot be read as a image: 40 x 20 pixels, more than 799"):
         load_image(encoded(halves()), "a.png")
     monkeypatch.setattr(images, "MAX_PIXELS", 800)
     if not off:  # Pillow would warn
@@ -171,20 +171,20 @@ def test_the_limit_is_our_own_and_without_warnings(
     assert len(recwarn) == 0
 
 
-def test_an_opened_picture_is_treated_like_its_file(tmp_path: Path) -> None:
+def test_an_opened_image_is_treated_like_its_file(tmp_path: Path) -> None:
     for name in GOOD:
         (tmp_path / name).write_bytes(corpus()[name])
         with Image.open(tmp_path / name) as opened:
             assert load_image(opened) == load_image(tmp_path / name)
-    with pytest.raises(ValueError, match="^here: cannot be read as a picture: 32-bit"):
+    with pytest.raises(ValueError, match="^here: cannot be read as a image: 32-bit"):
         load_image(Image.new("F", (4, 4)), "here")
 
 
-def test_links_in_the_folder_of_pictures_are_followed(tmp_path: Path, write: Callable[..., Recipe]) -> None:
+def test_links_in_the_folder_of_images_are_followed(tmp_path: Path, write: Callable[..., Recipe]) -> None:
     """They are the user's own; a path comes from whoever wrote the data (tests/data/test_sources.py)."""
     recipe = write({}, (row("link.png"),), stages=[stage_values(samples=4)], on_bad_sample="error")
     (tmp_path / "far.png").write_bytes(encoded(halves()))
-    (tmp_path / "pictures" / "link.png").symlink_to(tmp_path / "far.png")
+    (tmp_path / "images" / "link.png").symlink_to(tmp_path / "far.png")
     assert check_data(recipe, tmp_path / "check", 0, quiet())["bad"] == []
 
 
@@ -228,7 +228,7 @@ def damaged(number: int) -> bytes:
     """A good file, cut, with flipped bytes, or with a stretch of zeros."""
     rng = np.random.default_rng(number)
     kind = ["JPEG", "PNG", "GIF", "WEBP"][number % 4]
-    data = bytearray(encoded(picture(number, 24), kind))
+    data = bytearray(encoded(make_image(number, 24), kind))
     at, length = (int(value) for value in rng.integers(0, len(data), 2))
     match rng.integers(3):
         case 0:
@@ -256,9 +256,7 @@ def test_200_damaged_files(tmp_path: Path, write: Callable[..., Recipe]) -> None
 # ---------------------------------------------------------------------------------------- quarantine
 
 
-def test_the_default_is_an_error_before_training_or_at_the_picture(
-    tmp_path: Path, write: Callable[..., Recipe]
-) -> None:
+def test_the_default_is_an_error_before_training_or_at_the_image(tmp_path: Path, write: Callable[..., Recipe]) -> None:
     files = {"good.jpg": corpus()["good.jpg"], "empty.jpg": b""}
     recipe = write(files, on_bad_sample="error", workers=1)
     with pytest.raises(ValueError, match=rf"sample 'empty': .*empty\.jpg: {UNREADABLE}"):
@@ -270,7 +268,7 @@ def test_the_default_is_an_error_before_training_or_at_the_picture(
 
 
 def few_bad(bad: int, good: int) -> dict[str, bytes]:
-    return {f"{n}.png": encoded(picture(n, 16)) if n >= bad else b"x" for n in range(bad + good)}
+    return {f"{n}.png": encoded(make_image(n, 16)) if n >= bad else b"x" for n in range(bad + good)}
 
 
 def test_too_many_bad_samples_stop_the_run(tmp_path: Path, write: Callable[..., Recipe]) -> None:
@@ -334,8 +332,8 @@ def test_a_resumed_run_writes_and_computes_the_same(
         assert [step[key] for step in steps[0]] == [step[key] for step in steps[1]]
 
 
-def test_a_run_that_a_bad_picture_stopped_goes_on_without_it(tmp_path: Path, write: Callable[..., Recipe]) -> None:
-    files = {f"{n}.png": encoded(picture(n, 16)) if n != 7 else b"x" for n in range(32)}
+def test_a_run_that_a_bad_image_stopped_goes_on_without_it(tmp_path: Path, write: Callable[..., Recipe]) -> None:
+    files = {f"{n}.png": encoded(make_image(n, 16)) if n != 7 else b"x" for n in range(32)}
     strict = write(files, on_bad_sample="error", stages=[stage_values(samples=32, checkpoints=8)])
     lenient = strict.model_copy(update={"on_bad_sample": "quarantine", "max_bad": 1.0, "workers": 1})
     run(lenient, tmp_path / "whole", quiet())
@@ -372,7 +370,7 @@ def test_the_check_on_the_command_line(
     tmp_path: Path, write: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evil = "<script>alert(15)</script>"
-    files = {"0.png": encoded(picture(0, 16)), "1.png": b"x"}
+    files = {"0.png": encoded(make_image(0, 16)), "1.png": b"x"}
     recipe = write(files, (row("0.png", evil), row(f"{evil}.png"), row("0.png", "long " * 600)))
 
     def check(*more: str) -> Any:
@@ -400,7 +398,7 @@ def test_the_check_on_the_command_line(
 
 
 def test_the_check_counts_what_training_sees(tmp_path: Path, write: Callable[..., Recipe]) -> None:
-    files = {f"{n}.png": encoded(picture(n, 16)) for n in range(8)}
+    files = {f"{n}.png": encoded(make_image(n, 16)) for n in range(8)}
     recipe = write(files, (row("0.png", "A longer answer than that."),), stages=[stage_values(samples=9, batch_size=9)])
     record = check_data(recipe, tmp_path / "check", 0, quiet())
     run(recipe, tmp_path / "run", quiet())
