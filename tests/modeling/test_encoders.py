@@ -22,8 +22,9 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from sparsight import assets
+from sparsight.modeling.configuration import EfficientNetLiteConfig
 from sparsight.modeling.efficientnet_lite import EfficientNetLiteModel, _ConvNorm
-from sparsight.modeling.encoders import EfficientNetLiteConfig, feature_levels, has_own_positions, sincos_2d
+from sparsight.modeling.encoders import feature_levels, has_own_positions, sincos_2d
 from tiny import clip_config
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 8}

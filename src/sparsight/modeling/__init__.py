@@ -22,10 +22,10 @@ check_composing()
 # `sparsight.modeling.build` is the module; its function is `sparsight.build`.
 _MODULES = {
     "EfficientNetLiteConfig": "configuration",
-    "EfficientNetLiteModel": "encoders",
+    "EfficientNetLiteModel": "efficientnet_lite",
     "SparsightConfig": "configuration",
-    "SparsightForConditionalGeneration": "modeling",
-    "SparsightModel": "modeling",
+    "SparsightForConditionalGeneration": "vlm",
+    "SparsightModel": "vlm",
     "SparsightProcessor": "processing",
     "feature_levels": "encoders",
 }

@@ -80,7 +80,7 @@ def run(
     recipe = settle_precision(recipe, out, resume, console)
     log = open_log(recipe, out, resume) if main else RunLog(Path(os.devnull), append=True)
     if (layout := recipe.stages[-1].position_layout) is not None:
-        text = f"position_layout in the last stage: the model expects to be scaled to '{layout}', and answers poorly until then"
+        text = f"position_layout in the last stage: scale the model to '{layout}' before it is used"
         console.print(text, style="yellow", markup=False)
     session = Session(recipe, out, log, console, resume, Path(cache_root or out / "cache"), main, resident_now())
     model: SparsightForConditionalGeneration | None = None

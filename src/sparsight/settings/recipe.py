@@ -133,8 +133,8 @@ class Stage(Settings):
         if self.position_layout is not None:
             if self.packing or not isinstance(self.bridge, WindowedSettings):
                 raise ValueError(
-                    f"stage '{self.name}': position_layout '{self.position_layout}' needs a resampler or chain_of_sight, "
-                    f"and no packing; found {self.bridge.kind}, packing {self.packing}"
+                    f"stage '{self.name}': position_layout '{self.position_layout}' needs a resampler or "
+                    f"chain_of_sight, and no packing; found {self.bridge.kind}, packing {self.packing}"
                 )
             if getattr(self.bridge, "order", "coarse_to_fine") != "coarse_to_fine":
                 raise ValueError(f"stage '{self.name}': position_layout goes with order: coarse_to_fine alone")
