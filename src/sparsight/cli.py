@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sparsight.errors import UserError
+
 if TYPE_CHECKING:
     from sparsight.console import Console
 
@@ -103,7 +105,7 @@ def demo(
 ) -> None:
     """Train a small VLM twice, the standard way and ours, on the same samples, and compare them."""
     if short and recipe is not None:
-        raise ValueError(f"--short is the built-in demo; --recipe {recipe} was given as well. Give one of them")
+        raise UserError(f"--short is the built-in demo; --recipe {recipe} was given as well. Give one of them")
     from sparsight.pipeline import run_comparison
     from sparsight.settings.load import builtin_recipe, load_comparison
 
@@ -234,7 +236,7 @@ def _integers(text: str, separator: str, option: str, count: int | None = None) 
     parts = text.split(separator)
     if not all(part.strip().lstrip("-").isdigit() for part in parts) or count not in (None, len(parts)):
         wanted = separator.join(["4", "1", "8"][: count or 2])
-        raise ValueError(f"{option} {text}: expected integers such as {wanted}")
+        raise UserError(f"{option} {text}: expected integers such as {wanted}")
     return [int(part) for part in parts]
 
 
@@ -284,7 +286,7 @@ def preview(
         stage = settings.stages[0]
         data, side = settings.data_of(stage), stage.image_size or side  # type: ignore[assignment]
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise ValueError(f"--out {out}: expected a image's name, .png, .jpg or .webp")
+        raise UserError(f"--out {out}: expected a image's name, .png, .jpg or .webp")
     out.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(open_source(data, n, side), n).save(out)
     Console().print(f"wrote [bold]{out}[/]")

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
+from sparsight.errors import UserError
+
 # Chain-of-Sight (arXiv 2407.15819), every layout of the paper, in our notation.
 PRESETS: dict[str, str] = {
     "cos-32": "1:16,4:1",
@@ -40,7 +42,7 @@ class Scale:
 
     def __post_init__(self) -> None:
         if self.grid < 1 or self.queries < 1:
-            raise ValueError(f"scale {self.grid}:{self.queries}: windows per side and queries must be 1 or more")
+            raise UserError(f"scale {self.grid}:{self.queries}: windows per side and queries must be 1 or more")
 
     @property
     def tokens(self) -> int:
@@ -58,10 +60,10 @@ class Layout:
 
     def __post_init__(self) -> None:
         if not self.scales:
-            raise ValueError("a layout needs at least one scale, such as '1:16'")
+            raise UserError("a layout needs at least one scale, such as '1:16'")
         grids = [scale.grid for scale in self.scales]
         if any(finer <= coarser for coarser, finer in pairwise(grids)):
-            raise ValueError(
+            raise UserError(
                 f"layout '{self}': scales go from coarse to fine, each grid once; found windows per side {grids}"
             )
 
@@ -70,7 +72,7 @@ class Layout:
         """Read ``"1:16,4:4"`` or a preset's name such as ``"cos-80"``.
 
         Raises:
-            ValueError: the text is neither; the message shows the faulty part and what was meant, if it is near.
+            UserError: the text is neither; the message shows the faulty part and what was meant, if it is near.
         """
         if isinstance(text, Layout):
             return text
@@ -78,12 +80,12 @@ class Layout:
         if name in PRESETS:
             return cls.parse(PRESETS[name])
         if name and not name[0].isdigit():
-            raise ValueError(_unknown_preset(text, name))
+            raise UserError(_unknown_preset(text, name))
         scales = []
         for part in text.split(","):
             match = _SCALE.fullmatch(part)
             if match is None:
-                raise ValueError(
+                raise UserError(
                     f"layout '{text}': '{part.strip()}' is not a scale; expected grid:queries, such as '4:16'"
                 )
             scales.append(Scale(int(match[1]), int(match[2])))
@@ -108,22 +110,22 @@ class Layout:
             sources: overrides, grid of the new scale -> grid of the old one.
 
         Raises:
-            ValueError: a scale has no source, or an override names a scale that does not exist or does not fit.
+            UserError: a scale has no source, or an override names a scale that does not exist or does not fit.
         """
         overrides = dict(sources or {})
         by_grid = {scale.grid: scale for scale in self.scales}
         unknown = [grid for grid in overrides if grid not in {scale.grid for scale in target.scales}]
         if unknown:
-            raise ValueError(f"sources name grids {unknown}, but layout '{target}' has no such scale")
+            raise UserError(f"sources name grids {unknown}, but layout '{target}' has no such scale")
         born: dict[Scale, Scale] = {}
         for scale in target.scales:
             wanted = overrides.get(scale.grid)
             if wanted is not None and wanted not in by_grid:
-                raise ValueError(f"source grid {wanted} of scale {scale} is not in layout '{self}'")
+                raise UserError(f"source grid {wanted} of scale {scale} is not in layout '{self}'")
             fits = [old for old in self.scales if old.queries == scale.queries and wanted in (None, old.grid)]
             if not fits:
                 have = str(by_grid[wanted]) if wanted is not None else f"'{self}'"
-                raise ValueError(
+                raise UserError(
                     f"scale {scale} of '{target}' has no source in {have}: "
                     f"it needs one with {scale.queries} queries per window{self._within_reach(target)}"
                 )
@@ -146,7 +148,7 @@ class Layout:
         the window that holds the middle of its own.
 
         Raises:
-            ValueError: ``target`` cannot be reached, or nothing in it is born from one of the scales.
+            UserError: ``target`` cannot be reached, or nothing in it is born from one of the scales.
         """
         born, first, found = self.source_scales(target), 0, {}
         for scale in target.scales:
@@ -156,7 +158,7 @@ class Layout:
         places = []
         for scale in self.scales:
             if scale not in found:
-                raise ValueError(f"nothing in layout '{target}' is born from scale {scale} of '{self}'")
+                raise UserError(f"nothing in layout '{target}' is born from scale {scale} of '{self}'")
             child, first = found[scale]
             middle = [(2 * window + 1) * child.grid // (2 * scale.grid) for window in range(scale.grid)]
             windows = [row * child.grid + column for row in middle for column in middle]
@@ -184,10 +186,10 @@ def window_bounds(side: int, grid: int) -> list[tuple[int, int]]:
     """Cut ``side`` patches into ``grid`` windows, as equal as can be, none dropped and none counted twice.
 
     Raises:
-        ValueError: there are more windows than patches, so some window would see nothing.
+        UserError: there are more windows than patches, so some window would see nothing.
     """
     if grid > side:
-        raise ValueError(
+        raise UserError(
             f"a grid of {grid} windows per side needs at least {grid} patches per side, but the feature map has "
             f"{side}: use a larger image or a coarser layout"
         )

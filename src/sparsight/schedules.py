@@ -8,6 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from sparsight.errors import UserError
+
 Anneal = Literal["constant", "linear", "cosine", "steps"]
 SkipSchedule = Literal["falling", "constant", "rising"]
 _STEPS = 4  # equal parts of a stage, for "steps"
@@ -17,7 +19,7 @@ def anneal(kind: Anneal, start: float, end: float, progress: float) -> float:
     """From ``start`` to ``end``; "constant" stays at the start, "steps" goes there in four equal parts.
 
     Raises:
-        ValueError: ``progress`` lies outside [0, 1].
+        UserError: ``progress`` lies outside [0, 1].
     """
     _check_progress(progress)
     share = {
@@ -33,10 +35,10 @@ def kept_tokens(tokens: int, keep: float) -> int:
     """How many of ``tokens`` stay, at least one. The one function that counts them.
 
     Raises:
-        ValueError: ``keep`` lies outside (0, 1].
+        UserError: ``keep`` lies outside (0, 1].
     """
     if not 0 < keep <= 1:
-        raise ValueError(f"keep {keep}: expected a share above 0 and up to 1")
+        raise UserError(f"keep {keep}: expected a share above 0 and up to 1")
     return max(1, round(tokens * keep))
 
 
@@ -62,16 +64,16 @@ def skip_probabilities(
         importance: of each layer; then the tilt goes from the most to the least important one in place of depth (ours).
 
     Raises:
-        ValueError: a value is out of its range; the message shows it.
+        UserError: a value is out of its range; the message shows it.
     """
     _check_progress(progress)
     if alpha < 0 or alpha * (1 + abs(epsilon)) > 1:
-        raise ValueError(f"alpha {alpha}, epsilon {epsilon}: expected alpha >= 0 and alpha * (1 + |epsilon|) <= 1")
+        raise UserError(f"alpha {alpha}, epsilon {epsilon}: expected alpha >= 0 and alpha * (1 + |epsilon|) <= 1")
     first, last = protected
     if first < 0 or last < 0 or first + last > layers:
-        raise ValueError(f"protected layers {first} + {last}: the model has {layers}")
+        raise UserError(f"protected layers {first} + {last}: the model has {layers}")
     if importance is not None and len(importance) != layers:
-        raise ValueError(f"importance has {len(importance)} values, but the model has {layers} layers")
+        raise UserError(f"importance has {len(importance)} values, but the model has {layers} layers")
     factor = {"falling": (1 - progress) ** 2, "constant": 1.0, "rising": 1 - math.exp(-100 * progress)}[schedule]
     order = list(range(layers))
     if importance is not None:
@@ -95,4 +97,4 @@ def skipped_layers(probabilities: Sequence[float], seed: int, step: int) -> tupl
 
 def _check_progress(progress: float) -> None:
     if not 0 <= progress <= 1:
-        raise ValueError(f"progress {progress}: expected 0 to 1")
+        raise UserError(f"progress {progress}: expected 0 to 1")

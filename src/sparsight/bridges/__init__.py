@@ -10,6 +10,7 @@ from torch import nn
 from sparsight.bridges.base import Bridge
 from sparsight.bridges.patchwise import PatchwiseBridge
 from sparsight.bridges.windowed import WindowedResampler
+from sparsight.errors import UserError
 from sparsight.settings.bridges import bridge_settings
 
 __all__ = ["Bridge", "PatchwiseBridge", "WindowedResampler", "build_bridge"]
@@ -24,11 +25,11 @@ def build_bridge(settings: Any, level_widths: Sequence[int], out_width: int) -> 
         out_width: width of the language model, E.
 
     Raises:
-        ValueError: the settings are wrong, or there is no feature level.
+        UserError: the settings are wrong, or there is no feature level.
     """
     bridge = bridge_settings(settings)
     if not level_widths:
-        raise ValueError("a bridge needs at least one feature level, found none")
+        raise UserError("a bridge needs at least one feature level, found none")
     if bridge.kind in ("resampler", "chain_of_sight"):
         return WindowedResampler(bridge, level_widths, out_width)
     return PatchwiseBridge(bridge.kind, level_widths, out_width, factor=getattr(bridge, "factor", 1))

@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from sparsight.errors import UserError
+
 
 class Bridge(Protocol):
     """From feature levels, lower level first, each (B, H, W, C_level), to visual tokens (B, N, E).
@@ -23,8 +25,8 @@ def check_levels(levels_BHWC: Sequence[torch.Tensor], level_widths: Sequence[int
     if len(found) != len(level_widths) or any(
         len(shape) != 4 or shape[3] != width for shape, width in zip(found, level_widths, strict=True)
     ):
-        raise ValueError(
+        raise UserError(
             f"bridge expects {len(level_widths)} levels (B, H, W, C) with C = {list(level_widths)}, found {found}"
         )
     if len({shape[:3] for shape in found}) > 1:
-        raise ValueError(f"feature levels must have the same batch, height and width, found {found}")
+        raise UserError(f"feature levels must have the same batch, height and width, found {found}")

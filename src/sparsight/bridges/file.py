@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sparsight.devices.ranks import several_ranks
+from sparsight.errors import UserError
 from sparsight.settings.bridges import bridge_settings
 
 
@@ -22,7 +23,7 @@ def save_bridge(model: Any, file: str | Path) -> None:
     Where weights are sharded, all ranks call this together, and the first one writes.
 
     Raises:
-        ValueError: the model has no bridge.
+        UserError: the model has no bridge.
     """
     file, (bridge, settings) = Path(file), _bridge_of(model)
     state = {
@@ -41,18 +42,18 @@ def load_bridge(model: Any, file: str | Path) -> None:
     """Give a composed model the bridge of `save_bridge`, sharded as the model's own is, in place.
 
     Raises:
-        ValueError: ``file`` holds no bridge, or one with other settings, or for another encoder or language model.
+        UserError: ``file`` holds no bridge, or one with other settings, or for another encoder or language model.
     """
     bridge, settings = _bridge_of(model)
     with safe_open(Path(file), framework="pt") as tensors:
         before = json.loads((tensors.metadata() or {}).get("bridge", "null"))
         state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
     if before != settings:
-        raise ValueError(f"{file} holds the bridge {before}, and the model's is {settings}: expected the same")
+        raise UserError(f"{file} holds the bridge {before}, and the model's is {settings}: expected the same")
     own = bridge.state_dict()
     sizes = [{name: tuple(tensor.shape) for name, tensor in each.items()} for each in (own, state)]
     if other := sorted({name for name, _ in sizes[0].items() ^ sizes[1].items()}):
-        raise ValueError(
+        raise UserError(
             f"{file} is for another encoder or language model, these differ (model, file): "
             f"{ {name: tuple(each.get(name) for each in sizes) for name in other[:3]} }"
         )
@@ -68,5 +69,5 @@ def _bridge_of(model: Any) -> tuple[nn.Module, dict[str, Any]]:
     bridge = getattr(getattr(model, "model", None), "multi_modal_projector", None)
     settings = getattr(getattr(model, "config", None), "bridge_config", None)
     if bridge is None or settings is None:
-        raise ValueError(f"{type(model).__name__} has no bridge of Sparsight's; expected a model of `sparsight.build`")
+        raise UserError(f"{type(model).__name__} has no bridge of Sparsight's; expected a model of `sparsight.build`")
     return bridge, bridge_settings(settings).model_dump(mode="json")

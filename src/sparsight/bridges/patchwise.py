@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparsight.bridges.base import check_levels
+from sparsight.errors import UserError
 
 
 def pixel_shuffle(x_BHWC: torch.Tensor, factor: int) -> torch.Tensor:
@@ -43,7 +44,7 @@ class PatchwiseBridge(nn.Module):
     def forward(self, levels_BHWC: Sequence[torch.Tensor], sizes_B2: torch.Tensor | None = None) -> torch.Tensor:
         check_levels(levels_BHWC, self.level_widths)
         if sizes_B2 is not None and (sizes_B2 != sizes_B2.new_tensor(levels_BHWC[0].shape[1:3])).any():
-            raise ValueError(
+            raise UserError(
                 f"a bridge with a token for each patch needs maps of one size, found {sizes_B2.tolist()}: "
                 "use images of one size, or a resampler or chain_of_sight"
             )

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from sparsight.bridges.windowed import WindowedResampler
+from sparsight.errors import UserError
 from sparsight.layouts import Layout, Scale
 from sparsight.settings.bridges import ChainOfSightConfig
 
@@ -42,23 +43,23 @@ def from_port(state: Mapping[str, torch.Tensor], side: int | None = None) -> tup
         The bridge, and the numbers of the encoder's blocks (from 0) that its levels are.
 
     Raises:
-        ValueError: a tensor is missing, or one is there that the port does not have.
+        UserError: a tensor is missing, or one is there that the port does not have.
     """
     scales = sorted(((int(m[1]), int(m[2])) for m in map(_QUERIES.fullmatch, state) if m), reverse=True)
     blocks = [m for m in map(_BLOCK.fullmatch, state) if m]
     if not scales or not blocks or "out_proj.weight" not in state:
-        raise ValueError(
+        raise UserError(
             f"not the port's resampler: expected cls_token_w..., attn_..., out_proj, found {list(state)[:5]}"
         )
     side = side or scales[0][0]
     if any(side % window or queries % (side // window) ** 2 for window, queries in scales):
-        raise ValueError(f"windows and queries {scales} do not fit a map of {side}x{side} patches; give side=")
+        raise UserError(f"windows and queries {scales} do not fit a map of {side}x{side} patches; give side=")
     layout = Layout(tuple(Scale(side // window, queries // (side // window) ** 2) for window, queries in scales))
     levels = sorted({int(m[4]) for m in blocks})
     width, depth = state["out_proj.weight"].shape[1], 1 + max(int(m[2]) for m in blocks)
     norms = {int(m[4]): state[m[0]].shape[0] for m in blocks if m[6] == "cont_norm.weight"}  # levels differ in width
     if bare := [level for level in levels if level not in norms]:
-        raise ValueError(f"not the port's resampler: no cont_norm.weight of the blocks {bare}")
+        raise UserError(f"not the port's resampler: no cont_norm.weight of the blocks {bare}")
     mlp = next(tensor.shape[0] for name, tensor in state.items() if name.endswith("fc1.weight"))
     settings = ChainOfSightConfig(layout, width=width, heads=max(1, width // 64), mlp_ratio=mlp / width, depth=depth)
     with torch.device("meta"):
@@ -66,7 +67,7 @@ def from_port(state: Mapping[str, torch.Tensor], side: int | None = None) -> tup
     names = _names(bridge, side, levels)
     missing, extra = sorted(names.values() - state.keys()), sorted(state.keys() - names.values())
     if missing or extra:
-        raise ValueError(f"not the port's resampler: missing {missing[:3]}, not known {extra[:3]}")
+        raise UserError(f"not the port's resampler: missing {missing[:3]}, not known {extra[:3]}")
     shapes = {name: tensor.shape for name, tensor in bridge.state_dict().items()}
     ours = {name: state[theirs].reshape(shapes[name]).clone() for name, theirs in names.items()}
     bridge.load_state_dict(ours, assign=True)
@@ -81,15 +82,15 @@ def to_port(bridge: WindowedResampler, side: int, levels: Sequence[int]) -> dict
         levels: numbers of the encoder's blocks, from 0, that the bridge's levels are.
 
     Raises:
-        ValueError: the port has no such bridge: windows of unequal size, shared queries, heads not 64 wide.
+        UserError: the port has no such bridge: windows of unequal size, shared queries, heads not 64 wide.
     """
     settings = bridge.settings
     if any(side % scale.grid for scale in bridge.layout.scales):
-        raise ValueError(f"the port has no windows of unequal size: layout '{bridge.layout}', a map of {side}x{side}")
+        raise UserError(f"the port has no windows of unequal size: layout '{bridge.layout}', a map of {side}x{side}")
     if getattr(settings, "shared_queries", False) or getattr(settings, "order", "coarse_to_fine") != "coarse_to_fine":
-        raise ValueError("the port has a query for each token, and tokens from coarse to fine")
+        raise UserError("the port has a query for each token, and tokens from coarse to fine")
     if settings.heads != max(1, settings.width // 64):
-        raise ValueError(f"the port's heads are 64 wide: expected {settings.width // 64} heads, found {settings.heads}")
+        raise UserError(f"the port's heads are 64 wide: expected {settings.width // 64} heads, found {settings.heads}")
     state = bridge.state_dict()
     names = _names(bridge, side, levels)
     return {

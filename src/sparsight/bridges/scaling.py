@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsight.bridges.windowed import WindowedResampler
+from sparsight.errors import UserError
 from sparsight.settings.bridges import check_scaling
 
 
@@ -69,12 +70,12 @@ def scale_bridge(
         What each part was born from, the shared part last.
 
     Raises:
-        ValueError: a new scale has no source, or the bridges differ in more than layout and levels.
+        UserError: a new scale has no source, or the bridges differ in more than layout and levels.
     """
     born = check_scaling(bridge.settings, target.settings, sources)
     before, after = levels or ([*range(len(bridge.level_widths))], [*range(len(target.level_widths))])
     if not set(before) & set(after):
-        raise ValueError(f"the new feature levels {list(after)} share none with the old ones {list(before)}")
+        raise UserError(f"the new feature levels {list(after)} share none with the old ones {list(before)}")
     count = {str(scale.grid): [0, 0, 0] for scale in target.layout.scales} | {"": [0, 0, 0]}
     state = bridge.state_dict()
     for name, new in target.state_dict().items():
@@ -95,7 +96,7 @@ def scale_bridge(
             value = resize_queries(value, new.shape[0])
         if value is None or value.shape != new.shape:
             found = "nothing" if value is None else list(value.shape)
-            raise ValueError(
+            raise UserError(
                 f"'{name}' of the new bridge is {list(new.shape)}, but '{source}' of the old one is {found}"
             )
         kept = 0 if fresh else min(new.numel(), state[source].numel())

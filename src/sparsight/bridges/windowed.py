@@ -54,7 +54,7 @@ def cut_windows(
     """Cut a map into grid x grid windows: (B, L, M, D) -> (B, W, P, D), and a mask (B, W, P) of real patches, or None.
 
     Raises:
-        ValueError: some window would see nothing.
+        UserError: some window would see nothing.
     """
     batch, height, width = x_BLMD.shape[:3]
     if sizes_B2 is None:

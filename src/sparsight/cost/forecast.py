@@ -200,7 +200,7 @@ def forecast(recipe: Recipe) -> list[StageCost]:
     """The stages of a recipe.
 
     Raises:
-        ValueError: the sizes of encoder or language model are not known, or a layout does not fit the feature map.
+        UserError: the sizes of encoder or language model are not known, or a layout does not fit the feature map.
     """
     stages, cached = [], Counter[str]()
     for stage in recipe.stages:

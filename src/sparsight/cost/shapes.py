@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from sparsight.errors import UserError
 from sparsight.settings.bridges import bridge_settings
 from sparsight.settings.recipe import ScratchLanguage, Stage
 
@@ -143,14 +144,14 @@ def pick_levels(count: int, maps: bool, levels: Sequence[int] | None, name: str)
     """Feature levels as indices from 0, of ``count`` states: see ``encoders.feature_levels``.
 
     Raises:
-        ValueError: there is no such level.
+        UserError: there is no such level.
     """
     depth = count - 1
     if levels is None:
         return sorted({max(depth - 1, 0), depth} if maps else {max(1, 2 * depth // 3), max(1, depth - 1)})
     wrong = [level for level in levels if not -count <= level < count]
     if wrong:
-        raise ValueError(f"{name} has no feature level {wrong}: it has 0 to {depth}")
+        raise UserError(f"{name} has no feature level {wrong}: it has 0 to {depth}")
     return [level % count for level in levels]
 
 
@@ -358,13 +359,13 @@ def _read(name: str, known: Mapping[str, dict[str, Any]], part: str) -> dict[str
     """The configuration that a name of the table or a local folder stands for.
 
     Raises:
-        ValueError: it is neither.
+        UserError: it is neither.
     """
     if name.lower() in known:
         return known[name.lower()]
     file = Path(name).expanduser() / "config.json"
     if not file.is_file():
-        raise ValueError(
+        raise UserError(
             f"{part} '{name}': its sizes are not known here. Expected a local folder with a config.json, or one of "
             + ", ".join(known)
         )
@@ -376,7 +377,7 @@ def language_shape(language: str | ScratchLanguage, layers: int | None = None) -
     """Sizes of a language model by its name, its local folder, or its settings. Weights are not looked at.
 
     Raises:
-        ValueError: the name is unknown, or the configuration lacks sizes; the message says which.
+        UserError: the name is unknown, or the configuration lacks sizes; the message says which.
     """
     if isinstance(language, ScratchLanguage):
         s = language
@@ -389,7 +390,7 @@ def language_shape(language: str | ScratchLanguage, layers: int | None = None) -
     try:
         return LanguageShape.from_config(SimpleNamespace(**values))
     except AttributeError as error:
-        raise ValueError(
+        raise UserError(
             f"language '{language}': its config.json lacks '{error.name}', found {sorted(values)}"
         ) from None
 
@@ -398,14 +399,14 @@ def encoder_shape(name: str) -> EncoderShape:
     """Sizes of a vision encoder by its name or its local folder.
 
     Raises:
-        ValueError: the name is unknown, or there is no closed form for its family.
+        UserError: the name is unknown, or there is no closed form for its family.
     """
     values = _read(name, ENCODERS, "vision")
     kind = values.get("model_type", "")
     if kind == "sparsight_efficientnet_lite":
         return LiteShape(tuple(values.get("out_blocks", (10, 15))), values.get("image_size", 256))
     if kind not in _VITS:
-        raise ValueError(
+        raise UserError(
             f"vision '{name}': an encoder of type '{kind}' has no closed form here, only {', '.join(_VITS)} and "
             "efficientnet-lite0 have. Runs count it on the real modules: train a few steps and read run.jsonl"
         )

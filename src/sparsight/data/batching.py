@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 from torch.utils.data import Sampler
 
+from sparsight.errors import UserError
 from sparsight.settings.recipe import Stage
 
 Step = list[list[int]]  # micro-batches of sample indices; those of rank r of R are step[r::R]
@@ -24,13 +25,13 @@ def micro_batches(stage: Stage, ranks: int) -> int:
     """Micro-batches of a step on each rank.
 
     Raises:
-        ValueError: the batch cannot be dealt out evenly.
+        UserError: the batch cannot be dealt out evenly.
     """
     if stage.batch_tokens is not None:
         return 1
     micro = stage.micro_batch_size or max(1, stage.batch_size // ranks)
     if stage.batch_size % (micro * ranks):
-        raise ValueError(
+        raise UserError(
             f"stage '{stage.name}': batch_size {stage.batch_size} cannot be dealt out to {ranks} ranks in "
             f"micro-batches of {micro}: expected a multiple of {micro * ranks}"
         )
@@ -60,7 +61,7 @@ def plan_steps(
             out at once or never.
 
     Raises:
-        ValueError: the batch cannot be dealt out evenly; a sample alone is longer than ``batch_tokens``.
+        UserError: the batch cannot be dealt out evenly; a sample alone is longer than ``batch_tokens``.
     """
     order = np.random.default_rng(seed).permutation(samples).tolist()
     accumulate = micro_batches(stage, ranks)
@@ -119,7 +120,7 @@ def _by_tokens(stage: Stage, order: list[int], seed: int, ranks: int, sizes: np.
     assert most is not None
     longest = int(lengths.argmax())
     if lengths[longest] > most:
-        raise ValueError(
+        raise UserError(
             f"stage '{stage.name}', batch_tokens {most}: sample {longest} alone has {lengths[longest]} positions, "
             "visual tokens included; expected room for the longest"
         )

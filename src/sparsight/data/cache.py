@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from sparsight.aside import moved_aside
+from sparsight.errors import UserError
 
 
 class FeatureCache:
@@ -27,7 +28,7 @@ class FeatureCache:
         rows: where each image's features stand.
 
     Raises:
-        ValueError: what lies there is damaged.
+        UserError: what lies there is damaged.
         OSError: it cannot be read.
     """
 
@@ -42,7 +43,7 @@ class FeatureCache:
                 for number, shape in enumerate(meta["shapes"])
             ]
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-            raise ValueError(f"{folder}: damaged: {error}") from None
+            raise UserError(f"{folder}: damaged: {error}") from None
 
     def read(self, keys: Sequence[Hashable]) -> tuple[torch.Tensor, ...]:
         """Features of images, one (len(keys), H, W, C) in bf16 for each level."""
@@ -90,7 +91,7 @@ def build_cache(
         tell: told where a damaged cache is now.
 
     Raises:
-        ValueError: maps of several sizes, as native-resolution encoders give them.
+        UserError: maps of several sizes, as native-resolution encoders give them.
     """
     if (folder / "cache.json").is_file():
         try:
@@ -131,7 +132,7 @@ def _write(
             ]
         for memory, level in zip(maps, levels, strict=True):
             if level.shape[1:] != memory.shape[1:]:
-                raise ValueError(
+                raise UserError(
                     f"image '{part[0]}' has a feature map {tuple(level.shape[1:])}, others {memory.shape[1:]}: only "
                     "maps of one size can be cached. Set cache_features: false"
                 )

@@ -12,6 +12,8 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 from urllib.parse import unquote
 
+from sparsight.errors import UserError
+
 CELL_KEYS = ("bytes", "base64", "image", "image_url", "path", "url")
 _REMOTE = re.compile(r"(https?|ftp|s3|gs|hf)://", re.IGNORECASE)
 _LONGEST_NAME = 255  # bytes, on all common file systems
@@ -26,25 +28,25 @@ def read_cell(cell: Any, where: str) -> str | bytes | None:
     """A path, an image's bytes, or None for an empty cell.
 
     Raises:
-        ValueError: a URL, a path that leads out of the image folder, or none of these.
+        UserError: a URL, a path that leads out of the image folder, or none of these.
     """
     if isinstance(cell, dict):
         filled = {key: value for key, value in cell.items() if not is_empty(value)}
         known = [key for key in CELL_KEYS if key in filled]
         if filled and not known:
-            raise ValueError(f"{where}: expected {{'path': 'images/a.png'}}, found the fields {list(filled)}")
+            raise UserError(f"{where}: expected {{'path': 'images/a.png'}}, found the fields {list(filled)}")
         value = filled[known[0]] if known else None
         in_base64 = isinstance(value, str) and known[0] in ("bytes", "base64")
         return _bytes(value, where) if in_base64 else read_cell(value, where)
     if is_empty(cell) or isinstance(cell, bytes):
         return cell if isinstance(cell, bytes) else None
     if not isinstance(cell, str):
-        raise ValueError(f"{where}: expected a path, a data URI or bytes of an image, found {type(cell).__name__}")
+        raise UserError(f"{where}: expected a path, a data URI or bytes of an image, found {type(cell).__name__}")
     if cell.startswith("data:"):
         head, _, content = cell.partition(",")
         return _bytes(content if head.endswith(";base64") else None, where)
     if _REMOTE.match(cell):
-        raise ValueError(
+        raise UserError(
             f"{where}: '{cell:.200}' is a URL, and images are never fetched in training. Download it into the image "
             f"folder first (curl --remote-name --output-dir FOLDER URL), and write its path in that folder here"
         )
@@ -55,7 +57,7 @@ def _bytes(content: str | None, where: str) -> bytes:
     try:
         return base64.b64decode(content or "@", validate=True)
     except (binascii.Error, ValueError):
-        raise ValueError(f"{where}: expected an image as 'data:image/png;base64,...', found no base64 in it") from None
+        raise UserError(f"{where}: expected an image as 'data:image/png;base64,...', found no base64 in it") from None
 
 
 def _inside(path: str, where: str) -> str:
@@ -64,7 +66,7 @@ def _inside(path: str, where: str) -> str:
     slashes = path.replace("\\", "/")
     absolute = os.path.isabs(slashes) or PureWindowsPath(path).is_absolute()
     if absolute or os.path.normpath(slashes).split(os.sep)[0] == os.pardir:
-        raise ValueError(f"{where}: expected a path inside the image folder, found '{path:.200}'")
+        raise UserError(f"{where}: expected a path inside the image folder, found '{path:.200}'")
     return path
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from sparsight.errors import UserError
+
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Noncharacters, which no text holds: one stands for an answer, the other parts what only looks like a control token.
 _PROBE, _CUT = "\ufdd0", "\ufdd1"
@@ -40,7 +42,7 @@ def render(tokenizer: Any, messages: Sequence[dict]) -> tuple[str, list[tuple[in
     """The conversation as text, and the character spans that the assistant says (stop token included).
 
     Raises:
-        ValueError: the template refuses the conversation, or does not show what the assistant says.
+        UserError: the template refuses the conversation, or does not show what the assistant says.
     """
     # Those that the tokenizer has not are empty, where they would be undefined: templates add to them.
     known = {"bos_token": "", "eos_token": ""} | tokenizer.special_tokens_map
@@ -51,7 +53,7 @@ def render(tokenizer: Any, messages: Sequence[dict]) -> tuple[str, list[tuple[in
             texts, spans = render_jinja_template([list(messages)], **common, **options)
         except jinja2.TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise ValueError(
+            raise UserError(
                 f"the chat template refuses turns of {roles or 'nobody'}: {error}. Change the turns, or "
                 "tokenizer.chat_template"
             ) from None
@@ -77,7 +79,7 @@ def _spans(
             tail = after if place + 1 == len(messages) else draw(probed[: place + 1])[0].rpartition(_PROBE)[2]
         end = len(text) - len(after)
         if not (shown and text.startswith(before) and text.endswith(after) and len(before) <= end):
-            raise ValueError(
+            raise UserError(
                 f"what the assistant says in turn {place + 1} cannot be told apart: the chat template renders what "
                 "stands around it in another way without it. Add {% generation %} marks to tokenizer.chat_template, "
                 "or leave out what it treats so (a system turn, most often)"
@@ -139,7 +141,7 @@ def encode_conversation(
     Text that reads like a control token or a placeholder, such as ``<|im_end|>`` or ``<image>``, stays plain text.
 
     Raises:
-        ValueError: nothing would be learnt, the template cannot be read, or it does not show every image.
+        UserError: nothing would be learnt, the template cannot be read, or it does not show every image.
     """
     pattern, control_ids = _controls(tokenizer, len(tokenizer))
     text, spans = render(tokenizer, [_as_text(message, pattern) for message in messages])
@@ -165,7 +167,7 @@ def encode_conversation(
         part["type"] == "image" for m in messages if not isinstance(m["content"], str) for part in m["content"]
     )
     if shown != images:
-        raise ValueError(f"the conversation has {images} images, but the chat template writes {shown} {image_token}")
+        raise UserError(f"the conversation has {images} images, but the chat template writes {shown} {image_token}")
     if all(label == -100 for label in labels):
-        raise ValueError("nothing to learn: the conversation has no answer of the assistant")
+        raise UserError("nothing to learn: the conversation has no answer of the assistant")
     return Encoded(ids, labels)

@@ -25,6 +25,7 @@ from sparsight.data.cache import FeatureCache
 from sparsight.data.chat import TooLong, encode_conversation
 from sparsight.data.conversations import Sample
 from sparsight.data.sources import Source
+from sparsight.errors import UserError
 
 TRIES = 50
 # Bytes of tokens that each process keeps for the next epoch. Measured: 15,000 rows of 712 (576 visual) take 103 MB.
@@ -104,7 +105,7 @@ class TrainingSet(Dataset):
                     ) from None
                 replaced.append(bad.entry)
         reason = replaced[0]["reason"]
-        raise ValueError(f"{reason}. {TRIES - 1} others, drawn in its place, are bad too: `sparsight data check`")
+        raise UserError(f"{reason}. {TRIES - 1} others, drawn in its place, are bad too: `sparsight data check`")
 
     def _candidates(self, index: int) -> Iterator[int]:
         yield (index + self.offset) % len(self.source)

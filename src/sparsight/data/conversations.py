@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsight.data.cells import CELL_KEYS, is_empty, read_cell
+from sparsight.errors import UserError
 
 IMAGE_TAG = "<image>"
 EXAMPLE = (
@@ -68,16 +69,16 @@ def read_row(row: Any, name: str, where: str, find: Find) -> Sample:
         find: keys of the images from what the row says of them, which are paths and bytes; None if it says nothing.
 
     Raises:
-        ValueError: the row is in none of the forms, or not whole.
+        UserError: the row is in none of the forms, or not whole.
     """
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a mapping, found {type(row).__name__}")
+        raise UserError(f"{where}: expected a mapping, found {type(row).__name__}")
     row = {key: value for key, value in row.items() if value is not None}  # as a table writes what is not there
     name = str(row.get("id", name))
     where = f"{where} (id {name})"
     for field in _NOT_TRAINED:
         if not is_empty(row.get(field)) and row[field] != "[]":
-            raise ValueError(f"{where}, field '{field}': video, audio and tools are not trained on here; leave it out")
+            raise UserError(f"{where}, field '{field}': video, audio and tools are not trained on here; leave it out")
     used, turns = _turns(row, where)
     messages = [_message(*turn) for turn in turns]
     own = [part.pop("image", None) for message in messages for part in message["content"] if part["type"] == "image"]
@@ -97,14 +98,14 @@ def _turns(row: dict[str, Any], where: str) -> tuple[tuple[str, ...], list[tuple
         at, found = f"{where}, field '{field}'", row[field]
         if not isinstance(found, list) or not all(isinstance(turn, dict) for turn in found):
             speaker, text = ("from", "value") if field == "conversations" else ("role", "content")
-            raise ValueError(f"{at}: expected a list of turns, each with '{speaker}' and '{text}', found {found!r:.80}")
+            raise UserError(f"{at}: expected a list of turns, each with '{speaker}' and '{text}', found {found!r:.80}")
         turns = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content")), at) for turn in found]
         used = (field,)
     elif pair := next((pair for pair in _FLAT if row.keys() >= set(pair)), None):
         used = (*pair, "history") if pair[0] == "query" else (*pair, "input", "history")
         turns = [*_history(row, where), *_pair(row, pair, where)]
     else:
-        raise ValueError(
+        raise UserError(
             f"{where}: expected 'conversations' (LLaVA) or 'messages', found the fields {sorted(row)}. "
             f"A row looks like {EXAMPLE}"
         )
@@ -112,7 +113,7 @@ def _turns(row: dict[str, Any], where: str) -> tuple[tuple[str, ...], list[tuple
     if not is_empty(system):
         stated = [content for role, content, _ in turns if role == "system"]
         if stated and stated != [system]:
-            raise ValueError(
+            raise UserError(
                 f"{where}, field 'system': {system!r:.80}, and there is a system turn too, {stated[0]!r:.80}; expected "
                 "one of them"
             )
@@ -125,7 +126,7 @@ def _history(row: dict[str, Any], where: str) -> Iterator[tuple[str, Any, str]]:
     pairs = row.get("history", [])
     for pair in pairs if isinstance(pairs, list) else [pairs]:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise ValueError(f"{at}: expected a list of [question, answer], found {pair!r:.80}")
+            raise UserError(f"{at}: expected a list of [question, answer], found {pair!r:.80}")
         yield from (("user", pair[0], at), ("assistant", pair[1], at))
 
 
@@ -134,7 +135,7 @@ def _pair(row: dict[str, Any], pair: tuple[str, str], where: str) -> Iterator[tu
     asked, more = row[question], row.get("input") if question == "instruction" else None
     for field, text in ((question, asked), ("input", more or "")):
         if not isinstance(text, str):
-            raise ValueError(f"{where}, field '{field}': {_expected_text(text)}")
+            raise UserError(f"{where}, field '{field}': {_expected_text(text)}")
     yield "user", f"{asked}\n{more}" if more else asked, f"{where}, field '{question}'"
     yield "assistant", row[answer], f"{where}, field '{answer}'"
 
@@ -157,28 +158,28 @@ def _told(
     at = f"{where}, field '{turns}'"
     mine = [image for image in (read_cell(cell, at) for cell in own) if image is not None]
     if len(mine) < len(own):
-        raise ValueError(
+        raise UserError(
             f"{at}: the turns have {len(own)} {IMAGE_TAG} and image parts, and {len(mine)} of them have an image of "
             "their own; expected all or none"
         )
     if told and told != mine:
-        raise ValueError(f"{at}: image parts with images of their own, and field '{field}' has others: {told!r:.200}")
+        raise UserError(f"{at}: image parts with images of their own, and field '{field}' has others: {told!r:.200}")
     return mine, at
 
 
 def _message(role: Any, content: Any, where: str) -> dict[str, Any]:
     if not isinstance(role, str) or role not in _ROLES:
-        raise ValueError(f"{where}: unknown speaker {role!r}; expected one of {sorted(_ROLES)}")
+        raise UserError(f"{where}: unknown speaker {role!r}; expected one of {sorted(_ROLES)}")
     role = _ROLES[role]
     if isinstance(content, str):
         content = [{"type": "text", "text": content.replace("\r\n", "\n").strip("\n")}]
     if not isinstance(content, list):
-        raise ValueError(f"{where}: the {role}'s turn has no text: {_expected_text(content)}")
+        raise UserError(f"{where}: the {role}'s turn has no text: {_expected_text(content)}")
     parts = [piece for part in content for piece in _part(part, role, where)]
     if role == "assistant" and any(part["type"] == "image" for part in parts):
-        raise ValueError(f"{where}: an answer of the assistant holds {IMAGE_TAG}; expected text")
+        raise UserError(f"{where}: an answer of the assistant holds {IMAGE_TAG}; expected text")
     if role == "assistant" and not any(part["text"].strip() for part in parts):
-        raise ValueError(f"{where}: an answer of the assistant is empty; expected text")
+        raise UserError(f"{where}: an answer of the assistant is empty; expected text")
     return {"role": role, "content": parts}
 
 
@@ -190,19 +191,19 @@ def _part(part: Any, role: str, where: str) -> list[dict[str, Any]]:
     named = [key for key in ("text", "video", "audio") if key in values] + ["image"] * bool(images)
     kind = values.get("type", named[0] if len(named) == 1 else None)
     if isinstance(kind, str) and re.search("video|audio", kind):
-        raise ValueError(f"{at}: {kind} is not trained on here; expected parts of type 'image' or 'text'")
+        raise UserError(f"{at}: {kind} is not trained on here; expected parts of type 'image' or 'text'")
     kind, text = _PARTS.get(kind) if isinstance(kind, str) else None, values.get("text")
     if kind == "image":
         return [{"type": "image", "image": images or None}]
     if kind != "text" or text is None:
-        raise ValueError(f"{at}: expected parts of type 'image' or 'text', found {part!r:.80}")
+        raise UserError(f"{at}: expected parts of type 'image' or 'text', found {part!r:.80}")
     if not isinstance(text, str):
-        raise ValueError(f"{at}: {_expected_text(text)}")
+        raise UserError(f"{at}: {_expected_text(text)}")
     if half := re.search("[\ud800-\udfff]", text):
-        raise ValueError(f"{at} holds half of a character, {half[0]!a}: {text!a:.80}")
+        raise UserError(f"{at} holds half of a character, {half[0]!a}: {text!a:.80}")
     tag = _OTHER_MEDIA.search(text) if role == "user" else None
     if tag and f"</{tag[1]}>" not in text:  # else it is HTML
-        raise ValueError(f"{at} holds {tag[0]}: {tag[1]} is not trained on here; leave the row out")
+        raise UserError(f"{at} holds {tag[0]}: {tag[1]} is not trained on here; leave the row out")
     return _split_at_images(text.replace("\r\n", "\n"))
 
 
@@ -219,14 +220,14 @@ def _split_at_images(text: str) -> list[dict[str, Any]]:
 def _check(messages: list[dict[str, Any]], images: Sequence[Any], where: str) -> None:
     asked = [message["role"] for message in messages if message["role"] != "system"]
     if not asked or asked[-1] != "assistant":
-        raise ValueError(f"{where}: the last turn must be an answer of the assistant, found {asked or 'no turns'}")
+        raise UserError(f"{where}: the last turn must be an answer of the assistant, found {asked or 'no turns'}")
     shown = sum(part["type"] == "image" for message in messages for part in message["content"])
     if shown == 0 and images and "user" in asked:
         # As LLaVA does: an image that no turn mentions stands before the first question.
         first = next(message for message in messages if message["role"] == "user")
         first["content"][:0] = [{"type": "image"} for _ in images]
     elif shown != len(images):
-        raise ValueError(
+        raise UserError(
             f"{where}: the text has {shown} {IMAGE_TAG}, but there are {len(images)} images: {images!s:.200}"
         )
 

@@ -12,6 +12,8 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from sparsight.errors import UserError
+
 # Refused from the header, before anything is decoded: 150 megapixels are 600 MB in memory.
 MAX_PIXELS = 150_000_000
 # The only formats that are opened, whatever a file is called: Pillow would hand EPS to Ghostscript, a program.
@@ -28,7 +30,7 @@ def load_image(source: str | Path | bytes | Image.Image, name: str | None = None
         name: what messages call it; the path if not given.
 
     Raises:
-        ValueError: the file is missing or cannot be read, has 32-bit pixels, or more than `MAX_PIXELS`; the message
+        UserError: the file is missing or cannot be read, has 32-bit pixels, or more than `MAX_PIXELS`; the message
             names it.
     """
     return _opened(source, name, _rgb)
@@ -38,7 +40,7 @@ def size_of_image(source: str | Path | bytes, name: str | None = None) -> tuple[
     """Width and height of a image from its header alone, as it is stored: EXIF may turn it.
 
     Raises:
-        ValueError: as `load_image`, but for what only decoding finds.
+        UserError: as `load_image`, but for what only decoding finds.
     """
     return _opened(source, name, _size)
 
@@ -57,11 +59,11 @@ def _opened(source: str | Path | bytes | Image.Image, name: str | None, use: Cal
         with opened:
             return use(opened)
     except FileNotFoundError:
-        raise ValueError(f"{name}: there is no such file") from None
+        raise UserError(f"{name}: there is no such file") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{name}: cannot be read as a image: empty, or in no format that is known") from None
+        raise UserError(f"{name}: cannot be read as a image: empty, or in no format that is known") from None
     except Exception as error:  # decoders raise all kinds of errors over broken bytes: KeyError, struct.error, ...
-        raise ValueError(f"{name}: cannot be read as a image: {error or type(error).__name__}") from None
+        raise UserError(f"{name}: cannot be read as a image: {error or type(error).__name__}") from None
 
 
 @cache
@@ -74,7 +76,7 @@ def known_formats() -> tuple[str, ...]:
 def _size(opened: Image.Image) -> tuple[int, int]:
     width, height = opened.size
     if width * height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS:,}; make it smaller")
+        raise UserError(f"{width} x {height} pixels, more than {MAX_PIXELS:,}; make it smaller")
     return width, height
 
 
@@ -92,5 +94,5 @@ def _eight_bits(image: Image.Image, file_format: str | None) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
         return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError("32-bit pixels, of which nobody knows what is white; save it with 8 or 16 bits")
+        raise UserError("32-bit pixels, of which nobody knows what is white; save it with 8 or 16 bits")
     return image

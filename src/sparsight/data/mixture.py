@@ -8,6 +8,8 @@ from fractions import Fraction
 
 import numpy as np
 
+from sparsight.errors import UserError
+
 LONGEST_PERIOD = 100_000
 
 
@@ -21,7 +23,7 @@ class Quotas:
         weights: above 0; as they are written, so that 0.1 is a tenth.
 
     Raises:
-        ValueError: the order repeats too late to be kept.
+        UserError: the order repeats too late to be kept.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -30,7 +32,7 @@ class Quotas:
         self.shares = [weight // math.gcd(*whole) for weight in whole]
         self.period = sum(self.shares)
         if self.period > LONGEST_PERIOD:
-            raise ValueError(
+            raise UserError(
                 f"weights {list(weights)}: in whole numbers they add up to {self.period:,}, expected at most "
                 f"{LONGEST_PERIOD:,}; round them"
             )

@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from sparsight.data.sources import Source
+from sparsight.errors import UserError
 
 _BACKGROUND = (236, 239, 244)
 
@@ -15,10 +16,10 @@ def contact_sheet(source: Source, n: int = 12, columns: int = 4) -> Image.Image:
     """The first ``n`` samples, in RGB.
 
     Raises:
-        ValueError: ``n`` or ``columns`` is below 1.
+        UserError: ``n`` or ``columns`` is below 1.
     """
     if n < 1 or columns < 1:
-        raise ValueError(f"n={n}, columns={columns}, expected at least 1")
+        raise UserError(f"n={n}, columns={columns}, expected at least 1")
     tiles = []
     for index in range(min(n, len(source))):
         sample = source[index]

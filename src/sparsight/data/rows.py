@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.data.shards import File
+from sparsight.errors import UserError
 
 _LIST_START = re.compile(r"[ \t\n\r]*\[[ \t\n\r]*(\][ \t\n\r]*\Z)?")
 _ITEM_END = re.compile(r"[ \t\n\r]*(?:,[ \t\n\r]*|(\][ \t\n\r]*\Z))")
@@ -25,10 +26,10 @@ def open_rows(path: Path) -> Rows:
     """The rows of a file, by how its name ends: lines of .jsonl, or else a list; .gz behind it is unpacked.
 
     Raises:
-        ValueError: there is no such file, it cannot be unpacked, or is not as expected.
+        UserError: there is no such file, it cannot be unpacked, or is not as expected.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such file")
+        raise UserError(f"{path}: there is no such file")
     return (Lines if path.name.removesuffix(".gz").endswith(".jsonl") else List)(path)
 
 
@@ -37,7 +38,7 @@ def decode(content: bytes, where: str) -> str:
     try:
         return content.decode("utf-8-sig")  # some editors write a mark before the first character
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: expected text in UTF-8: {error}") from None
+        raise UserError(f"{where}: expected text in UTF-8: {error}") from None
 
 
 def parse(content: bytes, where: str) -> Any:
@@ -45,7 +46,7 @@ def parse(content: bytes, where: str) -> Any:
     try:
         return json.loads(decode(content, where))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from None
+        raise UserError(f"{where}: not valid JSON: {error}") from None
 
 
 class _Unpacked(File):
@@ -59,9 +60,9 @@ class _Unpacked(File):
                 with gzip.open(path) as packed:
                     shutil.copyfileobj(packed, file, 1 << 20)
             except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                raise ValueError(f"{path}: cannot be unpacked by gzip: {error}") from None
+                raise UserError(f"{path}: cannot be unpacked by gzip: {error}") from None
             except OSError as error:
-                raise ValueError(
+                raise UserError(
                     f"{path}: cannot be unpacked into {tempfile.gettempdir()}: {error.strerror}. Unpack it yourself, "
                     "or set TMPDIR to a folder with room"
                 ) from None
@@ -114,7 +115,7 @@ class List(Rows):
     """Rows of a .json file that holds a list of them.
 
     Raises:
-        ValueError: it holds no list, or no JSON.
+        UserError: it holds no list, or no JSON.
     """
 
     def __init__(self, path: Path) -> None:
@@ -129,18 +130,18 @@ class List(Rows):
                 offset, passed = offset + size, end
         except (ValueError, RecursionError):
             rows = parse(content, str(path))  # what is wrong is told of the file as a whole
-            raise ValueError(f"{path}: expected a list of samples, found {type(rows).__name__}") from None
+            raise UserError(f"{path}: expected a list of samples, found {type(rows).__name__}") from None
 
 
 def _items(text: str) -> Iterator[tuple[int, int]]:
-    """Start and end of each item of a JSON list, one parsed at a time. Raises ValueError if the text is none."""
+    """Start and end of each item of a JSON list, one parsed at a time. Raises UserError if the text is none."""
     read, found = json.JSONDecoder().raw_decode, _LIST_START.match(text)
     if not found:
-        raise ValueError("no list")
+        raise UserError("no list")
     while not found[1]:  # which is the end of the list
         start = found.end()
         end = read(text, start)[1]
         found = _ITEM_END.match(text, end)
         if not found:
-            raise ValueError("neither another item nor the end")
+            raise UserError("neither another item nor the end")
         yield start, end

@@ -22,6 +22,7 @@ import numpy as np
 from rich.progress import Progress
 
 from sparsight.console import Console
+from sparsight.errors import UserError
 
 IMAGES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
 TEXTS = frozenset({".json", ".txt"})
@@ -39,12 +40,10 @@ class File:
         self.descriptor = os.open(path, os.O_RDONLY)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Raises ValueError if the file ends before."""
+        """Raises UserError if the file ends before."""
         data = os.pread(self.descriptor, size, offset)
         if len(data) < size:
-            raise ValueError(
-                f"{self.path}, offset {offset}: expected {size} bytes, found {len(data)}; is it cut short?"
-            )
+            raise UserError(f"{self.path}, offset {offset}: expected {size} bytes, found {len(data)}; is it cut short?")
         return data
 
     def __reduce__(self) -> tuple[type[File], tuple[Path]]:
@@ -60,21 +59,21 @@ class Shard:
 
     Raises:
         FileNotFoundError: there is no index.
-        ValueError: the index is of another state of the tar, or not whole.
+        UserError: the index is of another state of the tar, or not whole.
     """
 
     def __init__(self, tar: Path, index: Path) -> None:
         self.index, state = index, tar.stat()
         content = np.memmap(index, np.uint8, "r").view(np.ndarray)  # a plain array gives single items faster
         if content[: len(_MAGIC)].tobytes() != _MAGIC:
-            raise ValueError("it is no index of this version")
+            raise UserError("it is no index of this version")
         start = _HEADER.itemsize
         size, modified, self.samples, members, names = content[:start].view(_HEADER)[0].tolist()[1:]
         if (size, modified) != (state.st_size, state.st_mtime_ns):
-            raise ValueError(f"{tar} has changed since ({size:,} bytes then, {state.st_size:,} now)")
+            raise UserError(f"{tar} has changed since ({size:,} bytes then, {state.st_size:,} now)")
         end = start + members * _MEMBER.itemsize
         if len(content) != end + names:
-            raise ValueError(f"expected {end + names:,} bytes, found {len(content):,}")
+            raise UserError(f"expected {end + names:,} bytes, found {len(content):,}")
         self.members, self.names = content[start:end].view(_MEMBER), content[end:]
         self.file = File(tar)
 
@@ -99,7 +98,7 @@ class Shard:
         return f"{self.file.path}, offset {self.members[place]['offset']}, member '{self._name(place)}'"
 
     def read(self, place: int) -> bytes:
-        """Raises ValueError if the tar ends before."""
+        """Raises UserError if the tar ends before."""
         _, offset, size, *_ = self.members[place].tolist()
         return self.file.read(offset, size)
 
@@ -115,7 +114,7 @@ def open_shards(tars: Sequence[Path], index_folder: Path | None = None) -> list[
     """The shards, in order. Indices that are missing or stale are built, with a bar; of stale ones a warning tells.
 
     Raises:
-        ValueError: a tar is damaged or holds no samples, or its index cannot be written.
+        UserError: a tar is damaged or holds no samples, or its index cannot be written.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 2 * len(tars) + 256  # a descriptor for each tar and each index, and those of everything else
@@ -154,7 +153,7 @@ def build_index(tar: Path, index: Path, progress: Callable[[int], None] = lambda
         progress: told the bytes of the tar that have been passed since it was told last.
 
     Raises:
-        ValueError: the tar is damaged, holds no samples, or one without text; or the index cannot be written.
+        UserError: the tar is damaged, holds no samples, or one without text; or the index cannot be written.
     """
     state = tar.stat()
     samples: dict[str, int] = {}
@@ -181,10 +180,10 @@ def build_index(tar: Path, index: Path, progress: Callable[[int], None] = lambda
         text = f"{tar}: {others.total()} members are of no use here: {dict(others.most_common(5))}"
         warnings.warn(text, stacklevel=2)
     if not samples:
-        raise ValueError(f"{tar}: no samples in it; expected members .json or .txt, with images beside them")
+        raise UserError(f"{tar}: no samples in it; expected members .json or .txt, with images beside them")
     if not all(texts):
         key = list(samples)[texts.index(0)]
-        raise ValueError(
+        raise UserError(
             f"{tar}, sample '{key}': expected a member '{key}.json' or '{key}.txt', found images alone"
             f" ({texts.count(0)} of {len(samples)} samples are so)"
         )
@@ -210,7 +209,7 @@ def _members(tar: Path) -> Iterator[tarfile.TarInfo]:
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("expected a member or the end mark; is it cut short?")
     except tarfile.TarError as error:
-        raise ValueError(f"{tar}, offset {place}: not a whole tar: {error}") from None
+        raise UserError(f"{tar}, offset {place}: not a whole tar: {error}") from None
 
 
 def _write_whole(index: Path, content: bytes, tar: Path) -> None:
@@ -226,7 +225,7 @@ def _write_whole(index: Path, content: bytes, tar: Path) -> None:
                 os.unlink(file.name)
                 raise
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{index.parent}: the index of {tar} cannot be written here: {error.strerror}. "
             "Set index_folder to a folder where it can"
         ) from None

@@ -32,6 +32,7 @@ from sparsight.data.images import load_image, size_of_image
 from sparsight.data.mixture import Quotas
 from sparsight.data.rows import decode, open_rows, parse
 from sparsight.data.shards import IMAGES, Shard, open_shards, stem
+from sparsight.errors import UserError
 from sparsight.scenes.questions import ScenesDataset
 from sparsight.scenes.world import SceneConfig
 from sparsight.settings.data import ConversationData, Data, MixtureData, SceneData
@@ -103,7 +104,7 @@ class RowSource:
     folder, or (row, number among its images) where the row holds the image itself.
 
     Raises:
-        ValueError: a row is not as expected; the message names the file, the row, the field, what was found and what
+        UserError: a row is not as expected; the message names the file, the row, the field, what was found and what
             was expected.
     """
 
@@ -134,9 +135,9 @@ class RowSource:
         try:
             return path.read_bytes(), str(path)
         except FileNotFoundError:
-            raise ValueError(no_such_file(path)) from None
+            raise UserError(no_such_file(path)) from None
         except OSError as error:
-            raise ValueError(f"{no_such_file(path)} that can be read: {error.strerror}") from None
+            raise UserError(f"{no_such_file(path)} that can be read: {error.strerror}") from None
 
     def image(self, key: Any) -> Image.Image:
         return load_image(*self.content(key))
@@ -163,14 +164,14 @@ class ConversationSource(RowSource):
             the fields that training does not use.
 
     Raises:
-        ValueError: the file or a row is not as expected, or an image is not there.
+        UserError: the file or a row is not as expected, or an image is not there.
     """
 
     def __init__(self, data: ConversationData, strict: bool = True) -> None:
         super().__init__(data)
         self.rows = open_rows(self.path)
         if not self.rows:
-            raise ValueError(f"{self.path}: no samples in it")
+            raise UserError(f"{self.path}: no samples in it")
         if strict:
             self._look()
 
@@ -193,7 +194,7 @@ class ConversationSource(RowSource):
             unused.update(self._read(number, find).unused)
         missing = [path for path in first if not os.path.isfile(find_file(self.folder, path))]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{first[missing[0]]}: {no_such_file(self.folder / missing[0])}"
                 f" ({len(missing)} of {len(first)} images are missing)"
             )
@@ -208,7 +209,7 @@ class TableSource(RowSource):
         strict: a warning names the columns that training does not use.
 
     Raises:
-        ValueError: the tables cannot be read, are empty, or lack a column; the package datasets is not installed.
+        UserError: the tables cannot be read, are empty, or lack a column; the package datasets is not installed.
     """
 
     def __init__(self, data: ConversationData, strict: bool = True) -> None:
@@ -216,7 +217,7 @@ class TableSource(RowSource):
         table = _open_table(data)
         columns = table.column_names
         if not has_conversation(columns):
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: expected a column 'conversations' (LLaVA) or 'messages', found the columns {columns}"
             )
         self.unused = tuple(name for name in columns if name not in FIELDS | METADATA)
@@ -240,7 +241,7 @@ def _open_table(data: ConversationData) -> Any:
     try:
         import datasets
     except ImportError:
-        raise ValueError(
+        raise UserError(
             f"data of kind '{data.kind}' need the package datasets, which is not installed: "
             "pip install 'sparsight[data]'"
         ) from None
@@ -250,9 +251,9 @@ def _open_table(data: ConversationData) -> Any:
             return datasets.load_dataset("parquet", data_files=files, split="train")
         table = datasets.load_from_disk(data.path)
     except (OSError, ValueError, IndexError, datasets.exceptions.DatasetsError) as error:  # also if it is empty
-        raise ValueError(f"{data.path}: cannot be read as {data.kind}: {error.__cause__ or error}") from None
+        raise UserError(f"{data.path}: cannot be read as {data.kind}: {error.__cause__ or error}") from None
     if isinstance(table, datasets.DatasetDict):
-        raise ValueError(f"{data.path}: expected one Dataset, found the splits {sorted(table)}; give the folder of one")
+        raise UserError(f"{data.path}: expected one Dataset, found the splits {sorted(table)}; give the folder of one")
     return table
 
 
@@ -260,7 +261,7 @@ def _files(path: str, pattern: str) -> list[Path]:
     """A file, those of a folder that fit ``pattern``, or those that fit ``path``; sorted."""
     found = sorted(Path(path).glob(pattern)) if Path(path).is_dir() else [Path(f) for f in sorted(glob.glob(path))]
     if not found:
-        raise ValueError(
+        raise UserError(
             f"{path}: found no files; expected a file, a folder of {pattern}, or a pattern such as a/{pattern}"
         )
     return found
@@ -271,7 +272,7 @@ class ShardSource(RowSource):
     one, its .txt is a caption. Images are those that the row names, or in the order KEY.0.jpg, KEY.1.jpg.
 
     Raises:
-        ValueError: a tar is damaged or its index cannot be written (`shards.open_shards`).
+        UserError: a tar is damaged or its index cannot be written (`shards.open_shards`).
     """
 
     def __init__(self, data: ConversationData) -> None:
@@ -289,7 +290,7 @@ class ShardSource(RowSource):
         members, name = dict(found), stem(found[0][0])
         where = f"{shard.file.path}, sample '{name}'"
         if len(members) < len(found):
-            raise ValueError(f"{where}: expected members of different names, found {[member for member, _ in found]}")
+            raise UserError(f"{where}: expected members of different names, found {[member for member, _ in found]}")
         stored = sorted((m for m in members if _kind(m) in IMAGES), key=_number_and_name)
 
         def find(images: list[str | bytes] | None, where: str) -> list[Any]:
@@ -321,7 +322,7 @@ def _shard_row(shard: Shard, members: dict[str, int], stored: int, where: str) -
             if isinstance(row, dict) and has_conversation(row):
                 found.append(row)
     if len(found) > 1:
-        raise ValueError(
+        raise UserError(
             f"{where}: {len(found)} members .json hold conversations; what stands before the first dot of a name tells "
             "samples apart, and these have the same"
         )
@@ -330,7 +331,7 @@ def _shard_row(shard: Shard, members: dict[str, int], stored: int, where: str) -
     if not captions:
         return row
     if len(captions) > 1 or not stored:
-        raise ValueError(f"{where}: expected one .txt and images beside it, found {list(members)}")
+        raise UserError(f"{where}: expected one .txt and images beside it, found {list(members)}")
     caption = decode(shard.read(captions[0]), shard.where(captions[0]))
     turns = [("user", IMAGE_TAG * stored), ("assistant", caption.strip())]
     return {"messages": [{"role": role, "content": text} for role, text in turns]}
@@ -346,7 +347,7 @@ def _named(images: list[str | bytes] | None, stored: list[str], where: str) -> l
     if not any(found) and len(names) == len(stored):
         return stored
     if not all(found):
-        raise ValueError(f"{where}: expected members of the sample, which are {stored}, found {names}")
+        raise UserError(f"{where}: expected members of the sample, which are {stored}, found {names}")
     return [name for name in found if name]
 
 
@@ -355,7 +356,7 @@ class MixtureSource:
     in order, again from its start when it ends.
 
     Raises:
-        ValueError: a part cannot be opened, or the weights do not fit a table.
+        UserError: a part cannot be opened, or the weights do not fit a table.
     """
 
     def __init__(self, data: MixtureData, length: int, image_size: int = 256, strict: bool = True) -> None:

@@ -7,6 +7,8 @@ import re
 from functools import cache
 from pathlib import Path
 
+from sparsight.errors import UserError
+
 # FLOP/s of dense bf16 matrix products with fp32 sums, and GB of memory. The first that a device's name holds counts.
 DEVICES: dict[str, tuple[float, float]] = {
     "B200": (2250e12, 180),
@@ -68,12 +70,12 @@ def known_device(name: str) -> tuple[str, float, float]:
     """(name, FLOP/s, bytes) of a device in the table.
 
     Raises:
-        ValueError: it is not there.
+        UserError: it is not there.
     """
     for known, (peak, memory) in DEVICES.items():
         if re.search(rf"(?<!\w){re.escape(known)}(?!\w)", name, re.IGNORECASE):
             return known, peak, memory * 1e9
-    raise ValueError(f"device '{name}' is not known; expected one of {', '.join(DEVICES)}")
+    raise UserError(f"device '{name}' is not known; expected one of {', '.join(DEVICES)}")
 
 
 def peak_flops(device: str, precision: str) -> float | None:

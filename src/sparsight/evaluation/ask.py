@@ -16,6 +16,7 @@ from PIL import Image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from sparsight.data.chat import stop_tokens
+from sparsight.errors import UserError
 from sparsight.evaluation.metrics import reads_yes
 from sparsight.evaluation.significance import Estimate, bootstrap
 from sparsight.modeling import SparsightProcessor
@@ -187,11 +188,11 @@ def answer_any(
     each item's image, which ``image`` gives.
 
     Raises:
-        ValueError: its processor has no chat template.
+        UserError: its processor has no chat template.
     """
     tokenizer = processor.tokenizer
     if not (getattr(processor, "chat_template", None) or tokenizer.chat_template):
-        raise ValueError(
+        raise UserError(
             f"{type(processor).__name__} has no chat template, so nothing says what a question looks like; expected "
             "chat_template.jinja beside the model"
         )

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from sparsight.data.sources import open_source
+from sparsight.errors import UserError
 from sparsight.evaluation.ask import Item, Questions
 from sparsight.evaluation.metrics import box_match, cider_d, exact_match
 from sparsight.settings.recipe import HeldOut
@@ -30,7 +31,7 @@ def held_out_questions(name: str, settings: HeldOut, image_size: int) -> Questio
     """Every question of the file's first conversations by itself, with its image and without the turns before it.
 
     Raises:
-        ValueError: a conversation has not exactly one image, or turns that are no questions and answers; or the
+        UserError: a conversation has not exactly one image, or turns that are no questions and answers; or the
             image is not there.
     """
     source = open_source(settings.data, settings.items, image_size)
@@ -39,7 +40,7 @@ def held_out_questions(name: str, settings: HeldOut, image_size: int) -> Questio
         sample = source[row]
         roles = [message["role"] for message in sample.messages if message["role"] != "system"]
         if len(sample.images) != 1 or roles != ["user", "assistant"] * (len(roles) // 2):
-            raise ValueError(
+            raise UserError(
                 f"{name}: sample '{sample.id}' has {len(sample.images)} images and turns of {roles}: expected one "
                 "image, questions and answers"
             )

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from math import exp, hypot, log
 
+from sparsight.errors import UserError
 from sparsight.scenes.questions import iou, parse_box
 
 _DIGITS = {"none": "0"} | {
@@ -64,10 +65,10 @@ def exact_match(answer: str, truth: str, normalise: bool = False) -> float:
 def vqa_accuracy(answer: str, humans: Sequence[str]) -> float:
     """VQA's accuracy: the mean of min(1, matches / 3) over all ways to leave one human out (ten are asked).
 
-    Answers are normalised always, as by the evaluation server. Raises ValueError for fewer than two humans.
+    Answers are normalised always, as by the evaluation server. Raises UserError for fewer than two humans.
     """
     if len(humans) < 2:
-        raise ValueError(f"{len(humans)} human answers: expected ten, or at least two, as one at a time is left out")
+        raise UserError(f"{len(humans)} human answers: expected ten, or at least two, as one at a time is left out")
     same = [normalise_answer(human) for human in humans].count(normalise_answer(answer))
     return (same * min(1, (same - 1) / 3) + (len(humans) - same) * min(1, same / 3)) / len(humans)
 
@@ -80,10 +81,10 @@ def reads_yes(answer: str) -> bool:
 def yes_no_scores(answers: Sequence[str], truths: Sequence[str]) -> dict[str, float]:
     """POPE's accuracy, precision, recall, F1 (of "yes"), and the share of yes among the answers; 0 for 0 / 0.
 
-    Raises ValueError if there are no answers, not as many as truths, or a truth is neither "yes" nor "no".
+    Raises UserError if there are no answers, not as many as truths, or a truth is neither "yes" nor "no".
     """
     if not answers or len(answers) != len(truths) or not set(truths) <= {"yes", "no"}:
-        raise ValueError(
+        raise UserError(
             f"{len(answers)} answers and {len(truths)} truths of {sorted(set(truths))}: expected as many truths, at "
             "least one, each 'yes' or 'no'"
         )
@@ -101,11 +102,11 @@ def yes_no_scores(answers: Sequence[str], truths: Sequence[str]) -> dict[str, fl
 def box_match(answer: str, truth: str, threshold: float = 0.5) -> float:
     """1 if the answer is a box that overlaps the true one with an IoU of at least ``threshold``, else 0.
 
-    Boxes are texts that `parse_box` reads. Raises ValueError if the truth is none.
+    Boxes are texts that `parse_box` reads. Raises UserError if the truth is none.
     """
     box, true_box = parse_box(answer), parse_box(truth)
     if true_box is None:
-        raise ValueError(f"the true box is {truth!r}, expected four integers of 0 to 99, such as '12 40 33 61'")
+        raise UserError(f"the true box is {truth!r}, expected four integers of 0 to 99, such as '12 40 33 61'")
     return float(box is not None and iou(box, true_box) >= threshold)
 
 
@@ -119,10 +120,10 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> l
         references: for each caption, those that people wrote.
 
     Raises:
-        ValueError: not one list of references, with at least one in it, for each caption.
+        UserError: not one list of references, with at least one in it, for each caption.
     """
     if len(candidates) != len(references) or not all(references):
-        raise ValueError(
+        raise UserError(
             f"{len(candidates)} captions and {[len(texts) for texts in references]} references: expected at least one "
             "reference for each caption"
         )

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sparsight.errors import UserError
+
 Labels = Sequence[Hashable] | None
 Floats = NDArray[np.float64]
 
@@ -61,10 +63,10 @@ def bootstrap(
         level: of the interval, 0 to 1.
 
     Raises:
-        ValueError: no points, points that are not finite, or labels, weights, level or draws that do not fit.
+        UserError: no points, points that are not finite, or labels, weights, level or draws that do not fit.
     """
     if not 0 < level < 1 or draws < 1:
-        raise ValueError(f"level={level}, draws={draws}: expected a level between 0 and 1 and at least 1 draw")
+        raise UserError(f"level={level}, draws={draws}: expected a level between 0 and 1 and at least 1 draw")
     sums_STC, sizes_STC = _totals(points, weights, images, tasks)
     seeds, _, count = sums_STC.shape
     rng = np.random.default_rng(seed)
@@ -96,11 +98,11 @@ def paired_test(
     It takes the seeds as they are; the interval resamples them.
 
     Raises:
-        ValueError: ours and theirs of different shapes, and what `bootstrap` raises.
+        UserError: ours and theirs of different shapes, and what `bootstrap` raises.
     """
     ours_SI, theirs_SI = np.atleast_2d(np.asarray(ours, float)), np.atleast_2d(np.asarray(theirs, float))
     if ours_SI.shape != theirs_SI.shape or permutations < 1:
-        raise ValueError(
+        raise UserError(
             f"a paired test takes the same items of both models and at least 1 permutation; got points of shapes "
             f"{ours_SI.shape} and {theirs_SI.shape}, permutations={permutations}"
         )
@@ -127,12 +129,12 @@ def _totals(points: ArrayLike, weights: ArrayLike | None, images: Labels, tasks:
     weights_SI = np.ones_like(points_SI) if weights is None else np.atleast_2d(np.asarray(weights, float))
     items = points_SI.shape[-1]
     if points_SI.ndim > 2 or points_SI.size == 0 or weights_SI.shape != points_SI.shape:
-        raise ValueError(f"points {points_SI.shape}, weights {weights_SI.shape}: expected (I,) or (S, I)")
+        raise UserError(f"points {points_SI.shape}, weights {weights_SI.shape}: expected (I,) or (S, I)")
     if not (np.isfinite(points_SI).all() and np.isfinite(weights_SI).all() and (weights_SI >= 0).all()):
-        raise ValueError("points and weights must be finite, and weights at least 0")
+        raise UserError("points and weights must be finite, and weights at least 0")
     for name, labels in (("images", images), ("tasks", tasks)):
         if labels is not None and len(labels) != items:
-            raise ValueError(f"{len(labels)} {name} for {items} items: expected one for each")
+            raise UserError(f"{len(labels)} {name} for {items} items: expected one for each")
     task_I = _places([0] * items if tasks is None else tasks)
     image_I = _places(range(items) if images is None else images)
     totals = np.zeros((2, len(points_SI), max(task_I) + 1, max(image_I) + 1))

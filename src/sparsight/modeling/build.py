@@ -26,6 +26,7 @@ from transformers.utils import cached_file
 from sparsight import assets
 from sparsight.bridges import build_bridge
 from sparsight.cost.shapes import tell_if_cut
+from sparsight.errors import UserError
 from sparsight.modeling.chat_templates import _template
 from sparsight.modeling.configuration import EfficientNetLiteConfig, SparsightConfig
 from sparsight.modeling.efficientnet_lite import EfficientNetLiteModel
@@ -65,7 +66,7 @@ def build(
         The model, in eval mode, and its processor.
 
     Raises:
-        ValueError: the encoder has no spatial features, the language model no chat template, or it changes its
+        UserError: the encoder has no spatial features, the language model no chat template, or it changes its
             logits after the output layer, or a layout does not fit the feature map, or the image processor cannot
             resize in that way, or a part is quantised, cannot be loaded, or has a damaged file.
     """
@@ -131,14 +132,14 @@ def set_image_size(image_processor: Any, side: int, resize: str | None = None) -
             most that of the square.
 
     Raises:
-        ValueError: ``keep`` with an encoder of one size, or another mode with one of native resolution, or the image
+        UserError: ``keep`` with an encoder of one size, or another mode with one of native resolution, or the image
             processor does not do what it is set to.
     """
     name, native = type(image_processor).__name__, hasattr(image_processor, "merge_size")
     resize = resize or ("keep" if native else "square")
     if native != (resize == "keep"):
         takes = "images of any shape: use keep" if native else "squares alone: use square, pad or crop"
-        raise ValueError(f"resize: {resize}: {name} gives its encoder {takes}")
+        raise UserError(f"resize: {resize}: {name} gives its encoder {takes}")
     if native:
         image_processor.size = {"shortest_edge": min(side, 56) ** 2, "longest_edge": side**2}
         return
@@ -155,7 +156,7 @@ def set_image_size(image_processor: Any, side: int, resize: str | None = None) -
         except Exception as error:
             made = error
         if made != (1, 3, side, side):
-            raise ValueError(f"resize: {resize}: {name} makes {made} of a image, expected {(1, 3, side, side)}")
+            raise UserError(f"resize: {resize}: {name} makes {made} of a image, expected {(1, 3, side, side)}")
 
 
 def _vision(vision: Any, image_processor: Any, image_size: int | None) -> tuple[nn.Module, Any, int]:
@@ -176,7 +177,7 @@ def _vision(vision: Any, image_processor: Any, image_size: int | None) -> tuple[
     elif isinstance(vision, PreTrainedConfig):
         vision = AutoModel.from_config(getattr(vision, "vision_config", vision), trust_remote_code=False)
     if not isinstance(vision, nn.Module):
-        raise ValueError(f"vision: expected a name, a folder, a config or a module, found {type(vision).__name__}")
+        raise UserError(f"vision: expected a name, a folder, a config or a module, found {type(vision).__name__}")
     encoder = getattr(vision, "vision_model", vision) if hasattr(vision, "text_model") else vision
     _refuse_quantised("vision", encoder)
     image_processor = image_processor or own
@@ -210,7 +211,7 @@ def _vision_config(name: str) -> Any:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     part = getattr(config, "vision_config", config)
     if type(part) not in MODEL_MAPPING:
-        raise ValueError(f"vision '{name}': transformers has no encoder for a model of type '{part.model_type}'")
+        raise UserError(f"vision '{name}': transformers has no encoder for a model of type '{part.model_type}'")
     _refuse_quantised("vision", config)
     return part
 
@@ -219,7 +220,7 @@ def _pil_processor(name: str) -> Any:
     """The image processor of a folder or of a hub's repository; None where there is no file of one.
 
     Raises:
-        ValueError: there is one, but it cannot be read, or transformers does not know it.
+        UserError: there is one, but it cannot be read, or transformers does not know it.
     """
     absent: dict[str, Any] = {f"_raise_exceptions_for_{why}": False for why in ("missing_entries", "connection_errors")}
     try:
@@ -230,7 +231,7 @@ def _pil_processor(name: str) -> Any:
             with loading("vision", name):
                 found = cached_file(name, file, **absent)
             if found is not None:
-                raise ValueError(f"{found} gives no image processor: {error}") from None
+                raise UserError(f"{found} gives no image processor: {error}") from None
         return None
 
 
@@ -238,7 +239,7 @@ def own_image_size(vision: str) -> int:
     """Side in pixels of the images that an encoder was made for, from its configuration alone: what `build` takes.
 
     Raises:
-        ValueError: there is no such encoder.
+        UserError: there is no such encoder.
     """
     if vision == "efficientnet-lite0":
         return EfficientNetLiteConfig().image_size
@@ -246,7 +247,7 @@ def own_image_size(vision: str) -> int:
 
 
 def _refuse_quantised(part: str, given: Any) -> None:
-    """Raises ValueError for a configuration that is marked as quantised, or weights that are packed."""
+    """Raises UserError for a configuration that is marked as quantised, or weights that are packed."""
     config = getattr(given, "config", given)
     marked = getattr(config, "quantization_config", None)
     method = dict(marked if isinstance(marked, dict) else getattr(marked, "__dict__", {})).get("quant_method", marked)
@@ -256,7 +257,7 @@ def _refuse_quantised(part: str, given: Any) -> None:
             how = f"{name} is {type(weight.data).__name__} of {weight.dtype}"
             break
     if how is not None:
-        raise ValueError(
+        raise UserError(
             f"{part}: its weights are quantised ({how}), and a model composed of them could not be saved and loaded "
             "again. Give it in full precision, save the composed model, and load that with quantization_config=...: "
             "vision and bridge then stay as they are"
@@ -287,17 +288,15 @@ def _language(language: Any, tokenizer: Any, layers: int | None) -> tuple[Any, A
             language.num_hidden_layers = layers
         language = AutoModelForCausalLM.from_config(language, trust_remote_code=False)
     elif layers is not None:
-        raise ValueError("language_layers goes with a name, a folder or a config, not with a ready module")
+        raise UserError("language_layers goes with a name, a folder or a config, not with a ready module")
     if not hasattr(language, "get_output_embeddings") or language.get_output_embeddings() is None:
-        raise ValueError(f"language: expected a causal language model, found {type(language).__name__}")
+        raise UserError(f"language: expected a causal language model, found {type(language).__name__}")
     _refuse_quantised("language", language)
     width, hidden = language.get_input_embeddings().weight.shape[1], language.base_model.config.hidden_size
     if width != hidden:
-        raise ValueError(
-            f"language: its embeddings are {width} wide and its hidden states {hidden}; they must be equal"
-        )
+        raise UserError(f"language: its embeddings are {width} wide and its hidden states {hidden}; they must be equal")
     if tokenizer is None:
-        raise ValueError("give tokenizer= too, when the language model is a config or a module")
+        raise UserError("give tokenizer= too, when the language model is a config or a module")
     tokenizer.chat_template = _template(tokenizer)
     return language, tokenizer
 
@@ -306,7 +305,7 @@ def load_tokenizer(language: str, own: Any = None) -> tuple[Any, Any]:
     """A language model's tokenizer (or ``own``) and configuration, from a folder or a hub; no weights are read.
 
     Raises:
-        ValueError: they cannot be loaded.
+        UserError: they cannot be loaded.
     """
     name = language_folder(language)
     with loading("language", name):
@@ -345,7 +344,7 @@ def language_folder(language: str) -> str:
     """Where a named language model lies.
 
     Raises:
-        ValueError: the embedded one is not installed.
+        UserError: the embedded one is not installed.
     """
     if language != "smollm2-135m":
         return language
@@ -382,7 +381,7 @@ def _check_logits(lm: Any, model: SparsightForConditionalGeneration) -> None:
         hook.remove()
     lm.train(was_training)
     if difference > 1e-3:
-        raise ValueError(
+        raise UserError(
             f"{type(lm).__name__} changes its logits behind the output layer (largest difference {difference:.3g}); "
             "such language models cannot be composed yet"
         )

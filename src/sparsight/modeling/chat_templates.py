@@ -7,6 +7,7 @@ from typing import Any
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from sparsight.errors import UserError
 from sparsight.modeling.processing import IMAGE_TOKEN
 
 # Put before a text-only template: contents given as lists of parts become text with image placeholders.
@@ -71,7 +72,7 @@ def _renders_as_chatml(template: str) -> bool:
 
 def _template(tokenizer: Any) -> str:
     if not tokenizer.chat_template:
-        raise ValueError(
+        raise UserError(
             f"{tokenizer.name_or_path}: its tokenizer has no chat template, so nothing says what a question and an "
             "answer look like. Set tokenizer.chat_template and give tokenizer="
         )

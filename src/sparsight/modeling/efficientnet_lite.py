@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from sparsight.cost.shapes import LITE0
+from sparsight.errors import UserError
 from sparsight.modeling.configuration import EfficientNetLiteConfig
 from sparsight.modeling.stub import Registered
 
@@ -87,7 +88,7 @@ class EfficientNetLiteModel(Registered, PreTrainedModel):
                 inside = outside
         wrong = [block for block in config.out_blocks if not 0 <= block < len(blocks)]
         if wrong:
-            raise ValueError(f"out_blocks {wrong}: EfficientNet-lite0 has blocks 0 to {len(blocks) - 1}")
+            raise UserError(f"out_blocks {wrong}: EfficientNet-lite0 has blocks 0 to {len(blocks) - 1}")
         # Blocks behind the last level would be computed for nothing.
         self.blocks = nn.ModuleList(blocks[: max(config.out_blocks) + 1])
         self.post_init()
@@ -118,7 +119,7 @@ class EfficientNetLiteModel(Registered, PreTrainedModel):
         """Load the published ``.pth`` (tensors only, no code in it is run).
 
         Raises:
-            ValueError: the file lacks tensors of the model.
+            UserError: the file lacks tensors of the model.
         """
         model = cls(config or EfficientNetLiteConfig())
         published = torch.load(path, map_location="cpu", weights_only=True)
@@ -135,6 +136,6 @@ class EfficientNetLiteModel(Registered, PreTrainedModel):
                 state[f"{names[part]}.{rest}"] = tensor
         missing = sorted(set(model.state_dict()) - set(state))
         if missing:
-            raise ValueError(f"{path}: not EfficientNet-lite0 weights; missing {missing[:3]} ({len(missing)} in all)")
+            raise UserError(f"{path}: not EfficientNet-lite0 weights; missing {missing[:3]} ({len(missing)} in all)")
         model.load_state_dict({key: state[key] for key in model.state_dict()})
         return model.eval()

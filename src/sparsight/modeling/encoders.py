@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 
 from sparsight.cost.shapes import pick_levels
 from sparsight.devices.flops import flop_counter
+from sparsight.errors import UserError
 
 
 def _patchify(pixel_values: torch.Tensor, patch: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, C, h, w) -> patches (B, H*W, P*P*C) and their grid (B, 2), as SigLIP2 takes them."""
     if any(side % patch for side in pixel_values.shape[2:]):
-        raise ValueError(f"images of {tuple(pixel_values.shape[2:])} pixels do not divide into patches of {patch}")
+        raise UserError(f"images of {tuple(pixel_values.shape[2:])} pixels do not divide into patches of {patch}")
     x_BHWPPC = pixel_values.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 3, 5, 1)
     grid = torch.tensor(x_BHWPPC.shape[1:3], device=pixel_values.device)
     return x_BHWPPC.flatten(3).flatten(1, 2), grid.expand(len(pixel_values), 2)
@@ -44,7 +45,7 @@ def _native_maps(
         images, _, height, width = pixel_values.shape
         rows, columns = height // patch, width // patch
         if height % (patch * merge) or width % (patch * merge):
-            raise ValueError(
+            raise UserError(
                 f"images of {height}x{width} pixels do not divide into {merge}x{merge} patches of {patch}: "
                 f"use a multiple of {patch * merge}"
             )
@@ -53,7 +54,7 @@ def _native_maps(
         pixel_values = x.flatten(5).flatten(0, 4)
         grids_I3 = torch.tensor([[1, rows, columns]] * images, device=pixel_values.device)
     if (grids_I3[:, 0] != 1).any():
-        raise ValueError(f"expected images, found videos: grids (frames, rows, columns) {grids_I3.tolist()}")
+        raise UserError(f"expected images, found videos: grids (frames, rows, columns) {grids_I3.tolist()}")
     output = encoder(pixel_values, grid_thw=grids_I3, output_hidden_states=True, **asked)
     order = None
     if hasattr(encoder, "permute_input_for_window_attn"):
@@ -79,7 +80,7 @@ def _native_maps(
 def _run(encoder: Any, pixel_values: torch.Tensor, **asked: bool) -> Any:
     accepted = inspect.signature(encoder.forward).parameters
     if isinstance(encoder, PreTrainedModel) and "pixel_values" not in accepted:
-        raise ValueError(f"{type(encoder).__name__} gives no spatial features: it takes {list(accepted)}, no pixels")
+        raise UserError(f"{type(encoder).__name__} gives no spatial features: it takes {list(accepted)}, no pixels")
     asked["output_hidden_states"] = True
     extra: dict[str, Any] = {key: asked[key] for key in asked if key in accepted or "kwargs" in accepted}
     if "interpolate_pos_encoding" in accepted:
@@ -112,7 +113,7 @@ def feature_levels(
         One (B, H, W, C_level) for each level. Prefix tokens (CLS, registers) are dropped.
 
     Raises:
-        ValueError: the encoder gives no spatial features, or has no such level.
+        UserError: the encoder gives no spatial features, or has no such level.
     """
     return encode(encoder, pixel_values, levels, image_grid_thw)[0]
 
@@ -141,13 +142,13 @@ def _states(
         native, output = _native_maps(encoder, pixel_values, image_grid_thw, **asked)
         return native, False, output
     if image_grid_thw is not None:
-        raise ValueError(f"{name} takes images of one size, but was given grids of patches (image_grid_thw)")
+        raise UserError(f"{name} takes images of one size, but was given grids of patches (image_grid_thw)")
     output = _run(encoder, pixel_values, **asked)
     maps = getattr(output, "feature_maps", None)
     states = maps if maps is not None else getattr(output, "hidden_states", None)
     if not states:
         found = list(output) if isinstance(output, dict) else type(output).__name__
-        raise ValueError(f"{name} gives no spatial features: its output has no hidden states, only {found}")
+        raise UserError(f"{name} gives no spatial features: its output has no hidden states, only {found}")
     return states, maps is not None, output
 
 
@@ -164,7 +165,7 @@ def _spatial(x: torch.Tensor, encoder: nn.Module, pixel_values: torch.Tensor) ->
     if takes_grids(encoder):
         return x.permute(0, 2, 3, 1)
     if x.shape[0] != pixel_values.shape[0]:
-        raise ValueError(
+        raise UserError(
             f"{type(encoder).__name__} gives hidden states {tuple(x.shape)} for {pixel_values.shape[0]} images: "
             "it does not keep the images of a batch apart"
         )
@@ -172,14 +173,14 @@ def _spatial(x: torch.Tensor, encoder: nn.Module, pixel_values: torch.Tensor) ->
         return x.permute(0, 2, 3, 1)
     patch = getattr(getattr(encoder, "config", None), "patch_size", None)
     if patch is None or x.ndim != 3:
-        raise ValueError(
+        raise UserError(
             f"{type(encoder).__name__} gives no spatial features: hidden states {tuple(x.shape)}, patch size {patch}"
         )
     patch_h, patch_w = (patch, patch) if isinstance(patch, int) else patch
     height, width = pixel_values.shape[2] // patch_h, pixel_values.shape[3] // patch_w
     prefix = x.shape[1] - height * width
     if prefix < 0:
-        raise ValueError(
+        raise UserError(
             f"{type(encoder).__name__} gives {x.shape[1]} states for {height}x{width} patches of {patch} px: "
             "these are no patch features"
         )

@@ -16,6 +16,8 @@ import jinja2
 from safetensors import SafetensorError, safe_open
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from sparsight.errors import UserError
+
 # As transformers calls them; each holds a mapping.
 _JSON = (
     "config.json",
@@ -43,9 +45,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # also bytes that are no text
-        raise ValueError(f"{file} is cut short or damaged, no valid JSON: {error}. Get it anew") from None
+        raise UserError(f"{file} is cut short or damaged, no valid JSON: {error}. Get it anew") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{file} is damaged: expected a mapping of keys to values, found {type(values).__name__}")
+        raise UserError(f"{file} is damaged: expected a mapping of keys to values, found {type(values).__name__}")
     return values
 
 
@@ -53,7 +55,7 @@ def check_files(folder: Path) -> None:
     """Read every small file of a model, and the headers of its weights; nothing where there is no such folder.
 
     Raises:
-        ValueError: one of them is damaged; the message names it.
+        UserError: one of them is damaged; the message names it.
     """
     for file in (folder / name for name in _JSON):
         if file.is_file():
@@ -63,14 +65,14 @@ def check_files(folder: Path) -> None:
             with safe_open(file, framework="pt"):
                 pass
         except SafetensorError as error:
-            raise ValueError(f"{file} is cut short or damaged: {error}. Get it anew") from None
+            raise UserError(f"{file} is cut short or damaged: {error}. Get it anew") from None
     template = folder / "chat_template.jinja"
     if template.is_file():
         try:
             talk = [{"role": "user", "content": "?"}]
             render_jinja_template([talk], chat_template=template.read_text(encoding="utf-8"))
         except (jinja2.TemplateSyntaxError, UnicodeDecodeError) as error:
-            raise ValueError(f"{template} is cut short or damaged, no valid template: {error}. Get it anew") from None
+            raise UserError(f"{template} is cut short or damaged, no valid template: {error}. Get it anew") from None
         except Exception:
             pass
 
@@ -79,7 +81,7 @@ def model_type(folder: Path) -> str | None:
     """What the folder's config.json says that it is; None where there is none.
 
     Raises:
-        ValueError: the file is damaged.
+        UserError: the file is damaged.
     """
     file = folder / "config.json"
     return str(read_json(file).get("model_type")) if file.is_file() else None
@@ -90,7 +92,7 @@ def loading(part: str, name: str) -> Iterator[None]:
     """Around what transformers loads: its errors say neither which part they are about, nor what to do.
 
     Raises:
-        ValueError: ``name`` cannot be loaded, or one of its files is damaged.
+        UserError: ``name`` cannot be loaded, or one of its files is damaged.
     """
     check_files(Path(name))
     where = "" if Path(name).is_dir() else "there is no such folder here, and from a hub "
@@ -100,4 +102,4 @@ def loading(part: str, name: str) -> Iterator[None]:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         if "trust_remote_code" in str(error):
             reason = f"{name} contains custom code. {NO_CODE}"
-        raise ValueError(f"{part} '{name}': {where}it cannot be loaded: {reason:.500}") from None
+        raise UserError(f"{part} '{name}': {where}it cannot be loaded: {reason:.500}") from None

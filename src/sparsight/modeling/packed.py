@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
+from sparsight.errors import UserError
 from sparsight.modeling.short import attention, short_attention
 
 NAME = "sparsight_packed"
@@ -107,8 +108,8 @@ def attention_for_packed_rows(language_model: PreTrainedModel) -> AbstractContex
     """Within, ``language_model`` takes packed rows only; no change where it has attention over various lengths.
 
     Raises:
-        ValueError: its attention is cut into chunks.
+        UserError: its attention is cut into chunks.
     """
     if "chunked_attention" in (getattr(language_model.config, "layer_types", None) or ()):
-        raise ValueError(f"{type(language_model).__name__} attends in chunks: set packing: false")
+        raise UserError(f"{type(language_model).__name__} attends in chunks: set packing: false")
     return attention(language_model, NAME, of=("sdpa", "eager"))

@@ -10,6 +10,7 @@ from transformers import AutoProcessor, BatchFeature
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
+from sparsight.errors import UserError
 from sparsight.modeling.configuration import SparsightConfig
 from sparsight.modeling.stub import WithStub
 
@@ -23,7 +24,7 @@ class SparsightProcessor(WithStub, ProcessorMixin):
     Its chat template is the tokenizer's: what is set on one is set on the other.
 
     Raises:
-        ValueError: ``chat_template`` is another one than the tokenizer has, or there is no number of tokens.
+        UserError: ``chat_template`` is another one than the tokenizer has, or there is no number of tokens.
     """
 
     _auto_map = {"AutoProcessor": "SparsightProcessor"}
@@ -38,13 +39,13 @@ class SparsightProcessor(WithStub, ProcessorMixin):
         **_: Any,
     ) -> None:
         if num_image_tokens < 1:
-            raise ValueError(f"num_image_tokens: expected 1 or more, found {num_image_tokens}")
+            raise UserError(f"num_image_tokens: expected 1 or more, found {num_image_tokens}")
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         own = tokenizer.chat_template
         if None not in (chat_template, own) and chat_template != own:
-            raise ValueError(
+            raise UserError(
                 "two chat templates, and a model trained on one would be asked in the other: expected one. "
                 f"chat_template is\n{chat_template}\nand tokenizer.chat_template is\n{own}\n"
                 "Give none of the two, or the same"

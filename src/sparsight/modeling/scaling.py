@@ -20,6 +20,7 @@ from transformers import AutoModel
 
 from sparsight.bridges import WindowedResampler, build_bridge
 from sparsight.bridges.scaling import Born, scale_bridge
+from sparsight.errors import UserError
 from sparsight.layouts import window_bounds
 from sparsight.modeling.build import probe, set_image_size
 from sparsight.modeling.configuration import SparsightConfig
@@ -84,7 +85,7 @@ def scale_tokens(
         What came from where; ``print`` shows it as a table.
 
     Raises:
-        ValueError: the old bridge cannot become the new one, the layout does not fit the feature map, or the encoder
+        UserError: the old bridge cannot become the new one, the layout does not fit the feature map, or the encoder
             has no such level or cannot take the size. Nothing has changed then.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -180,7 +181,7 @@ def _patches(encoder: nn.Module, side: int) -> int:
 
 def _check_side(encoder: nn.Module, side: int) -> None:
     if side < 1 or _patches(encoder, side) < 1:
-        raise ValueError(
+        raise UserError(
             f"image_size {side}: {type(encoder).__name__} cuts images into patches of "
             f"{getattr(encoder.config, 'patch_size', 1)} pixels, so it takes no smaller ones"
         )
@@ -239,7 +240,7 @@ def scale_checkpoint(
         out: the new folder; written whole or not at all. A Trainer's optimizer state is left behind.
 
     Raises:
-        ValueError: as `scale_tokens`; or ``folder`` holds no model of ours, or one that is cut short.
+        UserError: as `scale_tokens`; or ``folder`` holds no model of ours, or one that is cut short.
         FileExistsError: ``out`` exists.
     """
     folder, out = Path(folder), Path(out)
@@ -253,7 +254,7 @@ def scale_checkpoint(
     own = _read(folder, {name: where[name] for name in where if name.startswith(BRIDGE)})
     wanted = {BRIDGE + name for name in bridge.state_dict()}
     if wanted != own.keys():
-        raise ValueError(f"{folder} lacks {sorted(wanted - own.keys())[:3]} and has {sorted(own.keys() - wanted)[:3]}")
+        raise UserError(f"{folder} lacks {sorted(wanted - own.keys())[:3]} and has {sorted(own.keys() - wanted)[:3]}")
     bridge.load_state_dict({name.removeprefix(BRIDGE): tensor for name, tensor in own.items()}, assign=True)
     if (found := _position_table(encoder)) is not None:
         table = f"{found.path}.{found.name}".lstrip(".")
@@ -290,7 +291,7 @@ def _tensor_files(folder: Path) -> dict[str, str]:
     kind = model_type(folder)
     if kind != SparsightConfig.model_type:
         what = "no config.json" if kind is None else f"a model of type '{kind}'"
-        raise ValueError(f"{folder}: expected a model of Sparsight, found {what}")
+        raise UserError(f"{folder}: expected a model of Sparsight, found {what}")
     where: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -300,7 +301,7 @@ def _tensor_files(folder: Path) -> dict[str, str]:
     missing = sorted(wanted.keys() - where.keys())
     if missing or not where:
         lacks = f"{len(missing)} tensors, such as '{missing[0]}'" if missing else "any *.safetensors"
-        raise ValueError(f"{folder} is not complete: it lacks {lacks}")
+        raise UserError(f"{folder} is not complete: it lacks {lacks}")
     return where
 
 

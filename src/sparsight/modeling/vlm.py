@@ -21,6 +21,7 @@ from sparsight.bridges import WindowedResampler, build_bridge
 from sparsight.bridges.windowed import ScaleResampler
 from sparsight.compat import CACHE
 from sparsight.devices.ranks import several_ranks, touched
+from sparsight.errors import UserError
 from sparsight.layouts import Scale
 from sparsight.modeling.configuration import EfficientNetLiteConfig, SparsightConfig
 from sparsight.modeling.efficientnet_lite import EfficientNetLiteModel
@@ -138,12 +139,12 @@ class SparsightModel(SparsightPreTrainedModel):
         """Where the queries of each scale look, (I, tokens of the scale, H, W): see `WindowedResampler`.
 
         Raises:
-            ValueError: the bridge has no queries.
+            UserError: the bridge has no queries.
         """
         bridge = self.multi_modal_projector
         if not isinstance(bridge, WindowedResampler):
             kind = (self.config.bridge_config or {}).get("kind")
-            raise ValueError(f"a bridge of kind {kind} has no queries; expected resampler or chain_of_sight")
+            raise UserError(f"a bridge of kind {kind} has no queries; expected resampler or chain_of_sight")
         sizes_I2 = None if image_grid_thw is None else image_grid_thw[:, 1:]
         return bridge.attention_maps(self._with_positions(self.encode_images(pixel_values, image_grid_thw)), sizes_I2)
 
@@ -174,7 +175,7 @@ class SparsightModel(SparsightPreTrainedModel):
         """Where the visual tokens go, (B, T, 1).
 
         Raises:
-            ValueError: placeholders and features differ in number (the message has the counts of each sample) or width.
+            UserError: placeholders and features differ in number (the message has the counts of each sample) or width.
         """
         if input_ids is None:
             token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
@@ -183,7 +184,7 @@ class SparsightModel(SparsightPreTrainedModel):
             mask_BT = input_ids == self.config.image_token_id
         images, tokens, width = image_features.shape
         if width != inputs_embeds.shape[-1]:
-            raise ValueError(f"visual tokens are {width} wide, the language model {inputs_embeds.shape[-1]}")
+            raise UserError(f"visual tokens are {width} wide, the language model {inputs_embeds.shape[-1]}")
         torch_compilable_check(
             mask_BT.sum() == images * tokens,
             lambda: (
@@ -195,10 +196,10 @@ class SparsightModel(SparsightPreTrainedModel):
         return mask_BT[..., None]
 
     def _refuse_placeholders(self, input_ids: torch.Tensor | None) -> None:
-        """Raises ValueError for placeholders in a prompt that has no images: training on them would be on nothing."""
+        """Raises UserError for placeholders in a prompt that has no images: training on them would be on nothing."""
         if input_ids is not None and input_ids.shape[1] > 1 and (input_ids == self.config.image_token_id).any():
             count = (input_ids == self.config.image_token_id).sum(1).tolist()
-            raise ValueError(f"the samples hold {count} image placeholders, but there are no images")
+            raise UserError(f"the samples hold {count} image placeholders, but there are no images")
 
     def _without_images(self, embeds_BTE: torch.Tensor) -> torch.Tensor:
         """A batch of text alone: every trainable parameter that it leaves out gets a gradient of zero.
@@ -230,9 +231,9 @@ class SparsightModel(SparsightPreTrainedModel):
     ) -> SparsightModelOutput:
         """See [`SparsightForConditionalGeneration.forward`]."""
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+            raise UserError("give exactly one of input_ids and inputs_embeds")
         if pixel_values is not None and mm_encoder_outputs is not None:
-            raise ValueError("give pixel_values or mm_encoder_outputs, not both")
+            raise UserError("give pixel_values or mm_encoder_outputs, not both")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         encoded = (mm_encoder_outputs or {}).get("image")
@@ -328,7 +329,7 @@ class SparsightForConditionalGeneration(SparsightPreTrainedModel, GenerationMixi
             cache: the same as ``past_key_values``, which transformers calls so from 5.24 on.
 
         Raises:
-            ValueError: image placeholders and visual tokens differ in number, or ``loss_only`` without labels.
+            UserError: image placeholders and visual tokens differ in number, or ``loss_only`` without labels.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -364,7 +365,7 @@ class SparsightForConditionalGeneration(SparsightPreTrainedModel, GenerationMixi
     ) -> torch.Tensor:
         """The causal loss, with the vocabulary projection paid only where there is a label."""
         if labels is None:
-            raise ValueError("loss_only needs labels")
+            raise UserError("loss_only needs labels")
         target_BT = F.pad(labels[:, 1:], (0, 1), value=-100)
         learnt_BT = target_BT != -100
         logits_MV = self.lm_head(hidden_BTE[learnt_BT]).float()

@@ -14,6 +14,7 @@ from rich.text import Text
 from sparsight.console import Console, Progress
 from sparsight.data.conversations import Sample
 from sparsight.data.sources import Source, open_source
+from sparsight.errors import UserError
 from sparsight.pipeline.files import load_any, own_scenes
 from sparsight.reporting import environment, layer_table, write_analysis
 from sparsight.reporting.comparison import write_atomic
@@ -42,11 +43,11 @@ def analyze_checkpoint(
         What ``analysis.json`` holds.
 
     Raises:
-        ValueError: the model or its processor cannot be loaded or measured, or no sample has a image.
+        UserError: the model or its processor cannot be loaded or measured, or no sample has a image.
     """
     name, out = str(name), Path(out)
     if images is not None and data is None:
-        raise ValueError(f"--images {images}: expected --data as well, the conversations about these images")
+        raise UserError(f"--images {images}: expected --data as well, the conversations about these images")
     source = open_source(
         ConversationData(path=str(data), images=str(images) if images else None) if data else own_scenes(name),
         samples,
@@ -54,7 +55,7 @@ def analyze_checkpoint(
     )
     chosen, without = _with_images(source, samples)
     if not chosen:
-        raise ValueError(f"{data}: none of its {without} samples has a image; visual tokens need some")
+        raise UserError(f"{data}: none of its {without} samples has a image; visual tokens need some")
     model, processor = load_any(name, attn_implementation="eager")
 
     def inputs() -> Iterator[Any]:
@@ -107,7 +108,7 @@ def _inputs(sample: Sample, source: Source, processor: Any) -> Any:
     try:
         return processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
     except ValueError as error:  # such as no chat template
-        raise ValueError(f"sample '{sample.id}': {error}") from None
+        raise UserError(f"sample '{sample.id}': {error}") from None
 
 
 def _print_analysis(record: dict[str, Any], out: Path, console: Console) -> None:

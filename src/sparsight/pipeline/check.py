@@ -13,6 +13,7 @@ from sparsight.data.check import check_rows
 from sparsight.data.collate import TrainingSet
 from sparsight.data.conversations import Sample, unused_fields
 from sparsight.data.sources import Source, open_source
+from sparsight.errors import UserError
 from sparsight.modeling.build import build_processor, load_tokenizer
 from sparsight.modeling.scratch import scratch_tokenizer
 from sparsight.pipeline.evaluate import EXAMPLES, png
@@ -38,14 +39,14 @@ def check_data(
         What ``check.json`` holds: ``bad`` samples with reasons, those ``too_long`` for the language model, lengths.
 
     Raises:
-        ValueError: the encoder or the tokenizer cannot be loaded, the data cannot be opened at all, or no such stage.
+        UserError: the encoder or the tokenizer cannot be loaded, the data cannot be opened at all, or no such stage.
     """
     out = Path(out)
     names = [stage.name for stage in recipe.stages]
     if stage_name not in (None, *names):
-        raise ValueError(f"--stage {stage_name}: no such stage; expected one of {', '.join(names)}")
+        raise UserError(f"--stage {stage_name}: no such stage; expected one of {', '.join(names)}")
     if stage_name is None and len(recipe.all_data()) > 1:
-        raise ValueError(f"stages have data of their own: name one of them, --stage {'|'.join(names)}")
+        raise UserError(f"stages have data of their own: name one of them, --stage {'|'.join(names)}")
     # Bad rows are to be told, all of them.
     recipe = settle_image_size(recipe).model_copy(update={"on_bad_sample": "quarantine"})
     tokenizer, context = _tokenizer(recipe, recipe.stages[0])

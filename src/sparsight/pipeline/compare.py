@@ -31,7 +31,7 @@ def run_comparison(
 
     Raises:
         FileExistsError: ``out`` holds a run of that name, and neither ``resume`` nor ``overwrite`` is on.
-        ValueError: ``resume``, and a run there is of another recipe.
+        UserError: ``resume``, and a run there is of another recipe.
     """
     recipes = [settle_image_size(recipe) for recipe in comparison.recipes()]
     out = Path(out)
@@ -62,7 +62,7 @@ def run_comparison(
 
 
 def _ended(recipe: Recipe, folder: Path) -> bool:
-    """Whether a run is whole, and has been asked what the recipe asks. Raises ValueError if it is another recipe's."""
+    """Whether a run is whole, and has been asked what the recipe asks. Raises UserError if it is another recipe's."""
     if not (folder / "run.jsonl").is_file() or not (found := read_run(folder)).ended:
         return False
     settled = settle_precision(recipe, folder, True, Console(quiet=True))

@@ -18,6 +18,7 @@ from rich.text import Text
 from sparsight.console import Console, Progress
 from sparsight.data.sources import scene_config
 from sparsight.devices.precision import default_device, precision_on
+from sparsight.errors import UserError
 from sparsight.evaluation.ask import Item, Questions, Scores, ask
 from sparsight.evaluation.held_out import guess, held_out_questions
 from sparsight.evaluation.scenes import scene_questions
@@ -129,12 +130,12 @@ def evaluate_checkpoint(
         folder: of a model of ours, or that or the hub id of any image-text-to-text model of transformers.
 
     Raises:
-        ValueError: no model in ``folder``, no such split, or conversations that cannot be asked.
+        UserError: no model in ``folder``, no such split, or conversations that cannot be asked.
     """
     try:
         settings = Evaluation.model_validate({"items": items, "split": split})
     except ValidationError as error:
-        raise ValueError(f"--{readable(error)}") from None
+        raise UserError(f"--{readable(error)}") from None
     if Path(folder).is_dir() and model_type(Path(folder)) in (None, SparsightConfig.model_type):
         model, processor = load(folder)
         model.to(default_device())

@@ -21,6 +21,7 @@ from sparsight.aside import moved_aside
 from sparsight.assets import emoji_folder
 from sparsight.console import Console
 from sparsight.devices.precision import default_device, device_name, fast_bf16, precision_on
+from sparsight.errors import UserError
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.modeling.build import own_image_size
 from sparsight.modeling.configuration import SparsightConfig
@@ -68,7 +69,7 @@ def settle_image_size(recipe: Recipe) -> Recipe:
     """The recipe with the encoder's own image size in every stage that says none.
 
     Raises:
-        ValueError: there is no such encoder.
+        UserError: there is no such encoder.
     """
     if all(stage.image_size for stage in recipe.stages):
         return recipe
@@ -81,13 +82,13 @@ def _recipe_in(log: Path) -> dict[str, Any]:
     """The recipe's values in a log's header, and the defaults of keys that are newer than the log.
 
     Raises:
-        ValueError: the log begins with no header.
+        UserError: the log begins with no header.
     """
     line = log.read_bytes().splitlines()[0]
     try:
         values: dict[str, Any] = json.loads(line)["recipe"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{log}, line 1: expected a header with the run's recipe, found {line[:80]!r}") from None
+        raise UserError(f"{log}, line 1: expected a header with the run's recipe, found {line[:80]!r}") from None
     try:
         return Recipe.model_validate(values).model_dump(mode="json")
     except ValidationError:  # of a version with other keys, which then differ
@@ -130,13 +131,13 @@ def move_aside(out: Path, resume: bool, console: Console) -> None:
     """``--overwrite``: the folder, if there is one, gets another name, which is told.
 
     Raises:
-        ValueError: ``resume`` is on too; or this process works in the folder, and would write on in it.
+        UserError: ``resume`` is on too; or this process works in the folder, and would write on in it.
         OSError: it cannot be renamed.
     """
     if resume:
-        raise ValueError("--resume goes on with the run that --overwrite moves aside; give one of them")
+        raise UserError("--resume goes on with the run that --overwrite moves aside; give one of them")
     if Path.cwd().is_relative_to(out.resolve()):
-        raise ValueError(f"--overwrite would move {out.resolve()}, which this command works in; start it elsewhere")
+        raise UserError(f"--overwrite would move {out.resolve()}, which this command works in; start it elsewhere")
     if out.exists():
         out = Path(os.path.abspath(out))  # so that it has a name
         console.print(Text(f"{out} is now {moved_aside(out, f'{out.name}-old')}"), soft_wrap=True)
@@ -150,7 +151,7 @@ def open_log(recipe: Recipe, out: Path, resume: bool) -> RunLog:
 
     Raises:
         FileExistsError: ``out`` holds a run, and ``resume`` is off; or as `holds_run` says.
-        ValueError: that run's recipe differs in more than `MAY_CHANGE` and `MAY_CHANGE_IN_STAGES`.
+        UserError: that run's recipe differs in more than `MAY_CHANGE` and `MAY_CHANGE_IN_STAGES`.
     """
     file = out / "run.jsonl"
     values = recipe.model_dump(mode="json")
@@ -168,7 +169,7 @@ def open_log(recipe: Recipe, out: Path, resume: bool) -> RunLog:
         changed = sorted(key for key in now if before.get(key) != now[key])
         if changed:
             free = ", ".join(MAY_CHANGE + MAY_CHANGE_IN_STAGES)
-            raise ValueError(
+            raise UserError(
                 f"{out} was run with another recipe; these keys differ: {changed}. A resumed run may only change {free}"
             )
         log = RunLog(file, append=True)
@@ -217,12 +218,12 @@ def load(folder: str | Path) -> tuple[SparsightForConditionalGeneration, Sparsig
     """A saved model, each weight as wide as it was saved, and its processor.
 
     Raises:
-        ValueError: the folder holds no Sparsight model, or a damaged file.
+        UserError: the folder holds no Sparsight model, or a damaged file.
     """
     folder = Path(folder)
     if (kind := model_type(folder)) != SparsightConfig.model_type:
         found = "no model there; expected a folder with config.json" if kind is None else f"a model of type '{kind}'"
-        raise ValueError(f"{folder}: {found}. Expected one that sparsight.build or `sparsight train` has made")
+        raise UserError(f"{folder}: {found}. Expected one that sparsight.build or `sparsight train` has made")
     # transformers gives all weights one dtype; here a frozen part may be in bf16, beside a trained one in fp32.
     with loading("model", str(folder)):
         model = SparsightForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
@@ -239,15 +240,15 @@ def load_any(name: str, **options: Any) -> tuple[Any, Any]:
     ``from_pretrained``.
 
     Raises:
-        ValueError: there is none of that name, it is of another kind, or it has no processor for images.
+        UserError: there is none of that name, it is of another kind, or it has no processor for images.
     """
     if Path(name).is_dir() and model_type(Path(name)) is None:
-        raise ValueError(f"{name}: no model there; expected a folder with config.json")
+        raise UserError(f"{name}: no model there; expected a folder with config.json")
     with loading("vision-language model", name):
         model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=False, **options)
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
     if not hasattr(processor, "image_processor"):
-        raise ValueError(f"{name}: expected a processor for images and text, found {type(processor).__name__}")
+        raise UserError(f"{name}: expected a processor for images and text, found {type(processor).__name__}")
     return model.to(default_device()), processor
 
 
@@ -281,7 +282,7 @@ def trained_by(folder: str | Path) -> Recipe | None:
     try:
         return Recipe.model_validate(read_json(file))
     except ValidationError as error:
-        raise ValueError(f"{file}: {readable(error)}") from None
+        raise UserError(f"{file}: {readable(error)}") from None
 
 
 def own_scenes(folder: str | Path) -> SceneData:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from sparsight.data.images import load_image
 from sparsight.data.sources import scene_config
+from sparsight.errors import UserError
 from sparsight.modeling.configuration import SparsightConfig
 from sparsight.modeling.folders import model_type
 from sparsight.pipeline.files import load, own_scenes
@@ -25,10 +26,10 @@ def inspect_checkpoint(folder: str | Path, image: str | Path | None, out: str | 
         The page.
 
     Raises:
-        ValueError: no model in ``folder``, one without queries, or no image in ``image``.
+        UserError: no model in ``folder``, one without queries, or no image in ``image``.
     """
     if (kind := model_type(Path(folder))) not in (None, SparsightConfig.model_type):
-        raise ValueError(
+        raise UserError(
             f"{folder}: inspect draws where a bridge's queries look; it needs a model of Sparsight with a bridge of "
             f"kind resampler or chain_of_sight, found one of type '{kind}'. `sparsight analyze` looks into any "
             "vision-language model"

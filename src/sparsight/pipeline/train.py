@@ -21,6 +21,7 @@ from sparsight.data.collate import TrainingSet
 from sparsight.data.sources import Source, open_source
 from sparsight.devices.flops import recomputes
 from sparsight.devices.ranks import process_state
+from sparsight.errors import UserError
 from sparsight.evaluation.held_out import held_out_questions
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.modeling.build import build
@@ -65,7 +66,7 @@ def run(
 
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` is off.
-        ValueError: ``resume`` with a recipe that differs from the run's, an engine that shards weights, or as
+        UserError: ``resume`` with a recipe that differs from the run's, an engine that shards weights, or as
             `check_inputs` says; nothing has been trained then.
     """
     out, recipe = Path(out), settle_image_size(recipe)
@@ -108,10 +109,10 @@ def run(
 
 
 def _refuse_shards() -> None:
-    """Raises ValueError under an engine that shards weights: models are handed from stage to stage whole."""
+    """Raises UserError under an engine that shards weights: models are handed from stage to stage whole."""
     for name, engine in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(name, "").lower() in ("1", "true"):  # set by accelerate
-            raise ValueError(
+            raise UserError(
                 f"{engine}: `sparsight train` deals conversations out to ranks whose weights are whole (DDP): start it "
                 "with torchrun. For sharded weights, train what `sparsight.build` gives with a Trainer of your own"
             )
@@ -127,18 +128,18 @@ def check_inputs(recipe: Recipe, done: Collection[str] = ()) -> dict[str, Source
         The source of each other stage, by its name.
 
     Raises:
-        ValueError: a tracker that is not installed, scores of the same name, or data that are not there or not as
+        UserError: a tracker that is not installed, scores of the same name, or data that are not there or not as
             expected, as far as that can be told without decoding images.
     """
     if missing := [name for name in recipe.report_to if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"report_to: {missing} cannot be imported; pip install {' '.join(missing)}, or take it out")
+        raise UserError(f"report_to: {missing} cannot be imported; pip install {' '.join(missing)}, or take it out")
     if recipe.evaluation.kind == "scenes" and (twice := set(TASKS) & set(recipe.evaluation.held_out)):
-        raise ValueError(f"evaluation.held_out: {sorted(twice)} are tasks of scenes, which are asked too; rename them")
+        raise UserError(f"evaluation.held_out: {sorted(twice)} are tasks of scenes, which are asked too; rename them")
     for name, settings in recipe.evaluation.held_out.items():
         try:
             held_out_questions(name, settings, recipe.stages[-1].side)
         except ValueError as error:
-            raise ValueError(f"evaluation.held_out.{name}: {error}") from None
+            raise UserError(f"evaluation.held_out.{name}: {error}") from None
     sources = {}
     for stage in recipe.stages:
         if stage.name not in done:
@@ -153,7 +154,7 @@ def _check_stages(
     model: SparsightForConditionalGeneration,
     processor: SparsightProcessor,
 ) -> None:
-    """Raises ValueError for what a later stage would not do, before the first one trains."""
+    """Raises UserError for what a later stage would not do, before the first one trains."""
     recipe, language = session.recipe, model.config.text_config
     for stage in recipe.stages:
         max_length(stage, language)
@@ -161,7 +162,7 @@ def _check_stages(
             try:
                 skip_probabilities(language.num_hidden_layers, 0.0, **stage.skipper.model_dump())
             except ValueError as error:
-                raise ValueError(f"stage '{stage.name}': {error}") from None
+                raise UserError(f"stage '{stage.name}': {error}") from None
     for stage in [each for each in recipe.stages if each.name in sources][1:]:  # the first is about to see its own
         try:
             scaled = scaled_processor(model, processor, stage.bridge, stage.image_size)
@@ -171,7 +172,7 @@ def _check_stages(
                 data.encode((data.offset + index) % len(data.source), text_alone=True)
         except ValueError as error:
             text = str(error)  # some say the stage themselves
-            raise ValueError(text if text.startswith("stage ") else f"stage '{stage.name}': {text}") from None
+            raise UserError(text if text.startswith("stage ") else f"stage '{stage.name}': {text}") from None
 
 
 def enter_stage(
@@ -215,12 +216,12 @@ def max_length(stage: Stage, language: PreTrainedConfig) -> int | None:
     """Tokens that a sample may have: the stage's, or the language model's context; None if that has no end.
 
     Raises:
-        ValueError: the stage allows more than the context.
+        UserError: the stage allows more than the context.
     """
     context = getattr(language, "max_position_embeddings", None)
     if stage.max_length is None or context is None or stage.max_length <= context:
         return stage.max_length or context
-    raise ValueError(
+    raise UserError(
         f"stage '{stage.name}': max_length {stage.max_length} is more than the language model's context of {context}"
     )
 

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sparsight.errors import UserError
 from sparsight.evaluation.significance import holm, paired_test
 from sparsight.reporting.runlog import Run, StageRun, step_seconds
 
@@ -42,15 +43,15 @@ def compare(runs: list[Run], baseline: str | None = None) -> Comparison:
     """
     names = [run.name for run in runs]
     if not runs or len(set(names)) < len(names):
-        raise ValueError(f"comparing takes runs of different names, got {names}")
+        raise UserError(f"comparing takes runs of different names, got {names}")
     if baseline is None:
         baseline = "standard" if "standard" in names else names[0]
     if baseline not in names:
-        raise ValueError(f"no run is named {baseline!r}; there are {names}")
+        raise UserError(f"no run is named {baseline!r}; there are {names}")
     if taken := {stage.name for run in runs for stage in run.stages} & {"total", "score"}:
-        raise ValueError(f"a stage cannot be named {taken.pop()!r}")
+        raise UserError(f"a stage cannot be named {taken.pop()!r}")
     if any("mean" in run.scores for run in runs):
-        raise ValueError("a task cannot be named 'mean'")
+        raise UserError("a task cannot be named 'mean'")
     base, *others = sorted(runs, key=lambda run: run.name != baseline)
     entries = [_entry(run) for run in (base, *others)]
     ratios = {entry["name"]: _ratios(entry, entries[0]) for entry in entries[1:]}

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from sparsight.errors import UserError
 from sparsight.layouts import Layout
 from sparsight.reporting import comparison as figures_of
 from sparsight.reporting.comparison import (
@@ -40,11 +41,11 @@ _IMAGE = re.compile(r"[A-Za-z0-9+/]+={0,2}")
 def write_report(comparison: Comparison, runs: Iterable[Run], path: str | Path, max_examples: int = 24) -> None:
     """Write the page, atomically. `runs` are those compared, in any order: for curves, examples and recipes.
 
-    Raises `ValueError` if a run of the comparison is not among `runs`.
+    Raises `UserError` if a run of the comparison is not among `runs`.
     """
     by_name = {run.name: run for run in runs}
     if missing := [entry["name"] for entry in comparison["runs"] if entry["name"] not in by_name]:
-        raise ValueError(f"write_report needs the runs of the comparison; missing: {missing}")
+        raise UserError(f"write_report needs the runs of the comparison; missing: {missing}")
     ordered = [by_name[entry["name"]] for entry in comparison["runs"]]
     examples = _examples(ordered)
     filters = ("human", "duration", "times", "speed_up", "percent", "signed", "share", "decimals", "p_value")

@@ -22,6 +22,7 @@ from sparsight.cost.forecast import (
     total_flops,
 )
 from sparsight.devices.peaks import MFU, known_device
+from sparsight.errors import UserError
 from sparsight.reporting.comparison import duration, human
 from sparsight.reporting.page import marker, plot, table, write_page
 from sparsight.reporting.runlog import read_run
@@ -49,26 +50,26 @@ def speed_of(
         like: folder of a run, whose executed FLOPs by its seconds are taken.
 
     Raises:
-        ValueError: the device is not known, ``mfu`` is no share, both a device and a run are given, or the run logged
+        UserError: the device is not known, ``mfu`` is no share, both a device and a run are given, or the run logged
             no step.
     """
     if mfu is not None and not 0 < mfu <= 1:
-        raise ValueError(f"--mfu {mfu}: expected a share of the peak above 0 and up to 1")
+        raise UserError(f"--mfu {mfu}: expected a share of the peak above 0 and up to 1")
     if like is not None:
         if device is not None or mfu is not None:
-            raise ValueError(f"--like {like} says how fast the device is: leave out --device and --mfu")
+            raise UserError(f"--like {like} says how fast the device is: leave out --device and --mfu")
         run = read_run(like)
         seconds, flops = (
             math.fsum(getattr(stage, key) for stage in run.stages) for key in ("seconds", "executed_flops")
         )
         if not seconds or not flops:
-            raise ValueError(f"--like {like}: expected a run that has trained, found no step in its log")
+            raise UserError(f"--like {like}: expected a run that has trained, found no step in its log")
         return at_peak(flops / seconds, 1.0), f"Time as {run.name} went: {human(flops / seconds, 'FLOP/s')}."
     if device is None:
         return None, "No time: name a --device, or a run of this machine with --like RUN."
     name, peak, _ = known_device(device)
     if recipe.precision == "fp32":
-        raise ValueError(f"--device {device}: its peak is known for bf16, but precision is {recipe.precision}")
+        raise UserError(f"--device {device}: its peak is known for bf16, but precision is {recipe.precision}")
     assumed = f"{mfu or MFU:.0%} of it ({'given' if mfu else 'assumed'})"
     said = f"Time on one {name}: its peak is {human(peak, 'FLOP/s')}, and a run does {assumed}."
     return at_peak(peak, mfu or MFU), said
@@ -78,7 +79,7 @@ def memory_of(text: str | None, device: str | None) -> float | None:
     """Bytes of ``80GB``, else of the device.
 
     Raises:
-        ValueError: it is no such size.
+        UserError: it is no such size.
     """
     if text is None:
         return None if device is None else known_device(device)[2]
@@ -88,7 +89,7 @@ def memory_of(text: str | None, device: str | None) -> float | None:
     except ValueError:
         size = 0.0
     if size <= 0:
-        raise ValueError(f"--memory {text}: expected gigabytes, such as 80GB")
+        raise UserError(f"--memory {text}: expected gigabytes, such as 80GB")
     return size
 
 
@@ -156,7 +157,7 @@ def print_plan(recipe: Recipe, speed: Speed | None, limit: float | None, console
     """Tables and notes of one recipe.
 
     Raises:
-        ValueError: a stage does not fit into ``limit`` bytes; what is too large, and what would fit.
+        UserError: a stage does not fit into ``limit`` bytes; what is too large, and what would fit.
     """
     stages = forecast(recipe)
     heads, figures = _plan_table(stages, speed, limit)
@@ -175,14 +176,14 @@ def _plan_table(stages: Sequence[StageCost], speed: Speed | None, limit: float |
 
 
 def check_fits(cost: StageCost, limit: float) -> None:
-    """Raises ValueError if a stage's step needs more than ``limit`` bytes."""
+    """Raises UserError if a stage's step needs more than ``limit`` bytes."""
     memory = cost.memory()
     if (size := sum(memory.values())) <= limit:
         return
     part = max(memory, key=memory.__getitem__)
     found = "; or ".join(remedies(cost, limit))
     advice = f"What would fit: {found}" if found else "Nothing that is tried here fits: take a smaller model"
-    raise ValueError(
+    raise UserError(
         f"stage '{cost.stage.name}' needs {gigabytes(size)} at a micro-batch of {cost.micro_batch}, but there are "
         f"{gigabytes(limit)}: the largest part is {part} ({gigabytes(memory[part])}). {advice}"
     )

@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from sparsight.devices.peaks import cpu_name
+from sparsight.errors import UserError
 
 VERSION = 1
 FILE_NAME = "run.jsonl"
@@ -305,10 +306,10 @@ def read_run(path: str | Path) -> Run:
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     """`read_run` for each path; runs of one name are told apart by their paths.
 
-    Raises `ValueError` for a path given twice, and what `read_run` raises.
+    Raises `UserError` for a path given twice, and what `read_run` raises.
     """
     if twice := [str(path) for path, count in Counter(Path(path).resolve() for path in paths).items() if count > 1]:
-        raise ValueError(f"given twice: {', '.join(twice)}; expected different runs")
+        raise UserError(f"given twice: {', '.join(twice)}; expected different runs")
     runs = [read_run(path) for path in paths]
     names = Counter(run.name for run in runs)
     return [replace(run, name=str(path)) if names[run.name] > 1 else run for run, path in zip(runs, paths, strict=True)]
@@ -458,10 +459,10 @@ class LogReader:
                 self.problems.append(f"line {number}: points of {task} do not fit its images or its score; left out")
 
     def run(self) -> Run:
-        """What was read so far. Raises `ValueError` if no header was."""
+        """What was read so far. Raises `UserError` if no header was."""
         if not self.header:
             found = ", ".join(f"{count} {kind}" for kind, count in self.seen.items()) or "no readable record"
-            raise ValueError(
+            raise UserError(
                 f"{self.file} has no header record; found: {found}. {'; '.join(self.problems[:3])}".rstrip()
             )
         problems = list(self.problems)

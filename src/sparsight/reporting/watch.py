@@ -33,7 +33,7 @@ def watch(path: str | Path, console: Console, every: float = 1.0) -> Run:
 
     Raises:
         FileNotFoundError: there is no log.
-        ValueError: the log has no header.
+        UserError: the log has no header.
     """
     reader = LogReader(path)
     with Live(console=console, auto_refresh=False) as live:

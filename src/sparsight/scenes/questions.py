@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sparsight.errors import UserError
 from sparsight.scenes.drawing import (
     TRAITS,
 )
@@ -135,7 +136,7 @@ _ASK: dict[str, Callable[[Scene, np.random.Generator, set[str]], _Turn | None]] 
 def single_question(scene: Scene, task: str, seed: int = 0) -> tuple[str, str] | None:
     """One (question, answer) for evaluation, or None where the scene does not allow this task.
 
-    Raises ValueError for an unknown task.
+    Raises UserError for an unknown task.
     """
     _check_tasks({task: 1.0})
     turn = _ASK[task](scene, _rng(scene.seed, scene.split, scene.index, 1, seed, TASKS.index(task)), set())
@@ -161,7 +162,7 @@ def conversation(
     limit = scene.config.questions if questions is None else questions
     turns = list(_turns(scene, _rng(scene.seed, scene.split, scene.index, 2, seed), limit, weights))
     if not turns:
-        raise ValueError(f"scene {scene.index} of {scene.split} allows none of the tasks {sorted(weights)}")
+        raise UserError(f"scene {scene.index} of {scene.split} allows none of the tasks {sorted(weights)}")
     messages: list[dict[str, Any]] = []
     for number, (question, answer) in enumerate(turns):
         image = [{"type": "image"}] if number == 0 else []
@@ -173,9 +174,9 @@ def conversation(
 def _check_tasks(weights: Mapping[str, float]) -> None:
     for task, weight in weights.items():
         if task not in TASKS:
-            raise ValueError(f"task is {task!r}, expected one of {', '.join(TASKS)}")
+            raise UserError(f"task is {task!r}, expected one of {', '.join(TASKS)}")
         if not 0 <= weight < float("inf"):
-            raise ValueError(f"weight of {task} is {weight!r}, expected a number of at least 0")
+            raise UserError(f"weight of {task} is {weight!r}, expected a number of at least 0")
 
 
 def _turns(
@@ -304,14 +305,14 @@ class ScenesDataset:
         draw: bool = True,
     ) -> None:
         if scenes < 1 or repeats < 1 or seed < 0:
-            raise ValueError(f"scenes={scenes}, repeats={repeats}, seed={seed}, expected at least 1, 1 and 0")
+            raise UserError(f"scenes={scenes}, repeats={repeats}, seed={seed}, expected at least 1, 1 and 0")
         if split not in SPLITS:
-            raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+            raise UserError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
         weights = WEIGHTS if tasks is None else tasks
         _check_tasks(weights)
         always = {"caption", "count", "naming"} | ({"text"} if config.numbers == 1 else set())
         if not any(weights.get(task, 0) > 0 for task in always):
-            raise ValueError(f"tasks is {dict(weights)}, expected one that any image allows: {sorted(always)}")
+            raise UserError(f"tasks is {dict(weights)}, expected one that any image allows: {sorted(always)}")
         self.config, self.split, self.scenes, self.repeats = config.resolved(), split, scenes, repeats
         self.seed, self.tasks, self.draw = seed, dict(tasks) if tasks is not None else None, draw
 

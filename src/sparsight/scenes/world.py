@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from sparsight import assets
+from sparsight.errors import UserError
 from sparsight.scenes.drawing import (
     CARDS,
     IMAGES,
@@ -97,7 +98,7 @@ class SceneConfig:
         }
         for name, (holds, expected) in rules.items():
             if not holds:
-                raise ValueError(f"SceneConfig.{name} is {getattr(self, name)!r}, expected {expected}")
+                raise UserError(f"SceneConfig.{name} is {getattr(self, name)!r}, expected {expected}")
 
     def resolved(self) -> SceneConfig:
         """The same with `cutouts` settled. Raises FileNotFoundError if emoji are asked for and absent."""
@@ -209,7 +210,7 @@ def held_out_pairs(config: SceneConfig) -> frozenset[tuple[str, int]]:
 
 def _rng(seed: int, split: str, index: int, *stream: int) -> np.random.Generator:
     if split not in SPLITS:
-        raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+        raise UserError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
     key = np.random.SeedSequence([seed, SPLITS.index(split), index, *stream])
     return np.random.Generator(np.random.Philox(key))
 

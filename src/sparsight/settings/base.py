@@ -13,6 +13,8 @@ from pydantic import (
     model_validator,
 )
 
+from sparsight.errors import UserError
+
 
 class Settings(BaseModel):
     """Base of all settings: frozen, unknown keys are errors, the nearest right key is named."""
@@ -29,7 +31,7 @@ class Settings(BaseModel):
         for old in cls.RENAMED.keys() & values.keys():
             new = cls.RENAMED[old]
             if new in values:
-                raise ValueError(f"{cls.__name__} has both '{new}' and '{old}', its old name: give '{new}' alone")
+                raise UserError(f"{cls.__name__} has both '{new}' and '{old}', its old name: give '{new}' alone")
             warnings.warn(f"'{old}' is now called '{new}'; the old name goes with the next release", FutureWarning, 2)
             values = {new if key == old else key: value for key, value in values.items()}
         for key in values:
@@ -37,7 +39,7 @@ class Settings(BaseModel):
                 near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
                 hint = f"; did you mean '{near[0]}'?" if near else "."
                 known = ", ".join(cls.model_fields)
-                raise ValueError(f"unknown key '{key}' in {cls.__name__}{hint} Known keys: {known}")
+                raise UserError(f"unknown key '{key}' in {cls.__name__}{hint} Known keys: {known}")
         return values
 
 

@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from sparsight.errors import UserError
 from sparsight.layouts import Layout, Scale
 from sparsight.settings.base import Settings, readable
 
@@ -67,7 +68,7 @@ class WindowedSettings(BridgeSettings):
     @model_validator(mode="after")
     def _heads_divide(self) -> WindowedSettings:
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} does not divide by heads {self.heads}")
+            raise UserError(f"width {self.width} does not divide by heads {self.heads}")
         return self
 
     @property
@@ -143,24 +144,24 @@ def bridge_settings(value: Any) -> LinearConfig | MlpConfig | PixelShuffleConfig
     ``"paper"`` is Chain-of-Sight with the paper's values: 80 tokens, width 1024, 16 heads, one round.
 
     Raises:
-        ValueError: the kind or a key is unknown, or a value is out of range.
+        UserError: the kind or a key is unknown, or a value is out of range.
     """
     if isinstance(value, BridgeSettings):
         return value  # type: ignore[return-value]
     try:
         return _BRIDGE.validate_python(value)
     except ValidationError as error:
-        raise ValueError(readable(error)) from None
+        raise UserError(readable(error)) from None
 
 
 def check_scaling(old: Bridge, new: Bridge, sources: Mapping[int, int] | None = None) -> dict[Scale, Scale]:
     """Where each scale of a bridge would be born from; ``sources`` as in `Layout.source_scales`.
 
     Raises:
-        ValueError: the bridge ``old`` cannot become ``new``: a scale has no source, or more than the layout differs.
+        UserError: the bridge ``old`` cannot become ``new``: a scale has no source, or more than the layout differs.
     """
     if not isinstance(old, WindowedSettings) or not isinstance(new, ChainOfSightConfig | type(old)):
-        raise ValueError(
+        raise UserError(
             f"a bridge of kind {old.kind} cannot become one of kind {new.kind}: only resampler and chain_of_sight can "
             "be scaled, to chain_of_sight"
         )
@@ -169,5 +170,5 @@ def check_scaling(old: Bridge, new: Bridge, sources: Mapping[int, int] | None = 
         key: [getattr(each, key, ChainOfSightConfig.model_fields[key].default) for each in (old, new)] for key in sizes
     }
     if changed := {key: pair for key, pair in values.items() if pair[0] != pair[1]}:
-        raise ValueError(f"scaling changes the layout alone, but these differ (old, new): {changed}")
+        raise UserError(f"scaling changes the layout alone, but these differ (old, new): {changed}")
     return old.scales.source_scales(new.scales, sources)

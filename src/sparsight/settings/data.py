@@ -9,6 +9,7 @@ from pydantic import (
     model_validator,
 )
 
+from sparsight.errors import UserError
 from sparsight.settings.base import Settings
 
 
@@ -44,9 +45,9 @@ class ConversationData(Settings):
     @model_validator(mode="after")
     def _all_used(self) -> ConversationData:
         if self.kind == "shards" and self.images is not None:
-            raise ValueError(f"images '{self.images}': images of shards lie in the shards; leave it out")
+            raise UserError(f"images '{self.images}': images of shards lie in the shards; leave it out")
         if self.kind != "shards" and self.index_folder is not None:
-            raise ValueError(f"index_folder '{self.index_folder}': only shards have indices; leave it out")
+            raise UserError(f"index_folder '{self.index_folder}': only shards have indices; leave it out")
         return self
 
 

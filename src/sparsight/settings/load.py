@@ -12,6 +12,7 @@ from pydantic import (
     ValidationError,
 )
 
+from sparsight.errors import UserError
 from sparsight.settings.base import readable
 from sparsight.settings.bridges import WindowedSettings, spelled_out
 from sparsight.settings.recipe import Comparison, Recipe
@@ -53,28 +54,28 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, preset: st
             come after it.
 
     Raises:
-        ValueError: the file is not a YAML mapping, or a key or value is wrong; the message names each. Or there is no
+        UserError: the file is not a YAML mapping, or a key or value is wrong; the message names each. Or there is no
             such preset, or the recipe has one stage alone.
         FileNotFoundError: there is no such file.
     """
     values = _read_yaml(Path(path), overrides, preset)
     if "runs" in values:
-        raise ValueError(f"{path} compares runs; it is for: sparsight demo --recipe {path}")
+        raise UserError(f"{path} compares runs; it is for: sparsight demo --recipe {path}")
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{path}: {readable(error)}") from None
+        raise UserError(f"{path}: {readable(error)}") from None
 
 
 def load_comparison(path: str | Path, overrides: list[str] | None = None) -> Comparison:
     """Read the YAML of a comparison; overrides and errors as in `load_recipe`."""
     values = _read_yaml(Path(path), overrides)
     if "stages" in values and "runs" not in values:
-        raise ValueError(f"{path} is the recipe of one run; it is for: sparsight train {path}")
+        raise UserError(f"{path} is the recipe of one run; it is for: sparsight train {path}")
     try:
         return Comparison.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{path}: {readable(error)}") from None
+        raise UserError(f"{path}: {readable(error)}") from None
 
 
 def load_recipes(path: str | Path, overrides: list[str] | None = None, preset: str | None = None) -> list[Recipe]:
@@ -82,7 +83,7 @@ def load_recipes(path: str | Path, overrides: list[str] | None = None, preset: s
     if "runs" not in _read_yaml(Path(path), None):
         return [load_recipe(path, overrides, preset)]
     if preset is not None:
-        raise ValueError(f"--preset {preset}: {path} compares runs; a preset is for one recipe")
+        raise UserError(f"--preset {preset}: {path} compares runs; a preset is for one recipe")
     return load_comparison(path, overrides).recipes()
 
 
@@ -92,9 +93,9 @@ def _read_yaml(file: Path, overrides: list[str] | None, preset: str | None = Non
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not valid YAML: {error}") from None
+        raise UserError(f"{file}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{file}: expected a mapping of keys to values, found {type(values).__name__}")
+        raise UserError(f"{file}: expected a mapping of keys to values, found {type(values).__name__}")
     if preset is None:
         for override in overrides or []:
             _apply(values, override)
@@ -113,10 +114,10 @@ def _lay_over(values: dict[str, Any], name: str) -> None:
         name = new
     presets = yaml.safe_load(builtin_recipe("presets.yaml").read_text(encoding="utf-8"))
     if name not in presets:
-        raise ValueError(f"--preset {name}: expected one of {', '.join(presets)}")
+        raise UserError(f"--preset {name}: expected one of {', '.join(presets)}")
     stages = values.get("stages")
     if not isinstance(stages, list) or len(stages) < 2 or not all(isinstance(stage, dict) for stage in stages):
-        raise ValueError(f"--preset {name}: expected a recipe of two stages or more: it scales between them")
+        raise UserError(f"--preset {name}: expected a recipe of two stages or more: it scales between them")
     preset, last, settle = presets[name], stages[-1], None
     whole = last.get("samples")
     # What is no number is told when the recipe is read; a copy of all of it, as overrides are written into it.
@@ -174,7 +175,7 @@ def _override_around(values: dict[str, Any], overrides: list[str], preset: str) 
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ValueError(f"override '{override}': expected key=value, such as seed=1")
+        raise UserError(f"override '{override}': expected key=value, such as seed=1")
     *path, last = key.split(".")
     node: Any = values
     for index, part in enumerate(path):
@@ -187,13 +188,13 @@ def _apply(values: dict[str, Any], override: str) -> None:
                 node[part] = spelled_out(node[part])
             node = node[part]
         else:
-            raise ValueError(f"override '{override}': '{'.'.join(path[:index])}' is not a mapping, found {node!r}")
+            raise UserError(f"override '{override}': '{'.'.join(path[:index])}' is not a mapping, found {node!r}")
     if not isinstance(node, dict):
-        raise ValueError(f"override '{override}': '{'.'.join(path)}' is not a mapping, found {type(node).__name__}")
+        raise UserError(f"override '{override}': '{'.'.join(path)}' is not a mapping, found {type(node).__name__}")
     try:
         node[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"override '{override}': not valid YAML: {error}") from None
+        raise UserError(f"override '{override}': not valid YAML: {error}") from None
 
 
 def _list_item(items: list[Any], part: str, override: str) -> Any:
@@ -202,4 +203,4 @@ def _list_item(items: list[Any], part: str, override: str) -> Any:
         return named[part]
     if part.isdigit() and int(part) < len(items):
         return items[int(part)]
-    raise ValueError(f"override '{override}': no item '{part}'; there are {[name for name in named if name]}")
+    raise UserError(f"override '{override}': no item '{part}'; there are {[name for name in named if name]}")

@@ -9,6 +9,7 @@ from pydantic import (
     model_validator,
 )
 
+from sparsight.errors import UserError
 from sparsight.settings.base import Settings
 
 
@@ -51,7 +52,7 @@ class SkipperConfig(Settings):
     @model_validator(mode="after")
     def _probabilities(self) -> SkipperConfig:
         if self.alpha * (1 + abs(self.epsilon)) > 1:
-            raise ValueError(f"alpha {self.alpha}, epsilon {self.epsilon}: expected alpha * (1 + |epsilon|) <= 1")
+            raise UserError(f"alpha {self.alpha}, epsilon {self.epsilon}: expected alpha * (1 + |epsilon|) <= 1")
         if min(self.protected) < 0:
-            raise ValueError(f"protected {self.protected}: expected numbers of first and last layers")
+            raise UserError(f"protected {self.protected}: expected numbers of first and last layers")
         return self

@@ -12,6 +12,7 @@ from pydantic import (
     model_validator,
 )
 
+from sparsight.errors import UserError
 from sparsight.layouts import Layout
 from sparsight.settings.base import Settings, readable
 from sparsight.settings.bridges import Bridge, WindowedSettings, check_scaling
@@ -48,7 +49,7 @@ class LearningRates(Settings):
     @model_validator(mode="after")
     def _something_trains(self) -> LearningRates:
         if not self.parts():
-            raise ValueError("nothing trains: give a learning rate to at least one of vision, bridge, language")
+            raise UserError("nothing trains: give a learning rate to at least one of vision, bridge, language")
         return self
 
     def parts(self) -> dict[str, float]:
@@ -115,37 +116,37 @@ class Stage(Settings):
     def _consistent(self) -> Stage:
         micro = self.micro_batch_size
         if micro is not None and self.batch_size % micro:
-            raise ValueError(f"stage '{self.name}': batch_size {self.batch_size} is not a multiple of {micro}")
+            raise UserError(f"stage '{self.name}': batch_size {self.batch_size} is not a multiple of {micro}")
         if micro is not None and self.batch_tokens is not None:
-            raise ValueError(f"stage '{self.name}': batch_tokens settles what micro_batch_size does; give one of them")
+            raise UserError(f"stage '{self.name}': batch_tokens settles what micro_batch_size does; give one of them")
         # By value: what was saved with its defaults is read again.
         given = self.batch_size != type(self).model_fields["batch_size"].default or self.pack_length is not None
         if self.batch_tokens is not None and given:
-            raise ValueError(
+            raise UserError(
                 f"stage '{self.name}': batch_tokens settles what batch_size and pack_length do; give it or them"
             )
         if self.pack_length is not None and not self.packing:
-            raise ValueError(f"stage '{self.name}': pack_length needs packing: true")
+            raise UserError(f"stage '{self.name}': pack_length needs packing: true")
         if self.lora is not None and self.learning_rate.language is None:
-            raise ValueError(f"stage '{self.name}': lora needs learning_rate.language")
+            raise UserError(f"stage '{self.name}': lora needs learning_rate.language")
         if self.cache_features and self.learning_rate.vision is not None:
-            raise ValueError(f"stage '{self.name}': features cannot be cached while the vision encoder trains")
+            raise UserError(f"stage '{self.name}': features cannot be cached while the vision encoder trains")
         if self.position_layout is not None:
             if self.packing or not isinstance(self.bridge, WindowedSettings):
-                raise ValueError(
+                raise UserError(
                     f"stage '{self.name}': position_layout '{self.position_layout}' needs a resampler or "
                     f"chain_of_sight, and no packing; found {self.bridge.kind}, packing {self.packing}"
                 )
             if getattr(self.bridge, "order", "coarse_to_fine") != "coarse_to_fine":
-                raise ValueError(f"stage '{self.name}': position_layout goes with order: coarse_to_fine alone")
+                raise UserError(f"stage '{self.name}': position_layout goes with order: coarse_to_fine alone")
             self.bridge.scales.positions(Layout.parse(self.position_layout))
         if self.proportional_attention and (self.position_layout is None or self.compressor is not None):
-            raise ValueError(
+            raise UserError(
                 f"stage '{self.name}': proportional_attention needs position_layout, and no compressor; found "
                 f"{self.position_layout}, {self.compressor}"
             )
         if self.on_too_long == "shrink_image":
-            raise ValueError(
+            raise UserError(
                 f"stage '{self.name}': on_too_long: shrink_image makes no sample shorter: a bridge gives every image "
                 "the same number of visual tokens. Take a layout with fewer tokens, or set error or drop_sample"
             )
@@ -176,17 +177,17 @@ def held_out_file(data: Path | None, images: Path | None, metric: str, items: in
     """What `sparsight eval --data` asks; None without data.
 
     Raises:
-        ValueError: images without data, no such metric, or a number out of range.
+        UserError: images without data, no such metric, or a number out of range.
     """
     if data is None:
         if images is not None:
-            raise ValueError(f"--images {images}: expected --data as well, the conversations about these images")
+            raise UserError(f"--images {images}: expected --data as well, the conversations about these images")
         return None
     source = {"path": str(data), "images": str(images) if images else None}
     try:
         return HeldOut.model_validate({"data": source, "metric": metric, "items": items})
     except ValidationError as error:
-        raise ValueError(readable(error)) from None
+        raise UserError(readable(error)) from None
 
 
 class Evaluation(Settings):
@@ -231,15 +232,15 @@ class Recipe(Settings):
     def _stage_names_differ(self) -> Recipe:
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
-            raise ValueError(f"stages need different names, found {names}")
+            raise UserError(f"stages need different names, found {names}")
         cached = [stage.name for stage in self.stages if stage.cache_features]
         if cached and self.on_bad_sample == "quarantine":
-            raise ValueError(
+            raise UserError(
                 f"on_bad_sample: quarantine, but the stages {cached} cache the features of all images before they "
                 "train: set cache_features: false, or take out what `sparsight data check` finds"
             )
         if reserved := {"total", "score"} & set(names):
-            raise ValueError(f"a stage cannot be named {sorted(reserved)}: comparisons have figures of that name")
+            raise UserError(f"a stage cannot be named {sorted(reserved)}: comparisons have figures of that name")
         return self
 
     @model_validator(mode="after")
@@ -249,11 +250,11 @@ class Recipe(Settings):
                 if old.bridge != new.bridge:
                     check_scaling(old.bridge, new.bridge)
             except ValueError as error:
-                raise ValueError(f"stages '{old.name}' -> '{new.name}': {error}") from None
+                raise UserError(f"stages '{old.name}' -> '{new.name}': {error}") from None
         for stage in self.stages:
             self.data_of(stage)
         if "mean" in self.evaluation.held_out:
-            raise ValueError("evaluation.held_out: 'mean' is the mean of all scores; choose another name")
+            raise UserError("evaluation.held_out: 'mean' is the mean of all scores; choose another name")
         return self
 
     def source_of(self, stage: Stage) -> Data:
@@ -264,13 +265,13 @@ class Recipe(Settings):
         """A stage's data, with the tasks that it asks.
 
         Raises:
-            ValueError: the stage names tasks, but the data are not scenes.
+            UserError: the stage names tasks, but the data are not scenes.
         """
         data = self.source_of(stage)
         if stage.tasks is None:
             return data
         if not isinstance(data, SceneData):
-            raise ValueError(
+            raise UserError(
                 f"stage '{stage.name}' names tasks, which only scenes have; found data of kind '{data.kind}'"
             )
         return data.model_copy(update={"tasks": stage.tasks})
@@ -320,7 +321,7 @@ class Comparison(Settings):
             try:
                 recipes.append(Recipe.model_validate(_merged(self.shared, own) | {"name": name}))
             except ValidationError as error:
-                raise ValueError(f"runs.{name}: {readable(error)}") from None
+                raise UserError(f"runs.{name}: {readable(error)}") from None
         return recipes
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sparsight.errors import UserError
 from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.compress import redundancy
 from sparsight.sparse.parts import find_parts
@@ -80,7 +81,7 @@ def measure(model: Any, batches: Iterable[Mapping[str, Any]]) -> Analysis:
             (B, T) leaves out are not counted.
 
     Raises:
-        ValueError: `find_parts` does not take the model, the inputs have no visual tokens or no text, or a layer's
+        UserError: `find_parts` does not take the model, the inputs have no visual tokens or no text, or a layer's
             output is not finite.
     """
     parts, decoder, layers, _ = find_parts(model)
@@ -127,12 +128,12 @@ class _Sums:
             x_BTD = args[0] if args else kwargs["hidden_states"]
             y_BTD = output[0] if isinstance(output, tuple) else output
             if x_BTD.shape[:2] != self.visual_BT.shape:
-                raise ValueError(
+                raise UserError(
                     f"layer {number} has positions {tuple(x_BTD.shape[:2])}, input_ids {tuple(self.visual_BT.shape)}:"
                     " expected a placeholder for each visual token"
                 )
             if not bool(y_BTD.isfinite().all()):
-                raise ValueError(f"layer {number}: its output in {y_BTD.dtype} is not finite; try another dtype")
+                raise UserError(f"layer {number}: its output in {y_BTD.dtype} is not finite; try another dtype")
             similar_BT = F.cosine_similarity(x_BTD.float(), y_BTD.float(), dim=-1).double()
             both = [similar_BT[self.visual_BT].sum(), similar_BT[self.text_BT].sum()]
             self.similar_L2[number] += torch.stack(both).cpu()
@@ -178,7 +179,7 @@ class _Sums:
     def result(self, backend: str | None) -> Analysis:
         visual, text = self.positions_2.tolist()
         if not visual or not text:
-            raise ValueError(
+            raise UserError(
                 f"{self.samples} samples with {visual} visual tokens and {text} of text: expected some of both"
             )
         similar = (self.similar_L2 / self.positions_2).tolist()

@@ -22,6 +22,7 @@ from torch import nn
 
 from sparsight.compat import CACHE
 from sparsight.devices.ranks import largest, several_ranks, touched
+from sparsight.errors import UserError
 from sparsight.schedules import anneal, skip_probabilities, skipped_layers
 from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.blank import blank_features
@@ -87,19 +88,19 @@ def attach(
         A `SparseHandle`, or `Parts`.
 
     Raises:
-        ValueError: the model cannot take them, or has them already, or none is given.
+        UserError: the model cannot take them, or has them already, or none is given.
     """
     if isinstance(compressor, SkipperConfig) or isinstance(skipper, CompressorConfig):
         compressor, skipper = skipper, compressor
     if compressor is None and skipper is None and not plan:
-        raise ValueError(
+        raise UserError(
             "attach was given neither a compressor nor a skipper: write attach(model, "
             "compressor=CompressorConfig(...)), attach(model, skipper=SkipperConfig(...)), or both; "
             "attach(model, plan=True) only shows what would be touched"
         )
     for name, given, kind in (("compressor", compressor, CompressorConfig), ("skipper", skipper, SkipperConfig)):
         if not isinstance(given, kind | None):
-            raise ValueError(
+            raise UserError(
                 f"{name}: expected a {kind.__name__}, found {given!r}; write attach(model, {name}={kind.__name__}(...))"
             )
     parts, decoder, layers, head = find_parts(model, needs_vision=compressor is not None)
@@ -109,7 +110,7 @@ def attach(
     if plan:
         return parts
     if getattr(model, "_sparsight_handle", None) is not None:
-        raise ValueError(f"{type(model).__name__} has something attached already: detach() that handle first")
+        raise UserError(f"{type(model).__name__} has something attached already: detach() that handle first")
     return SparseHandle(model, parts, decoder, layers, head, compressor, skipper, seed, train_only)
 
 
@@ -295,18 +296,18 @@ class SparseHandle:
         return {"step": self.global_step, "progress": self.progress, "seed": self.seed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`. Raises ValueError if it was drawn with another seed."""
+        """Go on from `state_dict`. Raises UserError if it was drawn with another seed."""
         if state["seed"] != self.seed:
-            raise ValueError(f"the state was made with seed {state['seed']}, this handle has {self.seed}")
+            raise UserError(f"the state was made with seed {state['seed']}, this handle has {self.seed}")
         self.step(state["step"], state["progress"])
 
     def detach(self) -> None:
-        """Leave the model as it was. Raises ValueError if it was wrapped over what was attached, as FSDP does."""
+        """Leave the model as it was. Raises UserError if it was wrapped over what was attached, as FSDP does."""
         if not self.attached:
-            raise ValueError("detached already")
+            raise UserError("detached already")
         for owner, name, ours, _ in self._patched:
             if owner.__dict__.get(name) is not ours:
-                raise ValueError(f"cannot detach: {name} of {type(owner).__name__} was wrapped since; unwrap it first")
+                raise UserError(f"cannot detach: {name} of {type(owner).__name__} was wrapped since; unwrap it first")
         for owner, name, _, before in self._patched:
             delattr(owner, name)
             if before is not None:
@@ -496,7 +497,7 @@ class SparseHandle:
         kwargs = gather_inputs(kwargs, kept, keep_BT, renumbered, self.decoder.config)
         output = plain(*args, **(kwargs | {"inputs_embeds": kept.gather(embeds, 1)}))
         if getattr(output, "router_logits", None) is not None:
-            raise ValueError(
+            raise UserError(
                 f"{type(self.model).__name__} was asked for router_logits, whose loss balances experts over all "
                 "positions: with a compressor, set output_router_logits=False"
             )

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from sparsight.errors import UserError
+
 _NO_IMAGE = (
     "{name}: this rank's batch has no image, or no video, while others may have some, and all ranks must go through "
     "the vision tower together. A blank image did not fit this model ({error}): put one image into every rank's "
@@ -18,12 +20,12 @@ def blank_features(owner: Any, like: torch.Tensor) -> torch.Tensor:
     """The sum of what the language model is given of one blank image, through ``owner.get_image_features``.
 
     Raises:
-        ValueError: the model takes images in a form that we do not know.
+        UserError: the model takes images in a form that we do not know.
     """
     try:
         found = owner.get_image_features(**blank_image(owner, like), return_dict=True)
     except Exception as error:
-        raise ValueError(_NO_IMAGE.format(name=type(owner).__name__, error=error)) from error
+        raise UserError(_NO_IMAGE.format(name=type(owner).__name__, error=error)) from error
     if hasattr(found, "pooler_output"):  # the tower's other outputs reach nothing, nor may they get gradients here
         found = [found.pooler_output, getattr(found, "deepstack_features", None)]
     return torch.stack([tensor.float().sum() for tensor in tensors(found)]).sum()

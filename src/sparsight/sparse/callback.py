@@ -20,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from sparsight.devices.peaks import peak_flops
 from sparsight.devices.precision import device_name
+from sparsight.errors import UserError
 from sparsight.sparse.attach import Pass, SparseHandle
 from sparsight.sparse.executed import figures
 
@@ -44,10 +45,10 @@ class SparsightCallback(TrainerCallback):
 
     def __init__(self, handle: SparseHandle | Sequence[SparseHandle], dense_probe: int | None = None) -> None:
         if dense_probe is not None and dense_probe < 1:
-            raise ValueError(f"dense_probe {dense_probe}: expected a number of steps of at least 1")
+            raise UserError(f"dense_probe {dense_probe}: expected a number of steps of at least 1")
         self.handles = (handle,) if isinstance(handle, SparseHandle) else tuple(handle)
         if not self.handles or not all(isinstance(each, SparseHandle) for each in self.handles):
-            raise ValueError(f"handle {handle!r}: expected what sparsight.attach returned, or a list of such")
+            raise UserError(f"handle {handle!r}: expected what sparsight.attach returned, or a list of such")
         self.handle, self.dense_probe = self.handles[0], dense_probe
         self.probe: dict[str, float] = {}
         self.since = time.perf_counter()
@@ -87,13 +88,13 @@ class SparsightCallback(TrainerCallback):
         run that is resumed.
 
         Raises:
-            ValueError: the message says why, or what differs, or that the checkpoint to resume from was not found.
+            UserError: the message says why, or what differs, or that the checkpoint to resume from was not found.
         """
         self.since = time.perf_counter()
         if self.handle.skipper is not None:
             _refuse_engine(self.handle.model)
         if args.n_gpu > 1:
-            raise ValueError(
+            raise UserError(
                 f"{args.n_gpu} GPUs in one process: nn.DataParallel runs copies of the model, to which nothing is "
                 "attached; start with torchrun, or let CUDA_VISIBLE_DEVICES show one GPU"
             )
@@ -110,7 +111,7 @@ class SparsightCallback(TrainerCallback):
             now = self.settings()
             changed = {key: (before.get(key), value) for key, value in now.items() if before.get(key) != value}
             if changed:
-                raise ValueError(f"{file} was written with other settings; these differ (then, now): {changed}")
+                raise UserError(f"{file} was written with other settings; these differ (then, now): {changed}")
         # These engines keep weights in files of their own, by the model's own names, and have loaded them.
         if args.distributed_state.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             _reload_if_renamed(self.handle.model, folder)
@@ -162,21 +163,21 @@ class SparsightCallback(TrainerCallback):
 
 
 def _check_handles(handles: Sequence[SparseHandle], model: nn.Module, args: TrainingArguments) -> None:
-    """Raises ValueError if a handle does not belong to what is trained, or to a reference beside it; warns where a
+    """Raises UserError if a handle does not belong to what is trained, or to a reference beside it; warns where a
     reference sees other tokens and layers than what is trained."""
     inside = set(model.modules())
     first, *others = handles
     if not first.attached:
-        raise ValueError("SparsightCallback was given a handle that is detached: attach again, and give it the new one")
+        raise UserError("SparsightCallback was given a handle that is detached: attach again, and give it the new one")
     if first.model not in inside and model not in set(first.model.modules()):
-        raise ValueError(
+        raise UserError(
             f"SparsightCallback was given the handle of another model ({type(first.model).__name__}) than the Trainer "
             f"trains ({type(model).__name__}), to which nothing is attached: attach to the model that the Trainer is "
             "given (a copy of an attached model is a plain one), and give the callback that handle"
         )
     for other in others:
         if other.model not in inside and other.train_only and not other.model.training:
-            raise ValueError(
+            raise UserError(
                 f"SparsightCallback was given the handle of a second model ({type(other.model).__name__}) that is in "
                 "eval mode, where it sees all tokens and layers: attach to it with train_only=False"
             )
@@ -202,7 +203,7 @@ def _check_handles(handles: Sequence[SparseHandle], model: nn.Module, args: Trai
 
 
 def _refuse_engine(model: nn.Module) -> None:
-    """Raises ValueError under an engine whose optimizer does not know layers."""
+    """Raises UserError under an engine whose optimizer does not know layers."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):  # set by transformers and accelerate
         engine = "DeepSpeed"
         why = "updates flat shards of all layers: weight decay and moments reach those that are off"
@@ -210,7 +211,7 @@ def _refuse_engine(model: nn.Module) -> None:
         engine, why = "FSDP version 1", "flattens parameters: a layer that is off cannot be left alone"
     else:
         return
-    raise ValueError(
+    raise UserError(
         f"SkipperConfig cannot work under {engine}, which {why}. Use DDP or FSDP version 2 (fsdp_version: 2), "
         "or the compressor alone"
     )
@@ -220,7 +221,7 @@ def _resumed_from(args: TrainingArguments, state: TrainerState) -> Path:
     """The checkpoint that training goes on from. The Trainer tells no callback: it is the one that holds this state.
 
     Raises:
-        ValueError: neither folder that may be it is.
+        UserError: neither folder that may be it is.
     """
     folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
     if isinstance(args.resume_from_checkpoint, str | os.PathLike):
@@ -231,7 +232,7 @@ def _resumed_from(args: TrainingArguments, state: TrainerState) -> Path:
             # Two runs may have a checkpoint of the same step. As text: NaN is not equal to itself.
             if str((saved["global_step"], saved["log_history"])) == str((state.global_step, state.log_history)):
                 return folder
-    raise ValueError(
+    raise UserError(
         f"training goes on from step {state.global_step}, but not from a checkpoint that was looked for: "
         f"{', '.join(map(str, folders))}. So its settings cannot be compared, nor its weights be checked. Give the "
         "path that train(resume_from_checkpoint=...) is given to TrainingArguments(resume_from_checkpoint=...) too"

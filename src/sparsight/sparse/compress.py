@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from sparsight.errors import UserError
 from sparsight.schedules import kept_tokens
 
 Compressed = tuple[torch.Tensor, torch.Tensor]
@@ -43,13 +44,13 @@ def compress(
         them; positions rise. With ``keep`` 1 the tokens are returned as they are.
 
     Raises:
-        ValueError: ``keep`` is out of range, the method is unknown, or it lacks what it needs.
+        UserError: ``keep`` is out of range, the method is unknown, or it lacks what it needs.
     """
     if method not in METHODS:
-        raise ValueError(f"method '{method}': expected one of {', '.join(METHODS)}")
+        raise UserError(f"method '{method}': expected one of {', '.join(METHODS)}")
     batch, tokens = tokens_BND.shape[:2]
     if grid is not None and prod(grid) != tokens:
-        raise ValueError(f"a grid of {' x '.join(map(str, grid))} has {prod(grid)} tokens, found {tokens}")
+        raise UserError(f"a grid of {' x '.join(map(str, grid))} has {prod(grid)} tokens, found {tokens}")
     kept = kept_tokens(tokens, keep)
     if kept == tokens:
         return tokens_BND, torch.arange(tokens, device=tokens_BND.device).expand(batch, -1)
@@ -95,7 +96,7 @@ def _text(
     tokens_BND: torch.Tensor, kept: int, text: torch.Tensor | None, mask: torch.Tensor | None, **_: Any
 ) -> Compressed:
     if text is None:
-        raise ValueError("method 'text' needs the text's embeddings (text_BTD)")
+        raise UserError("method 'text' needs the text's embeddings (text_BTD)")
     return _best(tokens_BND, _relevance(tokens_BND, text, mask), kept)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from sparsight.compat import CACHE
+from sparsight.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,16 @@ def behind_cache(inputs: dict[str, Any], embeds_BTD: Any, renumbered: bool, give
         given: whether ``position_ids`` are the caller's, and not counted by the model from the cache's length.
 
     Raises:
-        ValueError: padding, or positions along several axes, that cannot be told from the cache.
+        UserError: padding, or positions along several axes, that cannot be told from the cache.
     """
     cache: Any = inputs.get(CACHE)
     if getattr(cache, "_sparsight_uneven", False):
-        raise ValueError(_UNEVEN)
+        raise UserError(_UNEVEN)
     if not getattr(cache, "_sparsight_dropped", 0) or embeds_BTD is None or (given and not renumbered):
         return inputs
     positions = inputs.get("position_ids")
     if not renumbered and positions is not None and positions.ndim == 3:
-        raise ValueError(_UNKNOWN)
+        raise UserError(_UNKNOWN)
     start = cache.get_seq_length() + (0 if renumbered else cache._sparsight_dropped)
     return inputs | {"position_ids": start + torch.arange(embeds_BTD.shape[1], device=embeds_BTD.device)[None]}
 
@@ -106,7 +107,7 @@ def gather_inputs(
         config: the decoder's, which says what its attention takes.
 
     Raises:
-        ValueError: the mask, or packed samples, in a form that cannot be cut.
+        UserError: the mask, or packed samples, in a form that cannot be cut.
     """
     inputs, (batch, length) = dict(inputs), keep_BT.shape
     for key, value in inputs.items():
@@ -172,7 +173,7 @@ def _packed(segment_BK: torch.Tensor, kept: Kept, config: Any, dtype: torch.dtyp
     backend, places = getattr(config, "_attn_implementation", None) or "", segment_BK.shape[1]
     if "flash" in backend:
         if len(segment_BK) != 1:
-            raise ValueError(f"packed samples in {len(segment_BK)} rows under {backend}: expected one row")
+            raise UserError(f"packed samples in {len(segment_BK)} rows under {backend}: expected one row")
         counts = torch.bincount(segment_BK[0])
         edges = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
         longest = int(counts.max())
@@ -182,7 +183,7 @@ def _packed(segment_BK: torch.Tensor, kept: Kept, config: Any, dtype: torch.dtyp
         backend not in ("sdpa", "eager", "sparsight_short")
         or (getattr(config, "sliding_window", None) or places) < places
     ):
-        raise ValueError(
+        raise UserError(
             f"packed samples cannot be compressed under attention '{backend}' with a sliding window of "
             f"{getattr(config, 'sliding_window', None)}: use sdpa, eager or flash attention without a window"
         )
@@ -198,7 +199,7 @@ def _gather_mask(mask: Any, kept: Kept) -> Any:
     if isinstance(mask, dict):  # one for each kind of layer
         return {key: _gather_mask(value, kept) for key, value in mask.items()}
     if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
-        raise ValueError(f"cannot compress under an attention mask of type {type(mask).__name__}: use sdpa or eager")
+        raise UserError(f"cannot compress under an attention mask of type {type(mask).__name__}: use sdpa or eager")
     rows = kept.gather(mask.transpose(1, 2), 1).transpose(1, 2)
     return _apart_from_padding(kept.gather(rows.permute(0, 3, 1, 2), 1).permute(0, 2, 3, 1), kept)
 

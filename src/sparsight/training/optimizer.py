@@ -9,6 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from sparsight.devices.precision import fast_bf16
+from sparsight.errors import UserError
 
 NEWTON_SCHULZ = 3  # iterations; with torch's 5 a step takes longer, and losses fall alike (LOG.md)
 
@@ -20,12 +21,12 @@ class MuonAdamW(torch.optim.Optimizer):
     scale: Liu et al., arXiv 2502.16982.
 
     Raises:
-        ValueError: this torch has no Muon.
+        UserError: this torch has no Muon.
     """
 
     def __init__(self, groups: list[dict[str, Any]], **adamw: Any) -> None:
         if not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"optimizer: muon needs torch 2.9 or newer, found {torch.__version__}; take adamw")
+            raise UserError(f"optimizer: muon needs torch 2.9 or newer, found {torch.__version__}; take adamw")
         super().__init__(groups, {})
         # Each takes the group's own dictionaries, so a schedule that sets rates here sets them there.
         self.parts: dict[bool, Any] = {}

@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from sparsight.errors import UserError
+
 FEW = 5  # so many bad samples stop no run, however small their share
 
 
@@ -45,7 +47,7 @@ class Quarantine:
         """Take what was replaced in a step of so many samples.
 
         Raises:
-            ValueError: more than ``most`` of the samples of these data seen in the run were bad, and more than `FEW`.
+            UserError: more than ``most`` of the samples of these data seen in the run were bad, and more than `FEW`.
         """
         self.seen += samples
         new = {(entry["row"], entry["id"]): {"stage": self.stage, "step": step} | entry for entry in entries}
@@ -57,7 +59,7 @@ class Quarantine:
         bad = [entry for entry in self.found.values() if not entry["dropped"]]
         seen = min(self.seen + len(self.found), self.rows)  # in place of each found one another was looked at
         if new and len(bad) > max(FEW, self.most * seen):
-            raise ValueError(
+            raise UserError(
                 f"stage '{self.stage}', step {step}: {len(bad)} of {seen} samples seen are bad, and max_bad is "
                 f"{self.most:g}; the last one: id {bad[-1]['id']}: {bad[-1]['reason']}. All are in {self.file}. "
                 "`sparsight data check` finds them beforehand; or raise max_bad"

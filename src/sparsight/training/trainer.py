@@ -42,6 +42,7 @@ from sparsight.data.collate import Collator, TrainingSet
 from sparsight.devices.peaks import peak_flops
 from sparsight.devices.precision import default_device, device_name
 from sparsight.devices.ranks import any_rank, process_state, several_ranks
+from sparsight.errors import UserError
 from sparsight.layouts import Layout
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.modeling.encoders import count_flops
@@ -266,7 +267,7 @@ class SparsightTrainer(Trainer):
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
         except torch.OutOfMemoryError as error:
-            raise ValueError(
+            raise UserError(
                 f"step {self.state.global_step + 1}: out of memory on {tuple(inputs['input_ids'].shape)} positions "
                 "(the largest batches of a stage come second and third). Lower micro_batch_size or batch_tokens, or "
                 "the layout; with another micro_batch_size the run goes on by --resume"
@@ -396,7 +397,7 @@ def plan_stage(data: TrainingSet, recipe: Recipe, stage: Stage, folder: Path, co
     """Which samples make which step, over all ranks. The samples' sizes are measured once, and kept in ``folder``.
 
     Raises:
-        ValueError: the batch cannot be dealt out to the ranks, or a sample cannot be read.
+        UserError: the batch cannot be dealt out to the ranks, or a sample cannot be read.
     """
     ranks, sizes = process_state().num_processes, None
     alike = _alike(recipe, stage)  # where they need not be dealt out, sizes need not be known
@@ -500,7 +501,7 @@ def _collator(processor: SparsightProcessor, stage: Stage) -> Collator:
 def _check_kernel(model: SparsightForConditionalGeneration, stage: Stage) -> None:
     kernel = model.model.language_model.config._attn_implementation
     if stage.proportional_attention and kernel not in ("sdpa", "eager"):
-        raise ValueError(
+        raise UserError(
             f"stage '{stage.name}': proportional_attention needs attn_implementation sdpa or eager in the language "
             f"model, found '{kernel}'"
         )
@@ -533,7 +534,7 @@ def train_stage(
 
     Raises:
         Interrupted: Ctrl-C; the last step is in a checkpoint.
-        ValueError: a bad sample, or more of them than the recipe allows; or a loss or gradients that are not finite; or
+        UserError: a bad sample, or more of them than the recipe allows; or a loss or gradients that are not finite; or
             attention by a kernel that takes no weights of tokens.
     """
     _check_kernel(model, stage)
