@@ -93,25 +93,27 @@ class Row:
     groups: str = ""
 
 
-few, many, PLACES = cos("cos-32"), cos(FULL), {"position_layout": FULL}
+few, many, POSITIONS = cos("cos-32"), cos(FULL), {"position_layout": FULL}
 fewer = cos("1:8,4:1")
-PROPORTIONAL = PLACES | {"proportional_attention": True}
+PROPORTIONAL = POSITIONS | {"proportional_attention": True}
 DOUBLE = {"image_size": 512}
 ROWS = {
     "standard": Row(single(336), groups="core"),
     "cos 32-336": Row(few, many, groups="scaling"),
-    "cos 32-336 places": Row(few, many, first=PLACES, groups="scaling"),
+    "cos 32-336 positions": Row(few, many, first=POSITIONS, groups="scaling"),
     "cos 32-336 proportional": Row(few, many, first=PROPORTIONAL, groups="scaling"),
-    "cos 32-336 half settled": Row(few, many, first=PLACES, settle=0.5, groups="scaling"),
-    "cos 32-336 settled": Row(few, many, first=PLACES, settle=0.75, groups="core scaling"),
-    "cos 32-336 settled sts": Row(few, many, first=PLACES, settle=0.75, last={"skipper": FALLING}, groups="core sts"),
+    "cos 32-336 half settled": Row(few, many, first=POSITIONS, settle=0.5, groups="scaling"),
+    "cos 32-336 settled": Row(few, many, first=POSITIONS, settle=0.75, groups="core scaling"),
+    "cos 32-336 settled sts": Row(
+        few, many, first=POSITIONS, settle=0.75, last={"skipper": FALLING}, groups="core sts"
+    ),
     "cos 32-336 settled alone": Row(few, many, settle=0.75, groups="scaling"),
     "cos 32-32": Row(few, groups="core scaling"),
     "linear": Row({"kind": "mlp"}, groups="bridge"),
     "standard, equal time": Row(single(336), share=0.23, groups="control"),
     "standard, longer": Row(single(336), longer=2, groups="control"),
     "cos 24-24, longer": Row(fewer, longer=2, groups="control"),
-    "cos 32-336 settled, longer": Row(few, many, first=PLACES, settle=0.75, longer=2, groups="control"),
+    "cos 32-336 settled, longer": Row(few, many, first=POSITIONS, settle=0.75, longer=2, groups="control"),
     "single 32-32": Row(single(32), groups="scales"),
     "single 80-80": Row(single(80), groups="scales"),
     "cos 80-80": Row(cos("cos-80"), groups="scales"),
@@ -146,13 +148,17 @@ ROWS = {
         last={"compressor": {"keep": 0.1, "method": "uniform", "dense_every": 10}},
         groups="rivals",
     ),
-    "skipper falling": Row(few, many, first=PLACES, last={"skipper": FALLING}, groups="skip"),
+    "skipper falling": Row(few, many, first=POSITIONS, last={"skipper": FALLING}, groups="skip"),
     "skipper constant": Row(
-        few, many, first=PLACES, last={"skipper": FALLING | {"alpha": 0.2, "schedule": "constant"}}, groups="skip"
+        few, many, first=POSITIONS, last={"skipper": FALLING | {"alpha": 0.2, "schedule": "constant"}}, groups="skip"
     ),
-    "skipper rising": Row(few, many, first=PLACES, last={"skipper": FALLING | {"schedule": "rising"}}, groups="skip"),
-    "skipper epsilon -0.3": Row(few, many, first=PLACES, last={"skipper": FALLING | {"epsilon": -0.3}}, groups="skip"),
-    "skipper epsilon 0": Row(few, many, first=PLACES, last={"skipper": FALLING | {"epsilon": 0.0}}, groups="skip"),
+    "skipper rising": Row(
+        few, many, first=POSITIONS, last={"skipper": FALLING | {"schedule": "rising"}}, groups="skip"
+    ),
+    "skipper epsilon -0.3": Row(
+        few, many, first=POSITIONS, last={"skipper": FALLING | {"epsilon": -0.3}}, groups="skip"
+    ),
+    "skipper epsilon 0": Row(few, many, first=POSITIONS, last={"skipper": FALLING | {"epsilon": 0.0}}, groups="skip"),
 }
 
 
@@ -316,7 +322,12 @@ class Results:
         self.read()
 
     def read(self) -> None:
-        text = self.file.read_text(encoding="utf-8") if self.file.is_file() else '{"rows": []}'
+        # The row's old name, in files that were begun with it.
+        text = (
+            self.file.read_text(encoding="utf-8").replace(' places"', ' positions"')
+            if self.file.is_file()
+            else '{"rows": []}'
+        )
         self.values: dict[str, Any] = json.loads(text)
 
     def set(self, row: dict[str, Any] | None = None, **changes: Any) -> None:

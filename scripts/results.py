@@ -160,8 +160,8 @@ ORDERINGS = (
     ("Several scales beat one at as many tokens (80)", "cos 80-80", "single 80-80"),
     ("Scaling after pre-training gains (32 to 336)", "cos 32-336", "cos 32-32"),
     ("Scaling after pre-training gains (80 to 336)", "cos 80-336", "cos 80-80"),
-    ("The same with positions of the scaled layout (ours; 32 to 336)", "cos 32-336 places", "cos 32-32"),
-    ("Positions of the scaled layout in pre-training gain (ours; 32 to 336)", "cos 32-336 places", "cos 32-336"),
+    ("The same with positions of the scaled layout (ours; 32 to 336)", "cos 32-336 positions", "cos 32-32"),
+    ("Positions of the scaled layout in pre-training gain (ours; 32 to 336)", "cos 32-336 positions", "cos 32-336"),
     ("Local scaling beats global scaling (32 to 80, to 96)", "cos 32-80 local", "cos 32-96 global"),
     ("Scales that start from source scales beat fresh ones (32 to 336)", "cos 32-336", "cos 32-336 fresh"),
     ("Coarse to fine beats fine to coarse (32)", "cos 32-32", "fine to coarse 32-32"),
@@ -365,10 +365,17 @@ def draw(result: dict, file: Path) -> None:
     pyplot.close(figure)
 
 
+RENAMED_ROW = (
+    '"cos 32-336 places"',
+    '"cos 32-336 positions"',
+)  # results are written once: older ones have the old name
+
+
 def newest(folder: Path) -> dict[str, dict]:
     """The newest result of each name: NAME-DATE.json, DATE as in 2026-11-21 or 2026-11-21T0829."""
     files = {file.name[: file.name.index("-20")]: file for file in sorted(folder.glob("*-????-??-??*.json"))}
-    return {name: json.loads(file.read_text(encoding="utf-8")) | {"file": file.name} for name, file in files.items()}
+    texts = {name: file.read_text(encoding="utf-8").replace(*RENAMED_ROW) for name, file in files.items()}
+    return {name: json.loads(text) | {"file": files[name].name} for name, text in texts.items()}
 
 
 core = partial(quality_table, names=SHOWN)

@@ -428,7 +428,7 @@ def _by_tokens() -> dict[str, object]:
     return {key: value for key, value in stage_values().items() if key != "batch_size"} | {"batch_tokens": 400}
 
 
-def test_places_are_those_of_coarse_to_fine(tmp_path: Path) -> None:
+def test_positions_are_those_of_coarse_to_fine(tmp_path: Path) -> None:
     bridge = COS | {"layout": "cos-32", "order": "fine_to_coarse"}
     with pytest.raises(ValueError, match="position_layout goes with order: coarse_to_fine alone"):
         Recipe.model_validate(

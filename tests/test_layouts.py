@@ -155,17 +155,17 @@ def test_queries_go_to_the_patches_where_that_is_less_work(queries, patches, hea
     assert absorbs(queries, patches, head) == (brought < made)
 
 
-def test_places_are_those_of_the_tokens_to_come():
+def test_positions_are_those_of_the_tokens_to_come():
     """32 to 336: the global ones stay, each 4 x 4 window has the place of the one of 16 x 16 in its middle."""
     few, many = Layout.parse("1:16,4:1"), Layout.parse("1:16,2:16,16:1")
-    places = few.positions(many)
-    assert places[:16] == list(range(16))
-    assert places[16:20] == [16 + 64 + 2 * 16 + column for column in (2, 6, 10, 14)]
+    positions = few.positions(many)
+    assert positions[:16] == list(range(16))
+    assert positions[16:20] == [16 + 64 + 2 * 16 + column for column in (2, 6, 10, 14)]
     assert many.positions(many) == list(range(336))
 
 
 @given(st.sampled_from(["1:16,4:1", "1:16,4:4", "1:16,2:4", "1:16"]), st.data())
-def test_places_differ_and_keep_their_order(text: str, data) -> None:
+def test_positions_differ_and_keep_their_order(text: str, data) -> None:
     layout = Layout.parse(text)
     finer = [Scale(data.draw(st.integers(1, 5)) * scale.grid, scale.queries) for scale in layout.scales]
     if any(b.grid <= a.grid for a, b in pairwise(finer)):
@@ -175,7 +175,7 @@ def test_places_differ_and_keep_their_order(text: str, data) -> None:
         with pytest.raises(ValueError, match="nothing in layout"):
             layout.positions(target)
         return
-    places = layout.positions(target)
-    assert places == sorted(set(places)) and places[0] >= 0 and places[-1] < target.tokens
+    positions = layout.positions(target)
+    assert positions == sorted(set(positions)) and positions[0] >= 0 and positions[-1] < target.tokens
     offspring = layout.children(target)
     assert len(offspring) == layout.tokens and sum(offspring) == pytest.approx(target.tokens)
