@@ -374,8 +374,13 @@ RENAMED_ROW = (
 def newest(folder: Path) -> dict[str, dict]:
     """The newest result of each name: NAME-DATE.json, DATE as in 2026-11-21 or 2026-11-21T0829."""
     files = {file.name[: file.name.index("-20")]: file for file in sorted(folder.glob("*-????-??-??*.json"))}
-    texts = {name: file.read_text(encoding="utf-8").replace(*RENAMED_ROW) for name, file in files.items()}
-    return {name: json.loads(text) | {"file": files[name].name} for name, text in texts.items()}
+    found = {}
+    for name, file in files.items():
+        text = file.read_text(encoding="utf-8")
+        for old, new in RENAMED.items():
+            text = text.replace(old, new)
+        found[name] = json.loads(text) | {"file": file.name}
+    return found
 
 
 core = partial(quality_table, names=SHOWN)
