@@ -322,12 +322,9 @@ class Results:
         self.read()
 
     def read(self) -> None:
-        # The row's old name, in files that were begun with it.
-        text = (
-            self.file.read_text(encoding="utf-8").replace(' places"', ' positions"')
-            if self.file.is_file()
-            else '{"rows": []}'
-        )
+        text = self.file.read_text(encoding="utf-8") if self.file.is_file() else '{"rows": []}'
+        for old, new in ((' places"', ' positions"'), ('"pictures"', '"images"')):  # in files that were begun with them
+            text = text.replace(old, new)
         self.values: dict[str, Any] = json.loads(text)
 
     def set(self, row: dict[str, Any] | None = None, **changes: Any) -> None:

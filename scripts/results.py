@@ -365,10 +365,7 @@ def draw(result: dict, file: Path) -> None:
     pyplot.close(figure)
 
 
-RENAMED_ROW = (
-    '"cos 32-336 places"',
-    '"cos 32-336 positions"',
-)  # results are written once: older ones have the old name
+RENAMED = {'"cos 32-336 places"': '"cos 32-336 positions"', '"pictures"': '"images"'}  # results are written once
 
 
 def newest(folder: Path) -> dict[str, dict]:
