@@ -44,8 +44,8 @@ from sparsight.modeling.scaling import scale_tokens
 from sparsight.pipeline import autocast, load, run, samples_hash
 from sparsight.pipeline.files import settle_image_size
 from sparsight.reporting import environment, read_run
-from sparsight.reporting.comparison import write_atomic
 from sparsight.reporting.runlog import StageRun, step_seconds
+from sparsight.reporting.tables import write_atomic
 from sparsight.scenes.questions import ScenesDataset
 from sparsight.settings.data import SceneData
 from sparsight.settings.recipe import Recipe, Stage

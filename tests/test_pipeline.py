@@ -26,7 +26,7 @@ from sparsight.devices import precision as counting
 from sparsight.pipeline import evaluate_checkpoint, load, run, run_comparison
 from sparsight.pipeline.files import trained_by, with_cutouts
 from sparsight.reporting import Run, read_run, write_card
-from sparsight.reporting.comparison import human
+from sparsight.reporting.tables import human
 from sparsight.scenes.world import TASKS
 from sparsight.settings.recipe import Comparison, Recipe
 from tiny import ask
@@ -122,9 +122,8 @@ def test_a_folder_that_holds_a_run_is_not_written_to(tmp_path: Path, recipe: Cal
 def test_a_model_that_waits_to_be_scaled_is_told(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:
     console = quiet()
     run(recipe(stages=[stage_values(samples=4, position_layout="1:4,2:1,4:1")]), tmp_path / "run", console)
-    assert (
-        "position_layout in the last stage: the model expects to be scaled to '1:4,2:1,4:1'" in console.file.getvalue()
-    )  # type: ignore[attr-defined]
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "position_layout in the last stage: scale the model to '1:4,2:1,4:1' before it is used" in told
 
 
 def test_resume_with_another_recipe_names_the_keys(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:

@@ -159,7 +159,7 @@ def test_page(paper, tmp_path):
     write_plan(tmp_path / "plan.html", named, at_peak(1e15, 0.4), 80e9)
     page = (tmp_path / "plan.html").read_text()
     assert "language mlp" in page
-    lead = page.split('<p class="lead">')[1].split("</p>")[0]  # F27: there was no headline
+    lead = page.split('<p class="lead" id="verdict">')[1].split("</p>")[0]  # F27: there was no headline
     assert re.fullmatch(
         r"[\d.]+ EFLOP in all: 0\.\d\dx of the standard recipe&#39;s; \d+ h: 0\.\d\dx of its time\.", lead
     )

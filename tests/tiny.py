@@ -70,7 +70,7 @@ class ListSource:
     def __getitem__(self, index: int) -> Sample:
         return self.samples[index]
 
-    def make_image(self, key: int) -> Image.Image:
+    def image(self, key: int) -> Image.Image:
         return make_image(key)
 
     def keys(self) -> list[int]:

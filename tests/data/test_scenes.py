@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import ImageChops
 
 from sparsight import assets
-from sparsight.scenes import drawing
+from sparsight.scenes import drawing, world
 from sparsight.scenes import questions as scenes
 from sparsight.scenes.questions import ScenesDataset, single_question
 from sparsight.scenes.world import SPLITS, TASKS, Scene, SceneConfig, make_scene
@@ -123,7 +123,7 @@ def test_no_global_generator_is_touched(config: SceneConfig) -> None:
 
 
 def test_held_out_pairs_are_never_in_train_and_always_elsewhere(config: SceneConfig) -> None:
-    held = scenes.held_out_pairs(config)
+    held = world.held_out_pairs(config)
     assert len(held) == round(0.1 * config.kinds * 9)
     kinds, cells = ({pair[place] for pair in held} for place in (0, 1))
     assert len(kinds) >= 0.75 * config.kinds and len(cells) >= min(9, len(held) // 2 + 1)
@@ -134,7 +134,7 @@ def test_held_out_pairs_are_never_in_train_and_always_elsewhere(config: SceneCon
 
 
 def test_nothing_held_out_is_allowed() -> None:
-    assert scenes.held_out_pairs(replace(SHAPES, held_out=0)) == frozenset()
+    assert world.held_out_pairs(replace(SHAPES, held_out=0)) == frozenset()
     make_scene(replace(SHAPES, held_out=0), "test", 0)
 
 
@@ -165,8 +165,8 @@ def test_boxes_keep_the_shape_of_the_cutout(config: SceneConfig) -> None:
 
 
 def test_every_kind_loads_and_differs(config: SceneConfig) -> None:
-    names = scenes.kind_names(replace(config, kinds=14 if config.cutouts == "families" else 64))
-    files = [file for name in names for split in scenes.SPLITS for file in scenes.images_of(config, name, split)]
+    names = world.kind_names(replace(config, kinds=14 if config.cutouts == "families" else 64))
+    files = [file for name in names for split in SPLITS for file in world.images_of(config, name, split)]
     drawn = {drawing.cutout(drawing.cutout_folder(config.cutouts), file, 32, 32).tobytes() for file in files}
     assert len(set(names)) == (14 if config.cutouts == "families" else 64)
     assert len(drawn) == len(set(files))
@@ -177,7 +177,7 @@ def test_families_hold_images_out() -> None:
     if "families" not in CUTOUTS:
         pytest.skip("no emoji installed")
     config = SceneConfig(cutouts="families", kinds=14)
-    seen = {split: set() for split in scenes.SPLITS}  # type: dict[str, set[str]]
+    seen = {split: set() for split in SPLITS}  # type: dict[str, set[str]]
     for split, images in seen.items():
         for index in range(300):
             images |= {thing.image for thing in make_scene(config, split, index).things}
@@ -306,7 +306,7 @@ def test_caption_recall_counts_repeats_numbers_and_no_recital() -> None:
     assert scenes.caption_recall(f"the number {scene.number}0", scene) == 0
     one, three = scene.things[0], replace(scene, things=(scene.things[0],) * 3, number=None)
     assert scenes.caption_recall(f"a {one.name} , a {one.name}", three) == pytest.approx(2 / 3)
-    wrong = [name for name in scenes.kind_names(SHAPES) if name not in scene.counts()]
+    wrong = [name for name in world.kind_names(SHAPES) if name not in scene.counts()]
     assert scenes.caption_recall(" , ".join([*wrong[:9], truth[1]]), scene) == 0
 
 

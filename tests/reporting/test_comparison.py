@@ -20,7 +20,9 @@ from sparsight.reporting import (
     write_comparison,
     write_report,
 )
-from sparsight.reporting.comparison import _score_table, duration, human, score_rows, speed_up
+from sparsight.reporting.comparison import score_rows
+from sparsight.reporting.report import score_table
+from sparsight.reporting.tables import duration, human, speed_up
 
 
 def printed(comparison):
@@ -184,7 +186,7 @@ def test_p_values_stand_in_table_and_page(tmp_path, tested):
     for task, test in result["tests"]["mine"].items():
         shown = f"{test['p_value']:.3f}" if test["p_value"] >= 0.001 else "<0.001"
         assert shown in next(line for line in printed(result).splitlines() if f" {task} " in line)
-        assert f'<td class="wide-only quiet">{shown.replace("<", "&lt;")}</td>' in page
+        assert f'<td class="quiet">{shown.replace("<", "&lt;")}</td>' in page
     assert "paired permutation test" in page and "p: paired test" in " ".join(printed(result).split())
 
 
@@ -251,7 +253,7 @@ def test_F21_one_item_in_sixty_is_no_difference(tested, flipped, told):
     assert ("worse on: existence (-20.0)" in verdict(result)) == bool(told)
     assert ("no difference could be told on any task" in verdict(result)) == (not told)
     console = Console(file=io.StringIO(), width=160, force_terminal=True, color_system="standard", no_color=False)
-    console.print(_score_table(result, True))
+    console.print(score_table(result))
     assert ("\x1b[1;31m" in console.file.getvalue()) == bool(told) and "\x1b[32m" not in console.file.getvalue()
 
 

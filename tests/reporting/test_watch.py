@@ -67,7 +67,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     cut(tmp_path, 5)
     with (tmp_path / "run.jsonl").open("a") as file:
         file.write("[red]\n")
-    assert "! line 6: cut or not JSON; left out" in shown(read_run(tmp_path))
+    assert "! lines left out: 1; the first is line 6: cut, or not JSON" in shown(read_run(tmp_path))
 
 
 def test_a_run_that_has_ended_is_printed_once(tmp_path):

@@ -17,7 +17,7 @@ from sparsight.data.sources import Source, open_source
 from sparsight.errors import UserError
 from sparsight.pipeline.files import load_any, own_scenes
 from sparsight.reporting import environment, layer_table, write_analysis
-from sparsight.reporting.comparison import write_atomic
+from sparsight.reporting.tables import write_atomic
 from sparsight.settings.data import ConversationData
 from sparsight.sparse.analysis import Analysis, measure, suggest
 

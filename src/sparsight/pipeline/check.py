@@ -20,7 +20,7 @@ from sparsight.pipeline.evaluate import EXAMPLES, png
 from sparsight.pipeline.files import settle_image_size
 from sparsight.pipeline.train import texts
 from sparsight.reporting import check_table, environment, write_check
-from sparsight.reporting.comparison import write_atomic
+from sparsight.reporting.tables import write_atomic
 from sparsight.settings.data import ConversationData
 from sparsight.settings.recipe import Recipe, ScratchLanguage, Stage
 

@@ -11,8 +11,8 @@ from sparsight.data.cache import remove_caches
 from sparsight.pipeline.files import holds_run, move_aside, open_log, settle_image_size, settle_precision
 from sparsight.pipeline.train import check_inputs, run
 from sparsight.reporting import Run, read_run, read_runs, report
-from sparsight.reporting.page import table
 from sparsight.reporting.runlog import example_key
+from sparsight.reporting.tables import table
 from sparsight.settings.recipe import Comparison, Recipe
 
 

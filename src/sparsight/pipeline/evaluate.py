@@ -26,7 +26,7 @@ from sparsight.modeling import SparsightForConditionalGeneration, SparsightProce
 from sparsight.modeling.configuration import SparsightConfig
 from sparsight.modeling.folders import model_type
 from sparsight.pipeline.files import Session, load, load_any, own_scenes, trained_by
-from sparsight.reporting.comparison import percent
+from sparsight.reporting.tables import percent
 from sparsight.scenes.questions import ScenesDataset, chance
 from sparsight.settings.base import readable
 from sparsight.settings.data import SceneData

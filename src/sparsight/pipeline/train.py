@@ -32,8 +32,8 @@ from sparsight.pipeline.evaluate import score_run
 from sparsight.pipeline.features import Encoding, cached_features
 from sparsight.pipeline.files import Session, load, move_aside, open_log, save, settle_image_size, settle_precision
 from sparsight.reporting import RunLog, read_run, write_card
-from sparsight.reporting.page import table
 from sparsight.reporting.runlog import step_seconds
+from sparsight.reporting.tables import table
 from sparsight.scenes.world import TASKS
 from sparsight.schedules import skip_probabilities
 from sparsight.settings.recipe import Recipe, ScratchLanguage, Stage

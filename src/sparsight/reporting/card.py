@@ -7,8 +7,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sparsight.reporting.comparison import decimals, duration, human
 from sparsight.reporting.runlog import Run, StageRun
+from sparsight.reporting.tables import decimals, duration, human, percent
 from sparsight.settings.recipe import Recipe, Stage
 
 _HUB = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # names of ours -> hub ids
@@ -42,7 +42,7 @@ def write_card(folder: str | Path, recipe: Recipe, run: Run) -> None:
         scores=[
             (
                 task,
-                *(_percent(table.get(task)) for table in (run.scores, run.chance, run.shuffled)),
+                *(percent(table.get(task)) for table in (run.scores, run.chance, run.shuffled)),
                 run.items.get(task),
             )
             for task in run.scores
@@ -70,10 +70,6 @@ def _figures(done: StageRun) -> list[str]:
     memory = human(done.highest("memory_bytes"), "B")
     cost = duration(done.seconds), human(done.executed_flops, "FLOP"), memory, decimals(done.curve.final)
     return [_cell(cell) for cell in (done.name, done.samples, *cost)]
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def _cell(value: object) -> str:

@@ -1,8 +1,7 @@
-"""Where the queries of a bridge look: a image for each scale, and one self-contained page."""
+"""Where the queries of a bridge look: an image for each scale, and one page."""
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sparsight.layouts import Scale, window_bounds
-from sparsight.reporting.page import write_page
+from sparsight.reporting.page import section, sheet, write_page
 
 _SIDE, _GAP, _LINE = 208, 10, 22
 _COLUMNS = 6
@@ -30,34 +29,34 @@ def write_inspection(image: Image.Image, looks: Mapping[Scale, np.ndarray], titl
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    entries = []
+    sections, tokens = [], sum(scale.tokens for scale in looks)
     for scale, maps_NHW in looks.items():
-        sheet, peak = draw_scale(image, scale, maps_NHW)
+        drawn, peak = draw_scale(image, scale, maps_NHW)
         file = out / f"scale-{scale.grid}x{scale.queries}.png"
-        sheet.save(file, optimize=True)
-        entries.append(
-            {
-                "name": str(scale),
-                "tokens": scale.tokens,
-                "windows": f"{scale.grid} x {scale.grid}",
-                "queries": scale.queries,
-                "drawn": min(scale.queries, _MOST),
-                "map": " x ".join(map(str, maps_NHW.shape[1:])),
-                "peak": f"{peak:.1f}",
-                "width": sheet.width // 2,
-                "image": base64.b64encode(file.read_bytes()).decode(),
-            }
+        drawn.save(file, optimize=True)
+        hint = (
+            f"{scale.grid} x {scale.grid} windows on a map of {' x '.join(map(str, maps_NHW.shape[1:]))} patches, "
+            f"{scale.queries} queries in each: {scale.tokens} tokens. The brightest patch gets {peak:.1f} times its "
+            "even share."
         )
-    page, tokens = out / "index.html", sum(scale.tokens for scale in looks)
-    write_page(page, "inspection.html.j2", [], heading=title, scales=entries, tokens=tokens)
-    return page
+        if scale.queries > _MOST:
+            hint += f" The first {_MOST} of {scale.queries} queries are drawn."
+        image_of = sheet(file.read_bytes(), drawn.width // 2, f"windows and attention of scale {scale}")
+        sections.append(section(str(scale), hint, image_of))
+    lead = (
+        f"{title}. {tokens} visual tokens from {len(looks)} scales. A query sees only its own window, so one tile "
+        "shows that query of every window; the attention is that of the last feature level, the mean over its heads. "
+        "Dark is not at all, light is the scale's strongest look."
+    )
+    write_page(out / "index.html", "inspection", ("Where the queries look", ""), lead, sections)
+    return out / "index.html"
 
 
 def draw_scale(image: Image.Image, scale: Scale, maps_NHW: np.ndarray) -> tuple[Image.Image, float]:
     """The windows over the image, then a tile for each query: as windows do not overlap, one tile shows all of them.
 
     Returns:
-        The sheet, and how much more than evenly the brightest place is looked at.
+        The sheet, and how much more than evenly the brightest patch is looked at.
     """
     height, width = maps_NHW.shape[1:]
     assert len(maps_NHW) == scale.tokens
@@ -84,8 +83,8 @@ def _lines(tile: Image.Image, grid: int, size: tuple[int, int]) -> Image.Image:
     draw = ImageDraw.Draw(tile)
     for axis, patches in enumerate(size):
         for start, _ in window_bounds(patches, grid)[1:]:
-            place = round(start / patches * (tile.height, tile.width)[axis])
-            line = (0, place, tile.width, place) if axis == 0 else (place, 0, place, tile.height)
+            at = round(start / patches * (tile.height, tile.width)[axis])
+            line = (0, at, tile.width, at) if axis == 0 else (at, 0, at, tile.height)
             draw.line(line, fill="white", width=2 if grid <= 8 else 1)
     return tile
 

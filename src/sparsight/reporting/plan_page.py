@@ -23,9 +23,9 @@ from sparsight.cost.forecast import (
 )
 from sparsight.devices.peaks import MFU, known_device
 from sparsight.errors import UserError
-from sparsight.reporting.comparison import duration, human
-from sparsight.reporting.page import marker, plot, table, write_page
+from sparsight.reporting.page import marker, plot, plots, section, shown_table, write_page
 from sparsight.reporting.runlog import read_run
+from sparsight.reporting.tables import Table, duration, human, table
 from sparsight.settings.recipe import Recipe
 
 HEADINGS = ("stage", "visual tokens", "layers run", "length", "micro-batch", "steps", "FLOPs", "memory")
@@ -160,8 +160,7 @@ def print_plan(recipe: Recipe, speed: Speed | None, limit: float | None, console
         UserError: a stage does not fit into ``limit`` bytes; what is too large, and what would fit.
     """
     stages = forecast(recipe)
-    heads, figures = _plan_table(stages, speed, limit)
-    console.print(table(recipe.name, heads, figures))
+    console.print(_plan_table(recipe.name, stages, speed, limit))
     for line in notes(recipe, stages, speed):
         console.print(Text(line))
     for cost in stages if limit is not None else ():
@@ -169,10 +168,10 @@ def print_plan(recipe: Recipe, speed: Speed | None, limit: float | None, console
     return stages
 
 
-def _plan_table(stages: Sequence[StageCost], speed: Speed | None, limit: float | None) -> tuple[list[str], Rows]:
+def _plan_table(title: str, stages: Sequence[StageCost], speed: Speed | None, limit: float | None) -> Table:
     """A column for each stage: its figures, and below them those of its parts."""
     (_, *names), *figures = zip(headings(speed, limit), *stage_rows(stages, speed, limit), strict=True)
-    return ["", *names], [*map(list, figures), *part_rows(stages)]
+    return table(title, ["", *names], [*figures, *part_rows(stages)])
 
 
 def check_fits(cost: StageCost, limit: float) -> None:
@@ -197,10 +196,14 @@ def write_plan(path: Path, recipe: Recipe, speed: Speed | None, limit: float | N
         for number, part in enumerate(stages[0].flops)
     ]
     lead, *lines = notes(recipe, stages, speed)
-    vertical = {"title": {"text": "FLOPs"}, "tickformat": "~s", "fixedrange": True}
-    figure = plot("flops", bars, {"type": "category", "fixedrange": True}, vertical, 400, barmode="stack")
-    heads, rows = _plan_table(stages, speed, limit)
-    write_page(path, "plan.html.j2", [figure], name=recipe.name, lead=lead, heads=heads, rows=rows, notes=lines)
+    up = {"title": {"text": "FLOPs"}, "tickformat": "~s", "fixedrange": True}
+    figure = plot("flops", bars, {"type": "category", "fixedrange": True}, up, 400, barmode="stack")
+    flops, figures = plots(("FLOPs by stage and part", figure)), shown_table(_plan_table("", stages, speed, limit))
+    sections = [
+        section("", "", flops, figures),
+        *(section("How to read it" if not n else "", text) for n, text in enumerate(lines)),
+    ]
+    write_page(path, "forecast of cost", (recipe.name, "what training would cost"), lead, sections)
 
 
 def _bar(name: str, x: list[str], y: list[float], index: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The run log: what a run did, one JSON object a line (`run.jsonl`). Imports no torch.
+"""The run log (`run.jsonl`): one JSON object a line. Imports no torch.
 
-Units: seconds, bytes, floating-point operations (a multiply-add is 2), scores as fractions of 1. What is not finite
-is written as `null`, and its dotted name is listed in the record's `nonfinite`: neither lost nor taken for a number.
+Units: seconds, bytes, floating-point operations (a multiply-add is 2), scores as fractions of 1. A number that is not
+finite is written as `null`, and its dotted name is listed in the record's `nonfinite`.
 """
 
 from __future__ import annotations
@@ -14,35 +14,94 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import InitVar, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib import metadata
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
-from types import TracebackType
 from typing import Any, NamedTuple, Self
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sparsight.devices.peaks import cpu_name
 from sparsight.errors import UserError
 
 VERSION = 1
 FILE_NAME = "run.jsonl"
-MOST_PROBLEMS = 20  # of a log, told one by one
 _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "pillow", "peft", "trl")
-_REQUIRED: dict[str, dict[str, type]] = {
-    "header": {"version": int, "run": str},
-    "recipe": {"recipe": dict},  # in place of the header's, where the run went on with other keys that may change
-    "stage": {"stage": str},
-    "step": {"stage": str, "step": int},
-    "stage_end": {"stage": str},
-    "resume": {"stage": str, "step": int},
-    "cache": {"stage": str, "folder": str},
-    "note": {"stage": str, "text": str},  # what a reader of the log should know; nothing is made of it
-    "eval": {"scores": dict},
-    "example": {"id": str},
+Number = int | float | None  # None: it was not finite
+
+
+_REQUIRED = {
+    "header": ("version", "run"),
+    "recipe": ("recipe",),  # in place of the header's, where the run went on with other keys that may change
+    "stage": ("stage",),
+    "step": ("stage", "step"),
+    "stage_end": ("stage",),
+    "resume": ("stage", "step"),
+    "cache": ("stage", "folder"),
+    "note": ("stage", "text"),  # for a person who reads the log; nothing is made of it
+    "eval": ("scores",),
+    "example": ("id",),
 }
+
+
+class Record(BaseModel):
+    """One line of the log, with the keys that are read; others are kept as they are."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    type: str
+    nonfinite: list[str] = []
+    version: int = VERSION
+    run: str = ""
+    recipe: dict[str, Any] | None = None
+    environment: dict[str, Any] | None = None
+    samples_hash: str | None = None
+    stage: str = ""
+    step: int = 0
+    bridge: str | None = None
+    layout: str | None = None
+    visual_tokens: Number = None
+    visual_tokens_kept: Number = None
+    image_size: int | None = None
+    steps: int | None = None
+    loss: Number = None
+    samples: Number = None
+    seconds: dict[str, Number] | Number = None  # of a step: data, compute, optimizer
+    cpu_seconds: Number = None
+    flops: Number = None
+    executed_flops: Number = None
+    memory_bytes: Number = None
+    layers: Number = None
+    layers_run: Number = None
+    checkpoint: str | None = None
+    scores: dict[str, Number] = {}
+    shuffled: dict[str, Number] = {}
+    chance: dict[str, Number] = {}
+    items: dict[str, int] = {}
+    points: dict[str, list[float]] = {}
+    images: dict[str, list[int]] | int = Field({}, validation_alias=AliasChoices("images", "pictures"))  # older logs
+    questions: dict[str, str] = {}
+    id: str = ""
+    task: str = ""
+    question: str = ""
+    truth: str = ""
+    answer: str = ""
+    correct: bool | None = None
+    image_png_base64: str | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.type not in _REQUIRED:
+            raise ValueError(f"type {self.type!r} is not known")
+        if missing := [
+            key for key in _REQUIRED[self.type] if key not in self.model_fields_set | (self.model_extra or {}).keys()
+        ]:
+            raise ValueError(f"{self.type} without {missing}")
+        return self
 
 
 class RunLog:
@@ -66,10 +125,8 @@ class RunLog:
     def write(self, type: str, **fields: object) -> None:
         """Write one record. Raises `TypeError`, naming the field, for a value that has no JSON form."""
         nonfinite: list[str] = []
-        record: dict[str, Any] = {"type": type}
-        record |= {name: _plain(value, name, nonfinite) for name, value in fields.items()}
-        if nonfinite:
-            record["nonfinite"] = nonfinite
+        record = {"type": type} | {name: _plain(value, name, nonfinite) for name, value in fields.items()}
+        record |= {"nonfinite": nonfinite} if nonfinite else {}
         self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
         self._file.flush()
 
@@ -79,14 +136,12 @@ class RunLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 def _plain(value: Any, name: str, nonfinite: list[str]) -> Any:
-    """`value` in JSON's types; the dotted names of what is not finite go to `nonfinite`."""
+    """``value`` in JSON's types; dotted names of what is not finite go to ``nonfinite``."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -138,7 +193,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git(file: Path) -> tuple[str | None, bool | None]:
-    """(commit, whether the folder has uncommitted changes); (None, None) if git does not track `file`."""
+    """(commit, whether the folder has uncommitted changes); (None, None) if git does not track ``file``."""
 
     def ask(*arguments: str) -> str:
         command = ["git", "-C", str(file.parent), *arguments]
@@ -162,8 +217,8 @@ class Curve:
 
     seconds: list[float]
     samples: list[float]
-    loss: list[float | None]
-    mean: list[float | None]
+    loss: list[Number]
+    mean: list[Number]
 
     @property
     def final(self) -> float | None:
@@ -172,9 +227,8 @@ class Curve:
 
     def reaches(self, loss: float) -> tuple[float, float] | None:
         """Seconds and samples after which the running mean is first as low as ``loss``; None if it never is."""
-        found = (place for place, mean in enumerate(self.mean) if mean is not None and mean <= loss)
-        place = next(found, None)
-        return None if place is None else (self.seconds[place], self.samples[place])
+        index = next((index for index, mean in enumerate(self.mean) if mean is not None and mean <= loss), None)
+        return None if index is None else (self.seconds[index], self.samples[index])
 
 
 @dataclass(frozen=True)
@@ -186,7 +240,7 @@ class StageRun:
     bridge: str | None
     visual_tokens: int | None
     image_size: int | None
-    samples: int
+    samples: float
     seconds: float
     executed_flops: float
     steps: list[dict[str, Any]]
@@ -197,33 +251,29 @@ class StageRun:
     @cached_property
     def curve(self) -> Curve:
         seconds = accumulate((step_seconds(step) for step in self.steps), initial=self.encoding_seconds)
-        samples = accumulate((number_in(step, "samples") or 0.0 for step in self.steps), initial=0.0)
-        losses = [number_in(step, "loss") for step in self.steps]
+        samples = accumulate((step.get("samples") or 0.0 for step in self.steps), initial=0.0)
+        losses = [step.get("loss") for step in self.steps]
         return Curve(list(seconds)[1:], list(samples)[1:], losses, running_mean(losses))
-
-    def seconds_of(self, part: str) -> float:
-        """Seconds that the steps spent on "data" (waiting for it), "compute" or "optimizer"."""
-        return math.fsum(number_in(step.get("seconds"), part) or 0.0 for step in self.steps)
 
     @property
     def cpu_seconds(self) -> float | None:
         """CPU seconds of the steps' process; None where a step has none, as in older logs."""
-        found = [number_in(step, "cpu_seconds") for step in self.steps]
-        return None if not found or None in found else math.fsum(found)  # type: ignore[arg-type]
+        return total([step.get("cpu_seconds") for step in self.steps])
 
     @property
     def data_wait(self) -> float | None:
         """Share of the steps' seconds spent waiting for data; None where there are none."""
-        seconds = sum(step_seconds(step) for step in self.steps)
-        return self.seconds_of("data") / seconds if seconds else None
+        waited = math.fsum((step.get("seconds") or {}).get("data") or 0.0 for step in self.steps)
+        seconds = math.fsum(step_seconds(step) for step in self.steps)
+        return waited / seconds if seconds else None
 
     def highest(self, key: str) -> float | None:
         """The highest number that a step has under ``key``."""
-        return max((value for step in self.steps if (value := number_in(step, key)) is not None), default=None)
+        return max((step[key] for step in self.steps if step.get(key) is not None), default=None)
 
 
 class Points(NamedTuple):
-    """Items of one task: scores in [0, 1], what image each is about, and a hash, equal where the same was asked."""
+    """Items of one task: scores in [0, 1], the image that each is about, and a hash, equal where the same was asked."""
 
     scores: list[float]
     images: list[int]
@@ -232,7 +282,7 @@ class Points(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What a run log says. `problems` names what could not be read, or does not add up, and where."""
+    """A run log. `problems` says which lines could not be read."""
 
     name: str
     header: dict[str, Any]
@@ -247,59 +297,64 @@ class Run:
     caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # by stage: folder, and what this run paid
 
     @property
+    def environment(self) -> dict[str, Any]:
+        return self.header.get("environment") or {}
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return self.header.get("recipe") or {}
+
+    @property
     def trained(self) -> bool:
         """Whether all of the recipe's stages are finished, also those that have not begun."""
-        stages = _mapping(self.header.get("recipe")).get("stages")
-        stages = stages if isinstance(stages, list) else []
-        names = {str(stage.get("name")) for stage in stages if isinstance(stage, dict)}
-        names = names or {stage.name for stage in self.stages}
+        names = {stage["name"] for stage in self.recipe.get("stages", ())} or {stage.name for stage in self.stages}
         return bool(names) and names <= {stage.name for stage in self.stages if stage.finished}
 
     @property
     def ended(self) -> bool:
         """Whether nothing more will come: the recipe's stages are finished, and scored if they were to be."""
-        evaluation = _mapping(_mapping(self.header.get("recipe")).get("evaluation"))
-        held_out = set(_mapping(evaluation.get("held_out")))
+        evaluation = self.recipe.get("evaluation") or {}
+        held_out = set(evaluation.get("held_out") or ())
         scored = held_out <= self.scores.keys()
         if evaluation.get("kind", "none") != "none":
             scored &= bool(self.scores.keys() - held_out)
         return self.trained and scored
 
 
-def running_mean(values: Sequence[float | None]) -> list[float | None]:
+def total(values: Sequence[Number]) -> float | None:
+    """The sum; None if any value is missing, or there is none."""
+    return None if not values or None in values else math.fsum(values)  # type: ignore[arg-type]
+
+
+def running_mean(values: Sequence[Number]) -> list[Number]:
     """As `Curve` says; None where there is no value."""
     reach = min(25, len(values) // 40)
-    means: list[float | None] = []
-    for place, value in enumerate(values):
-        around = [each for each in values[max(0, place - reach) : place + reach + 1] if each is not None]
+    means: list[Number] = []
+    for index, value in enumerate(values):
+        around = [each for each in values[max(0, index - reach) : index + reach + 1] if each is not None]
         means.append(None if value is None else fmean(around))
     return means
 
 
 def step_seconds(step: Mapping[str, Any]) -> float:
     """Seconds of one step record: data wait, compute and optimizer together."""
-    return sum(_numbers(step.get("seconds")).values())
-
-
-def number_in(record: object, key: str) -> float | None:
-    """The number that a record holds under `key`; None for anything else."""
-    return _numbers(record).get(key)
+    return sum(value or 0.0 for value in (step.get("seconds") or {}).values())
 
 
 def example_key(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """What tells examples apart: several questions may be asked of the image that `id` names."""
+    """Tells examples apart: several questions may be asked of the image that `id` names."""
     return tuple(str(record.get(key, "")) for key in ("id", "task", "question"))
 
 
 def read_run(path: str | Path) -> Run:
-    """Read a run log, given as the file or its folder. What can be read is kept; `problems` names the rest.
+    """Read a run log, given as the file or its folder. Lines that cannot be read are left out, and `problems` says so.
 
-    Raises `FileNotFoundError` if there is no such file, and `ValueError` if it holds no header.
+    Raises `FileNotFoundError` if there is no such file, and `UserError` if it holds no header.
     """
     reader = LogReader(path)
     reader.follow()
     if reader.rest.strip():
-        reader.take(reader.number + 1, reader.rest)
+        reader.take(reader.rest)
     return reader.run()
 
 
@@ -315,60 +370,30 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     return [replace(run, name=str(path)) if names[run.name] > 1 else run for run, path in zip(runs, paths, strict=True)]
 
 
-def _numbers(values: object) -> dict[str, Any]:
-    """The entries of a mapping that are finite numbers."""
-    items = _mapping(values).items()
-    return {key: value for key, value in items if type(value) in (int, float) and abs(value) <= sys.float_info.max}
-
-
-def _mapping(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _points(parts: list[Any], mean: float) -> Points | None:
-    """Scores, images and questions as `Points`; None if they do not fit each other or that mean."""
-    scores, images, questions = parts
-    if not (isinstance(scores, list) and isinstance(images, list) and isinstance(questions, str)):
-        return None
-    numbers = [list(_numbers(dict(enumerate(part))).values()) for part in (scores, images)]
-    fit = (
-        numbers == [scores, images] and len(scores) == len(images) > 0 and all(0 <= each <= 1 + 1e-9 for each in scores)
-    )
-    return Points(*parts) if fit and math.isclose(fmean(scores), mean, abs_tol=1e-6) else None
-
-
-@dataclass
 class LogReader:
     """Reads a run log, given as the file or its folder, also while it is being written.
 
     Raises `FileNotFoundError` if there is no such file.
     """
 
-    path: InitVar[Path | str]
-    file: Path = field(init=False)
-    offset: int = 0  # bytes read
-    number: int = 0  # lines taken
-    rest: bytes = b""  # of a line that has no end yet
-    stranger: int = 0  # the line of a second header: what comes after it is of another run
-    strangers: int = 0
-    header: dict[str, Any] = field(default_factory=dict)
-    starts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    steps: dict[str, dict[int, dict[str, Any]]] = field(default_factory=lambda: defaultdict(dict))
-    ends: dict[str, dict[str, Any]] = field(default_factory=dict)
-    caches: dict[str, dict[str, Any]] = field(default_factory=dict)
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    examples: dict[tuple[str, ...], dict[str, Any]] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    seen: dict[str, int] = field(default_factory=dict)
-    nonfinite: dict[tuple[str, str], list[int]] = field(default_factory=lambda: defaultdict(list))
-
-    def __post_init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str) -> None:
         folder = Path(path)
         self.file = folder / FILE_NAME if folder.is_dir() else folder
         if not self.file.is_file():
             inside = sorted(str(file.parent) for file in folder.glob(f"*/{FILE_NAME}"))
             hint = f"; there are logs in {', '.join(inside)}" if inside else ""
             raise FileNotFoundError(f"there is no run log at {self.file}; expected the folder of a run{hint}")
+        self.offset, self.lines, self.rest = 0, 0, b""  # bytes read, lines taken, a line that has no end yet
+        self.header: dict[str, Any] = {}
+        self.foreign = False  # behind a header of another run
+        self.starts: dict[str, dict[str, Any]] = {}
+        self.steps: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+        self.ends: dict[str, dict[str, Any]] = {}
+        self.caches: dict[str, dict[str, Any]] = {}
+        self.scored: dict[str, Any] = {}
+        self.examples: dict[tuple[str, ...], dict[str, Any]] = {}
+        self.left_out: list[str] = []
+        self.nonfinite: Counter[str] = Counter()
 
     def follow(self) -> None:
         """Take the whole lines that were added since the last time."""
@@ -378,38 +403,37 @@ class LogReader:
         self.offset += len(data)
         *lines, self.rest = (self.rest + data).split(b"\n")
         for line in lines:
-            self.number += 1
-            if line.strip():
-                self.take(self.number, line)
+            self.take(line)
 
-    def take(self, number: int, line: bytes) -> None:
+    def take(self, line: bytes) -> None:
+        """Take one line: a record, or one that is left out."""
+        self.lines += 1
+        if not line.strip():
+            return
         try:
-            record = json.loads(line.decode(errors="replace"), parse_constant=lambda _: None)
+            raw = json.loads(line.decode(errors="replace"), parse_constant=lambda _: None)
+            record = Record.model_validate(raw).model_dump(exclude_unset=True)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            self.left_out.append(
+                f"line {self.lines}: {'.'.join(map(str, fault['loc']))} {fault['msg']}".replace(":  ", ": ")
+            )
         except (ValueError, RecursionError):
-            self.problems.append(f"line {number}: cut or not JSON; left out")
-            return
-        kind = record.get("type") if isinstance(record, dict) else None
-        if not isinstance(kind, str) or kind not in _REQUIRED:
-            self.problems.append(f"line {number}: unknown type of record {kind!r}; left out")
-            return
-        for key, expected in _REQUIRED[kind].items():
-            if not isinstance(record.get(key), expected) or (expected is int and key not in _numbers(record)):
-                self.problems.append(f"line {number}: {kind} without a valid {key!r}; left out")
-                return
-        if self.stranger and kind != "header":
-            self.strangers += 1
-            return
-        self.seen[kind] = self.seen.get(kind, 0) + 1
-        names = record.get("nonfinite")
-        for name in names if isinstance(names, list) else ():
-            self.nonfinite[f"{record['stage']} step" if kind == "step" else kind, str(name)].append(number)
-        self._apply(kind, number, record)
+            self.left_out.append(f"line {self.lines}: cut, or not JSON")
+        else:
+            self.nonfinite.update(record.get("nonfinite", ()))
+            self._apply(record["type"], record)
 
-    def _apply(self, kind: str, number: int, record: dict[str, Any]) -> None:
+    def _apply(self, kind: str, record: dict[str, Any]) -> None:
         stage: str = record.get("stage", "")
+        if kind == "header":
+            self.header = self.header or record
+            keys = ("run", "recipe", "samples_hash")
+            self.foreign = any(record.get(key) != self.header.get(key) for key in keys)
+        if self.foreign:
+            self.left_out.append(f"line {self.lines}: of another run, behind its own header")
+            return
         match kind:
-            case "header":
-                self._header(number, record)
             case "recipe" if self.header:
                 self.header = self.header | {"recipe": record["recipe"]}
             case "stage":
@@ -420,88 +444,63 @@ class LogReader:
             case "stage_end":
                 self.ends[stage] = record
             case "resume":  # steps after the checkpoint are not in the weights, whether they are redone or not
-                kept = {step: old for step, old in self.steps[stage].items() if step <= record["step"]}
-                self.steps[stage] = kept
+                self.steps[stage] = {step: old for step, old in self.steps[stage].items() if step <= record["step"]}
                 self.ends.pop(stage, None)
             case "cache":
                 self.caches[stage] = record  # its seconds and FLOPs are in the stage's end, too
             case "eval":
-                self._eval(number, record)
+                self._score(record)
             case "example":
                 self.examples[example_key(record)] = record
 
-    def _header(self, number: int, record: dict[str, Any]) -> None:
-        if record["version"] != VERSION:
-            self.problems.append(f"line {number}: version {record['version']} is unknown; read as {VERSION}")
-        if not self.header:
-            self.header = record
-            return
-        same = all(record.get(key) == self.header.get(key) for key in ("run", "recipe", "samples_hash"))
-        self.stranger = 0 if same else number
-        if not same:
-            self.problems.append(f"line {number}: a second header that differs from the first; left out")
-
-    def _eval(self, number: int, record: dict[str, Any]) -> None:
-        if record.get("checkpoint") != self.evaluation.get("checkpoint"):
-            self.evaluation = {"checkpoint": record.get("checkpoint")}
+    def _score(self, record: dict[str, Any]) -> None:
+        """Take an evaluation: scores of several evaluations of the same checkpoint stand together."""
+        if not self.scored or record.get("checkpoint") != self.scored["checkpoint"]:
+            self.scored = defaultdict(dict, checkpoint=record.get("checkpoint"))
         for key in ("scores", "shuffled", "chance", "items"):
-            self.evaluation[key] = self.evaluation.get(key, {}) | _numbers(record.get(key))
-        points = self.evaluation.setdefault("points", {})
-        for task, score in _numbers(record["scores"]).items():
-            points.pop(task, None)
-            parts = [
-                _mapping(record.get(key) or record.get("pictures" if key == "images" else key)).get(task)
-                for key in ("points", "images", "questions")
-            ]
-            if (found := _points(parts, score)) is not None:
-                points[task] = found
-            elif any(part is not None for part in parts):
-                self.problems.append(f"line {number}: points of {task} do not fit its images or its score; left out")
+            self.scored[key] |= {task: value for task, value in record.get(key, {}).items() if value is not None}
+        for task in record["scores"]:
+            self.scored["points"].pop(task, None)
+            parts = [record.get(key, {}).get(task) for key in ("points", "images", "questions")]
+            if None not in parts and len(parts[0]) == len(parts[1]) > 0:
+                self.scored["points"][task] = Points(*parts)
 
     def run(self) -> Run:
-        """What was read so far. Raises `UserError` if no header was."""
+        """The run as far as it was read. Raises `UserError` if there was no header."""
         if not self.header:
-            found = ", ".join(f"{count} {kind}" for kind, count in self.seen.items()) or "no readable record"
-            raise UserError(
-                f"{self.file} has no header record; found: {found}. {'; '.join(self.problems[:3])}".rstrip()
-            )
-        problems = list(self.problems)
-        if self.strangers:
-            problems.append(f"records of other runs, behind other headers: {self.strangers}; left out")
-        for (kind, name), lines in self.nonfinite.items():
-            problems.append(f"line {lines[0]}: {kind}: {name} is not finite ({len(lines)} times)")
-        # dict.fromkeys: in order of appearance, each once
-        stages = [self._stage_run(name, problems) for name in dict.fromkeys([*self.starts, *self.steps, *self.ends])]
-        if len(problems) > MOST_PROBLEMS:
-            problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS} more of the kind"]
-        tables = {key: self.evaluation.get(key, {}) for key in ("scores", "shuffled", "chance", "items", "points")}
-        tables |= {"examples": list(self.examples.values()), "problems": problems, "caches": dict(self.caches)}
-        return Run(self.header["run"], self.header, stages, **tables)
+            first = f"; {self.left_out[0]}" if self.left_out else ""
+            raise UserError(f"{self.file} has no header record in its {self.lines} lines{first}")
+        problems = [f"{name} is not finite in {count} records" for name, count in self.nonfinite.items()]
+        if self.left_out:
+            problems.append(f"lines left out: {len(self.left_out)}; the first is {self.left_out[0]}")
+        names = dict.fromkeys([*self.starts, *self.steps, *self.ends])  # in order of appearance, each once
+        stages = [self._stage_run(name) for name in names]
+        tables = {key: dict(self.scored.get(key, {})) for key in ("scores", "shuffled", "chance", "items", "points")}
+        examples = list(self.examples.values())
+        return Run(
+            self.header["run"], self.header, stages, **tables, examples=examples, problems=problems, caches=self.caches
+        )
 
-    def _stage_run(self, name: str, problems: list[str]) -> StageRun:
-        if name not in self.starts:
-            problems.append(f"stage {name}: no stage record; its layout is unknown")
-        start, end = self.starts.get(name, {}), _numbers(self.ends.get(name))
-        steps = [self.steps[name][number] for number in sorted(self.steps[name])] if name in self.steps else []
-        sums = {
-            "seconds": math.fsum(step_seconds(step) for step in steps),
-            "executed_flops": math.fsum(_numbers(step).get("flops", 0) for step in steps),
-            "samples": sum(_numbers(step).get("samples", 0) for step in steps),
-        }
-        for key, value in sums.items():
-            if key in end and value > 1.01 * end[key]:
-                problems.append(f"stage {name}: {key} is {end[key]:g} at the end, but its steps add up to {value:g}")
+    def _stage_run(self, name: str) -> StageRun:
+        start, end = self.starts.get(name, {}), self.ends.get(name, {})
+        steps = [self.steps[name][number] for number in sorted(self.steps.get(name, ()))]
+
+        def of(key: str, each: str) -> float:
+            value = end.get(key)
+            return math.fsum(step.get(each) or 0.0 for step in steps) if value is None else value
+
+        seconds = end.get("seconds")
         return StageRun(
             name=name,
             layout=start.get("layout"),
             bridge=start.get("bridge"),
-            visual_tokens=_numbers(start).get("visual_tokens"),
-            image_size=_numbers(start).get("image_size"),
-            samples=end.get("samples", sums["samples"]),
-            seconds=end.get("seconds", sums["seconds"]),
-            executed_flops=end.get("executed_flops", sums["executed_flops"]),
+            visual_tokens=start.get("visual_tokens"),
+            image_size=start.get("image_size"),
+            samples=of("samples", "samples"),
+            seconds=math.fsum(map(step_seconds, steps)) if seconds is None else seconds,
+            executed_flops=of("executed_flops", "flops"),
             steps=steps,
             finished=name in self.ends,
-            planned_steps=_numbers(start).get("steps"),
-            encoding_seconds=_numbers(self.caches.get(name)).get("seconds", 0.0),
+            planned_steps=start.get("steps"),
+            encoding_seconds=self.caches.get(name, {}).get("seconds") or 0.0,
         )

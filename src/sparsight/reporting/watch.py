@@ -15,9 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from sparsight.reporting.comparison import decimals, duration, human, share
-from sparsight.reporting.page import table
-from sparsight.reporting.runlog import LogReader, Run, StageRun, number_in, step_seconds
+from sparsight.reporting.runlog import LogReader, Run, StageRun, step_seconds
+from sparsight.reporting.tables import decimals, duration, human, share, table
 
 _RECENT = 20  # steps that rates are means over
 _STAGES = 4  # the last ones, side by side
@@ -62,7 +61,7 @@ def render(run: Run, silence: float, width: int) -> RenderableType:
         bar = Table.grid(padding=(0, 1))
         planned = stage.planned_steps
         bar.add_row(Text(stage.name, "bold"), ProgressBar(planned, done, width=30), f"{done} of {planned or '?'} steps")
-        curve = sparkline([number_in(step, "loss") for step in stage.steps], max(10, min(width, 100) - 16))
+        curve = sparkline([step.get("loss") for step in stage.steps], max(10, min(width, 100) - 16))
         parts += [
             bar,
             Text(f"loss {curve}") if curve else Text("no step yet"),
@@ -80,7 +79,7 @@ def _figures(stages: Sequence[StageRun]) -> Table:
     """A column for each stage, a row for each figure."""
     columns = [figures(stage) for stage in stages]
     rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
-    built = table("", ["", *(stage.name for stage in stages)], rows)
+    built = table("", ["", *(stage.name for stage in stages)], rows).in_terminal()
     built.box, built.pad_edge = None, False
     return built
 
@@ -92,21 +91,21 @@ def figures(stage: StageRun) -> dict[str, str]:
     seconds = sum(step_seconds(step) for step in last)
 
     def total(key: str) -> float:
-        return sum(number_in(step, key) or 0 for step in last)
+        return sum(step.get(key) or 0 for step in last)
 
     def of(part: float, whole: float, unit: str = "") -> str:
         return f"{part:.1f}{unit}".replace(".0", "") + f" of {whole:g}" if whole else "-"
 
-    waited = sum(number_in(step.get("seconds"), "data") or 0 for step in last)
+    waited = sum((step.get("seconds") or {}).get("data") or 0 for step in last)
     left = (stage.planned_steps - newest["step"]) * seconds / len(last) if last and stage.planned_steps else None
-    samples, layers = total("samples"), number_in(newest, "layers") or 0
+    samples, layers = total("samples"), newest.get("layers") or 0
     kept = total("visual_tokens_kept" if "visual_tokens_kept" in newest else "visual_tokens")
     return {
-        "loss": decimals(number_in(newest, "loss")),
+        "loss": decimals(newest.get("loss")),
         "samples/s": f"{samples / seconds:.1f}" if seconds else "-",
         "data wait": share(waited / seconds if seconds else None),
         "executed so far": human(stage.executed_flops, "FLOP"),
-        "memory": human(number_in(newest, "memory_bytes"), "B"),
+        "memory": human(newest.get("memory_bytes"), "B"),
         "layers run": of(total("layers_run") / max(len(last), 1), layers),
         "visual tokens kept, a sample": of(kept / samples, total("visual_tokens") / samples) if samples else "-",
         "time so far": duration(stage.seconds),
