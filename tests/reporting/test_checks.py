@@ -3,7 +3,7 @@ import json
 from copy import deepcopy
 
 from rich.console import Console
-from test_html import ATTACK, Page, dump, needs_chromium
+from test_report import ATTACK, Page, dump, needs_chromium
 
 from sparsight.reporting import layer_table, write_analysis
 
