@@ -514,7 +514,7 @@ def test_a_folder_without_a_run_is_told(here: Callable[..., tuple[Any, str, str]
     assert code == 2 and f"there is no run log at {tmp_path / 'run.jsonl'}; expected the folder of a run" in err
     (tmp_path / "run.jsonl").write_text("x\n")
     code, _, err = here(name, tmp_path)
-    assert code == 2 and "has no header record; found: no readable record. line 1: cut or not JSON" in err
+    assert code == 2 and "has no header record in its 1 lines; line 1: cut, or not JSON" in err
 
 
 def test_ctrl_c_and_kill_and_resume_give_the_run_that_was_never_interrupted(
