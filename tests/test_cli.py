@@ -381,7 +381,7 @@ def test_analyze_measures_any_model(
     (images / "data.json").write_text(json.dumps(rows))
     options = "--data", images / "data.json", "--images", images / "images", "--samples", 3
     code, out, _ = here("analyze", model, *options, "--out", tmp_path / "seen")
-    assert code == 0 and "no measured optimum" in out and "without a image, passed over: 1" in out
+    assert code == 0 and "no measured optimum" in out and "without an image, passed over: 1" in out
     record = json.loads((tmp_path / "seen" / "analysis.json").read_text())
     found = record["analysis"]
     assert (found["samples"], found["images"], found["visual_tokens"]) == (3, 3, 3 * tokens)
@@ -404,7 +404,7 @@ def test_what_cannot_be_analyzed(
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Nothing."}]
     (tmp_path / "text.json").write_text(json.dumps([{"conversations": turns}] * 2))
     code, _, err = here("analyze", checkpoint, "--data", tmp_path / "text.json", "--out", tmp_path / "seen")
-    assert code == 2 and "text.json: none of its 2 samples has a image" in err
+    assert code == 2 and "text.json: none of its 2 samples has an image" in err
     assert not (tmp_path / "seen").exists()
 
 

@@ -27,6 +27,7 @@ _PUBLIC = {
     "Scale": "sparsight.layouts",
     "scale_checkpoint": "sparsight.modeling.scaling",
     "scale_tokens": "sparsight.modeling.scaling",
+    "train": "sparsight.pipeline.train",
     "SkipperConfig": "sparsight.settings.methods",
     "SparsightCallback": "sparsight.sparse.callback",
     "SparsightConfig": "sparsight.modeling",

@@ -243,10 +243,10 @@ def _integers(text: str, separator: str, option: str, count: int | None = None) 
 @app.command()
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="folder of a model")],
-    image: Annotated[Path | None, typer.Option(help="a image; one of the embedded scenes if not given")] = None,
+    image: Annotated[Path | None, typer.Option(help="an image; one of the embedded scenes if not given")] = None,
     out: Annotated[Path, typer.Option(help="folder for the page and its images")] = Path("inspect"),
 ) -> None:
-    """Draw the windows of each scale over a image, and where each query looks."""
+    """Draw the windows of each scale over an image, and where each query looks."""
     from sparsight.pipeline import inspect_checkpoint
 
     inspect_checkpoint(checkpoint, image, out, _console())
@@ -286,7 +286,7 @@ def preview(
         stage = settings.stages[0]
         data, side = settings.data_of(stage), stage.image_size or side  # type: ignore[assignment]
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise UserError(f"--out {out}: expected a image's name, .png, .jpg or .webp")
+        raise UserError(f"--out {out}: expected an image's name, .png, .jpg or .webp")
     out.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(open_source(data, n, side), n).save(out)
     Console().print(f"wrote [bold]{out}[/]")
@@ -340,11 +340,11 @@ def _traceback(*found: Any) -> None:
 
 
 def main() -> None:
-    """Entry point. A user's mistake is one clear message and exit code 2, not a traceback."""
+    """Entry point. A user's mistake is one clear message and exit code 2; a bug of ours shows its traceback."""
     warnings.formatwarning = _warning
     try:
         app()
-    except (ValueError, OSError, ImportError) as error:
+    except (UserError, OSError, ImportError) as error:
         if os.environ.get("SPARSIGHT_TRACEBACK"):
             raise
         from rich.markup import escape
@@ -356,12 +356,6 @@ def main() -> None:
             message = f"{error.filename}: {(error.strerror or message).lower()}. Give another path, or mend this one"
         if message.startswith("Caught "):  # from a process that loads data: its traceback, with the message at the end
             message = message.rsplit("Error: ", 1)[-1].strip()
-        # transformers' words; they advise an argument that no command has.
-        if "custom code" in message and "Sparsight runs no code" not in message:
-            message = (
-                f"{message.partition(' You can inspect')[0].strip()} Sparsight runs no code that comes with a model: "
-                "choose one that transformers itself knows, or load it in Python and give it to sparsight.build"
-            )
         Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
         sys.exit(2)
     finally:

@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from sparsight.evaluation.ask import Item, Scores
-from sparsight.evaluation.held_out import guess, held_out_questions
+from sparsight.evaluation.questions import guess, held_out_questions
 from sparsight.pipeline import evaluate_checkpoint
 from sparsight.settings.recipe import HeldOut, held_out_file
 

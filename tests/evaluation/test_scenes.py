@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,14 +12,28 @@ from sparsight.data.sources import scene_config
 from sparsight.evaluation import ask as evaluation
 from sparsight.evaluation.ask import Item, Scores, answer_all, visual_tokens
 from sparsight.evaluation.metrics import yes_no_scores
-from sparsight.evaluation.scenes import evaluate_scenes, make_items, score_answer
+from sparsight.evaluation.questions import scene_questions
 from sparsight.pipeline.evaluate import judged
 from sparsight.scenes.questions import ScenesDataset, format_box
-from sparsight.scenes.world import TASKS, SceneConfig, make_scene
+from sparsight.scenes.world import TASKS, Scene, SceneConfig, make_scene
 from sparsight.settings.data import SceneData
 from tiny import ask
 
 CONFIG = SceneConfig(cutouts="shapes", numbers=1.0)
+
+
+def make_items(data: ScenesDataset, per_task: int) -> list[Item]:
+    return scene_questions(data, per_task).items
+
+
+def score_answer(task: str, answer: str, truth: str, scene: Scene) -> float:
+    """The points of an answer to a question on one scene."""
+    data = SimpleNamespace(scene=lambda _: scene, scenes=0, tasks=None, image=None)
+    return scene_questions(data, 0).score([Item(task, 0, "", truth)], [answer])[0]  # type: ignore[arg-type]
+
+
+def evaluate_scenes(model, processor, data: ScenesDataset, per_task: int, batch_size: int = 50, **options) -> Scores:
+    return evaluation.ask(model, processor, scene_questions(data, per_task), batch_size, **options)
 
 
 @pytest.fixture

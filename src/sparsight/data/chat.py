@@ -18,7 +18,7 @@ _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE, _CUT = "\ufdd0", "\ufdd1"
 
 
-class TooLong(ValueError):
+class TooLong(UserError):
     """A sample with more tokens than the limit, where the recipe says to drop such."""
 
 

@@ -32,7 +32,7 @@ TRIES = 50
 KEPT = 100_000_000
 
 
-class BadSampleError(ValueError):
+class BadSampleError(UserError):
     """A sample that cannot be learnt from: ``entry`` has its row in the source, id and reason, and whether it was too
     long where the recipe drops such."""
 

@@ -24,7 +24,7 @@ from sparsight.modeling import SparsightProcessor
 
 @dataclass(frozen=True)
 class Item:
-    """One question of the test."""
+    """One question."""
 
     task: str
     image: int
@@ -60,7 +60,7 @@ class Scores:
 
     @property
     def images(self) -> dict[str, list[int]]:
-        """What image each point is about, by task."""
+        """The image that each point is about, by task."""
         return {task: [item.image for item, _ in self._of(task)] for task in self.points}
 
     @property
@@ -88,7 +88,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Questions:
-    """What is asked. ``image`` gives a image by its number, ``score`` the points of answers to items."""
+    """What is asked. ``image`` gives an image by its number, ``score`` the points of answers to items."""
 
     items: list[Item]
     image: Callable[[int], Image.Image]
@@ -123,16 +123,16 @@ def _greedily(
     """Answers in batches of items of like length; ``produce`` gives new tokens (B, at most so many) for numbers of
     items."""
     answers = [""] * len(items)
-    order = sorted(range(len(items)), key=lambda place: (len(items[place].truth), place))
+    order = sorted(range(len(items)), key=lambda number: (len(items[number].truth), number))
     for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
+        numbers = order[start : start + batch_size]
         # Room for the truth and some more, for each item its own: an answer must not depend on who is in the batch.
-        room = [len(tokenizer(items[place].truth)["input_ids"]) + 8 for place in places]
-        tail = produce(places, max(room))
+        room = [len(tokenizer(items[number].truth)["input_ids"]) + 8 for number in numbers]
+        tail = produce(numbers, max(room))
         cut = [ids[:length] for ids, length in zip(tail, room, strict=True)]
-        for place, text in zip(places, tokenizer.batch_decode(cut, skip_special_tokens=True), strict=True):
-            answers[place] = text.strip()
-        progress(start + len(places))
+        for number, text in zip(numbers, tokenizer.batch_decode(cut, skip_special_tokens=True), strict=True):
+            answers[number] = text.strip()
+        progress(start + len(numbers))
     return answers
 
 
@@ -151,10 +151,10 @@ def answer_all(
     tokenizer = processor.tokenizer
     stops = stop_tokens(tokenizer, model.generation_config.eos_token_id)
 
-    def produce(places: list[int], most: int) -> torch.Tensor:
+    def produce(numbers: list[int], most: int) -> torch.Tensor:
         chats = [
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": items[place].question}]}]
-            for place in places
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": items[number].question}]}]
+            for number in numbers
         ]
         texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
         texts = [t.replace(processor.image_token, processor.image_token * processor.num_image_tokens) for t in texts]
@@ -163,7 +163,7 @@ def answer_all(
         produced = model.generate(
             input_ids=coded["input_ids"],
             attention_mask=coded["attention_mask"],
-            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=visual_INE[rows[places]])},
+            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=visual_INE[rows[numbers]])},
             max_new_tokens=most,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
@@ -200,10 +200,10 @@ def answer_any(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
 
-    def produce(places: list[int], most: int) -> torch.Tensor:
+    def produce(chosen: list[int], most: int) -> torch.Tensor:
         parts = [
-            [{"type": "image", "image": image(numbers[place])}, {"type": "text", "text": items[place].question}]
-            for place in places
+            [{"type": "image", "image": image(numbers[index])}, {"type": "text", "text": items[index].question}]
+            for index in chosen
         ]
         inputs = processor.apply_chat_template(
             [[{"role": "user", "content": content}] for content in parts],
@@ -219,10 +219,6 @@ def answer_any(
         return produced[:, inputs["input_ids"].shape[1] :]
 
     return _greedily(items, tokenizer, batch_size, produce, progress)
-
-
-def _report(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
-    progress(before + done, total)
 
 
 def ask(
@@ -243,7 +239,7 @@ def ask(
     model.eval()
     items = questions.items
     used = sorted({item.image for item in items})
-    row = {image: place for place, image in enumerate(used)}
+    row = {image: number for number, image in enumerate(used)}
     ours = isinstance(processor, SparsightProcessor)
     visual_INE = visual_tokens(model, processor, questions.image, used, batch_size) if ours else torch.empty(0)
     own = torch.tensor([row[item.image] for item in items], device=visual_INE.device)
@@ -251,12 +247,11 @@ def ask(
     result = Scores()
     total = len(items) * (1 + control)
     for shuffled, rows in ((False, own), (True, other))[: 1 + control]:
-        done = len(items) * shuffled
-        tell = partial(_report, progress, done, total)
+        tell = partial(lambda before, done: progress(before + done, total), len(items) * shuffled)
         if ours:
             answers = answer_all(model, processor, items, visual_INE, rows, batch_size, tell)
         else:
-            numbers = [used[place] for place in rows.tolist()]
+            numbers = [used[number] for number in rows.tolist()]
             answers = answer_any(model, processor, items, questions.image, numbers, batch_size, tell)
         points = result.shuffled_points if shuffled else result.points
         for item, value in zip(items, questions.score(items, answers), strict=True):

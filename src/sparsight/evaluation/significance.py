@@ -1,6 +1,6 @@
 """How sure a score is: bootstrap intervals, and the paired test of two models. Imports no torch.
 
-Items that share a image are not independent, so whole images are resampled, each with all its items (the cluster
+Items that share an image are not independent, so whole images are resampled, each with all its items (the cluster
 bootstrap), and whole images change sides in the test. Everything is seeded. Sources: Efron & Tibshirani, "An
 Introduction to the Bootstrap" (1993), percentile intervals; Phipson & Smyth (2010), p-values that are never zero; Holm
 (1979), several tests at once.
@@ -44,6 +44,7 @@ def bootstrap(
     points: ArrayLike,
     images: Labels = None,
     tasks: Labels = None,
+    *,
     weights: ArrayLike | None = None,
     level: float = 0.95,
     draws: int = 2000,
@@ -55,7 +56,7 @@ def bootstrap(
 
     Args:
         points: (I,), or (S, I) for the same items by S seeds; seeds and images are then resampled side by side.
-        images: (I,) what each item is about; each item by itself if not given.
+        images: (I,) the image that each item is about; each item by itself if not given.
         tasks: (I,) the mean is that of the tasks' means; one task if not given. A task of which nothing was drawn is
             left out of that draw's mean.
         weights: of the shape of points: the mean is sum of points / sum of weights, 0 where that is 0 / 0; ones if
@@ -86,6 +87,7 @@ def paired_test(
     theirs: ArrayLike,
     images: Labels = None,
     tasks: Labels = None,
+    *,
     level: float = 0.95,
     draws: int = 2000,
     permutations: int = 10_000,
@@ -106,20 +108,32 @@ def paired_test(
             f"a paired test takes the same items of both models and at least 1 permutation; got points of shapes "
             f"{ours_SI.shape} and {theirs_SI.shape}, permutations={permutations}"
         )
-    estimate = bootstrap(ours_SI - theirs_SI, images, tasks, None, level, draws, seed)
+    estimate = bootstrap(ours_SI - theirs_SI, images, tasks, level=level, draws=draws, seed=seed)
     sums_STC, sizes_STC = _totals(ours_SI - theirs_SI, None, images, tasks)
     shares_C = (sums_STC / sizes_STC.sum(-1, keepdims=True)).mean((0, 1))  # what each image adds to the difference
-    p_value = _sign_flip(shares_C[shares_C != 0], permutations, np.random.default_rng(seed))
-    return PairedTest(estimate.mean, estimate.low, estimate.high, p_value)
+    return PairedTest(
+        estimate.mean, estimate.low, estimate.high, _sign_flips(shares_C[shares_C != 0], permutations, seed)
+    )
+
+
+def _sign_flips(shares_C: Floats, permutations: int, seed: int) -> float:
+    """Share of the flips of signs whose sum is at least as far from 0 as the sum is."""
+    if len(shares_C) < 2:  # alike, or one image, whose flip is as far from 0
+        return 1.0
+    from scipy.stats import permutation_test
+
+    options = {"permutation_type": "samples", "vectorized": True, "n_resamples": permutations, "batch": 1024}
+    found = permutation_test((shares_C,), lambda x, axis: x.sum(axis), **options, random_state=seed)
+    return float(found.pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values of several tests, raised so that one below 0.05 comes by chance in a twentieth of all such families
     (Holm's step-down procedure)."""
     raised, highest = [1.0] * len(p_values), 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        highest = max(highest, (len(p_values) - rank) * p_values[place])
-        raised[place] = min(1.0, highest)
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, (len(p_values) - rank) * p_values[index])
+        raised[index] = min(1.0, highest)
     return raised
 
 
@@ -135,17 +149,17 @@ def _totals(points: ArrayLike, weights: ArrayLike | None, images: Labels, tasks:
     for name, labels in (("images", images), ("tasks", tasks)):
         if labels is not None and len(labels) != items:
             raise UserError(f"{len(labels)} {name} for {items} items: expected one for each")
-    task_I = _places([0] * items if tasks is None else tasks)
-    image_I = _places(range(items) if images is None else images)
+    task_I = _numbered([0] * items if tasks is None else tasks)
+    image_I = _numbered(range(items) if images is None else images)
     totals = np.zeros((2, len(points_SI), max(task_I) + 1, max(image_I) + 1))
-    for item, place in enumerate(zip(task_I, image_I, strict=True)):
-        totals[(..., *place)] += points_SI[:, item], weights_SI[:, item]
+    for item, (task, image) in enumerate(zip(task_I, image_I, strict=True)):
+        totals[:, :, task, image] += points_SI[:, item], weights_SI[:, item]
     return totals[0], totals[1]
 
 
-def _places(labels: Sequence[Hashable]) -> list[int]:
-    place = {label: number for number, label in enumerate(dict.fromkeys(labels))}
-    return [place[label] for label in labels]
+def _numbered(labels: Sequence[Hashable]) -> list[int]:
+    numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    return [numbers[label] for label in labels]
 
 
 def _blocks(draws: int, count: int) -> list[int]:
@@ -166,17 +180,3 @@ def _means(sums_ST: Floats, sizes_ST: Floats) -> Floats:
     ratios_ST = np.divide(sums_ST, sizes_ST, out=np.zeros_like(sums_ST), where=some_ST)
     means_S: Floats = ratios_ST.sum(-1) / np.maximum(some_ST.sum(-1), 1)
     return means_S
-
-
-def _sign_flip(shares_C: Floats, permutations: int, rng: np.random.Generator) -> float:
-    """Share of the flips of signs whose sum is at least as far from 0 as the sum is."""
-    count, total = len(shares_C), shares_C.sum()
-    least = abs(total) - 1e-9 * abs(shares_C).sum()  # sums that are equal but for rounding are equal
-
-    def extreme(flipped_PC: NDArray[np.integer]) -> int:
-        return int(np.count_nonzero(abs(total - 2 * (flipped_PC @ shares_C)) >= least))
-
-    if 2**count <= permutations:
-        return extreme(np.arange(2**count)[:, None] >> np.arange(count) & 1) / 2**count
-    found = sum(extreme(rng.integers(0, 2, (size, count))) for size in _blocks(permutations, count))
-    return (1 + found) / (1 + permutations)

@@ -43,7 +43,7 @@ def analyze_checkpoint(
         What ``analysis.json`` holds.
 
     Raises:
-        UserError: the model or its processor cannot be loaded or measured, or no sample has a image.
+        UserError: the model or its processor cannot be loaded or measured, or no sample has an image.
     """
     name, out = str(name), Path(out)
     if images is not None and data is None:
@@ -55,7 +55,7 @@ def analyze_checkpoint(
     )
     chosen, without = _with_images(source, samples)
     if not chosen:
-        raise UserError(f"{data}: none of its {without} samples has a image; visual tokens need some")
+        raise UserError(f"{data}: none of its {without} samples has an image; visual tokens need some")
     model, processor = load_any(name, attn_implementation="eager")
 
     def inputs() -> Iterator[Any]:
@@ -96,7 +96,7 @@ def _with_images(source: Source, samples: int) -> tuple[list[Sample], int]:
 
 
 def _inputs(sample: Sample, source: Source, processor: Any) -> Any:
-    """One conversation as the model's inputs, images put in where its messages have places for them."""
+    """One conversation as the model's inputs, its images put into its messages."""
     images = iter(sample.images)
     messages = []
     for message in sample.messages:
@@ -117,7 +117,7 @@ def _print_analysis(record: dict[str, Any], out: Path, console: Console) -> None
     if seen["without_attention"]:
         console.print(Text(f"! {seen['without_attention']}", style="yellow"))
     if record["without_images"]:
-        console.print(f"samples without a image, passed over: {record['without_images']}")
+        console.print(f"samples without an image, passed over: {record['without_images']}")
     console.print(
         f"visual tokens: similarity with neighbours {seen['redundancy']:.3f}, of any two {seen['any_two']:.3f}\n"
     )

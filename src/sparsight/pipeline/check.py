@@ -41,36 +41,15 @@ def check_data(
     Raises:
         UserError: the encoder or the tokenizer cannot be loaded, the data cannot be opened at all, or no such stage.
     """
-    out = Path(out)
-    names = [stage.name for stage in recipe.stages]
-    if stage_name not in (None, *names):
-        raise UserError(f"--stage {stage_name}: no such stage; expected one of {', '.join(names)}")
-    if stage_name is None and len(recipe.all_data()) > 1:
-        raise UserError(f"stages have data of their own: name one of them, --stage {'|'.join(names)}")
-    # Bad rows are to be told, all of them.
-    recipe = settle_image_size(recipe).model_copy(update={"on_bad_sample": "quarantine"})
-    tokenizer, context = _tokenizer(recipe, recipe.stages[0])
-    made = []
-    for stage in recipe.stages:
-        if stage_name not in (None, stage.name):
-            continue
-        processor = build_processor(
-            recipe.vision,
-            tokenizer,
-            stage.bridge,
-            image_size=stage.image_size,
-            vision_levels=recipe.vision_levels,
-            resize=recipe.resize,
-        )
-        made.append((processor.num_image_tokens, stage, processor))
-    _, stage, processor = max(made, key=lambda each: each[0])
+    recipe = settle_image_size(recipe).model_copy(update={"on_bad_sample": "quarantine"})  # all bad rows are to be told
+    stage, processor, context = _seen_by(recipe, stage_name)
     conversations = sum(each.samples for each in recipe.of_the_same_data(stage))
     source = open_source(recipe.data_of(stage), conversations, stage.side, strict=False)
     with Progress(console=console) as bar:
         task = bar.add_task("looking at samples", total=len(source))
         data = TrainingSet(source, processor, len(source))
         found = check_rows(data, workers, lambda done: bar.update(task, completed=done))
-    own = recipe.source_of(stage)
+    out, own = Path(out), recipe.source_of(stage)
     name = own.path if isinstance(own, ConversationData) else own.kind
     made_by = {"recipe": recipe.name, "stage": stage.name, "data": name, "environment": environment()}
     record = made_by | found.record(stage.max_length or context)
@@ -81,12 +60,29 @@ def check_data(
     console.print(check_table(record))
     for entry in record["bad"][:EXAMPLES]:
         console.print(Text.assemble(("bad: ", "red"), f"{entry['id']}: {entry['reason']}"), soft_wrap=True)
-    if found.unused:
-        console.print(Text(unused_fields(name, found.unused, record["samples"])), soft_wrap=True)
     if len(record["bad"]) > EXAMPLES:
         console.print(f"and {len(record['bad']) - EXAMPLES} more")
+    if found.unused:
+        console.print(Text(unused_fields(name, found.unused, record["samples"])), soft_wrap=True)
     console.print(f"Page: [bold]{out / 'index.html'}[/], figures: {out / 'check.json'}")
     return record
+
+
+def _seen_by(recipe: Recipe, stage_name: str | None) -> tuple[Stage, Any, int | None]:
+    """The stage with most visual tokens, or that of this name; its processor; and the language model's context."""
+    names = [stage.name for stage in recipe.stages]
+    if stage_name not in (None, *names):
+        raise UserError(f"--stage {stage_name}: no such stage; expected one of {', '.join(names)}")
+    if stage_name is None and len(recipe.all_data()) > 1:
+        raise UserError(f"stages have data of their own: name one of them, --stage {'|'.join(names)}")
+    tokenizer, context = _tokenizer(recipe, recipe.stages[0])
+    options: dict[str, Any] = {"vision_levels": recipe.vision_levels, "resize": recipe.resize}
+    made = [
+        (stage, build_processor(recipe.vision, tokenizer, stage.bridge, image_size=stage.image_size, **options))
+        for stage in recipe.stages
+        if stage_name in (None, stage.name)
+    ]
+    return *max(made, key=lambda each: each[1].num_image_tokens), context
 
 
 def _tokenizer(recipe: Recipe, stage: Stage) -> tuple[Any, int | None]:

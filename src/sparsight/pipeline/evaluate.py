@@ -12,27 +12,25 @@ from pathlib import Path
 import torch
 from PIL import Image
 from pydantic import ValidationError
-from rich.table import Table
-from rich.text import Text
 
 from sparsight.console import Console, Progress
 from sparsight.data.sources import scene_config
 from sparsight.devices.precision import default_device, precision_on
 from sparsight.errors import UserError
 from sparsight.evaluation.ask import Item, Questions, Scores, ask
-from sparsight.evaluation.held_out import guess, held_out_questions
-from sparsight.evaluation.scenes import scene_questions
+from sparsight.evaluation.questions import guess, held_out_questions, scene_questions
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.modeling.configuration import SparsightConfig
 from sparsight.modeling.folders import model_type
 from sparsight.pipeline.files import Session, load, load_any, own_scenes, trained_by
-from sparsight.reporting.tables import percent
+from sparsight.reporting.tables import percent, table
 from sparsight.scenes.questions import ScenesDataset, chance
 from sparsight.settings.base import readable
 from sparsight.settings.data import SceneData
 from sparsight.settings.recipe import Evaluation, HeldOut, Recipe
 
 EXAMPLES = 8
+_HEADS = ("task", "items", "score", "95% interval", "chance", "shuffled images")
 SIDE = 256  # pixels of a scene for a model that is not ours; its own processor makes of it what it takes
 
 
@@ -91,7 +89,7 @@ def score_run(
     """Ask what the recipe says; log scores, the shuffled control and examples."""
     recipe, log, settings = session.recipe, session.log, session.recipe.evaluation
     model.to(default_device())  # where it is already, if it was trained in this sitting
-    table = _score_table("scores in %")
+    rows = []
     for asked in _to_ask(settings, recipe.scenes() or SceneData(), model.config.image_size):
         start = time.perf_counter()
         result = _answers(model, processor, asked, recipe, settings.batch_size, session.console)
@@ -116,8 +114,8 @@ def score_run(
                 correct=judged(item, answer, points),
                 **{key: value for key, value in asdict(item).items() if key != "image"},
             )
-        _add_scores(table, asked, result)
-    session.console.print(table)
+        rows += _rows(asked, result)
+    session.console.print(table("scores in %", _HEADS, rows))
 
 
 def evaluate_checkpoint(
@@ -144,27 +142,27 @@ def evaluate_checkpoint(
     side = model.config.image_size if isinstance(model.config, SparsightConfig) else SIDE
     if held_out is not None:
         settings = Evaluation(kind="none", held_out={Path(held_out.data.path).stem: held_out})
-    table, results = _score_table(f"{folder}: scores in %"), []
+    rows, results = [], []
     for asked in _to_ask(settings, own_scenes(folder), side):
         result = _answers(model, processor, asked, trained_by(folder), settings.batch_size, console)
-        _add_scores(table, asked, result)
+        rows += _rows(asked, result)
         results.append(result)
-    console.print(table)
+    console.print(table(f"{folder}: scores in %", _HEADS, rows))
     return results
 
 
-def _score_table(title: str) -> Table:
-    table = Table(title=Text(title), title_justify="left")
-    for column in ("task", "items", "score", "95% interval", "chance", "shuffled images"):
-        table.add_column(column, justify="left" if column == "task" else "right")
-    return table
-
-
-def _add_scores(table: Table, asked: _Asked, result: Scores) -> None:
-    for task, found in result.estimates().items():
-        interval = f"{percent(found.low)} to {percent(found.high)}"
-        controls = (percent(shares.get(task)) for shares in (asked.chance, result.shuffled))
-        table.add_row(Text(task), str(result.items.get(task, "")), percent(found.mean), interval, *controls)
+def _rows(asked: _Asked, result: Scores) -> list[list[str]]:
+    """Rows of the table of scores: a task, its items, score and interval, chance, and the control."""
+    return [
+        [
+            task,
+            str(result.items.get(task, "")),
+            percent(found.mean),
+            f"{percent(found.low)} to {percent(found.high)}",
+            *(percent(shares.get(task)) for shares in (asked.chance, result.shuffled)),
+        ]
+        for task, found in result.estimates().items()
+    ]
 
 
 def judged(item: Item, answer: str, points: float) -> bool | None:

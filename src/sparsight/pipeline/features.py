@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Hashable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
+from rich.progress import TaskID
 from rich.text import Text
 
 from sparsight.console import Progress
@@ -18,7 +21,6 @@ from sparsight.devices.ranks import process_state
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.pipeline.evaluate import autocast
 from sparsight.pipeline.files import Session
-from sparsight.reporting import read_run
 from sparsight.settings.recipe import Stage
 
 
@@ -58,22 +60,26 @@ def cached_features(
         session.console.print(Text(text, style="yellow"), soft_wrap=True)
 
     model.eval()
-    with (
-        process_state().main_process_first(),
-        Progress(console=session.console) as bar,
-        autocast(session.recipe.precision, device),
-    ):
-        task = bar.add_task("encoding images", total=images)
+    with process_state().main_process_first(), ExitStack() as stack, autocast(session.recipe.precision, device):
+
+        @lru_cache(maxsize=1)
+        def shown() -> tuple[Progress, TaskID]:  # not where the cache is there already
+            bar = stack.enter_context(Progress(console=session.console))
+            return bar, bar.add_task("encoding images", total=images)
+
+        def tell(done: int) -> None:
+            bar, task = shown()
+            bar.update(task, completed=done)
+
         before = model.device
         tower.to(device)
-        cache = build_cache(folder, rows, encode, lambda n: bar.update(task, completed=n), tell=warn)
+        cache = build_cache(folder, rows, encode, tell, tell=warn)
         tower.to(before)
-        bar.update(task, completed=images)
     _tell_whether_it_pays(cache, list(rows), stage, session)
     if not session.main:
         return cache, Encoding(0.0, 0.0)
     # Every run is charged once for what its cache took, also when another run has built it: alone, it would have to.
-    others = {name: cache["folder"] for name, cache in read_run(log.path).caches.items() if name != stage.name}
+    others = {name: cache["folder"] for name, cache in log.run().caches.items() if name != stage.name}
     paid = str(folder) in others.values()
     cost = Encoding(0.0, 0.0) if paid else Encoding(cache.seconds, encoder_flops * images)
     log.write("cache", stage=stage.name, folder=str(folder), images=images, seconds=cost.seconds, flops=cost.flops)

@@ -210,7 +210,7 @@ def save(
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
     (partial / RECIPE_FILE).write_text(with_cutouts(session.recipe).model_dump_json(indent=2), encoding="utf-8")
-    write_card(partial, session.recipe, read_run(session.log.path))
+    write_card(partial, session.recipe, session.log.run())
     partial.rename(folder)  # an error if something is there: `holds_run` has found nothing
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from rich.text import Text
 from transformers import PreTrainedConfig
 
@@ -22,7 +23,7 @@ from sparsight.data.sources import Source, open_source
 from sparsight.devices.flops import recomputes
 from sparsight.devices.ranks import process_state
 from sparsight.errors import UserError
-from sparsight.evaluation.held_out import held_out_questions
+from sparsight.evaluation.questions import held_out_questions
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.modeling.build import build
 from sparsight.modeling.encoders import count_flops
@@ -31,11 +32,12 @@ from sparsight.modeling.scratch import scratch_language
 from sparsight.pipeline.evaluate import score_run
 from sparsight.pipeline.features import Encoding, cached_features
 from sparsight.pipeline.files import Session, load, move_aside, open_log, save, settle_image_size, settle_precision
-from sparsight.reporting import RunLog, read_run, write_card
+from sparsight.reporting import RunLog, write_card
 from sparsight.reporting.runlog import step_seconds
-from sparsight.reporting.tables import table
 from sparsight.scenes.world import TASKS
 from sparsight.schedules import skip_probabilities
+from sparsight.settings.base import readable
+from sparsight.settings.load import load_recipe
 from sparsight.settings.recipe import Recipe, ScratchLanguage, Stage
 from sparsight.training.quarantine import Quarantine
 from sparsight.training.stages import PartPlan, add_lora, merge_lora, select_trainable
@@ -75,17 +77,14 @@ def run(
     _refuse_shards()
     ranks = process_state()
     main = ranks.is_main_process  # it alone writes and tells
-    console = console if main else Console(quiet=True)
-    if overwrite and main:
+    if not main:
+        console = Console(quiet=True)
+    elif overwrite:
         move_aside(out, resume, console)
     recipe = settle_precision(recipe, out, resume, console)
     log = open_log(recipe, out, resume) if main else RunLog(Path(os.devnull), append=True)
-    if (layout := recipe.stages[-1].position_layout) is not None:
-        text = f"position_layout in the last stage: scale the model to '{layout}' before it is used"
-        console.print(text, style="yellow", markup=False)
     session = Session(recipe, out, log, console, resume, Path(cache_root or out / "cache"), main, resident_now())
-    model: SparsightForConditionalGeneration | None = None
-    processor: SparsightProcessor | None = None
+    model, processor = None, None
     with session.log:
         for stage in recipe.stages:
             ranks.wait_for_everyone()
@@ -100,11 +99,14 @@ def run(
                 _run_stage(session, stage, model, processor, sources.pop(stage.name))
                 if main:
                     save(model, processor, session, saved)
+        if (layout := recipe.stages[-1].position_layout) is not None:
+            text = f"position_layout in the last stage: scale the model to '{layout}' before it is used"
+            console.print(text, style="yellow", markup=False)
         assert model is not None and processor is not None
         final = out / recipe.stages[-1].name / "model"
         if main and (recipe.evaluation.kind == "scenes" or recipe.evaluation.held_out):
             score_run(session, model, processor, str(final))
-            write_card(final, recipe, read_run(session.log.path))  # now with scores
+            write_card(final, recipe, session.log.run())  # now with scores
     return final
 
 
@@ -286,7 +288,7 @@ def _run_stage(
     merge_lora(lora)
     if not session.main:
         return
-    logged = next(logged for logged in read_run(log.path).stages if logged.name == stage.name)
+    logged = next(logged for logged in log.run().stages if logged.name == stage.name)
     done, waiting = logged.steps, logged.data_wait or 0.0
     # A resumed stage also took what its steps before the checkpoint took.
     seconds += sum(step_seconds(step) for step in done if step["step"] <= began)
@@ -321,9 +323,34 @@ def _training_set(
 
 
 def _print_stage(stage: Stage, plan: list[PartPlan], tokens: int, console: Console) -> None:
-    rows = []
-    for part in plan:
-        rate = f"{part.learning_rate:g}" + (" (LoRA)" if part.lora else "") if part.learning_rate else "frozen"
-        rows.append((part.part, f"{part.trainable:,}", f"{part.total:,}", rate))
-    title = f"stage {stage.name}: {tokens} visual tokens, {stage.image_size} px, {stage.samples} samples"
-    console.print(table(title, ("part", "trains", "of", "learning rate"), rows))
+    """The stage and its trainable parts, in a line."""
+    trains = [
+        f"{part.part}{' (LoRA)' if part.lora else ''}, {part.trainable:,} parameters at {part.learning_rate:g}"
+        for part in plan
+        if part.learning_rate
+    ]
+    head = f"{tokens} visual tokens, {stage.image_size} px, {stage.samples:,} samples"
+    console.print(Text(f"stage {stage.name}: {head}; trains {'; '.join(trains)}"), soft_wrap=True)
+
+
+def train(recipe: Recipe | str | Path | Mapping[str, Any], output_dir: str | Path, resume: bool = False) -> Path:
+    """Run a recipe from Python, as ``sparsight train`` does.
+
+    Args:
+        recipe: a recipe, the path of its YAML, or its keys and values.
+        output_dir: the run's folder.
+        resume: go on where the run in ``output_dir`` stopped.
+
+    Returns:
+        The folder of the trained model.
+
+    Raises:
+        UserError: a mistake in the recipe or its data; nothing has been trained then.
+        FileExistsError: ``output_dir`` holds a run and ``resume`` is off.
+    """
+    if isinstance(recipe, Mapping):
+        try:
+            recipe = Recipe.model_validate(recipe)
+        except ValidationError as error:
+            raise UserError(readable(error)) from None
+    return run(recipe if isinstance(recipe, Recipe) else load_recipe(recipe), output_dir, Console(), resume)

@@ -104,42 +104,6 @@ class Record(BaseModel):
         return self
 
 
-class RunLog:
-    """Appends records to one file, each flushed: a killed process loses at most the line it was writing.
-
-    Raises `FileExistsError` when the file exists and `append` is false: a log is added to, never overwritten.
-    """
-
-    def __init__(self, path: str | Path, append: bool = False) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._file = open(self.path, "ab+" if append else "xb+")  # noqa: SIM115 - lives as long as the log
-        except FileExistsError:
-            raise FileExistsError(f"{self.path} exists; continue it with append=True, or log elsewhere") from None
-        if self._file.seek(0, os.SEEK_END):
-            self._file.seek(-1, os.SEEK_END)
-            if self._file.read(1) != b"\n":  # the last writer was killed within a line; do not join ours to it
-                self._file.write(b"\n")
-
-    def write(self, type: str, **fields: object) -> None:
-        """Write one record. Raises `TypeError`, naming the field, for a value that has no JSON form."""
-        nonfinite: list[str] = []
-        record = {"type": type} | {name: _plain(value, name, nonfinite) for name, value in fields.items()}
-        record |= {"nonfinite": nonfinite} if nonfinite else {}
-        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
 def _plain(value: Any, name: str, nonfinite: list[str]) -> Any:
     """``value`` in JSON's types; dotted names of what is not finite go to ``nonfinite``."""
     if value is None or isinstance(value, bool | int | str):
@@ -370,20 +334,11 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     return [replace(run, name=str(path)) if names[run.name] > 1 else run for run, path in zip(runs, paths, strict=True)]
 
 
-class LogReader:
-    """Reads a run log, given as the file or its folder, also while it is being written.
+class Records:
+    """What a log's records say, taken one after the other."""
 
-    Raises `FileNotFoundError` if there is no such file.
-    """
-
-    def __init__(self, path: Path | str) -> None:
-        folder = Path(path)
-        self.file = folder / FILE_NAME if folder.is_dir() else folder
-        if not self.file.is_file():
-            inside = sorted(str(file.parent) for file in folder.glob(f"*/{FILE_NAME}"))
-            hint = f"; there are logs in {', '.join(inside)}" if inside else ""
-            raise FileNotFoundError(f"there is no run log at {self.file}; expected the folder of a run{hint}")
-        self.offset, self.lines, self.rest = 0, 0, b""  # bytes read, lines taken, a line that has no end yet
+    def __init__(self, source: str) -> None:
+        self.source, self.lines = source, 0
         self.header: dict[str, Any] = {}
         self.foreign = False  # behind a header of another run
         self.starts: dict[str, dict[str, Any]] = {}
@@ -394,16 +349,6 @@ class LogReader:
         self.examples: dict[tuple[str, ...], dict[str, Any]] = {}
         self.left_out: list[str] = []
         self.nonfinite: Counter[str] = Counter()
-
-    def follow(self) -> None:
-        """Take the whole lines that were added since the last time."""
-        with open(self.file, "rb") as file:
-            file.seek(self.offset)
-            data = file.read()
-        self.offset += len(data)
-        *lines, self.rest = (self.rest + data).split(b"\n")
-        for line in lines:
-            self.take(line)
 
     def take(self, line: bytes) -> None:
         """Take one line: a record, or one that is left out."""
@@ -469,7 +414,7 @@ class LogReader:
         """The run as far as it was read. Raises `UserError` if there was no header."""
         if not self.header:
             first = f"; {self.left_out[0]}" if self.left_out else ""
-            raise UserError(f"{self.file} has no header record in its {self.lines} lines{first}")
+            raise UserError(f"{self.source} has no header record in its {self.lines} lines{first}")
         problems = [f"{name} is not finite in {count} records" for name, count in self.nonfinite.items()]
         if self.left_out:
             problems.append(f"lines left out: {len(self.left_out)}; the first is {self.left_out[0]}")
@@ -504,3 +449,75 @@ class LogReader:
             planned_steps=start.get("steps"),
             encoding_seconds=self.caches.get(name, {}).get("seconds") or 0.0,
         )
+
+
+class LogReader(Records):
+    """Reads a run log, given as the file or its folder, also while it is being written.
+
+    Raises `FileNotFoundError` if there is no such file.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        folder = Path(path)
+        self.file = folder / FILE_NAME if folder.is_dir() else folder
+        super().__init__(str(self.file))
+        if not self.file.is_file():
+            inside = sorted(str(file.parent) for file in folder.glob(f"*/{FILE_NAME}"))
+            hint = f"; there are logs in {', '.join(inside)}" if inside else ""
+            raise FileNotFoundError(f"there is no run log at {self.file}; expected the folder of a run{hint}")
+        self.offset, self.rest = 0, b""  # bytes read, and a line that has no end yet
+
+    def follow(self) -> None:
+        """Take the whole lines that were added since the last time."""
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            data = file.read()
+        self.offset += len(data)
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        for line in lines:
+            self.take(line)
+
+
+class RunLog:
+    """Appends records to one file, each flushed: a killed process loses at most the line it was writing.
+
+    It knows what it has written: `run` reads no file. Raises `FileExistsError` when the file exists and `append` is
+    false: a log is added to, never overwritten.
+    """
+
+    def __init__(self, path: str | Path, append: bool = False) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._file = open(self.path, "ab+" if append else "xb+")  # noqa: SIM115 - lives as long as the log
+        except FileExistsError:
+            raise FileExistsError(f"{self.path} exists; continue it with append=True, or log elsewhere") from None
+        self._records = Records(str(self.path))
+        self._file.seek(0)
+        for line in self._file.readlines() if self.path.is_file() else ():
+            self._records.take(line)
+            if not line.endswith(b"\n"):  # the last writer was killed within a line; do not join ours to it
+                self._file.write(b"\n")
+
+    def write(self, type: str, **fields: object) -> None:
+        """Write one record. Raises `TypeError`, naming the field, for a value that has no JSON form."""
+        nonfinite: list[str] = []
+        record = {"type": type} | {name: _plain(value, name, nonfinite) for name, value in fields.items()}
+        record |= {"nonfinite": nonfinite} if nonfinite else {}
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        self._file.write(line)
+        self._file.flush()
+        self._records.take(line)
+
+    def run(self) -> Run:
+        """The run as far as it is logged. Raises `UserError` before its header is."""
+        return self._records.run()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,15 +1,18 @@
-"""Questions of a file of conversations that training has not seen, and what their answers are worth."""
+"""Questions of held-out conversations and of the embedded scenes, and the points of their answers."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 from sparsight.data.sources import open_source
 from sparsight.errors import UserError
 from sparsight.evaluation.ask import Item, Questions
 from sparsight.evaluation.metrics import box_match, cider_d, exact_match
+from sparsight.scenes.questions import ScenesDataset, caption_recall, single_question
+from sparsight.scenes.world import TASKS
 from sparsight.settings.recipe import HeldOut
 
 
@@ -65,3 +68,19 @@ def guess(questions: Questions) -> float:
     (answer, _), *_ = Counter(item.truth for item in questions.items).most_common(1)
     points = questions.score(questions.items, [answer] * len(questions.items))
     return sum(points) / len(points)
+
+
+def scene_questions(data: ScenesDataset, per_task: int) -> Questions:
+    """``per_task`` questions of each task that ``data`` names, or of all, over as few images as carry them.
+    Points: recall of named things for captions, IoU >= 0.5 for boxes, else exact match."""
+    items: list[Item] = []
+    for task in TASKS if data.tasks is None else [task for task in TASKS if data.tasks.get(task, 0) > 0]:
+        asked = ((image, single_question(data.scene(image), task, seed=image)) for image in range(data.scenes))
+        items += islice((Item(task, image, *pair) for image, pair in asked if pair is not None), per_task)
+
+    def points(item: Item, answer: str) -> float:
+        if item.task == "caption":
+            return caption_recall(answer, data.scene(item.image))
+        return box_match(answer, item.truth) if item.task == "grounding" else exact_match(answer, item.truth)
+
+    return Questions(items, data.image, lambda own, answers: [*map(points, own, answers)])
