@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from synthetic import OURS, write_run
 
 from sparsight.reporting import RunLog, environment, read_run
-from sparsight.reporting.runlog import LogReader, _git
+from sparsight.reporting.runlog import _git
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -154,18 +154,25 @@ def test_a_second_run_in_the_file_is_not_mixed_in(tmp_path):
     assert run.problems == ["lines left out: 3; the first is line 4: of another run, behind its own header"]
 
 
-def test_a_log_can_be_followed_while_it_is_written(tmp_path):
-    path = started(tmp_path, step(1))
-    whole = path.read_bytes() + json.dumps(step(2)).encode() + b"\n"
-    path.write_bytes(b"")
-    reader, seen = LogReader(tmp_path), []
-    for end in range(0, len(whole), 7):
-        with path.open("ab") as file:
-            file.write(whole[end : end + 7])
-        reader.follow()
-        seen.append(len(reader.run().stages[0].steps) if reader.header and reader.run().stages else 0)
-    assert seen == sorted(seen) and set(seen) == {0, 1, 2}
-    assert reader.run() == read_run(path)
+def test_a_log_can_be_read_while_it_is_written(tmp_path):
+    path = started(tmp_path, step(1), step(2))
+    whole, seen = path.read_bytes(), []
+    for end in range(whole.index(b"\n") + 1, len(whole) + 1, 7):
+        path.write_bytes(whole[:end])
+        run = read_run(path, live=True)
+        assert run.problems == []
+        seen.append(len(run.stages[0].steps) if run.stages else 0)
+    assert seen == sorted(seen) and {0, 1} <= set(seen)
+
+
+def test_a_log_knows_what_it_has_written(tmp_path):
+    with RunLog(tmp_path / "run.jsonl") as log:
+        log.write("header", version=1, run="a")
+        log.write(**step(1, loss=float("nan")))
+        assert log.run() == read_run(tmp_path)
+    with RunLog(tmp_path / "run.jsonl", append=True) as log:
+        log.write(**step(2))
+        assert log.run() == read_run(tmp_path) and len(log.run().stages[0].steps) == 2
 
 
 def test_a_folder_of_runs_is_told_from_a_run(tmp_path):

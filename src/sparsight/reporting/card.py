@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.reporting.runlog import Run, StageRun
-from sparsight.reporting.tables import decimals, duration, human, percent
+from sparsight.reporting.tables import decimals, duration, human, percent, table
 from sparsight.settings.recipe import Recipe, Stage
 
+_METHODS = ("stage", "bridge", "layout", "visual tokens", "compressor", "skipper", "learning rates")
+_FIGURES = ("stage", "samples", "time", "executed FLOPs", "peak memory", "last loss")
+_SCORES = ("task", "score", "chance", "shuffled", "items")
 _HUB = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # names of ours -> hub ids
 
 
@@ -32,32 +35,26 @@ def write_card(folder: str | Path, recipe: Recipe, run: Run) -> None:
     )
     logged = {stage.name: stage for stage in run.stages}
     stages = [(stage, logged[stage.name]) for stage in recipe.stages if stage.name in logged]
+    tables = run.scores, run.chance, run.shuffled
+    scores = [(task, *(percent(each.get(task)) for each in tables), run.items.get(task)) for task in run.scores]
     card = ModelCard.from_template(
         data,
         template_str=resources.files("sparsight.reporting").joinpath("card.md.j2").read_text(encoding="utf-8"),
         name=recipe.name,
         parts=[Path(name).name for name in names] + ["a language model from scratch"] * (2 - len(names)),
-        methods=[_method(stage, done) for stage, done in stages],
-        figures=[_figures(done) for _, done in stages],
-        scores=[
-            (
-                task,
-                *(percent(table.get(task)) for table in (run.scores, run.chance, run.shuffled)),
-                run.items.get(task),
-            )
-            for task in run.scores
-        ],
+        methods=table("", _METHODS, [_method(stage, done) for stage, done in stages]).in_markdown(),
+        figures=table("", _FIGURES, [_figures(done) for _, done in stages]).in_markdown(),
+        scores=table("", _SCORES, scores).in_markdown() if scores else "",
     )
     Path(folder, "README.md").write_text(f"{card}\n", encoding="utf-8")
 
 
-def _method(stage: Stage, done: StageRun) -> list[str]:
-    """Cells: stage, bridge, layout, visual tokens, compressor, skipper, what trains."""
+def _method(stage: Stage, done: StageRun) -> list[object]:
     rates = {part: f"{part} {rate:g}" for part, rate in stage.learning_rate.parts().items()}
     if stage.lora is not None:
         rates["language"] += f" (LoRA, rank {stage.lora.rank})"
-    cells = [stage.name, stage.bridge.kind, done.layout or "-", done.visual_tokens, _settings(stage.compressor)]
-    return [_cell(cell) for cell in (*cells, _settings(stage.skipper), ", ".join(rates.values()))]
+    methods = _settings(stage.compressor), _settings(stage.skipper)
+    return [stage.name, stage.bridge.kind, done.layout or "-", done.visual_tokens, *methods, ", ".join(rates.values())]
 
 
 def _settings(method: Any) -> str:
@@ -65,13 +62,7 @@ def _settings(method: Any) -> str:
     return ", ".join(f"{key} {value}" for key, value in given.items()) or ("defaults" if method is not None else "-")
 
 
-def _figures(done: StageRun) -> list[str]:
-    """Cells: stage, samples, time, executed FLOPs, peak memory, last loss."""
+def _figures(done: StageRun) -> list[object]:
     memory = human(done.highest("memory_bytes"), "B")
     cost = duration(done.seconds), human(done.executed_flops, "FLOP"), memory, decimals(done.curve.final)
-    return [_cell(cell) for cell in (done.name, done.samples, *cost)]
-
-
-def _cell(value: object) -> str:
-    """Text that ends no cell of a table, and begins no tag."""
-    return str(value).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    return [done.name, done.samples, *cost]

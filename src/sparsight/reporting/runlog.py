@@ -310,16 +310,33 @@ def example_key(record: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(record.get(key, "")) for key in ("id", "task", "question"))
 
 
-def read_run(path: str | Path) -> Run:
+def log_file(path: str | Path) -> Path:
+    """The log of a run, given as the file or its folder. Raises `FileNotFoundError` if there is none."""
+    folder = Path(path)
+    file = folder / FILE_NAME if folder.is_dir() else folder
+    if not file.is_file():
+        inside = sorted(str(file.parent) for file in folder.glob(f"*/{FILE_NAME}"))
+        hint = f"; there are logs in {', '.join(inside)}" if inside else ""
+        raise FileNotFoundError(f"there is no run log at {file}; expected the folder of a run{hint}")
+    return file
+
+
+def read_run(path: str | Path, live: bool = False) -> Run:
     """Read a run log, given as the file or its folder. Lines that cannot be read are left out, and `problems` says so.
 
-    Raises `FileNotFoundError` if there is no such file, and `UserError` if it holds no header.
+    Args:
+        live: the run goes on: a last line without its end is still being written.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it holds no header.
     """
-    reader = LogReader(path)
-    reader.follow()
-    if reader.rest.strip():
-        reader.take(reader.rest)
-    return reader.run()
+    file = log_file(path)
+    records = Records(str(file))
+    for line in file.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n") or not live:
+            records.take(line)
+    return records.run()
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
@@ -449,33 +466,6 @@ class Records:
             planned_steps=start.get("steps"),
             encoding_seconds=self.caches.get(name, {}).get("seconds") or 0.0,
         )
-
-
-class LogReader(Records):
-    """Reads a run log, given as the file or its folder, also while it is being written.
-
-    Raises `FileNotFoundError` if there is no such file.
-    """
-
-    def __init__(self, path: Path | str) -> None:
-        folder = Path(path)
-        self.file = folder / FILE_NAME if folder.is_dir() else folder
-        super().__init__(str(self.file))
-        if not self.file.is_file():
-            inside = sorted(str(file.parent) for file in folder.glob(f"*/{FILE_NAME}"))
-            hint = f"; there are logs in {', '.join(inside)}" if inside else ""
-            raise FileNotFoundError(f"there is no run log at {self.file}; expected the folder of a run{hint}")
-        self.offset, self.rest = 0, b""  # bytes read, and a line that has no end yet
-
-    def follow(self) -> None:
-        """Take the whole lines that were added since the last time."""
-        with open(self.file, "rb") as file:
-            file.seek(self.offset)
-            data = file.read()
-        self.offset += len(data)
-        *lines, self.rest = (self.rest + data).split(b"\n")
-        for line in lines:
-            self.take(line)
 
 
 class RunLog:

@@ -51,6 +51,13 @@ class Table:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.in_terminal(console.width)
 
+    def in_markdown(self) -> str:
+        """The table in Markdown; no text in it ends a cell or begins a tag."""
+        rows = [[column.head for column in self.columns], ["---"] * len(self.columns)]
+        rows += [[cell.text for cell in cells] for cells in self.cells()]
+        escaped = ([text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ") for text in row] for row in rows)
+        return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
+
     def in_terminal(self, width: int = 0) -> rich_table.Table:
         """The table for a terminal of ``width`` characters; nothing in it is read as markup."""
         shown = [number for number, column in enumerate(self.columns) if width >= 150 or not column.wide]

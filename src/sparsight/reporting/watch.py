@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from sparsight.reporting.runlog import LogReader, Run, StageRun, step_seconds
+from sparsight.reporting.runlog import Run, StageRun, log_file, read_run, step_seconds
 from sparsight.reporting.tables import decimals, duration, human, share, table
 
 _RECENT = 20  # steps that rates are means over
@@ -34,18 +34,16 @@ def watch(path: str | Path, console: Console, every: float = 1.0) -> Run:
         FileNotFoundError: there is no log.
         UserError: the log has no header.
     """
-    reader = LogReader(path)
+    file = log_file(path)
     with Live(console=console, auto_refresh=False) as live:
         try:
             while True:
-                if reader.file.stat().st_size < reader.offset:  # the run was started anew
-                    reader = LogReader(path)
-                reader.follow()
-                run = reader.run()
-                live.update(render(run, time.time() - reader.file.stat().st_mtime, console.width), refresh=True)
+                start = time.perf_counter()
+                run = read_run(file, live=True)
+                live.update(render(run, time.time() - file.stat().st_mtime, console.width), refresh=True)
                 if run.ended:
                     break
-                time.sleep(every)
+                time.sleep(max(every, 4 * (time.perf_counter() - start)))  # a long log takes its time to read
         except KeyboardInterrupt:
             pass
     return run
