@@ -107,9 +107,9 @@ quality: setup assets ## train the core rows of docs/quality.md, three seeds, an
 	@OMP_NUM_THREADS=1 $(PY) benchmarks/quality.py --rows core --clock $(ARGS)
 
 # All four run even when one fails, so that one run shows all there is to mend.
-lint: setup ## check style, formatting, types and import layers
+lint: setup ## check style, formatting, types, import layers and the length of functions
 	@failed=; \
-	for check in 'ruff check --output-format concise .' 'ruff format --check --output-format concise .' mypy 'lint-imports --no-logo'; do \
+	for check in 'ruff check --output-format concise .' 'ruff format --check --output-format concise .' mypy 'lint-imports --no-logo' 'python scripts/shape.py'; do \
 		echo "lint: $$check"; $(VENV)/bin/$$check || failed="$$failed [$$check]"; \
 	done; \
 	[ -z "$$failed" ] || { echo "lint: failed:$$failed" >&2; exit 1; }
