@@ -38,7 +38,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="move the folder th
 Preset = Annotated[
     str | None, typer.Option(help="few-tokens, scale-settled or scale: bridges and methods of recipes/presets.yaml")
 ]
-# A step a stage; what a user gives comes after these.
+# A step a stage; a user's own overrides come after these.
 _SHORT = (
     "shared.data.scenes=32",
     "shared.evaluation.items=5",
@@ -169,7 +169,7 @@ def plan(
     preset: Preset = None,
     device: Annotated[str | None, typer.Option(help="such as H100")] = None,
     mfu: Annotated[float | None, typer.Option(help="share of the device's peak; 0.4 if not given")] = None,
-    memory: Annotated[str | None, typer.Option(help="such as 80GB: what fits; the device's if not given")] = None,
+    memory: Annotated[str | None, typer.Option(help="such as 80GB, to fit into; the device's if not given")] = None,
     like: Annotated[Path | None, typer.Option(help="folder of a run of this machine: as fast as that went")] = None,
     out: Annotated[Path | None, typer.Option(help="HTML page to write")] = None,
 ) -> None:
@@ -313,7 +313,7 @@ def check(
 
 @app.command()
 def doctor() -> None:
-    """Show versions, devices and assets, what is missing, and the command that mends it."""
+    """Show versions, devices and assets, and the command that installs a missing one."""
     from sparsight.console import Console
     from sparsight.doctor import diagnose, render
 
@@ -327,7 +327,7 @@ _format_warning = warnings.formatwarning
 
 
 def _warning(*found: Any, **more: Any) -> str:
-    """What Python prints itself, warnings and tracebacks, holds names of files, too."""
+    """Warnings and tracebacks, which Python prints itself, hold names of files, too."""
     from sparsight.console import printable
 
     return printable(_format_warning(*found, **more))

@@ -1,4 +1,4 @@
-"""Ask a model questions about images: greedy answers, what each is worth, and the control with wrong images."""
+"""Ask a model questions about images: greedy answers, their points, and the control with wrong images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Item:
 
 @dataclass
 class Scores:
-    """Answers, and what each is worth in [0, 1], by task in the order of the items.
+    """Answers and their points in [0, 1], by task in the order of the items.
 
     ``shuffled_points`` are of the control, in which each question gets another image; empty without it.
     """
@@ -88,7 +88,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Questions:
-    """What is asked. ``image`` gives an image by its number, ``score`` the points of answers to items."""
+    """Questions: ``image`` gives an image by its number, ``score`` the points of answers to items."""
 
     items: list[Item]
     image: Callable[[int], Image.Image]
@@ -193,7 +193,7 @@ def answer_any(
     tokenizer = processor.tokenizer
     if not (getattr(processor, "chat_template", None) or tokenizer.chat_template):
         raise UserError(
-            f"{type(processor).__name__} has no chat template, so nothing says what a question looks like; expected "
+            f"{type(processor).__name__} has no chat template to write a question with; expected "
             "chat_template.jinja beside the model"
         )
     tokenizer.padding_side = "left"

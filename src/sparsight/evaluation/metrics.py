@@ -29,7 +29,7 @@ where'd where's where've who'd who'd've who'll who's who've why'll why're why's 
 y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
 _CONTRACTIONS = {"somebody'd": "somebodyd"} | {
-    word[:place] + word[place + 1 :]: word for word in _WHOLE.split() for place, sign in enumerate(word) if sign == "'"
+    word[:at] + word[at + 1 :]: word for word in _WHOLE.split() for at, sign in enumerate(word) if sign == "'"
 }
 
 
@@ -113,7 +113,7 @@ def box_match(answer: str, truth: str, threshold: float = 0.5) -> float:
 def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """CIDEr-D of each caption, 0 to 10 (Vedantam et al. 2015, section 5, as in the official scorer).
 
-    Words are what stands between spaces: take off case and punctuation first. Weights of n-grams come from all the
+    Words stand between spaces: take off case and punctuation first. Weights of n-grams come from all the
     references, so that a score depends on which captions are scored with it; of one image alone all are 0.
 
     Args:

@@ -64,7 +64,7 @@ def held_out_questions(name: str, settings: HeldOut, image_size: int) -> Questio
 
 
 def guess(questions: Questions) -> float:
-    """What the most frequent answer of the file scores; it is chosen on the file itself, so no blind guess beats it."""
+    """The score of the file's most frequent answer, chosen on the file itself: no blind guess beats it."""
     (answer, _), *_ = Counter(item.truth for item in questions.items).most_common(1)
     points = questions.score(questions.items, [answer] * len(questions.items))
     return sum(points) / len(points)

@@ -100,7 +100,7 @@ def paired_test(
     It takes the seeds as they are; the interval resamples them.
 
     Raises:
-        UserError: ours and theirs of different shapes, and what `bootstrap` raises.
+        UserError: ours and theirs of different shapes, and as `bootstrap` does.
     """
     ours_SI, theirs_SI = np.atleast_2d(np.asarray(ours, float)), np.atleast_2d(np.asarray(theirs, float))
     if ours_SI.shape != theirs_SI.shape or permutations < 1:
@@ -110,7 +110,7 @@ def paired_test(
         )
     estimate = bootstrap(ours_SI - theirs_SI, images, tasks, level=level, draws=draws, seed=seed)
     sums_STC, sizes_STC = _totals(ours_SI - theirs_SI, None, images, tasks)
-    shares_C = (sums_STC / sizes_STC.sum(-1, keepdims=True)).mean((0, 1))  # what each image adds to the difference
+    shares_C = (sums_STC / sizes_STC.sum(-1, keepdims=True)).mean((0, 1))  # the part of each image in the difference
     return PairedTest(
         estimate.mean, estimate.low, estimate.high, _sign_flips(shares_C[shares_C != 0], permutations, seed)
     )

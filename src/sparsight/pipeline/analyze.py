@@ -40,7 +40,7 @@ def analyze_checkpoint(
         out: gets ``analysis.json`` and ``index.html``.
 
     Returns:
-        What ``analysis.json`` holds.
+        The record of ``analysis.json``.
 
     Raises:
         UserError: the model or its processor cannot be loaded or measured, or no sample has an image.

@@ -36,7 +36,7 @@ def check_data(
         workers: processes that look at samples.
 
     Returns:
-        What ``check.json`` holds: ``bad`` samples with reasons, those ``too_long`` for the language model, lengths.
+        The record of ``check.json``: ``bad`` samples with reasons, those ``too_long`` for the language model, lengths.
 
     Raises:
         UserError: the encoder or the tokenizer cannot be loaded, the data cannot be opened at all, or no such stage.

@@ -53,7 +53,7 @@ def run_comparison(
         console.rule(f"[bold]{recipe.name}")
         run(recipe, out / recipe.name, console, resume, cache)
     remove_caches(cache)
-    console.rule("[bold]what was saved, and what it cost")
+    console.rule("[bold]comparison")
     folders = [out / recipe.name for recipe in recipes]
     _print_examples(read_runs(folders), console)
     result = report(folders, out, console)
@@ -62,7 +62,7 @@ def run_comparison(
 
 
 def _ended(recipe: Recipe, folder: Path) -> bool:
-    """Whether a run is whole, and has been asked what the recipe asks. Raises UserError if it is another recipe's."""
+    """Whether a run is finished, all questions of the recipe too. Raises UserError if it is another recipe's."""
     if not (folder / "run.jsonl").is_file() or not (found := read_run(folder)).ended:
         return False
     settled = settle_precision(recipe, folder, True, Console(quiet=True))

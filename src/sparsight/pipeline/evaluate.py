@@ -31,17 +31,17 @@ from sparsight.settings.recipe import Evaluation, HeldOut, Recipe
 
 EXAMPLES = 8
 _HEADS = ("task", "items", "score", "95% interval", "chance", "shuffled images")
-SIDE = 256  # pixels of a scene for a model that is not ours; its own processor makes of it what it takes
+SIDE = 256  # pixels of a scene for a model that is not ours; its own processor resizes it
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """bf16 autocast, or nothing for fp32; ``auto`` is what the device is faster in."""
+    """bf16 autocast, or nothing for fp32; ``auto``: the faster one on the device."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision_on(device, precision) == "bf16")
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """Questions of one kind, what a blind guess scores by task, and where their images come from."""
+    """Questions of one kind, the score of a blind guess by task, and the source of their images."""
 
     source: str
     questions: Questions
@@ -86,7 +86,7 @@ def _answers(
 def score_run(
     session: Session, model: SparsightForConditionalGeneration, processor: SparsightProcessor, checkpoint: str
 ) -> None:
-    """Ask what the recipe says; log scores, the shuffled control and examples."""
+    """Ask the recipe's questions; log scores, the shuffled control and examples."""
     recipe, log, settings = session.recipe, session.log, session.recipe.evaluation
     model.to(default_device())  # where it is already, if it was trained in this sitting
     rows = []

@@ -26,7 +26,7 @@ from sparsight.settings.recipe import Stage
 
 @dataclass(frozen=True)
 class Encoding:
-    """What encoding the images once cost this run: seconds and FLOPs."""
+    """Seconds and FLOPs that this run paid to encode its images once."""
 
     seconds: float
     flops: float
@@ -78,7 +78,7 @@ def cached_features(
     _tell_whether_it_pays(cache, list(rows), stage, session)
     if not session.main:
         return cache, Encoding(0.0, 0.0)
-    # Every run is charged once for what its cache took, also when another run has built it: alone, it would have to.
+    # Every run pays once for its cache, also when another run has built it: alone, it would have to.
     others = {name: cache["folder"] for name, cache in log.run().caches.items() if name != stage.name}
     paid = str(folder) in others.values()
     cost = Encoding(0.0, 0.0) if paid else Encoding(cache.seconds, encoder_flops * images)

@@ -1,4 +1,4 @@
-"""What a run keeps in its folder: its log, its models, and the recipe that trained them."""
+"""The folder of a run: its log, its models, and the recipe that trained them."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from sparsight.settings.data import SceneData
 from sparsight.settings.recipe import Recipe
 
 RECIPE_FILE = "sparsight_recipe.json"
-# How samples are read, dealt out, told of and scored, not what is learnt from them: a run may go on with others.
+# Keys that change no weight: a run may go on with others.
 MAY_CHANGE = ("on_bad_sample", "max_bad", "workers", "report_to", "evaluation")
 MAY_CHANGE_IN_STAGES = ("micro_batch_size", "gradient_checkpointing", "checkpoints", "conversation")
 
 
 @dataclass(frozen=True)
 class Session:
-    """One sitting of a run: what every part of it needs to know."""
+    """One sitting of a run, as all its parts see it."""
 
     recipe: Recipe
     out: Path
@@ -52,7 +52,7 @@ class Session:
 
 
 def settle_precision(recipe: Recipe, out: Path, resume: bool, console: Console) -> Recipe:
-    """``auto`` as bf16 or fp32: what a resumed run began in, also on another device, else what this one is fast in."""
+    """``auto`` as bf16 or fp32: a resumed run goes on as it began; else the device chooses the faster one."""
     file, device, wanted = out / "run.jsonl", default_device(), recipe.precision
     lines = file.read_bytes().splitlines() if resume and file.is_file() else []
     if wanted == "auto" and len(lines) > 1:  # else it has not begun, see `open_log`
@@ -95,7 +95,7 @@ def _recipe_in(log: Path) -> dict[str, Any]:
         return values
 
 
-def _what_is_learnt(values: dict[str, Any]) -> dict[str, Any]:
+def _decides_weights(values: dict[str, Any]) -> dict[str, Any]:
     """A recipe's values without those that a resumed run may change."""
     stages = [
         {key: value for key, value in stage.items() if key not in MAY_CHANGE_IN_STAGES}
@@ -157,7 +157,7 @@ def open_log(recipe: Recipe, out: Path, resume: bool) -> RunLog:
     values = recipe.model_dump(mode="json")
     if not holds_run(recipe, out):  # no more than a header: it failed before its first stage, by a wrong name perhaps
         file.unlink(missing_ok=True)
-        for stage in recipe.stages:  # of what may have been changed since
+        for stage in recipe.stages:  # of data that may have changed since
             (out / stage.name / "checkpoints" / "sizes.npy").unlink(missing_ok=True)
     else:
         if not resume:
@@ -165,7 +165,7 @@ def open_log(recipe: Recipe, out: Path, resume: bool) -> RunLog:
                 f"{out} holds a run already; go on with --resume, choose another --out, or --overwrite, which moves it "
                 "aside"
             )
-        before, now = _what_is_learnt(_recipe_in(file)), _what_is_learnt(values)
+        before, now = _decides_weights(_recipe_in(file)), _decides_weights(values)
         changed = sorted(key for key in now if before.get(key) != now[key])
         if changed:
             free = ", ".join(MAY_CHANGE + MAY_CHANGE_IN_STAGES)

@@ -116,7 +116,7 @@ def _refuse_shards() -> None:
         if os.environ.get(name, "").lower() in ("1", "true"):  # set by accelerate
             raise UserError(
                 f"{engine}: `sparsight train` deals conversations out to ranks whose weights are whole (DDP): start it "
-                "with torchrun. For sharded weights, train what `sparsight.build` gives with a Trainer of your own"
+                "with torchrun. For sharded weights, train the model of `sparsight.build` with your own Trainer"
             )
 
 
@@ -156,7 +156,7 @@ def _check_stages(
     model: SparsightForConditionalGeneration,
     processor: SparsightProcessor,
 ) -> None:
-    """Raises UserError for what a later stage would not do, before the first one trains."""
+    """Raises UserError, before the first stage trains, for a fault that a later one would meet."""
     recipe, language = session.recipe, model.config.text_config
     for stage in recipe.stages:
         max_length(stage, language)
@@ -229,7 +229,7 @@ def max_length(stage: Stage, language: PreTrainedConfig) -> int | None:
 
 
 def texts(recipe: Recipe, stage: Stage) -> list[str]:
-    """What a scratch language model's tokenizer is learnt from; bad samples are told where they are trained on."""
+    """Texts that train the tokenizer of a language model from scratch; bad samples are passed over here."""
     texts = []
     for data in recipe.all_data():
         source = open_source(data, 3000, stage.side, strict=recipe.on_bad_sample == "error")
@@ -290,7 +290,7 @@ def _run_stage(
         return
     logged = next(logged for logged in log.run().stages if logged.name == stage.name)
     done, waiting = logged.steps, logged.data_wait or 0.0
-    # A resumed stage also took what its steps before the checkpoint took.
+    # A resumed stage includes the steps before its checkpoint.
     seconds += sum(step_seconds(step) for step in done if step["step"] <= began)
     if waiting > WAITING:
         advice = "" if stage.cache_features else ", or set cache_features for a frozen encoder"

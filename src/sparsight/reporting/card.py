@@ -1,4 +1,4 @@
-"""The model card of a trained model: what was done by stage, and the figures of the run's log."""
+"""The model card of a trained model: methods and figures by stage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_card(folder: str | Path, recipe: Recipe, run: Run) -> None:
     """Write ``README.md`` beside a saved model: hub metadata, methods and figures by stage, scores if there are.
 
     Args:
-        run: what the log says so far; a stage that it does not know is left out.
+        run: of its log so far; a stage that it does not know is left out.
     """
     from huggingface_hub import ModelCard, ModelCardData
 

@@ -338,7 +338,7 @@ def verdict(comparison: Comparison) -> str:
 
 
 def _scored(rows: list[dict[str, Any]], index: int) -> str:
-    """The scores of a run beside the baseline's: what differs, as far as that can be told."""
+    """The scores of a run beside the baseline's, and the differences that can be told."""
     shown = {row["task"]: row for row in rows if row["points"][index] is not None}
     if (mean := shown.pop("mean", None)) is None:
         return "no scores to compare"

@@ -93,7 +93,7 @@ def write_page(
     """Write a page, atomically.
 
     Args:
-        subject: the kind of page; ``heading`` and what stands behind it, smaller; ``lead``: the headline in a sentence.
+        subject: the kind of page; ``heading`` and a smaller text behind it; ``lead``: the headline in a sentence.
         cards: big figures, each `label`, `value`, `note` and `kind` (good, bad, quiet or "").
         runs: names that have a colour. Texts in figures are escaped by who makes them: plotly reads tags.
     """

@@ -1,4 +1,4 @@
-"""What `sparsight plan` forecasts, as tables and as a page."""
+"""The forecast of `sparsight plan`, as tables and as a page."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STANDARD = (
 ASSUMED = (
     "Reckoned with {text:g} text tokens a conversation, {supervised:g} of them supervised; images: {images:g} "
     "(stages.{name}.conversation), no padding; FLOPs of matrix products and attention, backward pass included; memory "
-    "of AdamW and PyTorch on one device, without what the allocator wastes."
+    "of AdamW and PyTorch on one device, without the waste of its allocator."
 )
 Rows = list[list[str]]
 
@@ -44,7 +44,7 @@ Rows = list[list[str]]
 def speed_of(
     recipe: Recipe, device: str | None = None, mfu: float | None = None, like: Path | None = None
 ) -> tuple[Speed | None, str]:
-    """How long stages take, on a named device or as a run of this machine went, and on what that rests.
+    """How long stages take, on a named device or as a run of this machine went, and the source of that speed.
 
     Args:
         like: folder of a run, whose executed FLOPs by its seconds are taken.
@@ -117,8 +117,8 @@ def gigabytes(size: float) -> str:
 
 
 def notes(recipe: Recipe, stages: Sequence[StageCost], speed: Speed | None) -> list[str]:
-    """What the table does not say: the ratio to the standard recipe (first, as the headline) and what that is, what
-    dominates, the paper's ratios."""
+    """Sentences below the table: the ratio to the standard recipe (the headline), that recipe, the largest part of the
+    FLOPs, and the paper's ratios."""
     plain, now = forecast(standard(recipe)), total_flops(list(stages))
     ratio = now / total_flops(plain)
     line = f"{human(now, 'FLOP')} in all: {ratio:.2f}x of the standard recipe's"
@@ -157,7 +157,7 @@ def print_plan(recipe: Recipe, speed: Speed | None, limit: float | None, console
     """Tables and notes of one recipe.
 
     Raises:
-        UserError: a stage does not fit into ``limit`` bytes; what is too large, and what would fit.
+        UserError: a stage does not fit into ``limit`` bytes; the message names the largest part and remedies.
     """
     stages = forecast(recipe)
     console.print(_plan_table(recipe.name, stages, speed, limit))
@@ -181,7 +181,7 @@ def check_fits(cost: StageCost, limit: float) -> None:
         return
     part = max(memory, key=memory.__getitem__)
     found = "; or ".join(remedies(cost, limit))
-    advice = f"What would fit: {found}" if found else "Nothing that is tried here fits: take a smaller model"
+    advice = f"To fit: {found}" if found else "Nothing that is tried here fits: take a smaller model"
     raise UserError(
         f"stage '{cost.stage.name}' needs {gigabytes(size)} at a micro-batch of {cost.micro_batch}, but there are "
         f"{gigabytes(limit)}: the largest part is {part} ({gigabytes(memory[part])}). {advice}"
@@ -203,7 +203,7 @@ def write_plan(path: Path, recipe: Recipe, speed: Speed | None, limit: float | N
         section("", "", flops, figures),
         *(section("How to read it" if not n else "", text) for n, text in enumerate(lines)),
     ]
-    write_page(path, "forecast of cost", (recipe.name, "what training would cost"), lead, sections)
+    write_page(path, "forecast of cost", (recipe.name, "cost of training"), lead, sections)
 
 
 def _bar(name: str, x: list[str], y: list[float], index: int) -> dict[str, Any]:

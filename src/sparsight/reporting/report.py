@@ -42,11 +42,11 @@ _IMAGE = re.compile(r"[A-Za-z0-9+/]+={0,2}")
 _LOSSES = "The same losses against the time spent and against the samples seen. Bold: running mean; faint: every step."
 _COST = (
     "The speed-up stands next to the one that the executed FLOPs allow: the gap is time that did not shrink with the "
-    "work. Memory is that of the GPU, or on a CPU what the process held beyond what it had at the start. CPU: the "
+    "work. Memory is that of the GPU, or on a CPU of the process, less its memory at the start. CPU: the "
     "process's own seconds."
 )
 _SCORES = (
-    "In %. Shuffled: the same questions with other images, so what is scored there was not seen. Points: difference "
+    "In %. Shuffled: the same questions with other images, so no image helped there. Points: difference "
     "from {base}; ± is the 95% interval that the number of items leaves; seeds would add to it. Coloured where the "
     "interval excludes 0. {tested}The first sentence names only tasks whose difference remains after Holm's correction."
 )
@@ -56,7 +56,7 @@ _TESTED = "p: paired permutation test on the same items, whole images changing s
 def report(paths: Sequence[str | Path], out: str | Path, console: Console) -> Comparison:
     """Read run logs, compare them, print the tables, and write ``comparison.json`` and ``report.html`` into ``out``.
 
-    The first run is the baseline. Raises what `read_runs` and `compare` raise.
+    The first run is the baseline. Raises as `read_runs` and `compare` do.
     """
     out, runs = Path(out), read_runs(paths)
     comparison = compare(runs, runs[0].name)
@@ -419,7 +419,7 @@ def _right(record: Mapping[str, Any]) -> bool | None:
 def _windows(runs: list[Run]) -> dict[int, str]:
     """Windows per side -> which runs cut the images of their last stage like that. Empty if a run pads or crops."""
     if any(run.recipe.get("resize") in ("pad", "crop") for run in runs):
-        return {}  # the logged images are not what the encoder sees
+        return {}  # the encoder sees other images than those logged
     found: dict[int, list[str]] = {}
     for run in runs:
         with suppress(UserError):  # no layout, or a bridge without windows

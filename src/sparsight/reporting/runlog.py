@@ -105,7 +105,7 @@ class Record(BaseModel):
 
 
 def _plain(value: Any, name: str, nonfinite: list[str]) -> Any:
-    """``value`` in JSON's types; dotted names of what is not finite go to ``nonfinite``."""
+    """``value`` in JSON's types; dotted names of numbers that are not finite go to ``nonfinite``."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -258,7 +258,7 @@ class Run:
     examples: list[dict[str, Any]]
     problems: list[str]
     points: dict[str, Points] = field(default_factory=dict)  # by task; older logs have none
-    caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # by stage: folder, and what this run paid
+    caches: dict[str, dict[str, Any]] = field(default_factory=dict)  # by stage: folder, and this run's cost
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -342,7 +342,7 @@ def read_run(path: str | Path, live: bool = False) -> Run:
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     """`read_run` for each path; runs of one name are told apart by their paths.
 
-    Raises `UserError` for a path given twice, and what `read_run` raises.
+    Raises `UserError` for a path given twice, and as `read_run` does.
     """
     if twice := [str(path) for path, count in Counter(Path(path).resolve() for path in paths).items() if count > 1]:
         raise UserError(f"given twice: {', '.join(twice)}; expected different runs")
@@ -352,7 +352,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 
 class Records:
-    """What a log's records say, taken one after the other."""
+    """The state of a run, from its records one after the other."""
 
     def __init__(self, source: str) -> None:
         self.source, self.lines = source, 0
@@ -471,7 +471,7 @@ class Records:
 class RunLog:
     """Appends records to one file, each flushed: a killed process loses at most the line it was writing.
 
-    It knows what it has written: `run` reads no file. Raises `FileExistsError` when the file exists and `append` is
+    `run` is the state so far, without reading the file. Raises `FileExistsError` when the file exists and `append` is
     false: a log is added to, never overwritten.
     """
 

@@ -50,7 +50,7 @@ def watch(path: str | Path, console: Console, every: float = 1.0) -> Run:
 
 
 def render(run: Run, silence: float, width: int) -> RenderableType:
-    """What `watch` shows of a run whose log was last written to ``silence`` seconds ago."""
+    """The view of a run whose log was last written to ``silence`` seconds ago."""
     state = "ended" if run.ended else f"last record {duration(silence)} ago"
     parts: list[RenderableType] = []
     if run.stages:
@@ -83,7 +83,7 @@ def _figures(stages: Sequence[StageRun]) -> Table:
 
 
 def figures(stage: StageRun) -> dict[str, str]:
-    """Name and value of what is shown of a stage: totals since it began, rates of its last `_RECENT` steps."""
+    """Figures of a stage by name: totals since it began, rates of its last `_RECENT` steps."""
     last = stage.steps[-_RECENT:]
     newest = last[-1] if last else {}
     seconds = sum(step_seconds(step) for step in last)
