@@ -16,7 +16,6 @@ import itertools
 import json
 import statistics
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from sparsight.data.batching import plan_steps
 from sparsight.data.chat import encode_conversation
 from sparsight.data.collate import Collator
 from sparsight.devices.precision import precision_on
-from sparsight.modeling.packed import attention_for_packed_rows
 from sparsight.pipeline import autocast, run
 from sparsight.reporting.runlog import read_run, step_seconds
 from sparsight.settings.load import load_comparison
@@ -99,8 +97,7 @@ def packing(layout: str, rounds: int, device: torch.device, console: Console) ->
         info = batch.pop("info")
         batch = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
         start = now(device)
-        packed = attention_for_packed_rows(model.model.language_model) if way in WAYS[2:] else nullcontext()
-        with packed, autocast("auto", device):
+        with autocast("auto", device):
             loss = model(**batch, loss_only=True, use_cache=False).loss
         loss.backward()
         optimizer.step()

@@ -38,8 +38,7 @@ from sparsight.bridges import build_bridge
 from sparsight.data.sources import scene_config
 from sparsight.devices.precision import default_device, precision_on
 from sparsight.evaluation.ask import Questions, Scores, ask
-from sparsight.evaluation.questions import held_out_questions
-from sparsight.evaluation.questions import scene_questions
+from sparsight.evaluation.questions import held_out_questions, scene_questions
 from sparsight.modeling.scaling import scale_tokens
 from sparsight.pipeline import autocast, load, run, samples_hash
 from sparsight.pipeline.files import settle_image_size

@@ -46,9 +46,7 @@ from sparsight import ChainOfSightConfig, build
 from sparsight.data.collate import Collator
 from sparsight.devices.precision import precision_on
 from sparsight.modeling.build import language_folder
-from sparsight.modeling.packed import attention_for_packed_rows
 from sparsight.modeling.scratch import scratch_tokenizer
-from sparsight.modeling.short import attention
 from sparsight.pipeline import autocast
 from sparsight.reporting import environment
 from sparsight.settings.bridges import ResamplerConfig
@@ -120,7 +118,7 @@ class Bench:
         values = {"name": trains, "bridge": {"kind": "linear"}, "samples": 1, "learning_rate": rates}
         self.stage = Stage.model_validate(values | ({"lora": {"rank": 16}} if trains == "lora" else {}))
         model, _, _ = self.model("linear")
-        lora = add_lora(model, self.stage, seed=0)
+        lora = add_lora(model, self.stage.lora, seed=0)
         select_trainable(model, self.stage)
         trained = [parameter for parameter in self.language.parameters() if parameter.requires_grad]
         self.language_optimizers = [adamw(trained)] if trained else []
@@ -208,13 +206,7 @@ def ours(
         batch["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(hidden_states=levels)}
     value = fused_loss(model, batch) if loss == "fused" else lambda: model(**batch, loss_only=loss == "labelled").loss
     inside = compiled_layers(bench, model) if compiled else partial(around, model)
-
-    @contextmanager
-    def as_trained() -> Iterator[SparseHandle | None]:
-        with attention(model.model.language_model), inside() as handle:
-            yield handle
-
-    return Step([value], [optimizer, *bench.language_optimizers], as_trained)
+    return Step([value], [optimizer, *bench.language_optimizers], inside)
 
 
 def fused_loss(model: Any, batch: dict[str, Any]) -> Loss:
@@ -286,8 +278,7 @@ def batched(bench: Bench, way: str) -> Step:
         features = BaseModelOutputWithPooling(hidden_states=tuple(level.to(bench.device) for level in features))
         batch |= {"mm_encoder_outputs": {"image": features}, "loss_only": True, "use_cache": False}
         losses.append(lambda batch=batch: model(**batch).loss)
-    rows = attention_for_packed_rows if way == "one row" else attention
-    return Step(losses, [optimizer, *bench.language_optimizers], partial(rows, model.model.language_model))
+    return Step(losses, [optimizer, *bench.language_optimizers])
 
 
 def llava(bench: Bench, tokens: int) -> Step:

@@ -53,7 +53,7 @@ def measured(stage: dict, precision: str, folder: Path) -> dict[str, float]:
     cost = forecast(recipe)[0]
     stage = cost.stage
     model, _ = build(vision, language, stage.bridge, tokenizer=tokenizer, image_size=224)
-    add_lora(model, stage, 0)
+    add_lora(model, stage.lora, 0)
     select_trainable(model, stage)
     model.train()
     if not cost.trains.vision:

@@ -14,7 +14,8 @@ from sparsight.cost import Trains
 from sparsight.data.collate import TrainingSet
 from sparsight.data.sources import open_source
 from sparsight.settings.recipe import Recipe, Stage
-from sparsight.training.trainer import StepCounter, plan_stage, train_stage
+from sparsight.training.counter import StepCounter
+from sparsight.training.trainer import plan_stage, train_stage, training_arguments
 from tiny import clip_config
 
 SCENES = {"kind": "scenes", "scenes": 24, "cutouts": "shapes", "kinds": 8, "max_things": 3, "questions": 2}
@@ -129,6 +130,8 @@ def train(
     log = Records() if log is None else log
     data = data or training_set(processor, recipe, stage)
     counter = StepCounter(model, Trains.of(stage), 1e6)
-    plan = plan_stage(data, recipe, stage, folder, quiet())
-    train_stage(model, processor, data, plan, recipe, stage, folder, log, counter, console or quiet(), resume)
+    plan = plan_stage(data, stage, recipe.seed, folder, quiet())
+    arguments = training_arguments(recipe, stage, len(plan), folder)
+    options = {"log": log, "console": console or quiet(), "resume": resume}
+    train_stage(model, processor, data, plan, stage, arguments, counter, **options)
     return log

@@ -100,15 +100,15 @@ def test_D09_no_other_console_is_made() -> None:
 
 
 def test_F23_without_a_terminal_a_line_tells_how_far_it_is(monkeypatch):
-    """One for each stretch of time, with loss and speed, at once in the file; on a terminal none."""
+    """One for each stretch of time, at once in the file; on a terminal none."""
     monkeypatch.setattr(Progress, "EVERY", 0.0)
     told = {}
     for terminal in (False, True):
         console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
         with Progress(console=console) as bar:
-            task = bar.add_task("pretrain", total=8, loss="-", speed="", bad="")
-            bar.update(task, completed=4, loss="1.250", speed="3.0 samples/s")
-            told[terminal] = "pretrain: 4 of 8, loss 1.250, 3.0 samples/s" in console.file.getvalue()
+            task = bar.add_task("pretrain", total=8)
+            bar.update(task, completed=4, description="pretrain, loss 1.250")
+            told[terminal] = "pretrain, loss 1.250: 4 of 8" in console.file.getvalue()
     assert told == {False: True, True: False}
     monkeypatch.setattr(Progress, "EVERY", 60.0)
     console = Console(file=io.StringIO())

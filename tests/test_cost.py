@@ -50,7 +50,7 @@ def stage_of(trains):
 
 def prepared(model, trains):
     if trains.lora_rank:
-        add_lora(model, stage_of(trains), seed=0)
+        add_lora(model, stage_of(trains).lora, seed=0)
     if trains.vision or trains.bridge or trains.language:
         select_trainable(model, stage_of(trains))
     else:

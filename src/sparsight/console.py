@@ -52,8 +52,8 @@ class Progress(rich.progress.Progress):
 
     EVERY = 60.0  # seconds
 
-    def __init__(self, *columns: Any, console: Console) -> None:
-        super().__init__(*columns, console=console)
+    def __init__(self, *, console: Console) -> None:
+        super().__init__(console=console)
         self._told = time.monotonic()
 
     def update(self, task_id: rich.progress.TaskID, **values: Any) -> None:
@@ -62,9 +62,8 @@ class Progress(rich.progress.Progress):
             return
         self._told = time.monotonic()
         task = next(task for task in self.tasks if task.id == task_id)
-        fields = {"loss": "loss {}", "speed": "{}", "bad": "{}"}
-        said = [form.format(task.fields[name]) for name, form in fields.items() if task.fields.get(name)]
-        if task.time_remaining is not None:
-            said.append(f"about {-(-task.time_remaining // 60):.0f} min left")
-        done = f"{task.completed:,.0f}" + ("" if task.total is None else f" of {task.total:,.0f}")
-        self.console.print(Text(", ".join([f"{task.description}: {done}", *said])), soft_wrap=True)
+        line = f"{task.description}: {task.completed:,.0f}"
+        line += "" if task.total is None else f" of {task.total:,.0f}"
+        left = task.time_remaining
+        line += "" if left is None else f", about {-(-left // 60):.0f} min left"
+        self.console.print(Text(line), soft_wrap=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from transformers import (
 from sparsight.data.cache import build_cache, image_rows
 from sparsight.data.collate import Collator, TrainingSet
 from sparsight.data.sources import ConversationSource
-from sparsight.modeling.packed import attention_for_packed_rows
 from sparsight.settings.data import ConversationData
 from tiny import make_image
 
@@ -93,14 +91,13 @@ def test_none_to_three_images_in_one_batch(tiny_vlm, source: ConversationSource)
 
 
 @pytest.mark.parametrize("pack_length", [None, 200], ids=["rows of the longest", "one row"])
-@pytest.mark.parametrize("attention", ["eager", "sdpa", "by sample"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_packed_rows_have_the_loss_and_gradients_of_padded_ones(
     tiny_vlm, source: ConversationSource, attention: str, pack_length: int | None
 ) -> None:
     """No attention across samples, and no first token that the sample before it is taught to say."""
     model, processor = tiny_vlm()
-    language = model.model.language_model
-    language.set_attn_implementation("eager" if attention == "by sample" else attention)
+    model.model.language_model.set_attn_implementation(attention)
     pad = processor.tokenizer.pad_token_id
     items = [TrainingSet(source, processor, 4)[index] for index in (2, 0, 3, 1)]
     found = []
@@ -108,10 +105,8 @@ def test_packed_rows_have_the_loss_and_gradients_of_padded_ones(
         batch = collate(items)
         batch.pop("info")
         model.zero_grad(set_to_none=True)
-        by_sample = collate.packing and attention == "by sample"
-        with attention_for_packed_rows(language) if by_sample else nullcontext():
-            loss = model(**batch, loss_only=True, use_cache=False).loss
-            loss.backward()
+        loss = model(**batch, loss_only=True, use_cache=False).loss
+        loss.backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         found.append((batch["input_ids"], loss.item(), gradients))
     (padded, loss, wanted), (packed, packed_loss, gradients) = found
@@ -279,15 +274,7 @@ def test_packed_samples_longer_than_the_window_are_as_padded_ones(family: str) -
     lengths = (20, 5, 13)
     ids = torch.randint(1, 64, (1, sum(lengths)))
     places = torch.cat([torch.arange(length) for length in lengths])[None]
-    with torch.no_grad(), attention_for_packed_rows(model):
-        packed = model(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state[0]
     with torch.no_grad():
+        packed = model(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state[0]
         alone = [model(input_ids=part, use_cache=False).last_hidden_state[0] for part in ids.split(lengths, 1)]
     assert (packed - torch.cat(alone)).abs().max() < 1e-5
-
-
-def test_attention_in_chunks_is_not_packed() -> None:
-    language = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
-    language.config.layer_types = ["chunked_attention"]
-    with pytest.raises(ValueError, match="LlamaForCausalLM attends in chunks: set packing: false"):
-        attention_for_packed_rows(language)

@@ -27,7 +27,7 @@ def notes(tmp_path: Path, tiny_vlm: Any, images: int | None, **changes: Any) -> 
     """What a stage's log notes, over scenes, or over samples with so many images."""
     recipe, stage = one_stage(**({"learning_rate": ALL} | changes))
     model, processor = tiny_vlm()
-    add_lora(model, stage, seed=0)
+    add_lora(model, stage.lora, seed=0)
     select_trainable(model, stage)
     data = None
     if images is not None:

@@ -409,15 +409,21 @@ def test_the_check_counts_what_training_sees(tmp_path: Path, write: Callable[...
 
 def test_bad_samples_of_other_data_do_not_count(tmp_path: Path) -> None:
     """What one file has too many of is no fault of the next, and rows of the same number are others there."""
-    quarantine = Quarantine(tmp_path / "quarantine.jsonl", most=0.01)
+
+    def of(stage, *same):
+        return Quarantine(tmp_path / "quarantine.jsonl", 0.01, stage, same, 10_000)
+
+    quarantine = of("a", "a", "c")
     bad = [{"row": row, "id": str(row), "reason": "cut", "dropped": False} for row in range(50)]
-    quarantine.begin("a", 0, 0, 10_000, ["a", "c"])
+    quarantine.begin(0, 0)
     quarantine.add(bad, 1, 9_000)
-    quarantine.begin("b", 0, 0, 10_000, ["b"])
+    quarantine = of("b", "b")
+    quarantine.begin(0, 0)
     quarantine.add(bad[7:8], 1, 32)
     lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["row"]) for line in lines[-2:]] == [("a", 49), ("b", 7)] and len(lines) == 51
-    quarantine.begin("c", 0, 9_000, 10_000, ["a", "c"])  # the first data again: known ones are not written twice
+    quarantine = of("c", "a", "c")
+    quarantine.begin(0, 9_000)  # the first data again: known ones are not written twice
     quarantine.add(bad[:1], 1, 32)
     assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 51
     with pytest.raises(ValueError, match="stage 'c', step 2: 101 of "):

@@ -7,7 +7,6 @@ models and the families to the last FLOP, but for one case of a family (+1.5%).
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -21,15 +20,14 @@ from sparsight.data.collate import Collator
 from sparsight.devices import peaks as devices
 from sparsight.devices.precision import default_device, device_name
 from sparsight.modeling.encoders import count_flops
-from sparsight.modeling.packed import attention_for_packed_rows
 from sparsight.settings.bridges import ChainOfSightConfig, LinearConfig
 from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.settings.recipe import Lora, Stage
 from sparsight.sparse.attach import attach
 from sparsight.sparse.callback import SparsightCallback
 from sparsight.sparse.executed import figures
+from sparsight.training.counter import StepCounter
 from sparsight.training.stages import add_lora, select_trainable
-from sparsight.training.trainer import StepCounter
 from test_cost import assert_close, counted
 from tiny import make_vlm
 
@@ -63,7 +61,6 @@ CASES = {
     "lora": {"lora": Lora(rank=4)},
     "lora alone": {"lora": Lora(rank=4), "rates": {"language": 1e-3}},
     "packing": {"packing": True, "images": (1, 1, 1, 0), "texts": (30, 10, 12, 8)},
-    "packing, by sample": {"packing": True, "by_sample": True, "images": (1, 1, 1, 0), "texts": (30, 10, 12, 8)},
     "compression": {"compressor": COMPRESSOR},
     "skipping": {"off": (True, False)},
     "compression, skipping, lora": {"compressor": COMPRESSOR, "off": (False, True), "lora": Lora(rank=4)},
@@ -88,7 +85,7 @@ def test_a_step_of_our_own_model(name, bridge):
         lora=case.get("lora"),
         gradient_checkpointing=case.get("checkpointing", False),
     )
-    add_lora(model, stage, seed=0)
+    add_lora(model, stage.lora, seed=0)
     select_trainable(model, stage)
     model.set_attn_implementation("eager")
     model.train()
@@ -100,16 +97,13 @@ def test_a_step_of_our_own_model(name, bridge):
     handle.off = case.get("off", (False, False))
     encoder = count_flops(model.model.vision_tower, 64, model.config.vision_levels)
     counter = StepCounter(model, Trains.of(stage), encoder)
-    inputs = Collator(processor.tokenizer.pad_token_id, case.get("packing", False))(
-        items(model, case["images"], case["texts"])
-    )
+    collate = Collator(processor.tokenizer.pad_token_id, case.get("packing", False), None, processor.image_token_id)
+    inputs = collate(items(model, case["images"], case["texts"]))
     info = inputs.pop("info")
-    with attention_for_packed_rows(model.model.language_model) if "by_sample" in case else nullcontext():
-        measured = counted(lambda: model(**inputs, loss_only=True, use_cache=False).loss.backward())
-        counter.add(inputs, info, handle.take_passes()[0])
-    assert_close(sum(counter.flops.values()), measured)
-    record = counter.record()
-    assert record["flops"] == sum(counter.flops.values())
+    measured = counted(lambda: model(**inputs, loss_only=True, use_cache=False).loss.backward())
+    counter.add(inputs, info, handle.take_passes()[0])
+    assert_close(counter.last_flops, measured)
+    assert counter.record()["flops"] == counter.last_flops
 
 
 SIZES = {
@@ -140,7 +134,7 @@ def test_a_step_at_native_resolution(sizes, rates, bridge):
     batch = items(model, [1] * len(sizes), [20] * len(sizes))
     for item, size in zip(batch, sizes, strict=True):
         item["pixels"] = processor.pixels([Image.new("RGB", size)])
-    inputs = Collator(processor.tokenizer.pad_token_id)(batch)
+    inputs = Collator(processor.tokenizer.pad_token_id, image_token_id=processor.image_token_id)(batch)
     info = inputs.pop("info")
     counter = StepCounter(
         model, Trains.of(stage), count_flops(model.model.vision_tower, 128, model.config.vision_levels)
@@ -148,8 +142,7 @@ def test_a_step_at_native_resolution(sizes, rates, bridge):
     for _ in range(2):
         measured = counted(lambda: model(**inputs, loss_only=True, use_cache=False).loss.backward())
         counter.add(inputs, info)
-        assert_close(sum(counter.flops.values()), measured)
-        counter.clear()
+        assert_close(counter.last_flops, measured)
     assert len(counter.flops_of_grid) == len(set(sizes))
 
 

@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from small_runs import one_stage, train
 from sparsight.cost import Trains
 from sparsight.training import optimizer as optimizers
+from sparsight.training.counter import StepCounter
 from sparsight.training.optimizer import MuonAdamW, optimizer_flops
 from sparsight.training.stages import add_lora, merge_lora, parameter_groups, select_trainable
-from sparsight.training.trainer import SparsightTrainer, StepCounter, training_arguments
+from sparsight.training.trainer import SparsightTrainer, training_arguments
 
 SETTINGS = {"betas": (0.9, 0.98), "lr": 1e-3, "fused": True}
 
@@ -107,7 +108,7 @@ def test_adapters_alone_train_without_muons_part(tmp_path: Path, tiny_vlm) -> No
     """With LoRA there is no matrix for Muon, which takes no empty list."""
     model, processor = tiny_vlm()
     recipe, stage = one_stage(optimizer="muon", lora={"rank": 2}, learning_rate={"language": 1e-2}, samples=8)
-    lora = add_lora(model, stage, recipe.seed)
+    lora = add_lora(model, stage.lora, recipe.seed)
     select_trainable(model, stage)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_B" in name}
     train(model, processor, recipe, stage, tmp_path)

@@ -25,8 +25,9 @@ from sparsight.cost import Trains
 from sparsight.data.collate import Collator
 from sparsight.devices.flops import recomputes
 from sparsight.modeling.scaling import scale_tokens
+from sparsight.training.counter import StepCounter, cpu_seconds, resident_now
 from sparsight.training.stages import add_lora, merge_lora, select_trainable
-from sparsight.training.trainer import Interrupted, StepCounter, cpu_seconds, last_checkpoint, plan_stage, resident_now
+from sparsight.training.trainer import Interrupted, last_checkpoint, plan_stage
 from tiny import make_vlm
 
 BRIDGE_AND_LANGUAGE = {"bridge": 2e-3, "language": 1e-3}
@@ -42,7 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def prepared(tiny_vlm: Callable, stage: Any) -> tuple[Any, Any, Any]:
     """A model that is ready for the stage, its processor, and the adapters."""
     model, processor = tiny_vlm()
-    lora = add_lora(model, stage, seed=0)
+    lora = add_lora(model, stage.lora, seed=0)
     select_trainable(model, stage)
     return model, processor, lora
 
@@ -146,7 +147,7 @@ def test_a_gradient_that_is_not_finite_stops_training(tmp_path: Path, tiny_vlm, 
     with pytest.raises(ValueError, match=f"step {step}: the norm of the gradients is nan, though the loss") as told:
         train(model, processor, recipe, stage, tmp_path, log=log)
     data = training_set(processor, recipe, stage)
-    plan = plan_stage(data, recipe, stage, tmp_path, quiet())
+    plan = plan_stage(data, stage, recipe.seed, tmp_path, quiet())
     samples = [data[index]["id"] for batch in plan[step - 1] for index in batch]
     assert len(samples) == 4 and sorted(str(told.value).partition("samples: ")[2].split(", ")) == sorted(samples)
     assert sorted(log.steps()) == list(range(1, step))
@@ -307,7 +308,7 @@ def test_F05_a_checkpoint_that_a_kill_cut_short_is_passed_over_and_kept(tmp_path
     aside = tmp_path / "damaged-checkpoint-4-2"
     assert {file.name: file.read_bytes() for file in aside.iterdir()} == held
     said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert f"{broken} is damaged (trainer_state.json: " in said and f"is now {aside}" in said
+    assert f"{broken} is damaged (trainer_state.json: " in said and f"it is now {aside}" in said
 
 
 def test_F05_an_error_of_the_disk_is_an_error_and_moves_nothing(tmp_path: Path) -> None:
@@ -315,7 +316,7 @@ def test_F05_an_error_of_the_disk_is_an_error_and_moves_nothing(tmp_path: Path) 
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").symlink_to("/proc/self/mem")  # reads end in EIO
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(OSError, match="Input/output error: '.*checkpoint-4/trainer_state.json'"):
+    with pytest.raises(OSError, match="Input/output error"):
         last_checkpoint(tmp_path, quiet())
     assert sorted(tmp_path.rglob("*")) == before
 

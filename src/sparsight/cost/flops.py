@@ -15,13 +15,12 @@ from sparsight.settings.bridges import bridge_settings
 
 
 def language_flops(
-    shape: LanguageShape, batch: float, positions: float, labels: float, trains: Trains, pairs: float | None = None
+    shape: LanguageShape, batch: float, positions: float, labels: float, trains: Trains
 ) -> dict[str, float]:
     """Executed FLOPs of the language model, forward and backward.
 
     Args:
         batch: rows; positions: tokens in a row, padding included; labels: positions put on the vocabulary.
-        pairs: positions compared with one another; those of whole rows if not given.
     """
     tokens, rank = batch * positions, trains.lora_rank * trains.language
     # Backward costs one forward for the input's gradient and one more for the weights'.
@@ -39,8 +38,7 @@ def language_flops(
         projections -= sum(2 * (a * b + rank * a) for a, b in shape.attention_maps()[:3]) * tokens
     if again:  # recomputation stops where nothing more is needed: before the layer's last product
         mlp -= 2 * shape.hidden * (rank or shape.intermediate) * tokens * shape.layers
-    pairs = batch * positions**2 if pairs is None else pairs
-    scores = 4 * pairs * shape.heads * shape.head_dim * shape.layers
+    scores = 4 * batch * positions**2 * shape.heads * shape.head_dim * shape.layers
     return {
         "language_projections": projections,
         "language_attention": scores * (3 if flows_back else 1) + scores * again,
@@ -125,16 +123,15 @@ def step_flops(
     labels: float,
     images: float,
     trains: Trains,
-    pairs: float | None = None,
 ) -> dict[str, float]:
     """Executed FLOPs of one forward and backward pass, by part.
 
     Args:
-        batch, positions, labels, pairs: see `language_flops`.
+        batch, positions, labels: see `language_flops`.
         encoder_flops: one image's pass (``encoders.count_flops``); 0 where features come from a cache.
     """
     parts = {
         "encoder": encoder_flops * images,
         "bridge": bridge_flops(bridge, level_widths, shape.hidden, map_size, images, trains),
     }
-    return parts | language_flops(shape, batch, positions, labels, trains, pairs)
+    return parts | language_flops(shape, batch, positions, labels, trains)

@@ -125,8 +125,6 @@ class StageCost:
             self.micro_batch * self.stage.conversation.supervised,
             self.micro_batch * self.stage.conversation.images,
             self.trains,
-            # Packed, each conversation's attention is by itself; not so with a compressor.
-            self.micro_batch * self.length() ** 2 if self.stage.packing and self.stage.compressor is None else None,
         )
         del parts["encoder"]
         return parts
@@ -168,10 +166,9 @@ class StageCost:
         (encoder, language), bf16, trains = self.shapes, self.recipe.precision != "fp32", self.trains
         keep = max(keep for _, keep, _ in self._course())
         rows, positions = self._rows(count, keep)
-        plain = bf16 and not isinstance(self.recipe.language, str)  # small models: on a CPU, see modeling/short.py
-        held = language_activations(language, rows, positions, trains, bf16, plain)
+        held = language_activations(language, rows, positions, trains, bf16)
         layer = language_activations(
-            replace(language, layers=1), rows, positions, replace(trains, recompute=False), bf16, plain
+            replace(language, layers=1), rows, positions, replace(trains, recompute=False), bf16
         )
         copies = 0.0
         if bf16 and language.weight_bytes == 4 and trains.flows_back:

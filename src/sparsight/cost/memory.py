@@ -43,10 +43,8 @@ class Parts:
         return cls(total, trainable, weights, trained)
 
 
-def language_activations(
-    shape: LanguageShape, batch: float, positions: float, trains: Trains, bf16: bool, plain: bool
-) -> float:
-    """Bytes that the layers keep for the backward pass; ``plain`` attention keeps its weights, too."""
+def language_activations(shape: LanguageShape, batch: float, positions: float, trains: Trains, bf16: bool) -> float:
+    """Bytes that the layers keep for the backward pass."""
     if not trains.flows_back:
         return 0.0
     narrow, wide = 2 if bf16 else 4, shape.weight_bytes
@@ -56,8 +54,7 @@ def language_activations(
     norms = 2 * shape.hidden * (wide + wide * full + narrow * trains.language)
     attention = narrow * 4 * heads
     mlp = narrow * shape.intermediate * (2 + shape.gated + (full or adapted) - (not shape.gated))
-    scores = narrow * shape.heads * positions if plain else 4 * shape.heads
-    layer = norms + attention + mlp + scores
+    layer = norms + attention + mlp + 4 * shape.heads
     tokens = batch * positions
     if trains.recompute:  # inputs of the layers, and one layer at work
         return tokens * (shape.layers * wide * shape.hidden + layer)

@@ -213,9 +213,10 @@ class Collator:
     """Pads at the right and stacks. Samples may have 0 to k images.
 
     With ``packing``, samples share rows as long as the longest one (or ``pack_length``), without attention across them:
-    places start anew with each, and there is no mask, as transformers tells packed rows. What the trainer wants to know
-    stands under "info" and is not for the model: ids of the samples, the number of positions that are no padding, and
-    entries of bad samples that were replaced.
+    positions start anew with each, and there is no mask, as transformers tells packed rows. "info" is not for the
+    model: it holds all that is counted of a batch, here and nowhere else (ids of the samples; positions that are
+    ``filled``, no padding; visual tokens; supervised labels; images, and their grids of patches at native resolution;
+    entries of bad samples that were replaced).
 
     Args:
         places: of a image's visual tokens (`image_token_id`) among the last one's, and how many those are: text
@@ -258,11 +259,6 @@ class Collator:
             rows = pack(lengths, max(*lengths, self.pack_length or 0))
             items = [items[number] for row in rows for number in row]
         batch: dict[str, Any] = self._stacked(items, [len(row) for row in rows])
-        batch["info"] = {
-            "ids": [item["id"] for item in items],
-            "filled": sum(lengths),
-            "replaced": [entry for item in items for entry in item.get("replaced", [])],
-        }
         pixels = [item["pixels"] for item in items if "pixels" in item]
         features = [item["features"] for item in items if "features" in item]
         if pixels:  # and the grids of a native-resolution encoder
@@ -270,7 +266,22 @@ class Collator:
         if features:
             levels = tuple(torch.cat(level) for level in zip(*features, strict=True))
             batch["mm_encoder_outputs"] = {"image": _Features(hidden_states=levels)}
+        batch["info"] = self._info(items, batch, sum(lengths))
         return batch
+
+    def _info(self, items: list[dict[str, Any]], batch: dict[str, Any], filled: int) -> dict[str, Any]:
+        features = batch["mm_encoder_outputs"]["image"].hidden_states[0] if "mm_encoder_outputs" in batch else ()
+        grids = batch["image_grid_thw"].tolist() if "image_grid_thw" in batch else []
+        visual = 0 if self.image_token_id is None else int((batch["input_ids"] == self.image_token_id).sum())
+        return {
+            "ids": [item["id"] for item in items],
+            "filled": filled,
+            "visual_tokens": visual,
+            "supervised": int((batch["labels"][:, 1:] != -100).sum()),
+            "images": len(grids or batch.get("pixel_values", features)),
+            "grids": [(rows, columns) for _, rows, columns in grids],
+            "replaced": [entry for item in items for entry in item.get("replaced", [])],
+        }
 
     def _stacked(self, items: list[dict[str, Any]], counts: list[int]) -> dict[str, torch.Tensor]:
         """Ids, labels and mask, or places, (B, T), of rows that hold so many items each."""

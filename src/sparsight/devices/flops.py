@@ -1,4 +1,4 @@
-"""FLOPs of real modules, for which no closed form is at hand, as torch counts them."""
+"""FLOPs of modules that have no closed form, as torch counts them."""
 
 from __future__ import annotations
 
@@ -20,22 +20,17 @@ def recomputes(module: torch.nn.Module) -> bool:
 
 @contextmanager
 def flop_counter(encoder: Any) -> Iterator[FlopCounterMode]:
-    """Count what runs inside, and leave no trace of it in ``encoder`` or in the random generators.
-
-    On a CPU attention is taken apart: the counter does not see into its fused kernels. On a GPU it does, and a matrix
-    for each head might not fit. Modules are in eval mode, but where
-    they recompute activations, which they do in training alone.
-    """
-    config, was_training = getattr(encoder, "config", None), encoder.training
-    kernel = getattr(config, "_attn_implementation", None)
-    on_cpu = next(encoder.parameters()).device.type == "cpu"
+    """Count what runs within, and leave no trace of it in ``encoder`` or in the random generators. The encoder is in
+    eval mode, unless it recomputes activations, which it does in training alone."""
+    kernel, was_training = getattr(getattr(encoder, "config", None), "_attn_implementation", None), encoder.training
+    on_cpu = next(encoder.parameters()).device.type == "cpu"  # there, the counter does not see into fused kernels
     foreign = kernel not in (None, "eager", "sdpa") and hasattr(encoder, "set_attn_implementation")
     encoder.train(was_training and recomputes(encoder))
     if foreign:
         encoder.set_attn_implementation("eager" if on_cpu else "sdpa")
     try:
-        apart = sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()
-        with forked_rng(), apart, FlopCounterMode(display=False) as counter:
+        unfused = sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()
+        with forked_rng(), unfused, FlopCounterMode(display=False) as counter:
             yield counter
     finally:
         if foreign:

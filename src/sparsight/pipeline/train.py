@@ -39,9 +39,10 @@ from sparsight.schedules import skip_probabilities
 from sparsight.settings.base import readable
 from sparsight.settings.load import load_recipe
 from sparsight.settings.recipe import Recipe, ScratchLanguage, Stage
+from sparsight.training.counter import StepCounter, resident_now
 from sparsight.training.quarantine import Quarantine
-from sparsight.training.stages import PartPlan, add_lora, merge_lora, select_trainable
-from sparsight.training.trainer import StepCounter, plan_stage, resident_now, train_stage
+from sparsight.training.stages import add_lora, merge_lora, select_trainable
+from sparsight.training.trainer import plan_stage, train_stage, training_arguments
 
 FIRST = 32  # samples of a later stage that are looked at where all are of about one size
 WAITING = 0.1  # share of the time waiting for data, above which there is something to mend
@@ -169,7 +170,7 @@ def _check_stages(
         try:
             scaled = scaled_processor(model, processor, stage.bridge, stage.image_size)
             data = _training_set(recipe, stage, scaled, language, sources[stage.name])
-            plan_stage(data, recipe, stage, session.out / stage.name / "checkpoints", session.console)
+            plan_stage(data, stage, recipe.seed, session.out / stage.name / "checkpoints", session.console)
             for index in range(0 if data.replaces else min(FIRST, len(data))):  # where sizes were not measured
                 data.encode((data.offset + index) % len(data.source), text_alone=True)
         except ValueError as error:
@@ -250,13 +251,13 @@ def _run_stage(
     source: Source,
 ) -> None:
     recipe, log, console = session.recipe, session.log, session.console
-    lora = add_lora(model, stage, recipe.seed)
+    lora = add_lora(model, stage.lora, recipe.seed)
     plan = select_trainable(model, stage)
     config = model.config
     _print_stage(stage, plan, config.num_image_tokens, console)
     data = _training_set(recipe, stage, processor, config.text_config, source)
     folder = session.out / stage.name / "checkpoints"
-    steps = plan_stage(data, recipe, stage, folder, console)
+    steps = plan_stage(data, stage, recipe.seed, folder, console)
     log.write(
         "stage",
         stage=stage.name,
@@ -266,9 +267,9 @@ def _run_stage(
         image_size=stage.image_size,
         samples=stage.samples,
         steps=len(steps),
-        trainable_parameters=sum(part.trainable for part in plan),
-        total_parameters=sum(part.total for part in plan),
-        trains={part.part: part.trainable for part in plan if part.trainable},
+        trainable_parameters=sum(trained for trained, _ in plan.values()),
+        total_parameters=sum(total for _, total in plan.values()),
+        trains={part: trained for part, (trained, _) in plan.items() if trained},
     )
     if stage.gradient_checkpointing:
         model.train().gradient_checkpointing_enable({"use_reentrant": False})
@@ -280,10 +281,14 @@ def _run_stage(
         data.cache, encoding = cached_features(session, stage, model, processor, data.source, encoder_flops)
     start = time.perf_counter()
     counter = StepCounter(model, Trains.of(stage), encoder_flops, recipe.precision, session.resident)
-    quarantine = Quarantine(session.out / "quarantine.jsonl", recipe.max_bad, session.main)
-    began = train_stage(
-        model, processor, data, steps, recipe, stage, folder, log, counter, console, session.resume, quarantine
-    )
+    quarantine = None
+    if data.replaces:
+        same = [each.name for each in recipe.of_the_same_data(stage)]
+        file = session.out / "quarantine.jsonl"
+        quarantine = Quarantine(file, recipe.max_bad, stage.name, same, len(source), session.main)
+    arguments = training_arguments(recipe, stage, len(steps), folder)
+    options: dict[str, Any] = {"log": log, "console": console, "quarantine": quarantine, "resume": session.resume}
+    began = train_stage(model, processor, data, steps, stage, arguments, counter, **options)
     seconds = time.perf_counter() - start
     merge_lora(lora)
     if not session.main:
@@ -322,12 +327,11 @@ def _training_set(
     )
 
 
-def _print_stage(stage: Stage, plan: list[PartPlan], tokens: int, console: Console) -> None:
+def _print_stage(stage: Stage, plan: Mapping[str, tuple[int, int]], tokens: int, console: Console) -> None:
     """The stage and its trainable parts, in a line."""
     trains = [
-        f"{part.part}{' (LoRA)' if part.lora else ''}, {part.trainable:,} parameters at {part.learning_rate:g}"
-        for part in plan
-        if part.learning_rate
+        f"{part}{' (LoRA)' if part == 'language' and stage.lora else ''}, {plan[part][0]:,} parameters at {rate:g}"
+        for part, rate in stage.learning_rate.parts().items()
     ]
     head = f"{tokens} visual tokens, {stage.image_size} px, {stage.samples:,} samples"
     console.print(Text(f"stage {stage.name}: {head}; trains {'; '.join(trains)}"), soft_wrap=True)

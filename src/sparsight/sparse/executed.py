@@ -1,11 +1,7 @@
-"""What an attached model executed: its language model in closed form, its way from pixels to visual tokens measured.
-
-All encoders that the model's inputs go through count: of images, of videos, and of sound.
-"""
+"""The one accountant of executed FLOPs, of the models that we train and of any that something is attached to."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,50 +15,57 @@ from sparsight.sparse.attach import Pass, SparseHandle
 from sparsight.sparse.blank import tensors
 
 
+def language_shapes(config: Any) -> list[LanguageShape]:
+    """The language model's sizes; where they differ by layer (Gemma 4), a shape for each layer, whose mean counts. With
+    a skipper that is a mean over all layers, not over those that ran."""
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    return [LanguageShape.from_config(layer) for layer in layers]
+
+
+def pass_flops(
+    done: Pass, shapes: Sequence[LanguageShape], trains: Trains, labels: int | None = None
+) -> dict[str, float]:
+    """FLOPs of the language model in a forward and backward pass, by part, of what the methods left of it.
+
+    ``labels``: positions that go through the vocabulary's projection; all of them if not given.
+    """
+    labels = done.rows * done.length if labels is None else labels
+    cut = [replace(shape, layers=done.layers_run) for shape in shapes]
+    each = [language_flops(shape, done.rows, done.length, labels, trains) for shape in cut]
+    return {part: sum(flops[part] for flops in each) / len(each) for part in each[0]}
+
+
 def figures(handle: SparseHandle, passes: Sequence[Pass]) -> dict[str, float]:
-    """What passes executed, as it stands in the log. ``flops`` is left out where the vision tower cannot be measured:
-    with several ranks, which would have to measure together."""
+    """What passes of an attached model executed, as it is logged. ``flops`` is left out where encoders cannot be
+    measured: on several ranks, which would have to measure together."""
     config: Any = handle.model.config
-    shapes = _shapes(config.get_text_config())
-    trains = _trains(handle)
+    shapes, trains, layers = language_shapes(config.get_text_config()), _trains(handle), handle.parts.layers
 
-    def flops(layers: int, rows: int, length: int) -> float:
-        each = [language_flops(replace(shape, layers=layers), rows, length, rows * length, trains) for shape in shapes]
-        return sum(sum(parts.values()) for parts in each) / len(each)
+    def flops(each: Sequence[Pass]) -> float:
+        return sum(sum(pass_flops(done, shapes, trains).values()) for done in each)
 
-    executed = sum(flops(done.layers_run, done.rows, done.length) for done in passes)
-    plain = sum(flops(handle.parts.layers, done.rows, done.length_in) for done in passes)
+    executed = flops(passes)
+    plain = flops([replace(done, length=done.length_in, layers_run=layers) for done in passes])
     found = {
         "keep": handle.keep,
         "visual_tokens_in": sum(done.visual_in for done in passes),
         "visual_tokens_out": sum(done.visual_out for done in passes),
-        "layers_run": sum(done.layers_run for done in passes) / max(1, len(passes) * handle.parts.layers),
+        "layers_run": sum(done.layers_run for done in passes) / max(1, len(passes) * layers),
         "language_flops": executed,
         "language_flops_ratio": executed / plain if plain else 1.0,
     }
-    values: Counter[str] = Counter()
-    for done in passes:
-        values.update(done.pixels)
-    for kind in [] if several_ranks() else values.keys() - handle.pixel_flops.keys():
-        handle.pixel_flops[kind] = encoder_flops(handle, kind)
+    values = [(kind, count) for done in passes for kind, count in done.pixels.items()]
+    for kind in set() if several_ranks() else {kind for kind, _ in values} - handle.pixel_flops.keys():
+        handle.pixel_flops[kind] = _encoder_flops(handle, kind)
         del handle.encoder_calls[kind]  # its pixels are no longer needed
-    if values.keys() <= handle.pixel_flops.keys():
-        found["flops"] = executed + sum(count * handle.pixel_flops[kind] for kind, count in values.items())
+    if all(kind in handle.pixel_flops for kind, _ in values):
+        found["flops"] = executed + sum(count * handle.pixel_flops[kind] for kind, count in values)
     return found
 
 
-def _shapes(config: Any) -> list[LanguageShape]:
-    """The language model's sizes; where they differ by layer (Gemma 4), a shape for each layer, whose mean counts.
-    With a skipper that is a mean over all layers, not over those that ran."""
-    if not getattr(config, "is_heterogeneous", False):
-        return [LanguageShape.from_config(config)]
-    return [LanguageShape.from_config(layer) for layer in config.per_layer_config]
-
-
-def encoder_flops(handle: SparseHandle, kind: str) -> float:
-    """FLOPs of encoder and projector of a kind of input ("image", "video", "audio") for each of its values, forward and
-    backward, measured once on the first batch. Exact for images of one size; at native resolution, attention within
-    images of other sizes differs."""
+def _encoder_flops(handle: SparseHandle, kind: str) -> float:
+    """FLOPs of encoder and projector for each value of an input ("image", "video", "audio"), forward and backward,
+    measured on the first batch. Exact for images of one size; at native resolution, attention differs with the size."""
     args, kwargs, pixels = handle.encoder_calls[kind]
     inside = tuple(f"{path}." for path in (handle.parts.decoder, handle.parts.head))
     trained = [p for name, p in handle.model.named_parameters() if p.requires_grad and not name.startswith(inside)]
@@ -77,15 +80,12 @@ def encoder_flops(handle: SparseHandle, kind: str) -> float:
 
 
 def _trains(handle: SparseHandle) -> Trains:
-    """Which parts have parameters that train, by where they stand."""
-    found, rank = set(), 0
+    """Which parts have parameters that train, by where these stand."""
+    found, rank, parts = set(), 0, handle.parts
     for name, parameter in handle.model.named_parameters():
         if parameter.requires_grad:
-            in_vision, in_language = (name.startswith(p + ".") for p in (handle.parts.vision, handle.parts.decoder))
-            found.add(
-                "vision" if in_vision else "language" if in_language or name.startswith(handle.parts.head) else "bridge"
-            )
-            if "lora_A" in name and in_language:
-                rank = parameter.shape[0]
+            language = name.startswith((f"{parts.decoder}.", parts.head))
+            found.add("vision" if name.startswith(f"{parts.vision}.") else "language" if language else "bridge")
+            rank = parameter.shape[0] if language and "lora_A" in name else rank
     recompute = bool(getattr(handle.layers[0], "gradient_checkpointing", False))
     return Trains("vision" in found, "bridge" in found, "language" in found, rank, recompute)

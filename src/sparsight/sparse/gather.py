@@ -179,10 +179,7 @@ def _packed(segment_BK: torch.Tensor, kept: Kept, config: Any, dtype: torch.dtyp
         longest = int(counts.max())
         cut = {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
         return cut | {"attention_mask": None}
-    if (
-        backend not in ("sdpa", "eager", "sparsight_short")
-        or (getattr(config, "sliding_window", None) or places) < places
-    ):
+    if backend not in ("sdpa", "eager") or (getattr(config, "sliding_window", None) or places) < places:
         raise UserError(
             f"packed samples cannot be compressed under attention '{backend}' with a sliding window of "
             f"{getattr(config, 'sliding_window', None)}: use sdpa, eager or flash attention without a window"

@@ -40,30 +40,23 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        assert closure is None
-        device = self.param_groups[0]["params"][0].device
-        with nullcontext() if fast_bf16(device) else _Float32():
+        with nullcontext() if fast_bf16(self.param_groups[0]["params"][0].device) else _Float32():
             for muon, part in self.parts.items():
                 part.state, part.param_groups = self.state, self._groups(muon)  # a checkpoint brings new ones
                 part.step()
 
 
 class _Float32(TorchFunctionMode):
-    """What would become bf16 stays fp32: torch's Muon iterates in bf16, which takes twenty times as long where a device
-    emulates it."""
+    """Casts to bf16 stay fp32: torch's Muon iterates in bf16, which takes twenty times as long where it is emulated."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.Tensor.bfloat16:
-            return args[0].float().clone()  # a copy, as it would be: what follows works in place
+            return args[0].float().clone()  # a copy, as it would be: Muon goes on in place
         return function(*args, **(kwargs or {}))
 
 
 def optimizer_flops(optimizer: torch.optim.Optimizer) -> float:
-    """FLOPs of Muon's Newton-Schulz iterations in one step; of the matrices that have a gradient."""
-    shapes = [
-        sorted(parameter.shape)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if group.get("muon") and parameter.grad is not None
-    ]
+    """FLOPs of Muon's Newton-Schulz iterations in one step, over the matrices that have a gradient."""
+    muon = [parameter for group in optimizer.param_groups if group.get("muon") for parameter in group["params"]]
+    shapes = [sorted(parameter.shape) for parameter in muon if parameter.grad is not None]
     return float(sum(NEWTON_SCHULZ * (4 * m * m * n + 2 * m**3) for m, n in shapes))

@@ -1,8 +1,8 @@
-"""What trains in a stage, and how a model enters it. One function decides, and its decision is printed."""
+"""What trains in a stage. One function decides, and its decision is printed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from sparsight.devices.precision import forked_rng
 from sparsight.modeling import SparsightForConditionalGeneration
-from sparsight.settings.recipe import Stage
+from sparsight.settings.recipe import Lora, Stage
 
 PARTS: dict[str, tuple[str, ...]] = {
     "vision": ("model.vision_tower.",),
@@ -19,57 +19,34 @@ PARTS: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class PartPlan:
-    """One part in one stage; counts are numbers of parameters."""
-
-    part: str
-    trainable: int
-    total: int
-    learning_rate: float | None
-    lora: bool
-
-
-def trainable_prefixes(stage: Stage) -> dict[str, tuple[str, ...]]:
-    """Part -> prefixes of the parameters that train in this stage. With LoRA, only its adapters do there."""
-    return {part: PARTS[part] for part in stage.learning_rate.parts()}
-
-
 def part_of(name: str) -> str:
     """The part that a parameter belongs to."""
-    for part, prefixes in PARTS.items():
-        if name.startswith(prefixes):
-            return part
-    raise AssertionError(f"parameter '{name}' belongs to no part")
+    return next(part for part, prefixes in PARTS.items() if name.startswith(prefixes))
 
 
-def select_trainable(model: SparsightForConditionalGeneration, stage: Stage) -> list[PartPlan]:
-    """Switch gradients on for what trains in this stage, and off for all else.
+def select_trainable(model: SparsightForConditionalGeneration, stage: Stage) -> dict[str, tuple[int, int]]:
+    """Switch gradients on for what trains in this stage, and off for all else. With LoRA, only its adapters train in
+    the language model.
 
     What trains is fp32 from now on, also where it was stored in 16 bits: most updates are too small for those.
 
     Returns:
-        The plan, part by part, for the run log and the terminal.
+        Part -> how many of its parameters train, and how many it has.
     """
-    prefixes = trainable_prefixes(stage)
-    for module in (prefix.rstrip(".") for part in prefixes for prefix in prefixes[part]):
-        if stage.lora is None or module not in ("model.language_model", "lm_head"):
-            model.get_submodule(module).float()  # with its buffers
-    counts: dict[str, list[int]] = {part: [0, 0] for part in PARTS}
+    rates, adapters = stage.learning_rate.parts(), stage.lora is not None
+    for part in rates:
+        for prefix in PARTS[part] if part != "language" or not adapters else ():
+            model.get_submodule(prefix.rstrip(".")).float()  # with its buffers
+    trainable, total = Counter[str](), Counter[str]()
     for name, parameter in model.named_parameters():
-        part = part_of(name)
-        adapter = ".lora_" in name
-        trains = part in prefixes and (adapter or not (part == "language" and stage.lora is not None))
+        part, adapter = part_of(name), ".lora_" in name
+        trains = part in rates and (adapter or part != "language" or not adapters)
         parameter.requires_grad_(trains)
         if adapter:
             parameter.data = parameter.data.float()
-        counts[part][0] += parameter.numel() * trains
-        counts[part][1] += parameter.numel()
-    rates = stage.learning_rate.parts()
-    return [
-        PartPlan(part, counts[part][0], counts[part][1], rates.get(part), part == "language" and stage.lora is not None)
-        for part in PARTS
-    ]
+        trainable[part] += parameter.numel() * trains
+        total[part] += parameter.numel()
+    return {part: (trainable[part], total[part]) for part in PARTS}
 
 
 def parameter_groups(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
@@ -97,22 +74,15 @@ def parameter_groups(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
     ]
 
 
-def add_lora(model: SparsightForConditionalGeneration, stage: Stage, seed: int) -> Any:
-    """Put adapters on all linear maps of the language model, and nowhere else. Undone by `merge_lora`."""
+def add_lora(model: SparsightForConditionalGeneration, lora: Lora | None, seed: int) -> Any:
+    """Put adapters on all linear maps of the language model's layers, and nowhere else. Undone by `merge_lora`."""
+    if lora is None:
+        return None
     from peft import LoraConfig, LoraModel
 
-    if stage.lora is None:
-        return None
-    config = LoraConfig(
-        r=stage.lora.rank,
-        lora_alpha=stage.lora.alpha,
-        lora_dropout=stage.lora.dropout,
-        target_modules=[
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and name.startswith("model.language_model.")
-        ],
-    )
+    inside = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    inside = [name for name in inside if name.startswith("model.language_model.")]
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=inside)
     with forked_rng():
         torch.manual_seed(seed)
         return LoraModel(model, config, "default")

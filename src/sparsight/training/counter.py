@@ -1,0 +1,143 @@
+"""What each step of a stage executed and took: the figures of its record in the run log."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from sparsight.cost import Trains, bridge_flops
+from sparsight.devices.peaks import peak_flops
+from sparsight.devices.precision import default_device, device_name
+from sparsight.devices.ranks import process_state, several_ranks
+from sparsight.modeling import SparsightForConditionalGeneration
+from sparsight.modeling.encoders import count_flops
+from sparsight.sparse.attach import Pass
+from sparsight.sparse.executed import language_shapes, pass_flops
+
+
+@dataclass
+class StepCounter:
+    """Counts the micro-batches of a step.
+
+    Args:
+        encoder_flops: of one image (`count_flops`); at native resolution, each new size is counted as it comes.
+        precision: bf16 or fp32: the peak of this device, where it is known, gives ``mfu``.
+        resident: bytes of the process before the run, which are not its own.
+    """
+
+    model: SparsightForConditionalGeneration
+    trains: Trains
+    encoder_flops: float
+    precision: str = "bf16"
+    resident: int = 0
+
+    def __post_init__(self) -> None:
+        self.peak = peak_flops(device_name(default_device()), self.precision)
+        self.shapes = language_shapes(self.model.config.text_config)
+        self.layers = self.layers_run = self.shapes[0].layers
+        self.flops_of_grid: dict[tuple[int, int], float] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin the next step."""
+        self.counts: dict[str, int] = defaultdict(int)
+        self.flops: dict[str, float] = defaultdict(float)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.loss, self.cpu = 0.0, cpu_seconds()
+        self.ids: list[str] = []  # of this rank's samples
+        self.replaced: list[dict[str, Any]] = []  # entries of bad samples, see `TrainingSet`
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def add(self, inputs: Mapping[str, Any], info: Mapping[str, Any], done: Pass | None = None) -> None:
+        """Count a forward and backward pass over a batch, with its figures (``info``) from the `Collator`; ``done`` is
+        what the methods left of it, where they are on."""
+        (rows, length), visual = inputs["input_ids"].shape, info["visual_tokens"]
+        done = done or Pass(rows, length, length, self.layers, visual, visual)
+        parts = self._before(info, inputs.get("mm_encoder_outputs") is not None)
+        parts |= pass_flops(done, self.shapes, self.trains, info["supervised"])
+        for part, flops in parts.items():
+            self.flops[part] += flops
+        self.last_flops, self.layers_run = sum(parts.values()), done.layers_run
+        self.ids += info["ids"]
+        self.counts["samples"] += len(info["ids"])
+        self.counts["visual_tokens"] += visual
+        self.counts["visual_tokens_kept"] += done.visual_out
+        self.counts["text_tokens"] += info["filled"] - visual
+        self.counts["padding_tokens"] += rows * length - info["filled"]
+
+    def _before(self, info: Mapping[str, Any], cached: bool) -> dict[str, float]:
+        """FLOPs of encoder and bridge, for which smaller maps of a batch are padded."""
+        config, images, grids = self.model.config, info["images"], info["grids"]
+        encoder, (high, wide) = images * self.encoder_flops, config.map_size
+        if grids:
+            encoder, (high, wide) = sum(map(self._of_grid, grids)), map(max, zip(*grids, strict=True))
+        settings, widths, out = config.bridge_config, config.level_widths, config.text_config.hidden_size
+        bridge = bridge_flops(settings, widths, out, (high, wide), images, self.trains)
+        return {"encoder": 0.0 if cached else encoder, "bridge": bridge}
+
+    def _of_grid(self, grid: tuple[int, int]) -> float:
+        """FLOPs of the encoder for an image of so many rows and columns of patches."""
+        if grid not in self.flops_of_grid:
+            tower: Any = self.model.model.vision_tower
+            height, width = (patches * tower.config.patch_size for patches in grid)
+            self.flops_of_grid[grid] = count_flops(tower, (height, width), self.model.config.vision_levels)
+        return self.flops_of_grid[grid]
+
+    def record(self) -> dict[str, Any]:
+        """The step's record: counts and FLOPs of all ranks, their mean loss, and this rank's seconds and bytes."""
+        numbers = {**self.counts, **{f"flops {part}": flops for part, flops in self.flops.items()}, "loss": self.loss}
+        if several_ranks():
+            everyone = torch.tensor(list(numbers.values()), dtype=torch.float64, device=self.model.device)
+            torch.distributed.all_reduce(everyone)
+            numbers = dict(zip(numbers, everyone.tolist(), strict=True))
+            numbers["loss"] /= torch.distributed.get_world_size()
+        parts = {part: numbers[f"flops {part}"] for part in self.flops}
+        flops = sum(parts.values())
+        reached = flops / process_state().num_processes / max(sum(self.seconds.values()), 1e-9)
+        return {
+            **{name: round(numbers[name]) for name in self.counts},
+            "replaced": len(self.replaced),
+            "loss": numbers["loss"],
+            "layers_run": self.layers_run,
+            "layers": self.layers,
+            "flops": flops,
+            "flops_by_part": parts,
+            **({} if self.peak is None else {"mfu": reached / self.peak}),
+            "seconds": dict(self.seconds),
+            "cpu_seconds": max(0.0, cpu_seconds() - self.cpu),
+            "memory_bytes": _memory(self.resident),
+        }
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process, and of those that load data for it, also where they have ended."""
+    own = psutil.Process()
+    seconds = math.fsum(own.cpu_times()[:4])  # user and system: its own, and those of children that have ended
+    for child in own.children():
+        with suppress(psutil.Error):  # it ends just now, and counts in the next step
+            seconds += math.fsum(child.cpu_times()[:2])
+    return seconds
+
+
+def resident_now() -> int:
+    """Bytes that the process holds once all that can be freed is freed."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc keeps freed blocks, other C libraries have no such call
+        ctypes.CDLL(None).malloc_trim(0)
+    return psutil.Process().memory_info().rss
+
+
+def _memory(resident: int) -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return max(0, psutil.Process().memory_info().rss - resident)
