@@ -13,16 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from rich.console import Console
 from safetensors.torch import load_file
 
+import sparsight
 from shards import samples, write_tar
 from small_runs import BRIDGE, FINER, SCENES, Crash, quiet, recipe_values, save_encoder, stage_values
 from sparsight import assets, pipeline
 from sparsight.data.collate import TrainingSet
 from sparsight.data.sources import open_source
 from sparsight.devices import precision as counting
+from sparsight.errors import UserError
 from sparsight.pipeline import evaluate_checkpoint, load, run, run_comparison
 from sparsight.pipeline.files import trained_by, with_cutouts
 from sparsight.reporting import Run, read_run, write_card
@@ -108,6 +111,19 @@ def test_a_run_is_a_function_of_its_recipe(tmp_path: Path, recipe: Callable[...,
     a, b, c = results
     assert a[0] == b[0] != c[0]
     assert all(torch.equal(a[1][name], b[1][name]) for name in a[1])
+
+
+def test_train_from_python_is_a_run_of_the_recipe(tmp_path: Path, encoder: Path) -> None:
+    """From a mapping or a recipe's path, to a folder as text; a second time goes on, and a mistake is the user's."""
+    values = recipe_values(encoder, evaluation=NO_SCORES, stages=[stage_values(samples=4)])
+    final = sparsight.train(values, str(tmp_path / "run"))
+    assert (final / "config.json").is_file() and len(losses(tmp_path / "run")) > 0
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    assert sparsight.train(str(tmp_path / "recipe.yaml"), tmp_path / "run", resume=True) == final
+    with pytest.raises(FileExistsError, match="--resume"):
+        sparsight.train(Recipe.model_validate(values), tmp_path / "run")
+    with pytest.raises(UserError, match="unknown key 'stagse'"):
+        sparsight.train(values | {"stagse": []}, tmp_path / "other")
 
 
 def test_a_folder_that_holds_a_run_is_not_written_to(tmp_path: Path, recipe: Callable[..., Recipe]) -> None:

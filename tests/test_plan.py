@@ -128,9 +128,7 @@ def test_what_fits(paper):
     assert sum(cost.memory(most).values()) <= limit < sum(cost.memory(most + 1).values())
     full = changed(paper, 1, lora=None)
     cost = StageCost(full, full.stages[1])
-    with pytest.raises(
-        ValueError, match="stage 'finetune' needs .* at a micro-batch of 4.*largest part.*To fit: "
-    ):
+    with pytest.raises(ValueError, match="stage 'finetune' needs .* at a micro-batch of 4.*largest part.*To fit: "):
         check_fits(cost, 40e9)
     assert all(line.startswith(("lora", "gradient")) for line in remedies(cost, 40e9))
     with pytest.raises(ValueError, match="Nothing that is tried here fits: take a smaller model"):
