@@ -78,14 +78,13 @@ def run(
     _refuse_shards()
     ranks = process_state()
     main = ranks.is_main_process  # it alone writes and tells
-    if not main:
-        console = Console(quiet=True)
-    elif overwrite:
+    console = console if main else Console(quiet=True)
+    if overwrite and main:
         move_aside(out, resume, console)
     recipe = settle_precision(recipe, out, resume, console)
     log = open_log(recipe, out, resume) if main else RunLog(Path(os.devnull), append=True)
     session = Session(recipe, out, log, console, resume, Path(cache_root or out / "cache"), main, resident_now())
-    model, processor = None, None
+    model = processor = None
     with session.log:
         for stage in recipe.stages:
             ranks.wait_for_everyone()
@@ -258,19 +257,7 @@ def _run_stage(
     data = _training_set(recipe, stage, processor, config.text_config, source)
     folder = session.out / stage.name / "checkpoints"
     steps = plan_stage(data, stage, recipe.seed, folder, console)
-    log.write(
-        "stage",
-        stage=stage.name,
-        bridge=stage.bridge.kind,
-        layout=str(stage.bridge.scales) if hasattr(stage.bridge, "scales") else "",
-        visual_tokens=config.num_image_tokens,
-        image_size=stage.image_size,
-        samples=stage.samples,
-        steps=len(steps),
-        trainable_parameters=sum(trained for trained, _ in plan.values()),
-        total_parameters=sum(total for _, total in plan.values()),
-        trains={part: trained for part, (trained, _) in plan.items() if trained},
-    )
+    _log_stage(session.log, stage, config.num_image_tokens, len(steps), plan)
     if stage.gradient_checkpointing:
         model.train().gradient_checkpointing_enable({"use_reentrant": False})
     elif recomputes(model):
@@ -308,6 +295,22 @@ def _run_stage(
         encoding_seconds=encoding.seconds,
         samples=stage.samples,
         data_wait=waiting,
+    )
+
+
+def _log_stage(log: RunLog, stage: Stage, tokens: int, steps: int, plan: Mapping[str, tuple[int, int]]) -> None:
+    log.write(
+        "stage",
+        stage=stage.name,
+        bridge=stage.bridge.kind,
+        layout=str(stage.bridge.scales) if hasattr(stage.bridge, "scales") else "",
+        visual_tokens=tokens,
+        image_size=stage.image_size,
+        samples=stage.samples,
+        steps=steps,
+        trainable_parameters=sum(trained for trained, _ in plan.values()),
+        total_parameters=sum(total for _, total in plan.values()),
+        trains={part: trained for part, (trained, _) in plan.items() if trained},
     )
 
 
