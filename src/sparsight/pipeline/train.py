@@ -34,6 +34,7 @@ from sparsight.pipeline.features import Encoding, cached_features
 from sparsight.pipeline.files import Session, load, move_aside, open_log, save, settle_image_size, settle_precision
 from sparsight.reporting import RunLog, write_card
 from sparsight.reporting.runlog import step_seconds
+from sparsight.reporting.tables import human
 from sparsight.scenes.world import TASKS
 from sparsight.schedules import skip_probabilities
 from sparsight.settings.base import readable
@@ -333,11 +334,11 @@ def _training_set(
 def _print_stage(stage: Stage, plan: Mapping[str, tuple[int, int]], tokens: int, console: Console) -> None:
     """The stage and its trainable parts, in a line."""
     trains = [
-        f"{part}{' (LoRA)' if part == 'language' and stage.lora else ''}, {plan[part][0]:,} parameters at {rate:g}"
+        f"{part} ({'LoRA, ' if part == 'language' and stage.lora else ''}{human(plan[part][0])} at {rate:g})"
         for part, rate in stage.learning_rate.parts().items()
     ]
     head = f"{tokens} visual tokens, {stage.image_size} px, {stage.samples:,} samples"
-    console.print(Text(f"stage {stage.name}: {head}; trains {'; '.join(trains)}"), soft_wrap=True)
+    console.print(Text(f"stage {stage.name}: {head}; trains {', '.join(trains)}"), soft_wrap=True)
 
 
 def train(recipe: Recipe | str | Path | Mapping[str, Any], output_dir: str | Path, resume: bool = False) -> Path:
