@@ -1,7 +1,7 @@
 """The closed-form cost against what torch counts on real models: forward and backward, within 2%.
 
-Measured: equal to the last FLOP, but where the bridge alone is frozen (+1.9% at most: cost.py leaves out that the
-first level's queries need no gradient then).
+Measured: equal to the last FLOP, but where the bridge alone is frozen (+1.9% at most: the closed form leaves out that
+the first level's queries need no gradient then).
 """
 
 import pytest
@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.pytorch_utils import Conv1D
 
 from sparsight.bridges import build_bridge
-from sparsight.cost import LanguageShape, Trains, bridge_flops, language_flops, step_flops
+from sparsight.cost import LanguageShape, Trains, bridge_flops, language_flops
 from sparsight.modeling.encoders import count_flops
 from sparsight.settings.bridges import ChainOfSightConfig, LinearConfig, MlpConfig, PixelShuffleConfig, ResamplerConfig
 from sparsight.settings.recipe import Lora, Stage
@@ -65,10 +65,10 @@ def batch_of(model, images, texts=(30, 30), labelled=(3, 17)):
     ids = torch.randint(6, 300, (len(images), longest), generator=torch.Generator().manual_seed(0))
     labels = torch.full_like(ids, -100)
     mask = torch.zeros_like(ids)
-    for row, (count, text, learnt) in enumerate(zip(images, texts, labelled, strict=True)):
+    for row, (count, text, supervised) in enumerate(zip(images, texts, labelled, strict=True)):
         end = count * each + text
         ids[row, : count * each] = model.config.image_token_id
-        labels[row, end - learnt : end] = ids[row, end - learnt : end]
+        labels[row, end - supervised : end] = ids[row, end - supervised : end]
         mask[row, :end] = 1
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
@@ -151,17 +151,10 @@ def test_step_flops(settings, trains):
     model.set_attn_implementation("eager")
     batch = batch_of(model, images=(2, 0)) | {"pixel_values": torch.randn(2, 3, 64, 64)}
     config = model.config
-    parts = step_flops(
-        LanguageShape.from_config(config.text_config),
-        config.bridge_config,
-        config.level_widths,
-        tuple(config.map_size),
-        count_flops(model.model.vision_tower, config.image_size, config.vision_levels),
-        *batch["input_ids"].shape,
-        labels=20,
-        images=2,
-        trains=trains,
-    )
+    shape, map_size = LanguageShape.from_config(config.text_config), tuple(config.map_size)
+    parts = language_flops(shape, *batch["input_ids"].shape, 20, trains)
+    parts["bridge"] = bridge_flops(settings, config.level_widths, shape.hidden, map_size, 2, trains)
+    parts["encoder"] = 2 * count_flops(model.model.vision_tower, config.image_size, config.vision_levels)
     assert all(value > 0 for value in parts.values())
     assert_close(sum(parts.values()), counted(lambda: model(**batch, loss_only=True).loss.backward()))
 

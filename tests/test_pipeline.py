@@ -30,7 +30,7 @@ from sparsight.pipeline import evaluate_checkpoint, load, run, run_comparison
 from sparsight.pipeline.files import trained_by, with_cutouts
 from sparsight.reporting import Run, read_run, write_card
 from sparsight.reporting.tables import human
-from sparsight.scenes.world import TASKS
+from sparsight.scenes.questions import TASKS
 from sparsight.settings.recipe import Comparison, Recipe
 from tiny import ask
 

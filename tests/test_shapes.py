@@ -1,6 +1,8 @@
 """Closed-form parameters and encoder FLOPs against real modules of the same configurations."""
 
 import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +19,7 @@ from transformers import (
 from sparsight.bridges import build_bridge
 from sparsight.cost.flops import language_flops
 from sparsight.cost.shapes import (
-    ENCODERS,
-    LANGUAGES,
+    KNOWN,
     LanguageShape,
     LiteShape,
     Trains,
@@ -30,13 +31,22 @@ from sparsight.devices.flops import flop_counter
 from sparsight.modeling.configuration import EfficientNetLiteConfig
 from sparsight.modeling.efficientnet_lite import EfficientNetLiteModel
 from sparsight.modeling.encoders import count_flops, feature_levels
-from sparsight.settings.bridges import ChainOfSightConfig, LinearConfig, MlpConfig, PixelShuffleConfig, ResamplerConfig
+from sparsight.settings.bridges import (
+    ChainOfSightConfig,
+    LinearConfig,
+    MlpConfig,
+    PixelShuffleConfig,
+    ResamplerConfig,
+    bridge_settings,
+)
 from sparsight.settings.recipe import ScratchLanguage
 from tiny import make_vlm
 
 SMALL = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 TEXT = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 128, "pad_token_id": 0}
-WITH_RMS_NORM = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "granite")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "granite")
+FAMILIES += ("olmo2", "phi", "starcoder2", "gpt_neox", "stablelm")
+TINY = 0.06  # share of norms and biases, which are not counted, in models as small as here
 
 
 def parameters(model):
@@ -48,11 +58,11 @@ def on_meta(config, auto):
         return auto.from_config(config)
 
 
-@pytest.mark.parametrize("name", [name for name in ENCODERS if name != "efficientnet-lite0"])
+@pytest.mark.parametrize("name", [name for name in KNOWN["vision"] if name != "efficientnet-lite0"])
 def test_encoder_parameters(name):
-    values = dict(ENCODERS[name])
+    values = dict(KNOWN["vision"][name])
     config = AutoConfig.for_model(values.pop("model_type"), **values)
-    assert encoder_shape(name).parameters == parameters(on_meta(config, AutoModel))
+    assert encoder_shape(name).parameters == pytest.approx(parameters(on_meta(config, AutoModel)), rel=3e-3)
 
 
 def test_lite_parameters():
@@ -61,27 +71,24 @@ def test_lite_parameters():
         assert LiteShape(blocks).parameters == parameters(model)
 
 
-@pytest.mark.parametrize("name", LANGUAGES)
+@pytest.mark.parametrize("name", KNOWN["language"])
 def test_language_parameters(name):
-    values = dict(LANGUAGES[name])
+    values = dict(KNOWN["language"][name])
     model = on_meta(AutoConfig.for_model(values.pop("model_type"), **values), AutoModelForCausalLM)
-    assert language_shape(name).parameters == parameters(model)
+    assert language_shape(name).parameters == pytest.approx(parameters(model), rel=1e-3)
 
 
-@pytest.mark.parametrize("family", [*WITH_RMS_NORM, "olmo2", "phi", "starcoder2", "gpt_neox", "stablelm"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_language_parameters_of_each_family(family):
-    """Exact with RMSNorm; else within what biases and norms weigh, which is little at real sizes."""
     config = AutoConfig.for_model(family, **TEXT)
     real = parameters(on_meta(config, AutoModelForCausalLM))
-    ours = LanguageShape.from_config(config).parameters
-    assert ours == real if family in WITH_RMS_NORM else abs(ours / real - 1) < 0.06
+    assert LanguageShape.from_config(config).parameters == pytest.approx(real, rel=TINY)
 
 
 def test_published_totals():
-    """As their authors give them."""
-    assert language_shape("vicuna-7b").parameters == 6_738_415_616
-    assert language_shape("qwen2.5-7b").parameters == 7_615_616_512
-    assert language_shape("smollm2-135m").parameters == 134_515_008
+    """As their authors give them, but for norms and biases."""
+    published = {"vicuna-7b": 6_738_415_616, "qwen2.5-7b": 7_615_616_512, "smollm2-135m": 134_515_008}
+    assert {name: language_shape(name).parameters for name in published} == pytest.approx(published, rel=3e-4)
     assert language_shape("vicuna-7b").lora_parameters(64) == 159_907_840
 
 
@@ -115,16 +122,13 @@ def test_parameters_of_a_whole_model():
     )
     assert shape == LanguageShape.from_config(model.config.text_config)
     encoder = encoder_of(model.config.vision_config)
-    bridge = bridge_parameters(model.config.bridge_config, model.config.level_widths, shape.hidden)
-    assert shape.parameters + encoder.parameters + bridge == parameters(model)
+    bridge = bridge_parameters(bridge_settings(model.config.bridge_config), model.config.level_widths, shape.hidden)
+    assert shape.parameters + encoder.parameters + bridge == pytest.approx(parameters(model), rel=TINY)
     assert tuple(model.config.map_size) == encoder.map_size(64)
     assert list(model.config.level_widths) == encoder.level_widths(None)
 
 
-def encoder_of(config, folder=None):
-    import tempfile
-    from pathlib import Path
-
+def encoder_of(config):
     with tempfile.TemporaryDirectory() as where:
         (Path(where) / "config.json").write_text(json.dumps(config.to_dict()))
         return encoder_shape(where)
@@ -149,7 +153,7 @@ def test_encoder_flops(name, trains):
     )
     model = AutoModel.from_config(config).requires_grad_(trains)
     shape = encoder_of(config)
-    assert shape.parameters == parameters(model)
+    assert shape.parameters == pytest.approx(parameters(model), rel=TINY)
     for side, levels in ((32, None), (64, [1, 2])):
         computed, measured = shape.flops(side, levels, Trains(vision=trains)), count_flops(model, side, levels)
         assert abs(computed / measured - 1) < 0.01, (computed, measured)
@@ -172,7 +176,7 @@ def test_unknown_names_say_what_there_is(tmp_path):
     with pytest.raises(ValueError, match="an encoder of type 'convnext' has no closed form"):
         encoder_shape(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 8}')
-    with pytest.raises(ValueError, match="lacks 'num_attention_heads'"):
+    with pytest.raises(ValueError, match=r"lacks \['num_hidden_layers', .*found \['hidden_size'"):
         language_shape(str(tmp_path))
 
 
@@ -199,7 +203,7 @@ def test_experts_are_counted_as_torch_does(family: str) -> None:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     model.set_experts_implementation("eager")  # torch's counter does not see into grouped products
     shape = LanguageShape.from_config(config)
-    assert shape.parameters == pytest.approx(sum(p.numel() for p in model.parameters()), rel=1e-3)
+    assert shape.parameters == pytest.approx(parameters(model), rel=TINY)
     with flop_counter(model) as counter, torch.no_grad():
         model(input_ids=torch.ones(2, 40, dtype=torch.long), use_cache=False)
     ours = sum(language_flops(shape, 2, 40, 80, Trains(False, False, False)).values())

@@ -14,8 +14,8 @@ from sparsight.evaluation.ask import Item, Scores, answer_all, visual_tokens
 from sparsight.evaluation.metrics import yes_no_scores
 from sparsight.evaluation.questions import scene_questions
 from sparsight.pipeline.evaluate import judged
-from sparsight.scenes.questions import ScenesDataset, format_box
-from sparsight.scenes.world import TASKS, Scene, SceneConfig, make_scene
+from sparsight.scenes.questions import TASKS, ScenesDataset, format_box
+from sparsight.scenes.world import Scene, SceneConfig, make_scene
 from sparsight.settings.data import SceneData
 from tiny import ask
 

@@ -1,4 +1,4 @@
-"""Memory of a training step, in bytes (ours): what stays, and what a forward pass keeps for the backward pass.
+"""Memory of a training step, in bytes (ours): parameters, and what a forward pass keeps for the backward pass.
 
 Reckoned for AdamW and PyTorch's autograd as transformers' models use it: RMSNorm keeps its input, the normalised input,
 and its output; fused attention keeps queries, keys, values and output; a gated MLP keeps its four products.
@@ -6,18 +6,18 @@ and its output; fused attention keeps queries, keys, values and output; a gated 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sparsight.cost.shapes import EncoderShape, LanguageShape, LiteShape, Trains, bridge_parameters, pick_levels
 from sparsight.layouts import absorbs
-from sparsight.settings.bridges import bridge_settings
+from sparsight.settings.bridges import BridgeSettings, LinearConfig, WindowedSettings
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Parameters of each part, in all and those that train. ``weights``: bytes of all weights."""
+    """Parameters of each part, all of them and those that train; bytes of all weights and of those that train."""
 
     total: dict[str, int]
     trains: dict[str, int]
@@ -26,52 +26,60 @@ class Parts:
 
     @classmethod
     def of(
-        cls, encoder: EncoderShape, levels: Sequence[int] | None, bridge: Any, language: LanguageShape, trains: Trains
+        cls,
+        encoder: EncoderShape,
+        levels: Sequence[int] | None,
+        bridge: BridgeSettings,
+        language: LanguageShape,
+        trains: Trains,
     ) -> Parts:
-        sizes = {"vision": encoder.weight_bytes, "bridge": 4, "language": language.weight_bytes}
-        built = bridge_parameters(bridge, encoder.level_widths(levels), language.hidden)
-        total = {"vision": encoder.parameters, "bridge": built, "language": language.parameters}
-        weights = sum(count * sizes[part] for part, count in total.items())
-        trainable = {part: count * getattr(trains, part) for part, count in total.items()}
-        trained = sum(count * sizes[part] for part, count in trainable.items())
-        if trains.lora_rank and trains.language:
-            trained -= trainable["language"] * sizes["language"]
-            trainable["language"] = language.lora_parameters(trains.lora_rank)
-            total["language"] += trainable["language"]
-            weights += 4 * trainable["language"]
-            trained += 4 * trainable["language"]
-        return cls(total, trainable, weights, trained)
+        rank = trains.lora_rank * trains.language
+        weights = (
+            ("vision", encoder.parameters, encoder.weight_bytes, trains.vision),
+            ("bridge", bridge_parameters(bridge, encoder.level_widths(levels), language.hidden), 4, trains.bridge),
+            ("language", language.parameters, language.weight_bytes, trains.language and not rank),
+            ("language", language.lora_parameters(rank), 4, True),
+        )
+        total, trained = Counter[str](), Counter[str]()
+        for part, count, _, active in weights:
+            total[part] += count
+            trained[part] += count * active
+        stored = sum(count * size for _, count, size, _ in weights)
+        return cls(total, trained, stored, sum(count * size * active for _, count, size, active in weights))
 
 
 def language_activations(shape: LanguageShape, batch: float, positions: float, trains: Trains, bf16: bool) -> float:
     """Bytes that the layers keep for the backward pass."""
     if not trains.flows_back:
         return 0.0
-    narrow, wide = 2 if bf16 else 4, shape.weight_bytes
-    heads, adapted = shape.heads * shape.head_dim, trains.language and trains.lora_rank > 0
-    full = trains.language and not adapted
+    narrow, wide, tokens = 2 if bf16 else 4, shape.weight_bytes, batch * positions
+    full = trains.language and not trains.lora_rank
     # Norm's input; normalised, if its weight trains; output, if a linear map behind it trains.
     norms = 2 * shape.hidden * (wide + wide * full + narrow * trains.language)
-    attention = narrow * 4 * heads
-    mlp = narrow * shape.intermediate * (2 + shape.gated + (full or adapted) - (not shape.gated))
-    layer = norms + attention + mlp + 4 * shape.heads
-    tokens = batch * positions
+    mlp = narrow * shape.intermediate * (1 + 2 * shape.gated + trains.language)
+    layer = norms + mlp + 4 * shape.heads * (narrow * shape.head_dim + 1)
     if trains.recompute:  # inputs of the layers, and one layer at work
         return tokens * (shape.layers * wide * shape.hidden + layer)
     return tokens * shape.layers * layer
 
 
 def bridge_activations(
-    settings: Any, level_widths: Sequence[int], out_width: int, map_size: tuple[int, int], images: float, bf16: bool
+    bridge: BridgeSettings,
+    level_widths: Sequence[int],
+    out_width: int,
+    map_size: tuple[int, int],
+    images: float,
+    bf16: bool,
 ) -> float:
-    """Bytes that a bridge keeps; recomputation is not reckoned with, as a bridge is small."""
-    bridge, narrow, patches = bridge_settings(settings), 2 if bf16 else 4, map_size[0] * map_size[1]
-    if bridge.kind not in ("resampler", "chain_of_sight"):
+    """Bytes that a bridge keeps; recomputation is left out, as a bridge is small."""
+    narrow, patches = 2 if bf16 else 4, map_size[0] * map_size[1]
+    if not isinstance(bridge, WindowedSettings):
         width = sum(level_widths) * getattr(bridge, "factor", 1) ** 2
-        tokens = bridge.visual_tokens(map_size)
-        return images * tokens * ((4 + narrow) * width + narrow * out_width * (1 if bridge.kind == "linear" else 3))
-    kept = float(patches * sum(level_widths) * (4 + narrow))  # the maps, and normalised
-    for scale in bridge.scales.scales:
+        token = (4 + narrow) * width + narrow * out_width * (1 if isinstance(bridge, LinearConfig) else 3)
+        return images * bridge.visual_tokens(map_size) * token
+    layout = bridge.scales
+    kept = patches * sum(level_widths) * (4 + narrow) + layout.tokens * bridge.width * 8.0  # maps, normalised; output
+    for scale in layout.scales:
         seen = -(-map_size[0] // scale.grid) * -(-map_size[1] // scale.grid)
         for level in list(level_widths) * bridge.depth:
             if absorbs(scale.queries, seen, bridge.width // bridge.heads):
@@ -80,7 +88,7 @@ def bridge_activations(
             else:
                 kept += patches * 2 * bridge.width * narrow
             kept += scale.tokens * bridge.width * (8 + narrow * (4 + 2 * bridge.mlp_ratio))
-    return images * (kept + bridge.scales.tokens * bridge.width * 8)
+    return images * kept
 
 
 def encoder_activations(
@@ -90,13 +98,11 @@ def encoder_activations(
     narrow = 2 if bf16 else 4
     if isinstance(encoder, LiteShape):  # its widest block, in the middle; trained, the sum of all, about six of those
         return images * 3 * 96 * (side / 2) ** 2 * narrow * (6 if trains.vision else 1)
-    tokens, h = (side // encoder.patch) ** 2 + encoder.prefix, encoder.hidden
-    block = h * (2 * (4 + narrow) + 4 * narrow) + 2 * encoder.intermediate * narrow
-    states = (encoder.layers + 1) * h * 4
-    if not trains.vision:
-        return images * tokens * (states + block)
-    used = max(pick_levels(encoder.layers + 1, False, levels, encoder.family))
-    return images * tokens * (states + block * (1 if trains.recompute else used))
+    tokens, hidden = (side // encoder.patch) ** 2 + encoder.prefix, encoder.hidden
+    block = hidden * (2 * (4 + narrow) + 4 * narrow) + 2 * encoder.intermediate * narrow
+    used = max(pick_levels(encoder.layers + 1, False, levels, encoder.kind))
+    kept = used if trains.vision and not trains.recompute else 1
+    return images * tokens * ((encoder.layers + 1) * hidden * 4 + block * kept)
 
 
 def step_memory(parts: Parts, kept: float, running: float, work: float, accumulates: bool) -> dict[str, float]:

@@ -1,17 +1,20 @@
-"""Sizes of encoders, bridges and language models, from a configuration alone, and how many parameters they have."""
+"""Sizes of encoders, bridges and language models, from a configuration alone, and how many parameters they have.
+
+Of encoders and language models, linear maps and tables count; norms and biases, 0.1% at real sizes, are left out.
+"""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from sparsight.errors import UserError
-from sparsight.settings.bridges import bridge_settings
+from sparsight.settings.bridges import BridgeSettings, LinearConfig, WindowedSettings
 from sparsight.settings.recipe import ScratchLanguage, Stage
 
 Maps = list[tuple[int, int]]  # (in, out) of linear maps
@@ -39,13 +42,30 @@ class Trains:
         return self.vision or self.bridge or self.language
 
 
+# Our sizes, and their names in configurations of transformers: the first that is there counts.
+_NAMES = {
+    "layers": ("num_hidden_layers",),
+    "hidden": ("hidden_size",),
+    "heads": ("num_attention_heads",),
+    "vocabulary": ("vocab_size",),
+    "kv_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
+    "intermediate": ("intermediate_size", "ffn_dim", "n_inner"),
+    "experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "active_experts": ("num_experts_per_tok", "num_experts_per_token"),
+    "expert": ("moe_intermediate_size", "expert_ffn_hidden_size"),
+    "shared_expert": ("shared_expert_intermediate_size",),
+    "shared_experts": ("n_shared_experts",),
+}
+_NEEDED = ("layers", "hidden", "heads", "vocabulary")
+
+
 @dataclass(frozen=True)
 class LanguageShape:
     """Sizes of a decoder-only language model.
 
     ``intermediate``: that of all experts that a token goes through; ``stored``: of all that there are, if that is more;
-    ``layer_vectors``: norms, biases and experts' router of a layer; ``other``: parameters that are neither in layers
-    nor in a table of the vocabulary; ``weight_bytes``: of one weight while it is frozen.
+    ``weight_bytes``: of one weight while it is frozen.
     """
 
     layers: int
@@ -57,50 +77,43 @@ class LanguageShape:
     vocabulary: int
     gated: bool = True
     tied: bool = False
-    layer_vectors: int = 0
-    other: int = 0
     weight_bytes: int = 4
     stored: int = 0
 
     @classmethod
     def from_config(cls, config: Any) -> LanguageShape:
-        """Read a transformers text config; names differ between families. Of experts, all layers are taken to have
-        the same, and those that every token shares."""
-        heads = config.num_attention_heads
-        hidden = config.hidden_size
-        named = (getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
-        intermediate = next((size for size in named if size), 4 * hidden)
-        rms = hasattr(config, "rms_norm_eps")
-        experts, stored = _first(config, "num_local_experts", "num_experts", "n_routed_experts"), 0
-        if experts > 1:
-            width = _first(config, "moe_intermediate_size", "expert_ffn_hidden_size") or intermediate
-            shared = _first(config, "shared_expert_intermediate_size") or width * _first(config, "n_shared_experts")
-            stored = shared + width * experts
-            intermediate = shared + width * max(1, _first(config, "num_experts_per_tok", "num_experts_per_token"))
-        shape = cls(
-            layers=config.num_hidden_layers,
-            hidden=hidden,
-            heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or hidden // heads,
-            intermediate=intermediate,
-            vocabulary=config.vocab_size,
-            gated=rms or getattr(config, "hidden_act", "") in ("silu", "swish"),
+        """Read a transformers text config. All layers are taken to have the same experts, and those that every token
+        shares.
+
+        Raises:
+            UserError: it lacks a size.
+        """
+        size = {
+            ours: next((size for name in names if isinstance(size := getattr(config, name, None), int) and size), 0)
+            for ours, names in _NAMES.items()
+        }
+        if lacks := [_NAMES[ours][0] for ours in _NEEDED if not size[ours]]:
+            raise UserError(f"a language model's config.json lacks {lacks}; found {sorted(vars(config))}")
+        hidden, heads = size["hidden"], size["heads"]
+        intermediate, stored = size["intermediate"] or 4 * hidden, 0
+        if size["experts"] > 1:
+            width = size["expert"] or intermediate
+            shared = size["shared_expert"] or width * size["shared_experts"]
+            intermediate, stored = (shared + width * (size[of] or 1) for of in ("active_experts", "experts"))
+        act = getattr(config, "hidden_act", "")
+        return cls(
+            size["layers"],
+            hidden,
+            heads,
+            size["kv_heads"] or heads,
+            size["head_dim"] or hidden // heads,
+            intermediate,
+            size["vocabulary"],
+            gated=hasattr(config, "rms_norm_eps") or act in ("silu", "swish"),
             tied=bool(getattr(config, "tie_word_embeddings", False)),
             weight_bytes=_weight_bytes(getattr(config, "dtype", None) or vars(config).get("torch_dtype")),
+            stored=stored,
         )
-        vectors, family = 2 * hidden, getattr(config, "model_type", "")
-        if family.startswith("gemma") and family != "gemma":
-            vectors += 2 * hidden
-        if family.startswith(("qwen3", "gemma3")):
-            vectors += 2 * shape.head_dim
-        if family.startswith("qwen2"):
-            vectors += (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-        if not rms:  # LayerNorm, and mostly a bias with every map
-            vectors += 2 * hidden + sum(outside for _, outside in shape.linear_maps())
-        vectors += hidden * experts if stored else 0
-        rest = {"layer_vectors": vectors, "other": hidden * (1 if rms else 2), "stored": stored}
-        return cls(**{**shape.__dict__, **rest})
 
     def attention_maps(self) -> Maps:
         """Queries, keys, values, output of a layer."""
@@ -116,18 +129,12 @@ class LanguageShape:
 
     @property
     def parameters(self) -> int:
-        """All of them; exact for models with RMSNorm, nearly so for others."""
-        layer = sum(a * b for a, b in self.linear_maps()) + self.layer_vectors
+        layer = sum(a * b for a, b in self.linear_maps())
         layer += max(0, self.stored - self.intermediate) * self.hidden * (2 + self.gated)
-        return self.layers * layer + (1 if self.tied else 2) * self.vocabulary * self.hidden + self.other
+        return self.layers * layer + (1 if self.tied else 2) * self.vocabulary * self.hidden
 
     def lora_parameters(self, rank: int) -> int:
         return self.layers * rank * sum(a + b for a, b in self.linear_maps())
-
-
-def _first(config: Any, *names: str) -> int:
-    """The first of these numbers that a config has; 0 without any."""
-    return next((value for name in names if isinstance(value := getattr(config, name, None), int) and value), 0)
 
 
 def tell_if_cut(encoder: str, side: int, patch: int, own: Any) -> None:
@@ -155,70 +162,59 @@ def pick_levels(count: int, maps: bool, levels: Sequence[int] | None, name: str)
     return [level % count for level in levels]
 
 
+# Families of ViT: the patch size where a config.json has none, and the tokens before the patches.
+_VITS = {"clip_vision_model": (32, 1), "siglip_vision_model": (16, 0), "dinov2": (14, 1), "vit": (16, 1)}
+
+
 @dataclass(frozen=True)
 class VitShape:
-    """Sizes of a ViT (CLIP, SigLIP, DINOv2, ViT). ``prefix``: tokens before the patches."""
+    """Sizes of a ViT (CLIP, SigLIP, DINOv2, ViT)."""
 
-    family: str
+    kind: str
     layers: int
     hidden: int
-    heads: int
     intermediate: int
     patch: int
     image_size: int
-    prefix: int
     gated: bool = False
     pooling: bool = True
     weight_bytes: int = 4
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches."""
+        return _VITS[self.kind][1]
 
     def map_size(self, side: int) -> tuple[int, int]:
         return side // self.patch, side // self.patch
 
     def level_widths(self, levels: Sequence[int] | None) -> list[int]:
-        return [self.hidden] * len(pick_levels(self.layers + 1, False, levels, self.family))
+        return [self.hidden] * len(pick_levels(self.layers + 1, False, levels, self.kind))
 
-    def block_maps(self) -> Maps:
-        return [(self.hidden, self.hidden)] * 4 + self._mlp()
-
-    def _mlp(self) -> Maps:
-        return [(self.hidden, self.intermediate)] * (1 + self.gated) + [(self.intermediate, self.hidden)]
+    def _maps(self) -> tuple[Maps, Maps]:
+        """Linear maps of a block's attention and MLP."""
+        mlp = [(self.hidden, self.intermediate)] * (1 + self.gated) + [(self.intermediate, self.hidden)]
+        return [(self.hidden, self.hidden)] * 4, mlp
 
     @property
     def parameters(self) -> int:
-        h = self.hidden
-        block = sum(a * b + b for a, b in self.block_maps()) + 4 * h
-        pixels = 3 * self.patch**2 * h + (0 if self.family == "clip" else h)
-        places = (self.image_size // self.patch) ** 2 * h
-        rest = {
-            "clip": 5 * h + h,  # class token and its place, norms before and behind
-            "siglip": 2 * h,
-            "vit": 4 * h,  # class token and its place, norm
-            "dinov2": 5 * h,  # and a mask token
-        }[self.family]
-        if self.family == "dinov2":
-            block += 2 * h  # scales of the residuals
-        if self.pooling and self.family == "siglip":
-            rest += h + 4 * (h * h + h) + 2 * h + sum(a * b + b for a, b in self._mlp())
-        if self.pooling and self.family == "vit":
-            rest += h * h + h
-        return self.layers * block + pixels + places + rest
+        h, patches = self.hidden, (self.image_size // self.patch) ** 2
+        block = sum(a * b for maps in self._maps() for a, b in maps)
+        head = {"siglip_vision_model": block, "vit": h * h}.get(self.kind, 0) * self.pooling
+        return self.layers * block + (3 * self.patch**2 + patches) * h + head
 
     def flops(self, side: int, levels: Sequence[int] | None, trains: Trains) -> float:
         """Executed FLOPs of one image, forward and, below the last feature level, backward."""
-        patches = (side // self.patch) ** 2
-        tokens, h = patches + self.prefix, self.hidden
-        linear = 2 * tokens * sum(a * b for a, b in self.block_maps())
-        scores = 4 * tokens**2 * h
+        h, patches = self.hidden, (side // self.patch) ** 2
+        tokens = patches + self.prefix
+        attention, mlp = (2 * sum(a * b for a, b in maps) for maps in self._maps())
+        block = tokens * (attention + mlp) + 4 * tokens**2 * h
         pixels = 2 * patches * 3 * self.patch**2 * h
-        total = self.layers * (linear + scores) + pixels
-        if self.pooling and self.family == "siglip":
-            total += 2 * (2 * h * h * (tokens + 1) + sum(a * b for a, b in self._mlp())) + 4 * tokens * h
-        if self.pooling and self.family == "vit":
-            total += 2 * h * h
+        pooled = {"siglip_vision_model": 4 * h * h * (tokens + 1) + mlp + 4 * tokens * h, "vit": 2 * h * h}
+        total = self.layers * block + pixels + pooled.get(self.kind, 0) * self.pooling
         if trains.vision:
-            used = max(pick_levels(self.layers + 1, False, levels, self.family))
-            again = linear + scores - 2 * tokens * self.intermediate * h if trains.recompute else 0
-            total += used * (2 * (linear + scores) + again) + pixels
+            again = (block - 2 * tokens * self.intermediate * h) * trains.recompute
+            total += max(pick_levels(self.layers + 1, False, levels, self.kind)) * (2 * block + again) + pixels
         return float(total)
 
 
@@ -242,157 +238,78 @@ class LiteShape:
     image_size: int = 256
     weight_bytes: int = 4
 
-    def _blocks(self) -> Iterator[tuple[int, int, int, int, int]]:
-        """Channels in, in the middle, out; kernel, stride."""
-        inside = 32
-        for expand, kernel, stride, repeats, outside in LITE0:
+    def _blocks(self, side: int) -> list[tuple[int, int, int, int]]:
+        """(parameters, FLOPs of one image, channels out, side of its map) of each block that runs."""
+        blocks, inside, side = [], 32, -(-side // 2)
+        for expansion, kernel, stride, repeats, outside in LITE0:
             for repeat in range(repeats):
-                yield inside, inside * expand, outside, kernel, 1 if repeat else stride
+                middle, grows = inside * expansion, expansion > 1
+                flops = 2 * inside * middle * side**2 * grows
+                side = side if repeat else -(-side // stride)
+                flops += 2 * (kernel**2 + outside) * middle * side**2
+                parameters = (inside + 2) * middle * grows + (kernel**2 + 2) * middle + (middle + 2) * outside
+                blocks.append((parameters, flops, outside, side))
                 inside = outside
+        return blocks[: max(self.out_blocks) + 1]
 
     def _levels(self, levels: Sequence[int] | None) -> list[int]:
         picked = pick_levels(len(self.out_blocks), True, levels, "efficientnet-lite0")
         return [self.out_blocks[level] for level in picked]
 
     def map_size(self, side: int) -> tuple[int, int]:
-        side = -(-side // 2)
-        for number, (*_, stride) in enumerate(self._blocks()):
-            side = -(-side // stride)
-            if number == min(self.out_blocks):
-                break
+        side = self._blocks(side)[min(self.out_blocks)][3]
         return side, side
 
     def level_widths(self, levels: Sequence[int] | None) -> list[int]:
-        outside = [out for _, _, out, _, _ in self._blocks()]
-        return [outside[block] for block in self._levels(levels)]
+        blocks = self._blocks(self.image_size)
+        return [blocks[block][2] for block in self._levels(levels)]
 
     @property
     def parameters(self) -> int:
-        total = 27 * 32 + 2 * 32
-        for inside, middle, outside, kernel, _ in list(self._blocks())[: max(self.out_blocks) + 1]:
-            expand = inside * middle + 2 * middle if middle > inside else 0
-            total += expand + (kernel**2 + 2) * middle + middle * outside + 2 * outside
-        return total
+        return 29 * 32 + sum(parameters for parameters, *_ in self._blocks(self.image_size))
 
     def flops(self, side: int, levels: Sequence[int] | None, trains: Trains) -> float:
-        """Executed FLOPs of one image, forward and backward."""
-        side = -(-side // 2)
-        stem = total = 2 * 27 * 32 * side**2
-        used = max(self._levels(levels))
-        for number, (inside, middle, outside, kernel, stride) in enumerate(self._blocks()):
-            if number > max(self.out_blocks):
-                break
-            expand = inside * middle * side**2 if middle > inside else 0
-            side = -(-side // stride)
-            block = 2 * (expand + (kernel**2 + outside) * middle * side**2)
-            total += block * (3 if trains.vision and number <= used else 1)
-        return float(total + stem * trains.vision)
+        """Executed FLOPs of one image, forward and, up to the last feature level, backward."""
+        stem, used = 2 * 27 * 32 * (-(-side // 2)) ** 2, max(self._levels(levels))
+        blocks = enumerate(self._blocks(side))
+        total = sum(flops * (3 if trains.vision and number <= used else 1) for number, (_, flops, *_) in blocks)
+        return float(total + stem * (1 + trains.vision))
 
 
 EncoderShape = VitShape | LiteShape
 
-_VIT = {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "image_size": 224}
-# What a config.json leaves out: the defaults of transformers, prefix tokens, and how the family is called here.
-_VITS: dict[str, dict[str, Any]] = {
-    "clip_vision_model": {"family": "clip", "patch_size": 32, "prefix": 1},
-    "siglip_vision_model": {"family": "siglip", "patch_size": 16, "prefix": 0},
-    "dinov2": {"family": "dinov2", "patch_size": 14, "prefix": 1},
-    "vit": {"family": "vit", "patch_size": 16, "prefix": 1},
-}
+
+# Configurations of known models, by part and name.
+KNOWN: dict[str, dict[str, dict[str, Any]]] = json.loads(Path(__file__).with_name("known.json").read_text())
 
 
-def _vit(kind: str, layers: int, hidden: int, heads: int, intermediate: int, patch: int, side: int) -> dict[str, Any]:
-    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads, "image_size": side}
-    return sizes | {"model_type": kind, "intermediate_size": intermediate, "patch_size": patch}
-
-
-ENCODERS: dict[str, dict[str, Any]] = {
-    "efficientnet-lite0": {"model_type": "sparsight_efficientnet_lite"},
-    "clip-b-32": _vit("clip_vision_model", 12, 768, 12, 3072, 32, 224),
-    "clip-b-16": _vit("clip_vision_model", 12, 768, 12, 3072, 16, 224),
-    "clip-l-14": _vit("clip_vision_model", 24, 1024, 16, 4096, 14, 224),
-    "clip-l-14-336": _vit("clip_vision_model", 24, 1024, 16, 4096, 14, 336),
-    "siglip-b-16": _vit("siglip_vision_model", 12, 768, 12, 3072, 16, 224),
-    "siglip-so400m": _vit("siglip_vision_model", 27, 1152, 16, 4304, 14, 384),
-    "dinov2-b": _vit("dinov2", 12, 768, 12, 3072, 14, 518),
-    "dinov2-l": _vit("dinov2", 24, 1024, 16, 4096, 14, 518),
-    "vit-b-16": _vit("vit", 12, 768, 12, 3072, 16, 224),
-}
-
-
-def _lm(
-    kind: str, layers: int, hidden: int, heads: int, kv: int, intermediate: int, vocabulary: int, **extra: Any
-) -> dict[str, Any]:
-    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
-    sizes |= {"num_key_value_heads": kv, "intermediate_size": intermediate, "vocab_size": vocabulary}
-    return {"model_type": kind, "rms_norm_eps": 1e-6, "dtype": "bfloat16"} | sizes | extra
-
-
-_TIED: dict[str, Any] = {"tie_word_embeddings": True}
-_QWEN3: dict[str, Any] = {"head_dim": 128}
-_LLAMA_2_7B = _lm("llama", 32, 4096, 32, 32, 11008, 32000)
-_LLAMA_2_13B = _lm("llama", 40, 5120, 40, 40, 13824, 32000)
-LANGUAGES: dict[str, dict[str, Any]] = {
-    "smollm2-135m": _lm("llama", 30, 576, 9, 3, 1536, 49152, **_TIED, dtype="float32"),
-    "smollm2-360m": _lm("llama", 32, 960, 15, 5, 2560, 49152, **_TIED),
-    "smollm2-1.7b": _lm("llama", 24, 2048, 32, 32, 8192, 49152, **_TIED),
-    "llama-2-7b": _LLAMA_2_7B,
-    "llama-2-13b": _LLAMA_2_13B,
-    "vicuna-7b": _LLAMA_2_7B,
-    "vicuna-13b": _LLAMA_2_13B,
-    "llama-3-8b": _lm("llama", 32, 4096, 32, 8, 14336, 128256),
-    "llama-3.2-1b": _lm("llama", 16, 2048, 32, 8, 8192, 128256, **_TIED),
-    "llama-3.2-3b": _lm("llama", 28, 3072, 24, 8, 8192, 128256, **_TIED),
-    "mistral-7b": _lm("mistral", 32, 4096, 32, 8, 14336, 32000),
-    "qwen2.5-0.5b": _lm("qwen2", 24, 896, 14, 2, 4864, 151936, **_TIED),
-    "qwen2.5-1.5b": _lm("qwen2", 28, 1536, 12, 2, 8960, 151936, **_TIED),
-    "qwen2.5-3b": _lm("qwen2", 36, 2048, 16, 2, 11008, 151936, **_TIED),
-    "qwen2.5-7b": _lm("qwen2", 28, 3584, 28, 4, 18944, 152064),
-    "qwen3-0.6b": _lm("qwen3", 28, 1024, 16, 8, 3072, 151936, **_TIED, **_QWEN3),
-    "qwen3-1.7b": _lm("qwen3", 28, 2048, 16, 8, 6144, 151936, **_TIED, **_QWEN3),
-    "qwen3-4b": _lm("qwen3", 36, 2560, 32, 8, 9728, 151936, **_TIED, **_QWEN3),
-    "qwen3-8b": _lm("qwen3", 36, 4096, 32, 8, 12288, 151936, **_QWEN3),
-}
-
-
-def _read(name: str, known: Mapping[str, dict[str, Any]], part: str) -> dict[str, Any]:
-    """The configuration that a name of the table or a local folder stands for.
-
-    Raises:
-        UserError: it is neither.
-    """
-    if name.lower() in known:
-        return known[name.lower()]
+def _read(name: str, part: str) -> dict[str, Any]:
+    """The configuration that a known name or a local folder stands for."""
+    if found := KNOWN[part].get(name.lower()):
+        return found
     file = Path(name).expanduser() / "config.json"
     if not file.is_file():
         raise UserError(
             f"{part} '{name}': its sizes are not known here. Expected a local folder with a config.json, or one of "
-            + ", ".join(known)
+            + ", ".join(KNOWN[part])
         )
     values = json.loads(file.read_text(encoding="utf-8"))
-    return values.get(f"{part}_config", values) if part == "vision" else values.get("text_config", values)
+    return values.get("vision_config" if part == "vision" else "text_config", values)
 
 
 def language_shape(language: str | ScratchLanguage, layers: int | None = None) -> LanguageShape:
-    """Sizes of a language model by its name, its local folder, or its settings. Weights are not looked at.
+    """Sizes of a language model by its name, its local folder, or its settings; ``layers``: the first ones alone.
 
     Raises:
         UserError: the name is unknown, or the configuration lacks sizes; the message says which.
     """
     if isinstance(language, ScratchLanguage):
-        s = language
-        values = _lm("qwen3", s.layers, s.hidden, s.heads, s.heads, s.intermediate, s.vocabulary)
-        values |= {"head_dim": s.hidden // s.heads, "dtype": "float32"}
+        s, head_dim = language, language.hidden // language.heads
+        sizes = (s.layers, s.hidden, s.heads, s.heads, head_dim, s.intermediate, s.vocabulary)
+        shape = LanguageShape(*sizes)  # a Qwen3
     else:
-        values = _read(language, LANGUAGES, "language")
-    if layers is not None:
-        values = values | {"num_hidden_layers": min(layers, values.get("num_hidden_layers", layers))}
-    try:
-        return LanguageShape.from_config(SimpleNamespace(**values))
-    except AttributeError as error:
-        raise UserError(
-            f"language '{language}': its config.json lacks '{error.name}', found {sorted(values)}"
-        ) from None
+        shape = LanguageShape.from_config(SimpleNamespace(**_read(language, "language")))
+    return shape if layers is None else replace(shape, layers=min(layers, shape.layers))
 
 
 def encoder_shape(name: str) -> EncoderShape:
@@ -401,7 +318,7 @@ def encoder_shape(name: str) -> EncoderShape:
     Raises:
         UserError: the name is unknown, or there is no closed form for its family.
     """
-    values = _read(name, ENCODERS, "vision")
+    values = _read(name, "vision")
     kind = values.get("model_type", "")
     if kind == "sparsight_efficientnet_lite":
         return LiteShape(tuple(values.get("out_blocks", (10, 15))), values.get("image_size", 256))
@@ -410,20 +327,18 @@ def encoder_shape(name: str) -> EncoderShape:
             f"vision '{name}': an encoder of type '{kind}' has no closed form here, only {', '.join(_VITS)} and "
             "efficientnet-lite0 have. Runs count it on the real modules: train a few steps and read run.jsonl"
         )
-    values = _VIT | _VITS[kind] | values
-    hidden = values["hidden_size"]
+    # What a config.json leaves out has transformers' defaults.
+    hidden = values.get("hidden_size", 768)
     intermediate = values.get("intermediate_size") or int(hidden * values.get("mlp_ratio", 4))
     if gated := bool(values.get("use_swiglu_ffn")):
         intermediate = (int(intermediate * 2 / 3) + 7) // 8 * 8
     return VitShape(
-        values["family"],
-        values["num_hidden_layers"],
+        kind,
+        values.get("num_hidden_layers", 12),
         hidden,
-        values["num_attention_heads"],
         intermediate,
-        values["patch_size"],
-        values["image_size"],
-        values["prefix"],
+        values.get("patch_size", _VITS[kind][0]),
+        values.get("image_size", 224),
         gated,
         values.get("vision_use_head", True),
         _weight_bytes(values.get("dtype") or values.get("torch_dtype")),
@@ -431,22 +346,20 @@ def encoder_shape(name: str) -> EncoderShape:
 
 
 def _weight_bytes(dtype: Any) -> int:
-    """Of a weight stored so: bf16 stays, all else trains and rests in fp32."""
+    """Of a frozen weight that is stored so: bf16 stays, all else is held in fp32."""
     return 2 if "bfloat16" in str(dtype) else 4
 
 
-def bridge_parameters(settings: Any, level_widths: Sequence[int], out_width: int) -> int:
+def bridge_parameters(bridge: BridgeSettings, level_widths: Sequence[int], out_width: int) -> int:
     """Parameters of a bridge."""
-    bridge = bridge_settings(settings)
-    if bridge.kind not in ("resampler", "chain_of_sight"):
+    if not isinstance(bridge, WindowedSettings):
         width = sum(level_widths) * getattr(bridge, "factor", 1) ** 2
-        second = 0 if bridge.kind == "linear" else out_width * out_width + out_width
+        second = 0 if isinstance(bridge, LinearConfig) else out_width * out_width + out_width
         return 2 * width + width * out_width + out_width + second
-    d, hidden = bridge.width, int(bridge.width * bridge.mlp_ratio)
+    d, hidden, scales = bridge.width, int(bridge.width * bridge.mlp_ratio), bridge.scales.scales
     blocks = sum(
-        2 * d + 2 * level + d * d + 2 * level * d + d * d + d + 2 * d + 2 * d * hidden + hidden + d
-        for level in list(level_widths) * bridge.depth
+        2 * d * d + 2 * d * hidden + 2 * level * (d + 1) + 6 * d + hidden for level in list(level_widths) * bridge.depth
     )
     shared = getattr(bridge, "shared_queries", False)
-    queries = sum((scale.queries if shared else scale.tokens) * d for scale in bridge.scales.scales)
-    return len(bridge.scales.scales) * blocks + queries + 2 * d + d * out_width + out_width
+    queries = sum((scale.queries if shared else scale.tokens) * d for scale in scales)
+    return len(scales) * blocks + queries + 2 * d + d * out_width + out_width

@@ -66,10 +66,7 @@ class SceneSource:
 
     def __init__(self, data: SceneData, length: int, split: str = "train", image_size: int = 256) -> None:
         self.config = scene_config(data, image_size)
-        repeats = max(1, -(-length // data.scenes))
-        self.scenes = ScenesDataset(
-            self.config, split, scenes=data.scenes, repeats=repeats, seed=data.seed, tasks=data.tasks, draw=False
-        )
+        self.scenes = ScenesDataset(self.config, split, data.scenes, seed=data.seed, tasks=data.tasks)
         self.length = length
         self.split = split
         self.images = data.scenes

@@ -1,1 +1,1 @@
-"""Ranks, devices and what they can do."""
+"""Ranks, devices, and their speed."""

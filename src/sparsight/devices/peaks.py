@@ -1,4 +1,4 @@
-"""What devices can do: dense bf16 peaks from their makers' data sheets."""
+"""Peaks and memory of devices, from their makers' data sheets, and the CPU's name and instructions. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sparsight.errors import UserError
 
-# FLOP/s of dense bf16 matrix products with fp32 sums, and GB of memory. The first that a device's name holds counts.
+# FLOP/s of dense bf16 matrix products with fp32 sums, and GB. The first name that a device's name contains counts.
 DEVICES: dict[str, tuple[float, float]] = {
     "B200": (2250e12, 180),
     "GH200": (989e12, 96),
@@ -33,37 +33,32 @@ DEVICES: dict[str, tuple[float, float]] = {
     "RTX 4090": (165e12, 24),
     "RTX 3090": (71e12, 24),
 }
-# CPU features that make bfloat16 autocast faster than float32.
+# CPU features that make bf16 autocast faster than fp32.
 BF16_FEATURES = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16", "bf16": "Arm BF16"}
 MFU = 0.4  # share of the peak that `plan` assumes where nothing else is given
 
 
+def _cpuinfo(*keys: str) -> str:
+    """What Linux says of the first core under one of these keys; empty elsewhere."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.lower().startswith(keys)), "")
+
+
 def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 @cache
 def cpu_bf16() -> tuple[str, ...]:
-    """What makes bf16 fast on this CPU, by name; empty where it is emulated, and tens of times slower than fp32."""
-    features = _cpu_features()
+    """The CPU's instructions for bf16, by name; empty where bf16 is emulated, and tens of times slower than fp32."""
+    features = set(_cpuinfo("flags", "features").lower().split())
+    if not features:
+        import torch
+
+        ask = getattr(torch.cpu, "get_capabilities", dict)  # newer than the oldest torch that we allow
+        features = {name for name, value in ask().items() if value is True}
     return tuple(label for feature, label in BF16_FEATURES.items() if feature in features)
-
-
-def _cpu_features() -> set[str]:
-    """Names of the CPU's features in lower case, from Linux, else from torch where it can tell; else none."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.lower().startswith(("flags", "features")):
-                return set(line.lower().split(":", 1)[-1].split())
-    import torch
-
-    ask = getattr(torch.cpu, "get_capabilities", None)  # newer than the oldest torch that we allow
-    return {name for name, value in ask().items() if value is True} if ask else set()
 
 
 def known_device(name: str) -> tuple[str, float, float]:
@@ -82,5 +77,5 @@ def peak_flops(device: str, precision: str) -> float | None:
     """FLOP/s that a device reaches at most, from the table (bf16 alone); None if unknown."""
     try:
         return known_device(device)[1] if precision == "bf16" else None
-    except ValueError:
+    except UserError:
         return None

@@ -1,4 +1,4 @@
-"""Several ranks that must do the same: reduce the same gradients, gather the same shards."""
+"""Several ranks that must do the same: join, agree on a number, reduce the same gradients."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from torch.distributed.tensor import DTensor
 
 
 def process_state() -> PartialState:
-    """This process's place in its group, which is joined on the first call, if a launcher such as torchrun made one.
+    """This process's rank. The first call joins the group that a launcher such as torchrun made, if there is one.
 
-    Its patience is long: while the first rank measures samples or encodes images, the others wait for it.
+    The timeout is long: the other ranks wait while the first measures samples or encodes images.
     """
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
 def several_ranks() -> bool:
-    """Whether this process is one of a group."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
@@ -33,16 +32,11 @@ def largest(number: int, device: torch.device) -> int:
     return int(found)
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether any rank says so; the same answer on all."""
-    return bool(largest(int(flag), device))
-
-
 def touched(x: torch.Tensor, parameters: Iterable[nn.Parameter]) -> torch.Tensor:
-    """``x``, through which each of ``parameters`` that trains gets a gradient of zero, if it gets no other.
+    """``x``; each of ``parameters`` that trains gets a gradient of zero through it, if it gets no other.
 
-    Shards (FSDP) are left alone: they are reduced by the module that gathers them, where it runs.
+    Shards (FSDP) are left alone: the module that gathers them reduces them.
     """
-    # One element says as little as all of them, and cannot overflow.
+    # One element of each parameter is enough, and its product cannot overflow.
     zeros = [0.0 * p.reshape(-1)[:1].sum() for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
     return x + torch.stack([zero.to(x) for zero in zeros]).sum() if zeros else x

@@ -11,8 +11,7 @@ from sparsight.data.sources import open_source
 from sparsight.errors import UserError
 from sparsight.evaluation.ask import Item, Questions
 from sparsight.evaluation.metrics import box_match, cider_d, exact_match
-from sparsight.scenes.questions import ScenesDataset, caption_recall, single_question
-from sparsight.scenes.world import TASKS
+from sparsight.scenes.questions import TASKS, ScenesDataset, caption_recall, single_question
 from sparsight.settings.recipe import HeldOut
 
 

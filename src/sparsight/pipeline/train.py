@@ -35,7 +35,7 @@ from sparsight.pipeline.files import Session, load, move_aside, open_log, save, 
 from sparsight.reporting import RunLog, write_card
 from sparsight.reporting.runlog import step_seconds
 from sparsight.reporting.tables import human
-from sparsight.scenes.world import TASKS
+from sparsight.scenes.questions import TASKS
 from sparsight.schedules import skip_probabilities
 from sparsight.settings.base import readable
 from sparsight.settings.load import load_recipe

@@ -16,8 +16,6 @@ from sparsight.cost.forecast import (
     StageCost,
     at_peak,
     forecast,
-    paper_ratios,
-    remedies,
     standard,
     total_flops,
 )
@@ -117,8 +115,7 @@ def gigabytes(size: float) -> str:
 
 
 def notes(recipe: Recipe, stages: Sequence[StageCost], speed: Speed | None) -> list[str]:
-    """Sentences below the table: the ratio to the standard recipe (the headline), that recipe, the largest part of the
-    FLOPs, and the paper's ratios."""
+    """Sentences below the table: the ratio to the standard recipe (the headline), that recipe, and the largest part."""
     plain, now = forecast(standard(recipe)), total_flops(list(stages))
     ratio = now / total_flops(plain)
     line = f"{human(now, 'FLOP')} in all: {ratio:.2f}x of the standard recipe's"
@@ -129,12 +126,6 @@ def notes(recipe: Recipe, stages: Sequence[StageCost], speed: Speed | None) -> l
     (stage, part), share = shares.most_common(1)[0]
     lines = [f"{line}.", STANDARD.format(tokens=plain[0].tokens)]
     lines.append(f"{share:.0%} of the FLOPs are {part.replace('_', ' ')} in stage {stage}.")
-    if ratios := paper_ratios(recipe):
-        shown = ", ".join(f"{name} {flops:.2f} ({clock:.2f})" for name, (flops, clock) in ratios.items())
-        lines.append(
-            f"FLOPs of stage {recipe.stages[0].name} relative to 336 tokens, and in brackets the pre-training time "
-            f"that Chain-of-Sight reports for its own set-up: {shown}."
-        )
     conversations = {cost.stage.conversation: cost.stage.name for cost in stages}
     lines += [ASSUMED.format(name=name, **c.model_dump()) for c, name in conversations.items()]
     return lines
@@ -180,11 +171,12 @@ def check_fits(cost: StageCost, limit: float) -> None:
     if (size := sum(memory.values())) <= limit:
         return
     part = max(memory, key=memory.__getitem__)
-    found = "; or ".join(remedies(cost, limit))
-    advice = f"To fit: {found}" if found else "Nothing that is tried here fits: take a smaller model"
+    fits = cost.fits(limit)
+    advice = f"A micro-batch of {fits} fits" if fits else "Not even one of 1 fits"
     raise UserError(
         f"stage '{cost.stage.name}' needs {gigabytes(size)} at a micro-batch of {cost.micro_batch}, but there are "
-        f"{gigabytes(limit)}: the largest part is {part} ({gigabytes(memory[part])}). {advice}"
+        f"{gigabytes(limit)}: the largest part is {part} ({gigabytes(memory[part])}). {advice}; less is needed with "
+        "gradient_checkpointing, lora, or a smaller model"
     )
 
 

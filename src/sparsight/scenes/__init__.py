@@ -1,1 +1,1 @@
-"""The embedded data: an endless, seeded generator of images with exact truth."""
+"""The embedded data: endless, seeded images with exact truth, and questions about them. Source: ours."""

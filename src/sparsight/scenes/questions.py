@@ -1,9 +1,4 @@
-"""Endless images with exact truth: named cut-outs on a grid, a printed number, and questions about them.
-
-Everything is a pure function of (config, split, seed, index); no global generator is touched. What is drawn stands in
-`drawing`. Source: ours.
-Boxes are (x1, y1, x2, y2) in pixels, right and bottom exclusive. Cells count row by row from the top left.
-"""
+"""Questions about scenes: what is asked and answered, the scores of boxes and captions, and blind guessing."""
 
 from __future__ import annotations
 
@@ -16,31 +11,14 @@ import numpy as np
 from PIL import Image
 
 from sparsight.errors import UserError
-from sparsight.scenes.drawing import (
-    TRAITS,
-)
-from sparsight.scenes.world import (
-    SPLITS,
-    TASKS,
-    WEIGHTS,
-    Box,
-    Scene,
-    SceneConfig,
-    Thing,
-    _rng,
-    cell_names,
-    kind_names,
-    make_scene,
-)
+from sparsight.scenes.drawing import TRAITS
+from sparsight.scenes.world import Box, Scene, SceneConfig, Thing, cell_names, kind_names, make_scene
 
 _TOTAL = "how many things ?"
 _TEXT = "what number is printed ?"
 _CAPTION = "describe the image ."
 
-
-# ------------------------------------------------------------------------------------------------- questions
-
-# (question, answer, what it gives away): two turns about the same fact would answer each other
+# (question, answer, the fact that it gives away): two turns about the same fact would answer each other
 _Turn = tuple[str, str, str]
 
 
@@ -54,7 +32,7 @@ def _pick(rng: np.random.Generator, options: list[Any]) -> Any:
 
 def _caption(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | None:
     parts = [(thing.cell, _with_article(thing.name)) for thing in scene.things]
-    if scene.number is not None and scene.number_cell is not None:
+    if scene.number_cell is not None:
         parts.append((scene.number_cell, f"the number {scene.number}"))
     return _CAPTION, " , ".join(words for _, words in sorted(parts)), _CAPTION
 
@@ -64,17 +42,15 @@ def _existence(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn
 
     Half of the absent kinds are adversarial: like one in the image (same group, or colour, or shape).
     """
-    here = scene.counts()
+    here, alike = scene.counts(), TRAITS[scene.config.cutouts]
     free = [name for name in kind_names(scene.config) if f"is {name}" not in asked]
-    present, absent = [n for n in free if n in here], [n for n in free if n not in here]
+    present, absent = [name for name in free if name in here], [name for name in free if name not in here]
     if not present or not absent:
         return None
     if rng.random() < 0.5:
         name, answer = _pick(rng, present), "yes"
     else:
-        alike = TRAITS[scene.config.cutouts]
-        traits = frozenset[str]().union(*(alike[n] for n in here))
-        near = [n for n in absent if alike[n] & traits]
+        near = [name for name in absent if any(alike[name] & alike[shown] for shown in here)]
         name, answer = _pick(rng, near if near and rng.random() < 0.5 else absent), "no"
     return f"is there {_with_article(name)} ?", answer, f"is {name}"
 
@@ -96,96 +72,78 @@ def _count(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | N
 
 
 def _naming(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | None:
-    thing = _pick(rng, list(scene.things))
-    return f"what is at the {cell_names(scene.config.grid)[thing.cell]} ?", thing.name, f"thing {thing.cell}"
+    return _about(_pick(rng, list(scene.things)), "what is at the {cell} ?", "{name}", scene)
+
+
+def _position(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | None:
+    return _about(_single(scene, rng, asked), "where is the {name} ?", "{cell}", scene)
+
+
+def _grounding(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | None:
+    return _about(_single(scene, rng, asked), "box of the {name} ?", "{box}", scene)
 
 
 def _single(scene: Scene, rng: np.random.Generator, asked: set[str]) -> Thing | None:
     here = scene.counts()
-    options = [t for t in scene.things if here[t.name] == 1 and f"thing {t.cell}" not in asked]
+    options = [thing for thing in scene.things if here[thing.name] == 1 and f"thing {thing.cell}" not in asked]
     return _pick(rng, options) if options else None
 
 
-def _position(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | None:
-    if (thing := _single(scene, rng, asked)) is None:
+def _about(thing: Thing | None, question: str, answer: str, scene: Scene) -> _Turn | None:
+    if thing is None:
         return None
-    return f"where is the {thing.name} ?", cell_names(scene.config.grid)[thing.cell], f"thing {thing.cell}"
+    cell, box = cell_names(scene.config.grid)[thing.cell], format_box(thing.box, scene.config.image_size)
+    says = {"name": thing.name, "cell": cell, "box": box}
+    return question.format(**says), answer.format(**says), f"thing {thing.cell}"
 
 
 def _text(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | None:
     return None if scene.number is None else (_TEXT, scene.number, _TEXT)
 
 
-def _grounding(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | None:
-    if (thing := _single(scene, rng, asked)) is None:
-        return None
-    return f"box of the {thing.name} ?", format_box(thing.box, scene.image_size), f"thing {thing.cell}"
-
-
-_ASK: dict[str, Callable[[Scene, np.random.Generator, set[str]], _Turn | None]] = {
-    "caption": _caption,
-    "existence": _existence,
-    "count": _count,
-    "naming": _naming,
-    "position": _position,
-    "text": _text,
-    "grounding": _grounding,
-}
+TASKS = ("caption", "existence", "count", "naming", "position", "text", "grounding")
+_Ask = Callable[[Scene, np.random.Generator, set[str]], _Turn | None]
+_ASK: dict[str, _Ask] = dict(
+    zip(TASKS, (_caption, _existence, _count, _naming, _position, _text, _grounding), strict=True)
+)
+# a third of the first turns are captions
+WEIGHTS: Mapping[str, float] = {**dict.fromkeys(TASKS, 1.0), "caption": 3.0}
 
 
 def single_question(scene: Scene, task: str, seed: int = 0) -> tuple[str, str] | None:
-    """One (question, answer) for evaluation, or None where the scene does not allow this task.
-
-    Raises UserError for an unknown task.
-    """
-    _check_tasks({task: 1.0})
-    turn = _ASK[task](scene, _rng(scene.seed, scene.split, scene.index, 1, seed, TASKS.index(task)), set())
+    """One (question, answer) for evaluation, or None where the scene does not allow this task."""
+    turn = _ASK[task](scene, scene.rng(1, seed, TASKS.index(task)), set())
     return turn[:2] if turn else None
 
 
-def conversation(
-    scene: Scene, seed: int = 0, questions: int | None = None, tasks: Mapping[str, float] | None = None
-) -> list[dict[str, Any]]:
+def conversation(scene: Scene, seed: int = 0, tasks: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
     """Messages in the HF format; the image stands in the first user turn alone. No question comes twice.
 
-    A caption can only come first. It gives away what is there, so after it only position and
-    grounding are asked. A thing is asked for by one of naming, position and grounding: they tell each other.
+    A caption can only come first. It gives away what is there, so after it only position and grounding are asked. A
+    thing is asked for by one of naming, position and grounding: they tell each other.
 
     Args:
-        questions: the most turns; fewer where the image has no more to ask. None: as in the scene's config.
         tasks: weight of each task; those left out are not asked. None: `WEIGHTS`.
 
-    Raises: ValueError for an unknown task, a bad weight, or if the scene allows none of the tasks.
+    Raises:
+        UserError: the scene allows none of the tasks.
     """
-    weights = dict(WEIGHTS if tasks is None else tasks)
-    _check_tasks(weights)
-    limit = scene.config.questions if questions is None else questions
-    turns = list(_turns(scene, _rng(scene.seed, scene.split, scene.index, 2, seed), limit, weights))
-    if not turns:
-        raise UserError(f"scene {scene.index} of {scene.split} allows none of the tasks {sorted(weights)}")
+    weights = WEIGHTS if tasks is None else tasks
     messages: list[dict[str, Any]] = []
-    for number, (question, answer) in enumerate(turns):
-        image = [{"type": "image"}] if number == 0 else []
+    for question, answer in _turns(scene, scene.rng(2, seed), weights):
+        image = [] if messages else [{"type": "image"}]
         messages.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    if not messages:
+        raise UserError(f"scene {scene.index} of {scene.split} allows none of the tasks {sorted(weights)}")
     return messages
 
 
-def _check_tasks(weights: Mapping[str, float]) -> None:
-    for task, weight in weights.items():
-        if task not in TASKS:
-            raise UserError(f"task is {task!r}, expected one of {', '.join(TASKS)}")
-        if not 0 <= weight < float("inf"):
-            raise UserError(f"weight of {task} is {weight!r}, expected a number of at least 0")
-
-
-def _turns(
-    scene: Scene, rng: np.random.Generator, limit: int, weights: Mapping[str, float]
-) -> Iterator[tuple[str, str]]:
+def _turns(scene: Scene, rng: np.random.Generator, weights: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     left = {task: weight for task, weight in weights.items() if weight > 0}
     asked: set[str] = set()
     misses = 0
-    while left and limit > 0 and misses < 12:
+    while left and len(asked) < scene.config.questions and misses < 12:
         edges = np.cumsum(list(left.values()))
         task = list(left)[int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))]
         turn = _ASK[task](scene, rng, asked)
@@ -194,16 +152,11 @@ def _turns(
         elif turn[2] in asked:
             misses += 1
         else:
-            if not asked:
-                left.pop("caption", None)
+            left.pop("caption", None)
             if task == "caption":
                 left = {name: weight for name, weight in left.items() if name in ("position", "grounding")}
             asked.add(turn[2])
-            limit -= 1
             yield turn[:2]
-
-
-# ---------------------------------------------------------------------------------------------------- scores
 
 
 def format_box(box: Box, image_size: int) -> str:
@@ -242,9 +195,9 @@ def caption_recall(prediction: str, scene: Scene) -> float:
 def chance(config: SceneConfig, split: str = "test", scenes: int = 2000) -> dict[str, float]:
     """The score of blind guessing by task, 0..1. Tasks that never occur are left out.
 
-    The guess is the most frequent answer ("how many things" and "how many : kind" have one each), the most
-    frequent names for captions, and the mean box for grounding (share with IoU >= 0.5). It is taken from
-    `scenes` training scenes and scored on as many of `split`. None is drawn; about 2 s.
+    The guess is the most frequent answer ("how many things" and "how many : kind" have one each), the most frequent
+    names for captions, and the mean box for grounding (share with IoU >= 0.5). It is taken from `scenes` training
+    scenes and scored on as many of `split`. None is drawn; about 2 s.
     """
     fit = [make_scene(config, "train", index) for index in range(scenes)]
     held = [make_scene(config, split, index) for index in range(scenes, 2 * scenes)]
@@ -270,28 +223,16 @@ def chance(config: SceneConfig, split: str = "test", scenes: int = 2000) -> dict
     return score
 
 
-def vocabulary(config: SceneConfig) -> list[str]:
-    """All words, signs and digits of questions and answers, sorted. Numbers are digits: "37" is "3", "7"."""
-    words = [_TOTAL, _TEXT, _CAPTION, "is there a an ?", "how many : ?", "what is at the ?", "where is the ?"]
-    words += ["box of the ?", "the number ,", "yes no", *"0123456789"]
-    words += [*kind_names(config), *cell_names(config.grid)]
-    return sorted({word for text in words for word in text.split()})
-
-
-# -------------------------------------------------------------------------------------------------- data set
-
-
 class ScenesDataset:
-    """Map-style data set: item i is scene i % scenes, with a conversation seeded by i. Picklable; no torch.
+    """A number of scenes of a split, and as many conversations about them as are asked for. Picklable; no torch.
 
     Args:
         scenes: number of images.
-        repeats: conversations for each image, with other questions each time.
         tasks: weight of each task, see `conversation`. None: `WEIGHTS`.
-        draw: whether items carry the image; if not, "images" is empty (a feature cache calls `image`).
 
-    Raises: ValueError for bad numbers, or if no task is one that every image allows; FileNotFoundError if
-        emoji are asked for and absent.
+    Raises:
+        UserError: a task is unknown or its weight is no weight, or not every image allows one of the tasks.
+        FileNotFoundError: emoji are asked for and absent.
     """
 
     def __init__(
@@ -299,47 +240,30 @@ class ScenesDataset:
         config: SceneConfig,
         split: str,
         scenes: int = 4000,
-        repeats: int = 1,
+        *,
         seed: int = 0,
         tasks: Mapping[str, float] | None = None,
-        draw: bool = True,
     ) -> None:
-        if scenes < 1 or repeats < 1 or seed < 0:
-            raise UserError(f"scenes={scenes}, repeats={repeats}, seed={seed}, expected at least 1, 1 and 0")
-        if split not in SPLITS:
-            raise UserError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
         weights = WEIGHTS if tasks is None else tasks
-        _check_tasks(weights)
+        for task, weight in weights.items():
+            if task not in TASKS:
+                raise UserError(f"task is {task!r}, expected one of {', '.join(TASKS)}")
+            if not 0 <= weight < float("inf"):
+                raise UserError(f"weight of {task} is {weight!r}, expected a number of at least 0")
         always = {"caption", "count", "naming"} | ({"text"} if config.numbers == 1 else set())
         if not any(weights.get(task, 0) > 0 for task in always):
             raise UserError(f"tasks is {dict(weights)}, expected one that any image allows: {sorted(always)}")
-        self.config, self.split, self.scenes, self.repeats = config.resolved(), split, scenes, repeats
-        self.seed, self.tasks, self.draw = seed, dict(tasks) if tasks is not None else None, draw
+        self.config, self.split, self.scenes = config.resolved(), split, scenes
+        self.seed, self.tasks = seed, tasks
 
-    def __len__(self) -> int:
-        return self.scenes * self.repeats
+    def scene(self, number: int) -> Scene:
+        """The truth about an image."""
+        return make_scene(self.config, self.split, number, self.seed)
 
-    def scene(self, scene_index: int) -> Scene:
-        """The truth about image `scene_index`."""
-        return make_scene(self.config, self.split, scene_index, self.seed)
+    def image(self, number: int) -> Image.Image:
+        """The image, RGB, image_size x image_size."""
+        return self.scene(number).draw()
 
-    def image(self, scene_index: int) -> Image.Image:
-        """Image `scene_index`, RGB, image_size x image_size."""
-        return self.scene(scene_index).draw()
-
-    def messages(self, i: int) -> list[dict[str, Any]]:
-        """The conversation of item i, without drawing."""
-        return conversation(self.scene(i % self.scenes), i, tasks=self.tasks)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        """{"id", "image_key" (the image), "images", "messages"}. Raises IndexError past the end."""
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"item {i} of a data set of {len(self)}")
-        i, key = i % len(self), i % self.scenes
-        images = [self.image(key)] if self.draw else []
-        return {
-            "id": f"scenes/{self.split}/{i}",
-            "image_key": key,
-            "images": images,
-            "messages": self.messages(i),
-        }
+    def messages(self, index: int) -> list[dict[str, Any]]:
+        """Conversation ``index``, about image ``index % scenes``; an image that comes again has other questions."""
+        return conversation(self.scene(index % self.scenes), index, self.tasks)

@@ -1,9 +1,11 @@
-"""Scenes: which things stand where, as a pure function of (config, split, seed, index). Source: ours."""
+"""Scenes: what stands where, as a pure function of (config, split, seed, index). No global generator is touched.
+
+Boxes are (x1, y1, x2, y2) in pixels, right and bottom exclusive. Cells count row by row from the top left.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -12,26 +14,12 @@ from PIL import Image
 
 from sparsight import assets
 from sparsight.errors import UserError
-from sparsight.scenes.drawing import (
-    CARDS,
-    IMAGES,
-    SHAPE_KINDS,
-    Ground,
-    card_size,
-    cutout,
-    cutout_folder,
-    draw_card,
-    draw_ground,
-    whole_cutout,
-)
+from sparsight.scenes import drawing
+from sparsight.scenes.drawing import IMAGES, SHAPE_KINDS, Ground
 
 Box = tuple[int, int, int, int]
 
-TASKS = ("caption", "existence", "count", "naming", "position", "text", "grounding")
 SPLITS = ("train", "validation", "test")
-# a third of the first turns are captions
-WEIGHTS: Mapping[str, float] = {**dict.fromkeys(TASKS, 1.0), "caption": 3.0}
-
 _REPEAT = 0.35  # share of things that repeat a kind, so that counting is not always "1"
 _MAX_OF_A_KIND = 4
 _SIZES = 16  # distinct sizes of a cut-out: bounds the cache of resized ones
@@ -39,10 +27,10 @@ _SIZES = 16  # distinct sizes of a cut-out: bounds the cache of resized ones
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """What the images hold. Pixel lengths are for a image of 256 px and scale with `image_size`.
+    """What the images hold; `settings.data.SceneData` checks the ranges. Pixels are those of an image of 256 px.
 
     Args:
-        kinds: how many kinds of things occur, the first ones of the list (2..64).
+        kinds: how many kinds of things occur, the first ones of the list.
         thing_size: smallest and largest longer side of a thing; it must fit into a cell (256 / grid).
         numbers: probability of a printed number of `digits` (fewest, most) digits, font size `number_size`.
         noise: probability of a noisy ground, otherwise plain or a gradient.
@@ -51,7 +39,8 @@ class SceneConfig:
         held_out: share of the (kind, cell) pairs that no training scene shows and each other scene does.
         questions: the most question turns of a conversation.
 
-    Raises: ValueError that shows the value and what was expected.
+    Raises:
+        UserError: settings do not go together; the message shows the value and what was expected.
     """
 
     image_size: int = 256
@@ -69,36 +58,19 @@ class SceneConfig:
     grid: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("thing_size", "digits"):  # YAML and JSON give lists
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        cell, most = 256 // self.grid if self.grid in (2, 3) else 0, self.grid**2
-        low, high = self.thing_size if len(self.thing_size) == 2 else (0, 0)
-        few, many = self.digits if len(self.digits) == 2 else (0, 0)
-        most_kinds = len(IMAGES.get(self.cutouts, SHAPE_KINDS))
-        rules: dict[str, tuple[bool, str]] = {
-            "grid": (self.grid in (2, 3), "2 or 3"),
-            "image_size": (self.image_size >= 32, "at least 32"),
-            "kinds": (2 <= self.kinds <= most_kinds, f"2 to {most_kinds}"),
-            "min_things": (1 <= self.min_things <= self.max_things, f"1 to max_things ({self.max_things})"),
-            "max_things": (
-                self.max_things <= 8 and self.max_things + (self.numbers > 0) <= most,
-                f"at most 8, and with a printed number no more than the {most} cells",
-            ),
-            "thing_size": (8 <= low <= high <= cell, f"(least, most) with 8 <= least <= most <= {cell}"),
-            "numbers": (0 <= self.numbers <= 1, "a probability"),
-            "digits": (1 <= few <= many <= 4, "(fewest, most) with 1 <= fewest <= most <= 4"),
-            "number_size": (
-                self.number_size >= 8 and max(card_size(self.number_size, many)) <= cell,
-                f"at least 8, and {many} digits no wider than a cell of {cell} px",
-            ),
-            "noise": (0 <= self.noise <= 1, "a probability"),
-            "cutouts": (self.cutouts in ("auto", *IMAGES), "auto, shapes, emoji or families"),
-            "held_out": (0 <= self.held_out <= 0.5, "0 to 0.5"),
-            "questions": (self.questions >= 1, "at least 1"),
-        }
-        for name, (holds, expected) in rules.items():
+        kinds, cells, side = len(IMAGES.get(self.cutouts, SHAPE_KINDS)), self.grid**2, 256 // self.grid
+        (few, many), most = self.digits, cells - (self.numbers > 0)
+        width = max(drawing.card_size(self.number_size, many))
+        for name, holds, expected in (
+            ("image_size", self.image_size >= 32, "at least 32"),
+            ("kinds", 2 <= self.kinds <= kinds, f"2 to {kinds}"),
+            ("min_things", 1 <= self.min_things <= self.max_things, f"1 to max_things ({self.max_things})"),
+            ("max_things", self.max_things <= most, f"at most {most}, a cell each, and one for a number"),
+            ("digits", 1 <= few <= many <= 4, "(fewest, most) with 1 <= fewest <= most <= 4"),
+            ("number_size", width <= side, f"{many} digits no wider than a cell of {side} px"),
+        ):
             if not holds:
-                raise UserError(f"SceneConfig.{name} is {getattr(self, name)!r}, expected {expected}")
+                raise UserError(f"scenes: {name} is {getattr(self, name)!r}, expected {expected}")
 
     def resolved(self) -> SceneConfig:
         """The same with `cutouts` settled. Raises FileNotFoundError if emoji are asked for and absent."""
@@ -113,7 +85,7 @@ class SceneConfig:
 
 @dataclass(frozen=True)
 class Thing:
-    """One cut-out: kind, cell (0 = top left), its tight box in pixels, and which image of the kind it is."""
+    """One cut-out: kind, cell, its tight box, and which image of the kind it is."""
 
     name: str
     cell: int
@@ -135,59 +107,50 @@ class Scene:
     number_cell: int | None = None
     number_box: Box | None = None
 
-    @property
-    def image_size(self) -> int:
-        """Side of the square image in pixels."""
-        return self.config.image_size
-
     def counts(self) -> Counter[str]:
         """How many things there are of each kind that occurs."""
         return Counter(thing.name for thing in self.things)
 
+    def rng(self, *stream: int) -> np.random.Generator:
+        """A generator of this scene's own for each purpose."""
+        return _rng(self.seed, self.split, self.index, *stream)
+
     def draw(self) -> Image.Image:
         """The image, RGB, image_size x image_size."""
-        image = draw_ground(self.ground, self.image_size)
+        image = drawing.draw_ground(self.ground, self.config.image_size)
+        folder = drawing.cutout_folder(self.config.cutouts)
         for thing in self.things:
             x1, y1, x2, y2 = thing.box
-            drawn = cutout(cutout_folder(self.config.cutouts), thing.image, x2 - x1, y2 - y1)
+            drawn = drawing.cutout(folder, thing.image, x2 - x1, y2 - y1)
             image.paste(drawn, (x1, y1), drawn)
         if self.number is not None and self.number_box is not None:
             x1, y1, x2, y2 = self.number_box
-            card = draw_card(self.number, x2 - x1, y2 - y1, self.ground.seed % len(CARDS))
+            card = drawing.draw_card(self.number, x2 - x1, y2 - y1, self.ground.seed % len(drawing.CARDS))
             image.paste(card, (x1, y1), card)
         return image
 
 
-# ------------------------------------------------------------------------------------------- names and pairs
-
-
-def _images(config: SceneConfig) -> dict[str, tuple[str, ...]]:
-    """The images of every kind. Looks for the emoji only where it must: this is asked many times a scene."""
-    return IMAGES[config.resolved().cutouts if config.cutouts == "auto" else config.cutouts]
-
-
 def kind_names(config: SceneConfig) -> tuple[str, ...]:
-    """The names of the kinds that occur, `config.kinds` of them."""
-    return tuple(_images(config))[: config.kinds]
+    """The names of the kinds that occur; `config.cutouts` is settled."""
+    return tuple(IMAGES[config.cutouts])[: config.kinds]
 
 
 def images_of(config: SceneConfig, name: str, split: str) -> tuple[str, ...]:
     """The images of a kind that a split shows; of a kind with one alone, all splits show that."""
-    every = _images(config)[name]
-    if len(every) == 1:
-        return every
-    return {"train": every[:-2], "validation": every[-2:-1], "test": every[-1:]}[split]
+    every = IMAGES[config.cutouts][name]
+    return every if len(every) == 1 else {"train": every[:-2], "validation": every[-2:-1], "test": every[-1:]}[split]
 
 
 def cell_names(grid: int) -> tuple[str, ...]:
-    """The words for the cells, row by row: "top left", "top", ... for grid 3; the four corners for grid 2."""
+    """The words for the cells: "top left", "top", ... for grid 3; the four corners for grid 2."""
     columns = ("left", "", "right") if grid == 3 else ("left", "right")
     rows = ("top", "", "bottom") if grid == 3 else ("top", "bottom")
     return tuple(f"{row} {column}".strip() or "middle" for row in rows for column in columns)
 
 
 @lru_cache(maxsize=64)
-def _held_out(kinds: int, cells: int, share: float) -> frozenset[tuple[int, int]]:
+def held_out_pairs(kinds: int, cells: int, share: float) -> frozenset[tuple[int, int]]:
+    """The (number of the kind, cell) pairs that no training scene shows; each other scene shows one or more."""
     wanted = max(1, round(share * kinds * cells)) if share else 0
     order = np.random.Generator(np.random.Philox(20240229)).permutation(kinds * cells)
     chosen: list[tuple[int, int]] = []
@@ -202,45 +165,32 @@ def _held_out(kinds: int, cells: int, share: float) -> frozenset[tuple[int, int]
     return frozenset(chosen)
 
 
-def held_out_pairs(config: SceneConfig) -> frozenset[tuple[str, int]]:
-    """The (kind, cell) pairs that never occur in training; each other scene shows at least one."""
-    names, pairs = kind_names(config), _held_out(config.kinds, config.grid**2, config.held_out)
-    return frozenset((names[kind], cell) for kind, cell in pairs)
-
-
 def _rng(seed: int, split: str, index: int, *stream: int) -> np.random.Generator:
     if split not in SPLITS:
         raise UserError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
-    key = np.random.SeedSequence([seed, SPLITS.index(split), index, *stream])
-    return np.random.Generator(np.random.Philox(key))
-
-
-# -------------------------------------------------------------------------------------------- making a scene
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, SPLITS.index(split), index, *stream])))
 
 
 def make_scene(config: SceneConfig, split: str, index: int, seed: int = 0) -> Scene:
-    """Scene `index` of the endless stream (split, seed), not drawn. ValueError for an unknown split."""
+    """Scene `index` of the endless stream (split, seed), not drawn. Raises UserError for an unknown split."""
     config, rng = config.resolved(), _rng(seed, split, index, 0)
     placed = _place(config, rng, split == "train")
     things = tuple(_thing(config, rng, name, cell, split) for name, cell in placed)
-    ground = _make_ground(config, rng)
+    scene = Scene(config, split, seed, index, things, _ground(config, rng))
     if rng.random() >= config.numbers:
-        return Scene(config, split, seed, index, things, ground)
+        return scene
     few, many = config.digits
     number = str(rng.integers(10 ** (few - 1) if few > 1 else 0, 10**many))
-    taken = {cell for _, cell in placed}
-    free = [cell for cell in range(config.grid**2) if cell not in taken]
+    free = sorted(set(range(config.grid**2)) - {cell for _, cell in placed})
     cell = free[rng.integers(len(free))]
-    scale = config.image_size / 256
-    size = card_size(config.number_size, len(number))
-    box = _jitter(config, rng, cell, max(1, int(size[0] * scale)), max(1, int(size[1] * scale)))
-    return Scene(config, split, seed, index, things, ground, number, cell, box)
+    box = _box(config, rng, cell, *drawing.card_size(config.number_size, len(number)), config.image_size / 256)
+    return replace(scene, number=number, number_cell=cell, number_box=box)
 
 
 def _place(config: SceneConfig, rng: np.random.Generator, train: bool) -> list[tuple[str, int]]:
-    """Kinds and cells. Train takes no held-out pair; other splits take one first, then any."""
+    """Kinds and cells. Training takes no held-out pair; other splits take one first, then any."""
     names, cells = kind_names(config), config.grid**2
-    held = _held_out(config.kinds, cells, config.held_out)
+    held = held_out_pairs(config.kinds, cells, config.held_out)
     count = int(rng.integers(config.min_things, config.max_things + 1))
     order = [int(cell) for cell in rng.permutation(cells)[:count]]
     placed: list[tuple[int, int]] = []
@@ -249,21 +199,25 @@ def _place(config: SceneConfig, rng: np.random.Generator, train: bool) -> list[t
         placed, order = [first], [cell for cell in order if cell != first[1]][: count - 1]
     for cell in order:
         used = Counter(kind for kind, _ in placed)
-        allowed = [k for k in range(config.kinds) if not (train and (k, cell) in held)]
-        again = [k for k in allowed if 0 < used[k] < _MAX_OF_A_KIND]
-        new = [k for k in allowed if not used[k]]
+        allowed = [kind for kind in range(config.kinds) if not (train and (kind, cell) in held)]
+        again = [kind for kind in allowed if 0 < used[kind] < _MAX_OF_A_KIND]
+        new = [kind for kind in allowed if not used[kind]]
         repeat = bool(again) and (not new or rng.random() < _REPEAT)
         pool = (again if repeat else new) or allowed
         placed.append((pool[rng.integers(len(pool))], cell))
     return [(names[kind], cell) for kind, cell in sorted(placed, key=lambda pair: pair[1])]
 
 
-def _jitter(config: SceneConfig, rng: np.random.Generator, cell: int, width: int, height: int) -> Box:
-    row, column = divmod(cell, config.grid)
+def _box(config: SceneConfig, rng: np.random.Generator, cell: int, width: float, height: float, scale: float) -> Box:
+    """A box of width x height, scaled, anywhere within the cell."""
+    sides = max(1, int(width * scale)), max(1, int(height * scale))
     edges = [i * config.image_size // config.grid for i in range(config.grid + 1)]
-    x = edges[column] + int(rng.integers(edges[column + 1] - edges[column] - width + 1))
-    y = edges[row] + int(rng.integers(edges[row + 1] - edges[row] - height + 1))
-    return x, y, x + width, y + height
+    row, column = divmod(cell, config.grid)
+    x, y = (
+        edges[at] + int(rng.integers(edges[at + 1] - edges[at] - side + 1))
+        for at, side in zip((column, row), sides, strict=True)
+    )
+    return x, y, x + sides[0], y + sides[1]
 
 
 def _thing(config: SceneConfig, rng: np.random.Generator, name: str, cell: int, split: str) -> Thing:
@@ -271,15 +225,12 @@ def _thing(config: SceneConfig, rng: np.random.Generator, name: str, cell: int, 
     image = images[rng.integers(len(images))] if len(images) > 1 else images[0]
     low, high = config.thing_size
     size = (low + (high - low) * int(rng.integers(_SIZES)) / (_SIZES - 1)) * config.image_size / 256
-    width, height = whole_cutout(cutout_folder(config.cutouts), image).size
-    scale = size / max(width, height)
-    box = _jitter(config, rng, cell, max(1, int(width * scale)), max(1, int(height * scale)))
-    return Thing(name, cell, box, image)
+    width, height = drawing.whole_cutout(drawing.cutout_folder(config.cutouts), image).size
+    return Thing(name, cell, _box(config, rng, cell, width, height, size / max(width, height)), image)
 
 
-def _make_ground(config: SceneConfig, rng: np.random.Generator) -> Ground:
-    light = rng.random() < 0.6
-    low, high = (186, 250) if light else (24, 92)
+def _ground(config: SceneConfig, rng: np.random.Generator) -> Ground:
+    low, high = (186, 250) if rng.random() < 0.6 else (24, 92)  # light or dark
     first, second = (tuple(int(v) for v in rng.integers(low, high, 3)) for _ in range(2))
     kind = "noise" if rng.random() < config.noise else ("plain", "gradient")[rng.integers(2)]
     return Ground(kind, (first, second), int(rng.integers(2**31)))  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from sparsight.devices.precision import default_device, device_name
 from sparsight.devices.ranks import process_state, several_ranks
 from sparsight.modeling import SparsightForConditionalGeneration
 from sparsight.modeling.encoders import count_flops
+from sparsight.settings.bridges import bridge_settings
 from sparsight.sparse.attach import Pass
 from sparsight.sparse.executed import language_shapes, pass_flops
 
@@ -43,6 +44,7 @@ class StepCounter:
     def __post_init__(self) -> None:
         self.peak = peak_flops(device_name(default_device()), self.precision)
         self.shapes = language_shapes(self.model.config.text_config)
+        self.bridge = bridge_settings(self.model.config.bridge_config)
         self.layers = self.layers_run = self.shapes[0].layers
         self.flops_of_grid: dict[tuple[int, int], float] = {}
         self.clear()
@@ -81,8 +83,8 @@ class StepCounter:
         encoder, (high, wide) = images * self.encoder_flops, config.map_size
         if grids:
             encoder, (high, wide) = sum(map(self._of_grid, grids)), map(max, zip(*grids, strict=True))
-        settings, widths, out = config.bridge_config, config.level_widths, config.text_config.hidden_size
-        bridge = bridge_flops(settings, widths, out, (high, wide), images, self.trains)
+        widths, out = config.level_widths, config.text_config.hidden_size
+        bridge = bridge_flops(self.bridge, widths, out, (high, wide), images, self.trains)
         return {"encoder": 0.0 if cached else encoder, "bridge": bridge}
 
     def _of_grid(self, grid: tuple[int, int]) -> float:

@@ -26,7 +26,7 @@ from sparsight.console import Console, Progress
 from sparsight.data.batching import LARGEST, RankBatches, Step, micro_batches, plan_steps
 from sparsight.data.collate import Collator, TrainingSet
 from sparsight.data.sources import SceneSource
-from sparsight.devices.ranks import any_rank, process_state
+from sparsight.devices.ranks import largest, process_state
 from sparsight.errors import UserError
 from sparsight.layouts import Layout
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
@@ -189,7 +189,7 @@ class _Recorder(TrainerCallback):
             self.console.print(Text(note, style="yellow"))
             self.log.write("note", stage=stage, text=note)
         counter.clear()
-        if any_rank(self.stop, counter.model.device):
+        if largest(int(self.stop), counter.model.device):
             self.stop = control.should_save = control.should_training_stop = True
 
     @contextmanager
