@@ -34,7 +34,7 @@ from sparsight.devices.precision import precision_on
 from sparsight.pipeline import autocast, run
 from sparsight.reporting.runlog import read_run, step_seconds
 from sparsight.settings.load import load_comparison
-from sparsight.settings.recipe import Recipe, Stage
+from sparsight.settings.recipe import Recipe
 
 # How many of the captions have 0, 1, 2, ... tokens.
 CAPTIONS = [0, 0, 16, 196, 348, 117, 67, 27, 22, 28, 10, 40, 18, 9, 6, 11, 8, 6, 2, 3, 2, 2, 1, 0, 1, 0, 1, 0, 1, 0, 1]
@@ -68,14 +68,11 @@ def batches_of(way: str, lengths: np.ndarray) -> list[list[int]]:
             batches[-1].append(index)
         return batches
     if way == "rows of 256":  # of the size of which eight rows are full
-        ways: dict[str, Any] = {"batch_size": int(POSITIONS / lengths.mean()), "packing": True, "pack_length": 256}
+        ways: dict[str, Any] = {"batch_size": int(POSITIONS / lengths.mean()), "packing": True}
     else:
         ways = {"batch_tokens": POSITIONS, "packing": way == "one row"}
-    stage = Stage.model_validate(
-        {"name": "x", "bridge": {"kind": "linear"}, "learning_rate": {"bridge": 1}, "samples": len(lengths)} | ways
-    )
     sizes = np.stack([lengths, np.ones_like(lengths)], 1)
-    return [batch for step in plan_steps(stage, len(lengths), 0, 1, sizes) for batch in step]
+    return [batch for step in plan_steps(len(lengths), 0, 1, sizes, **ways) for batch in step]
 
 
 def packing(layout: str, rounds: int, device: torch.device, console: Console) -> list[dict[str, Any]]:

@@ -32,7 +32,6 @@ from sparsight.data.batching import RankBatches, plan_steps
 from sparsight.data.shards import build_index
 from sparsight.data.sources import ShardSource
 from sparsight.settings.data import ConversationData
-from sparsight.settings.recipe import Stage
 
 SAMPLES, SHARDS, SIDE, BATCH, READ = 100_000, 10, 32, 32, 10_000
 
@@ -77,9 +76,8 @@ def index_all(folder: Path) -> float:
 def resume(data: ConversationData, sizes: Path) -> float:
     """Seconds from nothing opened to the first micro-batch behind 90% of an epoch."""
     start = time.perf_counter()
-    values = {"name": "x", "bridge": {"kind": "linear"}, "learning_rate": {"bridge": 1}, "samples": SAMPLES}
-    stage = Stage.model_validate(values | {"batch_size": BATCH, "micro_batch_size": BATCH // 4})
-    plan = plan_steps(stage, SAMPLES, 0, 1, np.load(sizes), largest_first=True)
+    cut = {"batch_size": BATCH, "micro_batch_size": BATCH // 4}
+    plan = plan_steps(SAMPLES, 0, 1, np.load(sizes), largest_first=True, **cut)
     loader = DataLoader(Decoded(ShardSource(data)), batch_sampler=RankBatches(plan), collate_fn=list)
     batch = next(iter(skip_first_batches(loader, len(loader) * 9 // 10)))
     assert len(batch) == BATCH // 4

@@ -16,14 +16,7 @@ from sparsight.settings.recipe import Stage
 SIZES = st.lists(st.tuples(st.integers(4, 90), st.integers(0, 3)), min_size=1, max_size=90).map(np.array)
 
 
-def stage(**changes: Any) -> Stage:
-    values = stage_values(**changes)
-    if "batch_tokens" in changes:
-        del values["batch_size"]
-    return Stage.model_validate(values)
-
-
-def learnt(steps: list[list[list[int]]]) -> list[int]:
+def dealt(steps: list[list[list[int]]]) -> list[int]:
     return [index for step in steps for batch in step for index in batch]
 
 
@@ -32,31 +25,31 @@ def test_every_sample_once_and_the_same_ones_in_a_step_however_it_is_cut(
     sizes: np.ndarray, ranks: int, accumulate: int, packing: bool, seed: int
 ) -> None:
     samples, size = len(sizes), 8
-    cut = stage(batch_size=size, micro_batch_size=size // (ranks * accumulate), packing=packing)
-    steps = plan_steps(cut, samples, seed, ranks, sizes, largest_first=True)
-    whole = plan_steps(stage(batch_size=size, packing=packing), samples, seed, 1, sizes, largest_first=True)
-    assert [sorted(set(learnt([step]))) for step in steps] == [sorted(learnt([step])) for step in whole]
-    assert sorted(learnt(whole)) == list(range(samples))
+    given_values = {"batch_size": size, "packing": packing, "largest_first": True}
+    steps = plan_steps(samples, seed, ranks, sizes, micro_batch_size=size // (ranks * accumulate), **given_values)
+    whole = plan_steps(samples, seed, 1, sizes, **given_values)
+    assert [sorted(set(dealt([step]))) for step in steps] == [sorted(dealt([step])) for step in whole]
+    assert sorted(dealt(whole)) == list(range(samples))
     assert {len(step) for step in steps} == {ranks * accumulate} and all(batch for step in steps for batch in step)
-    again = learnt(steps)
+    again = dealt(steps)
     assert len(again) - samples < ranks * accumulate and set(again) == set(range(samples))
 
 
 @given(SIZES, st.sampled_from([1, 2, 3]), st.booleans(), st.integers(90, 300))
 def test_a_token_budget_holds_and_every_sample_comes(sizes: np.ndarray, ranks: int, packing: bool, most: int) -> None:
-    steps = plan_steps(stage(batch_tokens=most, packing=packing), len(sizes), 3, ranks, sizes)
-    assert set(learnt(steps)) == set(range(len(sizes))) and {len(step) for step in steps} == {ranks}
+    steps = plan_steps(len(sizes), 3, ranks, sizes, batch_tokens=most, packing=packing)
+    assert set(dealt(steps)) == set(range(len(sizes))) and {len(step) for step in steps} == {ranks}
     for batch in (batch for step in steps for batch in step):
         own = sizes[batch, 0]
         assert own.sum() <= most if packing else own.max() * len(own) <= most
     # Repeated is at most what fills the last step.
-    assert len(learnt(steps)) - len(sizes) < ranks
+    assert len(dealt(steps)) - len(sizes) < ranks
 
 
 def test_a_budget_that_the_longest_sample_breaks() -> None:
     sizes = np.array([[20, 1], [50, 1]])
     with pytest.raises(ValueError, match=r"batch_tokens 40: sample 1 alone has 50 positions.*room for the longest"):
-        plan_steps(stage(batch_tokens=40), 2, 0, 1, sizes)
+        plan_steps(2, 0, 1, sizes, batch_tokens=40)
 
 
 @pytest.mark.parametrize(
@@ -78,17 +71,17 @@ def test_keys_that_contradict_each_other(values: dict[str, Any], words: str) -> 
 
 def test_a_batch_that_cannot_be_dealt_out() -> None:
     with pytest.raises(ValueError, match="batch_size 4 cannot be dealt out to 3 ranks in micro-batches of 1: .* of 3"):
-        micro_batches(stage(batch_size=4), 3)
+        micro_batches(3, 4)
 
 
 def test_micro_batches_hold_samples_of_like_length_and_so_less_padding() -> None:
     sizes = np.stack([np.random.default_rng(0).integers(10, 200, 256), np.ones(256, int)], 1)
 
     def positions(micro: int) -> int:
-        steps = plan_steps(stage(batch_size=32, micro_batch_size=micro), 256, 0, 1, sizes)
+        steps = plan_steps(256, 0, 1, sizes, batch_size=32, micro_batch_size=micro)
         return sum(sizes[batch, 0].max() * len(batch) for step in steps for batch in step)
 
-    tokens = plan_steps(stage(batch_tokens=1600), 256, 0, 1, sizes)
+    tokens = plan_steps(256, 0, 1, sizes, batch_tokens=1600)
     grouped = sum(sizes[batch, 0].max() * len(batch) for step in tokens for batch in step)
     filled = sizes[:, 0].sum()
     assert positions(32) > 1.7 * filled and positions(4) < 1.2 * filled and grouped < 1.1 * filled

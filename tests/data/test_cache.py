@@ -113,13 +113,13 @@ def test_processes_that_build_at_once_both_read_the_whole(tmp_path: Path, encode
 
 def test_the_same_image_under_two_names_is_encoded_once(tmp_path: Path, encoder: Encoder) -> None:
     same = {"0.png": "a", "1.png": "b", "2.png": "a"}
-    rows, name = image_rows(list(same), same.__getitem__)
+    rows, name = image_rows(same)
     assert rows == {"0.png": 0, "1.png": 1, "2.png": 0}
     cache = build_cache(tmp_path / "c", rows, encoder.encode)
     assert encoder.images == ["0.png", "1.png"]
     assert torch.equal(cache.read(["2.png"])[0], expected(["0.png"])[0])
-    assert name == image_rows(["x", "y"], {"x": "a", "y": "b"}.__getitem__)[1]
-    assert name != image_rows(["x", "y"], {"x": "a", "y": "c"}.__getitem__)[1]
+    assert name == image_rows({"x": "a", "y": "b"})[1]
+    assert name != image_rows({"x": "a", "y": "c"})[1]
 
 
 def test_maps_of_several_sizes_are_refused(tmp_path: Path) -> None:

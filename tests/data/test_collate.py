@@ -52,7 +52,7 @@ def cached(tmp_path: Path, model: Any, processor: Any, source: ConversationSourc
         images = [source.image(key) for key in part]
         return model.model.encode_images(**processor.pixels(images))
 
-    return build_cache(tmp_path / "cache", image_rows(source.keys(), source.fingerprint)[0], encode)
+    return build_cache(tmp_path / "cache", image_rows(source.fingerprints())[0], encode)
 
 
 def test_rows_are_padded_at_the_right_and_padding_is_not_learnt(tiny_vlm, source: ConversationSource) -> None:
@@ -208,7 +208,7 @@ def test_places_of_the_tokens_to_come() -> None:
         {"id": "a", "input_ids": [1, 9, 9, 2, 9, 9, 3], "labels": [-100] * 6 + [3]},
         {"id": "b", "input_ids": [1, 2], "labels": [-100, 2]},
     ]
-    batch = Collator(0, image_token_id=9, places=([1, 7], 10))(items)
+    batch = Collator(0, image_token_id=9, positions=([1, 7], 10))(items)
     assert batch["position_ids"].tolist() == [[0, 2, 8, 11, 13, 19, 22], [0, 1, 0, 1, 2, 3, 4]]
     assert batch["attention_mask"].sum(1).tolist() == [7, 2]
     assert "position_ids" not in Collator(0, image_token_id=9)(items)
@@ -249,7 +249,7 @@ def test_a_weight_is_that_many_copies_of_a_token() -> None:
     model = LlamaForCausalLM(config).eval()
     embeds = model.get_input_embeddings()(torch.tensor([[1, 5, 6, 2, 3]]))
     items = [{"id": "a", "input_ids": [1, 9, 9, 2, 3], "labels": [-100] * 4 + [3]}]
-    batch = Collator(0, image_token_id=9, places=([0, 3], 4), weights=[3.0, 1.0])(items)
+    batch = Collator(0, image_token_id=9, positions=([0, 3], 4), weights=[3.0, 1.0])(items)
     assert batch["attention_mask"].shape == (1, 1, 5, 5)
     places = batch["position_ids"]
     few = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"], position_ids=places).logits[:, 3:]

@@ -13,7 +13,7 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 import sparsight
-from sparsight.data.images import FORMATS, known_formats, load_image, size_of_image
+from sparsight.data.images import FORMATS, load_image, size_of_image
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -50,7 +50,7 @@ def test_sizes_come_from_the_header_alone(tmp_path: Path) -> None:
     assert size_of_image(tmp_path / "cut.jpg") == (200, 100)
     with pytest.raises(ValueError, match="a.png: there is no such file"):
         size_of_image(tmp_path / "sub" / "a.png")
-    with pytest.raises(ValueError, match="some.png: cannot be read as a image: empty"):
+    with pytest.raises(ValueError, match="some.png: cannot be read as an image: empty"):
         size_of_image(b"", "some.png")
 
 
@@ -146,7 +146,7 @@ def test_D10_no_program_is_run_on_an_image(tmp_path: Path, ghostscript: Path) ->
     ghostscript.unlink()
     with Image.open(file) as opened:
         for source in (file, str(file), file.read_bytes(), opened):
-            with pytest.raises(ValueError, match=r"a\.png: cannot be read as a image: .*no format that is known"):
+            with pytest.raises(ValueError, match=r"a\.png: cannot be read as an image: .*no format that is known"):
                 load_image(source, "a.png")
     for stored in (file, file.read_bytes()):
         with pytest.raises(ValueError, match="no format that is known"):
@@ -163,8 +163,6 @@ def test_D10_formats_that_are_not_listed_are_refused(tmp_path: Path, kind: str) 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_D10_formats_that_are_listed_are_opened(tmp_path: Path, kind: str) -> None:
-    if kind not in known_formats():
-        pytest.skip(f"this Pillow has no {kind}")
     two_halves(RED, BLUE).resize((64, 32)).save(tmp_path / "a", format=kind)
     image = load_image(tmp_path / "a")
     assert image.width == 2 * image.height or kind == "ICO"

@@ -25,7 +25,7 @@ def test_every_part_has_had_its_share_within_one_after_any_number(weights: list[
     quotas = Quotas(weights)
     had = [0] * len(weights)
     for index in range(min(n, 2 * quotas.period)):
-        part, rank = quotas.place(index)
+        part, rank = quotas.turn(index)
         assert rank == had[part]  # each part's own in order, none left out
         had[part] += 1
         assert quotas.counts(index + 1) == had
@@ -33,7 +33,7 @@ def test_every_part_has_had_its_share_within_one_after_any_number(weights: list[
             abs(count - Fraction((index + 1) * weight, sum(weights))) < 1
             for count, weight in zip(had, weights, strict=True)
         )
-    part, rank = quotas.place(more)  # anywhere, at once
+    part, rank = quotas.turn(more)  # anywhere, at once
     assert quotas.counts(more)[part] == rank and sum(quotas.counts(more)) == more
 
 
@@ -78,7 +78,7 @@ def test_images_are_those_of_the_parts(tmp_path: Path) -> None:
     assert sizes == {source[i].id[0]: source.size(source[i].images[0]) for i in range(12) if source[i].images}
     assert sizes == {"1": (8, 8), "2": (64, 64)}
     used = {key for i in range(12) for key in source[i].images}
-    assert used <= set(source.keys()) and len(source.keys()) == 6 + 3
+    assert used <= source.fingerprints().keys() and len(source.fingerprints()) == 6 + 3
 
 
 def test_a_part_without_samples_is_an_error(tmp_path: Path) -> None:

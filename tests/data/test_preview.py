@@ -22,10 +22,6 @@ def test_contact_sheet_has_room_for_all_tiles(cutouts: str) -> None:
     source = SceneSource(SceneData(scenes=5, cutouts=cutouts), 5)
     sheet = contact_sheet(source, n=5, columns=3)
     assert isinstance(sheet, Image.Image) and sheet.width > 3 * 256 and sheet.height > 2 * 256
-    with pytest.raises(ValueError, match="columns=0"):
-        contact_sheet(source, columns=0)
-    with pytest.raises(ValueError, match="n=0"):
-        contact_sheet(source, n=0)
 
 
 def test_samples_of_none_one_and_two_images_and_any_shape(tmp_path: Path) -> None:

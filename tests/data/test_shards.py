@@ -52,7 +52,7 @@ def test_samples_of_all_shards_in_order(tmp_path: Path) -> None:
     assert len(source) == 9
     assert numbers(source, range(9)) == [(number, number) for number in range(9)]
     assert source[4].id == "000004" and len(list(source)) == 9
-    assert len(set(source.keys())) == 9
+    assert len(source.fingerprints()) == 9
     assert len(opened(tmp_path / "[ab].tar")) == 4 and len(opened(tmp_path / "b.tar")) == 1
 
 
@@ -127,7 +127,7 @@ ROWS: dict[str, tuple[list[tuple[str, bytes]], str]] = {
     ),
     "caption empty": (
         [("k.txt", b" "), ("k.png", make_image())],
-        "TAR, sample 'k' (id k), field 'messages': an answer of the assistant is empty; expected text",
+        "TAR, sample 'k' (id k), field 'messages': the assistant's turn is empty; expected text",
     ),
     "a dot too many": (  # in the names: three samples, and the first alone would be read
         [(f"k.{number}.json", conversation(image=None)) for number in range(3)],
@@ -166,7 +166,7 @@ def test_a_wrong_sample_is_told_with_tar_and_sample(tmp_path: Path, fault: str) 
 def test_a_broken_image_is_told_with_its_place(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", [("k.json", conversation()), ("k.png", make_image()[:40])])
     source = opened(tar)
-    with pytest.raises(ValueError, match="a.tar, offset 1536, member 'k.png': cannot be read as a image"):
+    with pytest.raises(ValueError, match="a.tar, offset 1536, member 'k.png': cannot be read as an image"):
         source.image(source[0].images[0])
 
 

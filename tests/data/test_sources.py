@@ -57,7 +57,7 @@ def test_llava(folder: Path, name: str) -> None:
     assert [source[0].id, source[1].id] == ["s-1", "7"]
     assert source[0].messages == READ
     assert (source[0].images, source[1].images) == (("a.png",), ("sub/b.png",))
-    assert source.keys() == ["a.png", "sub/b.png"]
+    assert list(source.fingerprints()) == ["a.png", "sub/b.png"]
     assert source.image("sub/b.png").getpixel((0, 0)) == (255, 0, 0)
     assert source.size("sub/b.png") == (8, 8)
     assert len(source) == len(list(source)) == 2
@@ -125,7 +125,7 @@ FAULTS: dict[str, tuple[Any, list[str]]] = {
     "image nobody asks about": (row(conversations=[ANSWER]), ["id s-1", "0 <image>", "1 images"]),
     "image in an answer": (
         row(conversations=[QUESTION, {"from": "gpt", "value": "<image> a dog"}]),
-        ["id s-1", "answer", "<image>"],
+        ["id s-1", "assistant", "<image>"],
     ),
     "answer missing": (
         row(conversations=[QUESTION, {"from": "gpt"}]),
@@ -148,7 +148,7 @@ FAULTS: dict[str, tuple[Any, list[str]]] = {
         row(conversations=None, messages=[{"role": "user", "content": [{"type": "text", "text": None}]}]),
         ["id s-1", "messages", "None"],
     ),
-    "image missing": (row(image="gone.png"), ["id s-1", "'image'", "gone.png", "no such file", "1 of 2"]),
+    "image missing": (row(image="gone.png"), ["id s-1", "gone.png", "no such file", "1 of 2"]),
     "image above the folder": (row(image="../secret.png"), ["id s-1", "'image'", "'../secret.png'", "inside"]),
     "image above by a detour": (row(image="sub/../../secret.png"), ["id s-1", "'image'", "inside"]),
     "image by absolute path": (row(image="/etc/secret.png"), ["id s-1", "'image'", "'/etc/secret.png'", "inside"]),
@@ -202,7 +202,7 @@ SHAPES = SceneData(scenes=5, cutouts="shapes")
 
 def test_scenes_repeat_images_with_other_questions() -> None:
     source = SceneSource(SHAPES, 12, image_size=64)
-    assert len(source) == 12 and list(source.keys()) == [0, 1, 2, 3, 4]
+    assert len(source) == 12 and list(source.fingerprints()) == [0, 1, 2, 3, 4]
     assert [source[i].images for i in (0, 5, 10)] == [(0,)] * 3
     assert any(source[i].messages != source[i + 5].messages for i in range(5))
     assert source.image(3).size == source.size(3) == (64, 64)
@@ -296,7 +296,7 @@ def test_images_of_a_table_in_every_form(folder: Path, kind: str, form: str, fie
     assert key == ("sub/b.png" if "path" in form else (1, 0))
     assert source.image(key).getpixel((0, 0)) == (255, 0, 0)
     assert source.size(key) == (8, 8)
-    assert list(source.keys()) == (["sub/b.png"] if "path" in form else [(0, 0), (1, 0)])
+    assert list(source.fingerprints()) == (["sub/b.png"] if "path" in form else [(0, 0), (1, 0)])
 
 
 @KINDS
@@ -313,7 +313,7 @@ def test_reading_a_row_decodes_no_image(folder: Path, kind: str) -> None:
     features["image"] = datasets.Image()  # which datasets would decode
     source = table(folder, kind, {"messages": [MESSAGES], "image": [broken]}, datasets.Features(features))
     assert source[0].images == ((0, 0),)
-    with pytest.raises(ValueError, match=r"table(.parquet)?, row 0, image 0: cannot be read as a image"):
+    with pytest.raises(ValueError, match=r"table(.parquet)?, row 0, image 0: cannot be read as an image"):
         source.image((0, 0))
 
 
@@ -349,7 +349,7 @@ def test_parquet_of_a_folder_in_order_and_what_is_none(folder: Path) -> None:
         data = datasets.Dataset.from_dict({"id": [f"{number}{i}" for i in range(3)], "messages": [MESSAGES] * 3})
         data.to_parquet(folder / "sub" / f"{number}.parquet")
     source = TableSource(ConversationData(kind="parquet", path=str(folder / "sub")))
-    assert len(source) == 6 and source.table["id"].to_pylist() == ["00", "01", "02", "10", "11", "12"]
+    assert len(source) == 6 and source.rows["id"].to_pylist() == ["00", "01", "02", "10", "11", "12"]
     (folder / "broken.parquet").write_bytes(b"PAR1 no PAR1")
     for name, words in {"broken.parquet": "cannot be read as parquet: ", "gone": "found no files; expected a "}.items():
         with pytest.raises(ValueError, match=f"{name}: {words}"):

@@ -18,13 +18,13 @@ from tiny import ListSource, conversation
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_no_answer_is_an_error(name: str) -> None:
-    with pytest.raises(ValueError, match="nothing to learn: the conversation has no answer"):
+    with pytest.raises(ValueError, match="nothing is supervised: the conversation has no answer"):
         encode_conversation(family_tokenizer(name), conversation(answer=None))
 
 
 def test_the_error_names_the_sample(tiny_vlm) -> None:
     data = TrainingSet(ListSource(Sample("quiet", conversation(answer=None, images=0), ())), tiny_vlm()[1], 1)
-    with pytest.raises(ValueError, match="sample 'quiet': nothing to learn"):
+    with pytest.raises(ValueError, match="sample 'quiet': nothing is supervised"):
         data[0]
 
 

@@ -26,7 +26,7 @@ from sparsight.settings.recipe import Recipe
 from sparsight.training.quarantine import Quarantine
 from tiny import make_image
 
-UNREADABLE = "cannot be read as a image"
+UNREADABLE = "cannot be read as an image"
 UNKNOWN = f"{UNREADABLE}: empty, or in no format that is known"
 
 
@@ -162,7 +162,7 @@ def test_the_limit_is_our_own_and_without_warnings(
     if off:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     monkeypatch.setattr(images, "MAX_PIXELS", 799)
-    with pytest.raises(ValueError, match=r"^a\.png: cannot be read as a image: 40 x 20 pixels, more than 799"):
+    with pytest.raises(ValueError, match=r"^a\.png: cannot be read as an image: 40 x 20 pixels, more than 799"):
         load_image(encoded(halves()), "a.png")
     monkeypatch.setattr(images, "MAX_PIXELS", 800)
     if not off:  # Pillow would warn
@@ -176,7 +176,7 @@ def test_an_opened_image_is_treated_like_its_file(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(corpus()[name])
         with Image.open(tmp_path / name) as opened:
             assert load_image(opened) == load_image(tmp_path / name)
-    with pytest.raises(ValueError, match="^here: cannot be read as a image: 32-bit"):
+    with pytest.raises(ValueError, match="^here: cannot be read as an image: 32-bit"):
         load_image(Image.new("F", (4, 4)), "here")
 
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 from test_r19_waiting import captions, prepared
 
-from small_runs import one_stage, stage_values, train
+from small_runs import one_stage, train
 from sparsight.data.batching import plan_steps
-from sparsight.settings.recipe import Stage
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -52,9 +51,7 @@ def test_the_step_with_most_images_is_the_third(batches: dict[str, int]) -> None
     images = draw.choice([0, 1, 8], 640, p=[0.3, 0.6, 0.1])
     text = np.where(images == 0, draw.integers(200, 2000, 640), draw.integers(10, 60, 640))
     sizes = np.stack([text + 16 * images, images], 1)
-    values = stage_values(samples=640) | {"batch_size": None} | batches
-    stage = Stage.model_validate({key: value for key, value in values.items() if value is not None})
-    steps = plan_steps(stage, 640, 0, 1, sizes, largest_first=True)
+    steps = plan_steps(640, 0, 1, sizes, largest_first=True, **batches)
     counts = [sum(int(images[batch].sum()) for batch in step) for step in steps]
     positions = [max(len(batch) * int(sizes[batch, 0].max()) for batch in step) for step in steps]
     longest = [max(int(sizes[batch, 0].max()) for batch in step) for step in steps]

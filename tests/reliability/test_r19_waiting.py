@@ -44,7 +44,7 @@ def test_each_sample_is_decoded_once_an_epoch_over_all_ranks(tmp_path: Path, tin
     decoded: Counter[str] = Counter()
     real = ConversationSource.image
     monkeypatch.setattr(ConversationSource, "image", lambda self, key: decoded.update([key]) or real(self, key))
-    plan = plan_steps(stage, len(data), recipe.seed, 2, data.sizes(tmp_path / "sizes.npy"))
+    plan = plan_steps(len(data), recipe.seed, 2, data.sizes(tmp_path / "sizes.npy"), batch_size=8, micro_batch_size=2)
     assert not decoded  # to measure samples no image is read
     for rank in (0, 1):
         for batch in RankBatches(plan, rank, 2):

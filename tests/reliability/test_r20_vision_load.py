@@ -13,14 +13,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from small_runs import stage_values
 from sparsight.data.batching import Step, plan_steps
 from sparsight.data.collate import TrainingSet
 from sparsight.data.sources import ConversationSource
 from sparsight.modeling.build import set_image_size
 from sparsight.modeling.processing import SparsightProcessor
 from sparsight.settings.data import ConversationData
-from sparsight.settings.recipe import Stage
 from tiny import make_language
 
 
@@ -35,10 +33,8 @@ def test_images_of_ranks_differ_by_those_of_one_sample_at_most(
     draw = np.random.default_rng(seed)
     images = draw.choice([0, 0, 1, 1, 1, 4], 160)
     sizes = np.stack([draw.integers(5, 60, 160) + 32 * images, images], 1)
-    stage = Stage.model_validate(
-        stage_values(batch_size=16, micro_batch_size=16 // ranks // accumulate, packing=packing)
-    )
-    for step in plan_steps(stage, 160, seed, ranks, sizes):
+    cut = {"batch_size": 16, "micro_batch_size": 16 // ranks // accumulate, "packing": packing}
+    for step in plan_steps(160, seed, ranks, sizes, **cut):
         found = images_by_rank(step, ranks, images)
         assert max(found) - min(found) <= 4
         assert max(found) - min(found) <= max((images[i] for batch in step for i in batch), default=0)
@@ -49,16 +45,12 @@ def test_token_budgets_put_batches_of_like_many_images_together(packing: bool) -
     draw = np.random.default_rng(1)
     images = draw.integers(0, 3, 600)
     sizes = np.stack([draw.integers(5, 60, 600) + 32 * images, images], 1)
-    values = stage_values(batch_tokens=600, packing=packing)
-    del values["batch_size"]
-    steps = plan_steps(Stage.model_validate(values), 600, 0, 4, sizes)
+    steps = plan_steps(600, 0, 4, sizes, batch_tokens=600, packing=packing)
     found = [images_by_rank(step, 4, images) for step in steps[:-1]]
     assert np.mean([max(each) - min(each) for each in found]) < 1
 
 
-def test_at_native_resolution_ranks_get_as_many_patches_as_can_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_at_native_resolution_patches_are_balanced_over_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples of one or two images, 24 to 468 patches; the images' sizes come from their headers."""
     draw, rows = np.random.default_rng(0), []
     for number in range(64):
@@ -81,14 +73,12 @@ def test_at_native_resolution_ranks_get_as_many_patches_as_can_be(
     assert sizes[:, 1].tolist() == patches.tolist()
 
     def uneven(column: np.ndarray) -> float:
-        steps = plan_steps(
-            Stage.model_validate(stage_values(batch_size=16)), 64, 0, 4, np.stack([sizes[:, 0], column], 1)
-        )
+        steps = plan_steps(64, 0, 4, np.stack([sizes[:, 0], column], 1), batch_size=16)
         found = [images_by_rank(step, 4, patches) for step in steps]
         return float(np.mean([max(each) / np.mean(each) - 1 for each in found]))
 
     assert uneven(patches) < 0.1 < uneven(images)  # measured: 0.06 over the mean; dealt out by images, 0.26
 
     (tmp_path / "3-0.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"sample '3': .*3-0.png: cannot be read as a image"):
+    with pytest.raises(ValueError, match=r"sample '3': .*3-0.png: cannot be read as an image"):
         TrainingSet(source, processor, 64).sizes(tmp_path / "again.npy")

@@ -20,24 +20,24 @@ import torch
 from sparsight.aside import moved_aside
 from sparsight.errors import UserError
 
+Encode = Callable[[Sequence[Hashable]], Sequence[torch.Tensor]]
+
 
 class FeatureCache:
-    """Feature levels by image key, memory-mapped from ``folder``.
+    """Feature levels by image key, memory-mapped from ``folder``; ``seconds``: what encoding took.
 
     Args:
-        rows: where each image's features stand.
+        rows: each image's row in the maps.
 
     Raises:
-        UserError: what lies there is damaged.
-        OSError: it cannot be read.
+        UserError: the folder is damaged.
     """
 
     def __init__(self, folder: Path, rows: Mapping[Hashable, int]) -> None:
-        self.rows = rows
-        self.folder = folder
+        self.folder, self.rows = folder, rows
         try:
             meta = json.loads((folder / "cache.json").read_bytes())
-            self.seconds = float(meta["seconds"])  # what encoding took
+            self.seconds = float(meta["seconds"])
             self.levels = [
                 np.memmap(folder / f"level{number}.bin", dtype=np.uint16, mode="r", shape=tuple(shape))
                 for number, shape in enumerate(meta["shapes"])
@@ -51,18 +51,18 @@ class FeatureCache:
         return tuple(torch.from_numpy(level[rows].copy()).view(torch.bfloat16) for level in self.levels)
 
 
-def image_rows(keys: Sequence[Hashable], fingerprint: Callable[[Hashable], str]) -> tuple[dict[Hashable, int], str]:
-    """The row of each image, one for all that are the same, and a name for the contents of all rows."""
+def image_rows(fingerprints: Mapping[Hashable, str]) -> tuple[dict[Hashable, int], str]:
+    """The row of each image, one for all that are the same, and a hash of the contents of all rows."""
     found: dict[str, int] = {}
-    rows = {key: found.setdefault(fingerprint(key), len(found)) for key in keys}
+    rows = {key: found.setdefault(fingerprint, len(found)) for key, fingerprint in fingerprints.items()}
     return rows, hashlib.sha256("\n".join(found).encode()).hexdigest()
 
 
 def remove_caches(root: Path) -> None:
     """Remove the caches that `build_cache` has made in a folder, and the folder if nothing else is in it."""
     for folder in root.iterdir() if root.is_dir() else ():
-        whole = re.fullmatch(r"[0-9a-f]{16}(\..*\.partial)?", folder.name)
-        if whole and all(re.fullmatch(r"cache\.json|level\d+\.bin", file.name) for file in folder.iterdir()):
+        ours = re.fullmatch(r"[0-9a-f]{16}(\..*\.partial)?", folder.name)
+        if ours and all(re.fullmatch(r"cache\.json|level\d+\.bin", file.name) for file in folder.iterdir()):
             shutil.rmtree(folder)
     if root.is_dir() and not any(root.iterdir()):
         root.rmdir()
@@ -72,23 +72,23 @@ def remove_caches(root: Path) -> None:
 def build_cache(
     folder: Path,
     rows: Mapping[Hashable, int],
-    encode: Callable[[Sequence[Hashable]], Sequence[torch.Tensor]],
+    encode: Encode,
     progress: Callable[[int], None] = lambda done: None,
     batch_size: int = 8,
     tell: Callable[[str], None] = lambda text: None,
 ) -> FeatureCache:
-    """Encode every image once; a folder that is there is used as it is, but for a damaged one, which is moved aside.
+    """Encode every image once. A folder that is there is used as it is; a damaged one is moved aside, and made anew.
 
     Any number of processes may do so at once: each writes a folder of its own, and the first to be done gives it the
     name.
 
     Args:
-        folder: where it lies; its name says all that features depend on.
+        folder: its name says all that features depend on.
         rows: from `image_rows`.
         encode: keys -> feature levels, each (I, H, W, C); the same map size for all images.
-        progress: told the number of images done.
+        progress: gets the number of images done.
         batch_size: images encoded together; small, for a CPU's caches.
-        tell: told where a damaged cache is now.
+        tell: gets a message if a damaged cache is moved.
 
     Raises:
         UserError: maps of several sizes, as native-resolution encoders give them.
@@ -114,22 +114,15 @@ def build_cache(
 
 
 def _write(
-    folder: Path,
-    keys: Sequence[Hashable],
-    encode: Callable[[Sequence[Hashable]], Sequence[torch.Tensor]],
-    progress: Callable[[int], None],
-    batch_size: int,
+    folder: Path, keys: Sequence[Hashable], encode: Encode, progress: Callable[[int], None], batch_size: int
 ) -> None:
-    begun = time.perf_counter()
-    maps: list[np.memmap] = []
+    begun, maps = time.perf_counter(), list[np.memmap]()
     for start in range(0, len(keys), batch_size):
         part = list(keys[start : start + batch_size])
         levels = [level.to(torch.bfloat16).cpu().contiguous() for level in encode(part)]
-        if not maps:
-            maps = [
-                np.memmap(folder / f"level{n}.bin", np.uint16, "w+", shape=(len(keys), *level.shape[1:]))
-                for n, level in enumerate(levels)
-            ]
+        for level in levels[len(maps) :]:
+            file, shape = folder / f"level{len(maps)}.bin", (len(keys), *level.shape[1:])
+            maps.append(np.memmap(file, np.uint16, "w+", shape=shape))
         for memory, level in zip(maps, levels, strict=True):
             if level.shape[1:] != memory.shape[1:]:
                 raise UserError(

@@ -1,4 +1,4 @@
-"""From a conversation to token ids and labels. What is learnt comes from the chat template, never from a search."""
+"""From a conversation to token ids and labels. The chat template says what is supervised; no text is searched for."""
 
 from __future__ import annotations
 
@@ -18,13 +18,9 @@ _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE, _CUT = "\ufdd0", "\ufdd1"
 
 
-class TooLong(UserError):
-    """A sample with more tokens than the limit, where the recipe says to drop such."""
-
-
 @dataclass(frozen=True)
 class Encoded:
-    """One conversation: ids and labels of the same length; -100 is not learnt."""
+    """One conversation: ids and labels of the same length; -100 is not supervised."""
 
     input_ids: list[int]
     labels: list[int]
@@ -32,25 +28,26 @@ class Encoded:
 
 @lru_cache(maxsize=8)
 def _controls(tokenizer: Any, size: int) -> tuple[re.Pattern[str], frozenset[int]]:
-    """What finds the text of a control token, and their ids. ``size`` is the tokenizer's: a grown one is read anew."""
+    """A pattern of the texts of control tokens, and their ids. ``size``: of the tokenizer; a grown one is read anew."""
     tokens = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     longest_first = sorted(tokens.values(), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)"), frozenset(tokens)
 
 
 def render(tokenizer: Any, messages: Sequence[dict]) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as text, and the character spans that the assistant says (stop token included).
+    """The conversation as text, and the character spans of the assistant's answers (stop token included).
 
     Raises:
         UserError: the template refuses the conversation, or does not show what the assistant says.
     """
-    # Those that the tokenizer has not are empty, where they would be undefined: templates add to them.
+    # Special tokens that the tokenizer lacks are empty, where they would be undefined: templates add to them.
     known = {"bos_token": "", "eos_token": ""} | tokenizer.special_tokens_map
-    common = {"chat_template": tokenizer.chat_template, **known}
 
     def draw(messages: Sequence[dict], **options: Any) -> tuple[str, list]:
         try:
-            texts, spans = render_jinja_template([list(messages)], **common, **options)
+            texts, spans = render_jinja_template(
+                [list(messages)], chat_template=tokenizer.chat_template, **known, **options
+            )
         except jinja2.TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(
@@ -62,43 +59,39 @@ def render(tokenizer: Any, messages: Sequence[dict]) -> tuple[str, list[tuple[in
     if _MARKED.search(tokenizer.chat_template):
         text, spans = draw(messages, return_assistant_tokens_mask=True)
         return text, [tuple(span) for span in spans]
-    text, _ = draw(messages)
-    return text, _spans(text, messages, draw, _controls(tokenizer, len(tokenizer))[0])
+    return draw(messages)[0], _spans(messages, draw, _controls(tokenizer, len(tokenizer))[0])
 
 
 def _spans(
-    text: str, messages: Sequence[dict], draw: Callable[..., tuple[str, list]], controls: re.Pattern[str]
+    messages: Sequence[dict], draw: Callable[..., tuple[str, list]], controls: re.Pattern[str]
 ) -> list[tuple[int, int]]:
-    """For templates without marks: what stands behind the generation prompt, up to the stop token behind the answer."""
-    spans, tail = [], None
-    for place in reversed([place for place, message in enumerate(messages) if message["role"] == "assistant"]):
-        before = draw(messages[:place], add_generation_prompt=True)[0]
-        probed = [*messages[:place], _with_probe(messages[place]), *messages[place + 1 :]]
+    """For templates without marks: from the end of the generation prompt to the stop token behind the answer."""
+    text, spans, tail = draw(messages)[0], [], None
+    for turn in reversed([turn for turn, message in enumerate(messages) if message["role"] == "assistant"]):
+        before = draw(messages[:turn], add_generation_prompt=True)[0]
+        as_text = isinstance(messages[turn]["content"], str)
+        probe = messages[turn] | {"content": _PROBE if as_text else [{"type": "text", "text": _PROBE}]}
+        probed = [*messages[:turn], probe, *messages[turn + 1 :]]
         _, shown, after = draw(probed)[0].rpartition(_PROBE)
-        if tail is None:  # what stands behind an answer that is the last
-            tail = after if place + 1 == len(messages) else draw(probed[: place + 1])[0].rpartition(_PROBE)[2]
+        if tail is None:  # the text behind an answer that is the last turn
+            tail = after if turn + 1 == len(messages) else draw(probed[: turn + 1])[0].rpartition(_PROBE)[2]
         end = len(text) - len(after)
         if not (shown and text.startswith(before) and text.endswith(after) and len(before) <= end):
             raise UserError(
-                f"what the assistant says in turn {place + 1} cannot be told apart: the chat template renders what "
-                "stands around it in another way without it. Add {% generation %} marks to tokenizer.chat_template, "
-                "or leave out what it treats so (a system turn, most often)"
+                f"the assistant's answer in turn {turn + 1} cannot be told apart: without it, the chat template renders "
+                "the text around it in another way. Add {% generation %} marks to tokenizer.chat_template, or leave "
+                "out the turn that it treats so (a system turn, most often)"
             )
-        # Only the stop token: behind it may stand what ends the turn, or the whole conversation.
+        # Only the stop token: behind it may stand the end of the turn, or of the whole conversation.
         control = controls.search(tail)
         stop = tail[: control.end()] if control else tail.rstrip()
         spans.append((len(before), end + len(stop) * after.startswith(stop)))
     return spans[::-1]
 
 
-def _with_probe(message: dict) -> dict:
-    as_text = isinstance(message["content"], str)
-    return message | {"content": _PROBE if as_text else [{"type": "text", "text": _PROBE}]}
-
-
 def stop_tokens(tokenizer: Any, known: int | Sequence[int] | None = None) -> list[int]:
-    """Ids at which an answer ends: ``known`` ones (of a generation config), the tokenizer's own, and what its chat
-    template puts behind an answer. It is that one which is learnt, and tokenizers may have another."""
+    """Ids at which an answer ends: ``known`` ones (of a generation config), the tokenizer's own, and the token that its
+    chat template puts behind an answer, which is the supervised one."""
     found = {tokenizer.eos_token_id, *([known] if isinstance(known, int) else known or ())} - {None}
     turns = [{"role": role, "content": [{"type": "text", "text": "?"}]} for role in ("user", "assistant")]
     try:
@@ -109,7 +102,7 @@ def stop_tokens(tokenizer: Any, known: int | Sequence[int] | None = None) -> lis
 
 
 def _as_text(message: dict, controls: re.Pattern[str]) -> dict:
-    """The message with what looks like a control token cut behind its first character, so that it is none."""
+    """The message, where text that looks like a control token is cut behind its first character, so that it is none."""
 
     def cut(text: str) -> str:
         return controls.sub(lambda found: found[0][0] + _CUT + found[0][1:], text)
@@ -141,33 +134,31 @@ def encode_conversation(
     Text that reads like a control token or a placeholder, such as ``<|im_end|>`` or ``<image>``, stays plain text.
 
     Raises:
-        UserError: nothing would be learnt, the template cannot be read, or it does not show every image.
+        UserError: nothing is supervised, the template cannot be read, or it does not show every image.
     """
     pattern, control_ids = _controls(tokenizer, len(tokenizer))
     text, spans = render(tokenizer, [_as_text(message, pattern) for message in messages])
     image_id, shown = tokenizer.convert_tokens_to_ids(image_token), 0
     ids: list[int] = []
     labels: list[int] = []
-    inside = iter(spans)
-    span = next(inside, None)
+    ahead = spans[::-1]
     for id, begin, end in _tokenize(tokenizer, text):
         if id == image_id:
             ids += [id] * tokens_per_image
             labels += [-100] * tokens_per_image
             shown += 1
             continue
-        while span is not None and begin >= span[1]:
-            span = next(inside, None)
-        # A token that begins before the answer (a space joined to its first word) is learnt too: it holds the answer.
-        # Not so a control token, which may take the spaces behind it.
-        learnt = span is not None and end > span[0] and (begin >= span[0] or id not in control_ids)
+        while ahead and begin >= ahead[-1][1]:
+            ahead.pop()
+        # A token that begins before the answer (a space joined to its first word) is supervised too: it holds the
+        # answer. A control token is not: it may take the spaces behind it.
+        supervised = ahead and end > ahead[-1][0] and (begin >= ahead[-1][0] or id not in control_ids)
         ids.append(id)
-        labels.append(id if learnt else -100)
-    images = sum(
-        part["type"] == "image" for m in messages if not isinstance(m["content"], str) for part in m["content"]
-    )
+        labels.append(id if supervised else -100)
+    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+    images = sum(part["type"] == "image" for part in parts)
     if shown != images:
         raise UserError(f"the conversation has {images} images, but the chat template writes {shown} {image_token}")
     if all(label == -100 for label in labels):
-        raise UserError("nothing to learn: the conversation has no answer of the assistant")
+        raise UserError("nothing is supervised: the conversation has no answer of the assistant")
     return Encoded(ids, labels)

@@ -1,6 +1,6 @@
 """From samples to batches: encoded one by one where the images are, then padded and stacked.
 
-Shapes: B samples, T positions, I images in the whole batch, H x W patches, C channels.
+Shapes: B rows, T positions.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ import contextlib
 import os
 import random
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from sparsight.data.batching import pack
 from sparsight.data.cache import FeatureCache
-from sparsight.data.chat import TooLong, encode_conversation
+from sparsight.data.chat import encode_conversation
 from sparsight.data.conversations import Sample
 from sparsight.data.sources import Source
 from sparsight.errors import UserError
@@ -32,18 +32,23 @@ TRIES = 50
 KEPT = 100_000_000
 
 
+class TooLong(UserError):
+    """A sample with more tokens than the limit."""
+
+
 class BadSampleError(UserError):
-    """A sample that cannot be learnt from: ``entry`` has its row in the source, id and reason, and whether it was too
-    long where the recipe drops such."""
+    """A sample that cannot be trained on: ``entry`` has its row in the source, its id, the reason, and whether the
+    recipe drops it for its length."""
 
     entry: dict[str, Any]
 
 
+@dataclass(eq=False)
 class TrainingSet(Dataset):
     """A source, encoded for a processor. Images come as pixels, or as cached features of a frozen encoder.
 
-    The source starts again at its end. In place of a sample that is to be replaced another is drawn, by the seed and
-    the place alone, the next if that is bad too; the item's ``replaced`` has the entries of the bad ones.
+    The source starts again at its end. A sample that is to be replaced gets another in its place, drawn by the seed and
+    its index alone, and the next one if that is bad too; the item's ``replaced`` has the entries of the bad ones.
 
     Args:
         length: items.
@@ -53,28 +58,18 @@ class TrainingSet(Dataset):
         replace_bad: replace bad samples; else they are errors (`BadSampleError`).
     """
 
-    def __init__(
-        self,
-        source: Source,
-        processor: Any,
-        length: int,
-        cache: FeatureCache | None = None,
-        *,
-        offset: int = 0,
-        max_length: int | None = None,
-        drop_too_long: bool = False,
-        replace_bad: bool = False,
-        seed: int = 0,
-    ) -> None:
-        self.source = source
-        self.processor = processor
-        self.length = length
-        self.offset = offset
-        self.cache = cache
-        self.max_length = max_length
-        self.drop_too_long = drop_too_long
-        self.replace_bad = replace_bad
-        self.seed = seed
+    source: Source
+    processor: Any
+    length: int
+    cache: FeatureCache | None = None
+    _: KW_ONLY
+    offset: int = 0
+    max_length: int | None = None
+    drop_too_long: bool = False
+    replace_bad: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
         # A row's id, token ids and labels, and keys of its images. As lists, tokens would take three times the room.
         self._kept: dict[int, tuple[str, array[int], array[int], tuple[Any, ...]]] = {}
         self._room = KEPT
@@ -92,9 +87,11 @@ class TrainingSet(Dataset):
         return item | ({"replaced": replaced} if replaced else {})
 
     def _first_good(self, index: int, read: Callable[[int], Any]) -> tuple[Any, list[dict[str, Any]]]:
-        """What ``read`` makes of item ``index``'s row, or of the first good one in its place; entries of the bad."""
+        """``read`` of item ``index``'s row, or of the first good one in its place; entries of the bad ones."""
         replaced: list[dict[str, Any]] = []
-        for row in self._candidates(index):
+        draw = random.Random(f"{self.seed}/{index}")  # alike in every process, and after resume
+        for attempt in range(TRIES):
+            row = draw.randrange(len(self.source)) if attempt else (index + self.offset) % len(self.source)
             try:
                 return read(row), replaced
             except BadSampleError as bad:
@@ -107,12 +104,6 @@ class TrainingSet(Dataset):
         reason = replaced[0]["reason"]
         raise UserError(f"{reason}. {TRIES - 1} others, drawn in its place, are bad too: `sparsight data check`")
 
-    def _candidates(self, index: int) -> Iterator[int]:
-        yield (index + self.offset) % len(self.source)
-        draw = random.Random(f"{self.seed}/{index}")  # alike in every process, and after resume
-        for _ in range(TRIES - 1):
-            yield draw.randrange(len(self.source))
-
     def encode(self, row: int, text_alone: bool = False) -> dict[str, Any]:
         """One row of the source as an item.
 
@@ -120,48 +111,46 @@ class TrainingSet(Dataset):
             text_alone: without its images, which are not read; at native resolution with the number of their patches.
 
         Raises:
-            BadSampleError: its conversation or a image cannot be read or learnt from.
+            BadSampleError: its conversation or an image cannot be read or trained on.
         """
         name = None
         try:
-            kept = self._kept.get(row)
-            if kept is None:
+            if row not in self._kept:
                 sample = self.source[row]
                 name = sample.id
-                item, images = self._text(sample), sample.images
-                self._keep(row, item, images)
+                kept = self._text(sample)
+                size = 2 * kept[1].itemsize * len(kept[1]) + 1000  # and what Python takes for all the rest
+                if size <= self._room:
+                    self._kept[row] = kept
+                    self._room -= size
             else:
-                name, ids, labels, images = kept
-                item = {"id": name, "input_ids": ids.tolist(), "labels": labels.tolist()}
+                kept = self._kept[row]
+            name, ids, labels, images = kept
+            item = {"id": name, "input_ids": ids.tolist(), "labels": labels.tolist()}
             if not text_alone:
                 return item | self._images(images)
-            return item | ({"patches": self._patches(images)} if self.processor.native else {})
+            if self.processor.native:
+                item["patches"] = sum(self.processor.patches(*self.source.size(key)) for key in images)
+            return item
         except (ValueError, OSError) as error:
             bad = BadSampleError(f"sample '{name}': {error}" if name is not None else str(error))
-            name = str(row) if name is None else name
-            bad.entry = {"row": row, "id": name, "reason": str(error), "dropped": isinstance(error, TooLong)}
+            dropped = self.drop_too_long and isinstance(error, TooLong)
+            bad.entry = {"row": row, "id": str(row) if name is None else name, "reason": str(error), "dropped": dropped}
             raise bad from None
 
-    def _keep(self, row: int, item: dict[str, Any], images: tuple[Any, ...]) -> None:
-        ids, labels = array("i", item["input_ids"]), array("i", item["labels"])
-        size = 2 * ids.itemsize * len(ids) + 1000  # and what Python takes for all the rest
-        if size <= self._room:
-            self._kept[row] = item["id"], ids, labels, images
-            self._room -= size
-
-    def _text(self, sample: Sample) -> dict[str, Any]:
+    def _text(self, sample: Sample) -> tuple[str, array[int], array[int], tuple[Any, ...]]:
         processor = self.processor
         encoded = encode_conversation(
             processor.tokenizer, sample.messages, processor.image_token, processor.num_image_tokens
         )
         if self.max_length is not None and len(encoded.input_ids) > self.max_length:
             visual = encoded.input_ids.count(processor.image_token_id)
-            raise (TooLong if self.drop_too_long else ValueError)(
-                f"{len(encoded.input_ids)} tokens, {visual} of them visual; expected {self.max_length} (max_length) at "
-                "most. Shorten it, raise max_length, take a layout with fewer visual tokens, or set on_too_long: "
-                "drop_sample"
+            raise TooLong(
+                f"{len(encoded.input_ids)} tokens, {visual} of them visual; expected at most {self.max_length} "
+                "(max_length). Shorten it, raise max_length, take a layout with fewer visual tokens, or set "
+                "on_too_long: drop_sample"
             )
-        return {"id": sample.id, "input_ids": encoded.input_ids, "labels": encoded.labels}
+        return sample.id, array("i", encoded.input_ids), array("i", encoded.labels), sample.images
 
     def _images(self, keys: Sequence[Any]) -> dict[str, Any]:
         if self.cache is not None:  # also of no image: a batch of text then runs the bridge like any other
@@ -170,9 +159,6 @@ class TrainingSet(Dataset):
             return {}
         return {"pixels": dict(self.processor.pixels([self.source.image(key) for key in keys]))}
 
-    def _patches(self, keys: Sequence[Any]) -> int:
-        return sum(self.processor.patches(*self.source.size(key)) for key in keys)
-
     def sizes(self, file: Path, progress: Callable[[int], None] = lambda done: None) -> np.ndarray:
         """Positions of each item, visual tokens included, and its images, or at native resolution their patches,
         (items, 2). No image is decoded. Kept in ``file``, for the next time: a resumed run deals as it began."""
@@ -180,12 +166,11 @@ class TrainingSet(Dataset):
             if (kept := np.load(file)).shape == (self.length, 2):
                 return kept
         known: dict[int, tuple[int, int]] = {}
-        processor = self.processor
 
         def measure(row: int) -> tuple[int, int]:
             if row not in known:
                 item = self.encode(row, text_alone=True)
-                images = item["input_ids"].count(processor.image_token_id) // processor.num_image_tokens
+                images = item["input_ids"].count(self.processor.image_token_id) // self.processor.num_image_tokens
                 known[row] = len(item["input_ids"]), item.get("patches", images)
             return known[row]
 
@@ -209,6 +194,7 @@ class _Features(BaseModelOutputWithPooling):
         return _Features(hidden_states=tuple(level.pin_memory() for level in self.hidden_states or ()))
 
 
+@dataclass(frozen=True)
 class Collator:
     """Pads at the right and stacks. Samples may have 0 to k images.
 
@@ -219,102 +205,85 @@ class Collator:
     entries of bad samples that were replaced).
 
     Args:
-        places: of a image's visual tokens (`image_token_id`) among the last one's, and how many those are: text
-            behind a image then stands as far from it as it will once there are so many tokens. Not with ``packing``.
-        weights: of a image's visual tokens in attention, as if each were so many.
+        positions: of an image's visual tokens (`image_token_id`) among those of the last layout, and how many the last
+            one has: text behind an image stands as far from it as it will then. Not with ``packing``.
+        weights: of an image's visual tokens in attention, as if each were so many.
     """
 
-    def __init__(
-        self,
-        pad_token_id: int,
-        packing: bool = False,
-        pack_length: int | None = None,
-        image_token_id: int | None = None,
-        places: tuple[list[int], int] | None = None,
-        weights: Sequence[float] | None = None,
-    ) -> None:
-        self.pad_token_id, self.packing, self.pack_length = pad_token_id, packing, pack_length
-        self.image_token_id, self.places = image_token_id, places
-        self.weights = None if weights is None else torch.tensor(weights)
-
-    def _positions(self, ids: list[int]) -> Iterable[int]:
-        if self.places is None:
-            return range(len(ids))
-        places, span = self.places
-        positions, start, seen = [], 0, 0
-        for token in ids:
-            if token == self.image_token_id:
-                positions.append(start + places[seen])
-                seen = (seen + 1) % len(places)
-                start += 0 if seen else span
-            else:
-                positions.append(start)
-                start += 1
-        return positions
+    pad_token_id: int
+    packing: bool = False
+    pack_length: int | None = None
+    image_token_id: int | None = None
+    positions: tuple[Sequence[int], int] | None = None
+    weights: Sequence[float] | None = None
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         lengths = [len(item["input_ids"]) for item in items]
-        rows = [[number] for number in range(len(items))]
+        rows = [[item] for item in items]
         if self.packing:
-            rows = pack(lengths, max(*lengths, self.pack_length or 0))
-            items = [items[number] for row in rows for number in row]
-        batch: dict[str, Any] = self._stacked(items, [len(row) for row in rows])
+            packed = pack(lengths, max(*lengths, self.pack_length or 0))
+            rows = [[items[number] for number in row] for row in packed]
+            items = [item for row in rows for item in row]
+        batch: dict[str, Any] = self._stacked(rows, max(lengths))
         pixels = [item["pixels"] for item in items if "pixels" in item]
         features = [item["features"] for item in items if "features" in item]
         if pixels:  # and the grids of a native-resolution encoder
             batch |= {key: torch.cat([item[key] for item in pixels]) for key in pixels[0]}
+        levels = [torch.cat(level) for level in zip(*features, strict=True)]
         if features:
-            levels = tuple(torch.cat(level) for level in zip(*features, strict=True))
-            batch["mm_encoder_outputs"] = {"image": _Features(hidden_states=levels)}
-        batch["info"] = self._info(items, batch, sum(lengths))
-        return batch
-
-    def _info(self, items: list[dict[str, Any]], batch: dict[str, Any], filled: int) -> dict[str, Any]:
-        features = batch["mm_encoder_outputs"]["image"].hidden_states[0] if "mm_encoder_outputs" in batch else ()
+            batch["mm_encoder_outputs"] = {"image": _Features(hidden_states=tuple(levels))}
         grids = batch["image_grid_thw"].tolist() if "image_grid_thw" in batch else []
-        visual = 0 if self.image_token_id is None else int((batch["input_ids"] == self.image_token_id).sum())
-        return {
+        batch["info"] = {
             "ids": [item["id"] for item in items],
-            "filled": filled,
-            "visual_tokens": visual,
-            "supervised": int((batch["labels"][:, 1:] != -100).sum()),
-            "images": len(grids or batch.get("pixel_values", features)),
+            "filled": sum(lengths),
+            "visual_tokens": sum(item["input_ids"].count(self.image_token_id) for item in items),
+            "supervised": int((batch["labels"] != -100).sum()),
+            "images": len(levels[0] if features else grids or batch.get("pixel_values", ())),
             "grids": [(rows, columns) for _, rows, columns in grids],
             "replaced": [entry for item in items for entry in item.get("replaced", [])],
         }
+        return batch
 
-    def _stacked(self, items: list[dict[str, Any]], counts: list[int]) -> dict[str, torch.Tensor]:
-        """Ids, labels and mask, or places, (B, T), of rows that hold so many items each."""
-        longest = max(len(item["labels"]) for item in items)
-        rest, rows = iter(items), []
-        for count in counts:
-            row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
-            for item in islice(rest, count):
-                row["input_ids"] += item["input_ids"]
-                row["labels"] += [-100, *item["labels"][1:]]  # nothing stands before the first one that could say it
-                row["position_ids"] += self._positions(item["input_ids"])
-            rows.append(row)
-        lengths = [len(row["labels"]) for row in rows]
-        for row, length in zip(rows, lengths, strict=True):
-            padding = max(lengths) - length
-            row["input_ids"] += [self.pad_token_id] * padding
-            row["labels"] += [-100] * padding
-            # As samples of their own, none longer than the others.
-            row["position_ids"] += [place % longest for place in range(padding)]
-        batch = {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+    def _stacked(self, rows: list[list[dict[str, Any]]], longest: int) -> dict[str, torch.Tensor]:
+        """Ids, labels and mask, or position ids, (B, T), of rows of items."""
+        ids, labels, positions = [], [], []
+        for row in rows:
+            ids.append(torch.tensor([id for item in row for id in item["input_ids"]]))
+            # No label at a sample's first position: nothing stands before it that could say it.
+            labels.append(torch.tensor([label for item in row for label in (-100, *item["labels"][1:])]))
+            positions.append(torch.cat([self._positions(torch.tensor(item["input_ids"])) for item in row]))
+        batch = {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+        }
+        length = batch["input_ids"].shape[1]
+        if self.packing or self.positions is not None:  # padding counts as samples, none longer than the others
+            padded = [torch.cat([row, torch.arange(length - len(row)) % longest]) for row in positions]
+            batch["position_ids"] = torch.stack(padded)
         if not self.packing:
-            if self.places is None:
-                del batch["position_ids"]
-            filled_BT = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+            filled_BT = torch.arange(length) < torch.tensor([len(row) for row in ids])[:, None]
             batch["attention_mask"] = filled_BT.long() if self.weights is None else self._weighted(batch, filled_BT)
         return batch
 
+    def _positions(self, ids_T: torch.Tensor) -> torch.Tensor:
+        if self.positions is None or self.image_token_id is None:
+            return torch.arange(len(ids_T))
+        own, span = torch.tensor(self.positions[0]), self.positions[1]
+        visual = ids_T.eq(self.image_token_id).nonzero()[:, 0]
+        steps_T = torch.ones_like(ids_T)
+        steps_T[visual] = 0
+        steps_T[visual[len(own) - 1 :: len(own)]] = span  # behind the last token of an image
+        positions_T = steps_T.cumsum(0) - steps_T
+        positions_T[visual] += own.repeat(len(visual) // len(own))
+        return positions_T
+
     def _weighted(self, batch: dict[str, torch.Tensor], filled_BT: torch.Tensor) -> torch.Tensor:
-        """What is added to the scores of attention, (B, 1, T, T): a key's log weight, and no way to later ones."""
+        """A bias for the scores of attention, (B, 1, T, T): a key's log weight, and no way to later ones."""
         assert self.weights is not None and self.image_token_id is not None
         visual_BT = batch["input_ids"].eq(self.image_token_id)
         bias_BT = torch.zeros(visual_BT.shape).masked_fill(~filled_BT, -torch.inf)
-        bias_BT[visual_BT] = self.weights.log().repeat(int(visual_BT.sum()) // len(self.weights))
+        weights = torch.tensor(self.weights)
+        bias_BT[visual_BT] = weights.log().repeat(int(visual_BT.sum()) // len(weights))
         length = bias_BT.shape[1]
         later_TT = torch.full((length, length), -torch.inf).triu(1)
         return bias_BT[:, None, None] + later_TT

@@ -1,4 +1,4 @@
-"""Whose turn it is in a mixture: pure arithmetic on the index, so that order, resume and sharding need no state."""
+"""Which part of a mixture each sample comes from: arithmetic on its number, so that order and resume need no state."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ LONGEST_PERIOD = 100_000
 
 
 class Quotas:
-    """Turns by weight. After any number n of turns, each part has had its share, n * weight / sum, to less than one.
+    """Turns by weight: after any n turns, each part has had n * weight / sum of them, to less than one.
 
-    The order repeats after as many turns as the smallest whole numbers in the ratio of the weights add up to, and is
-    kept for one such period (Tijdeman's rule: of the parts that are not ahead, the one whose turn is due first).
+    The order repeats after as many turns as the weights, brought to the smallest whole numbers, add up to (Tijdeman's
+    rule: of the parts that are not ahead, the one whose turn is due first).
 
     Args:
-        weights: above 0; as they are written, so that 0.1 is a tenth.
+        weights: above 0, read as decimals: 0.1 is exactly a tenth.
 
     Raises:
-        UserError: the order repeats too late to be kept.
+        UserError: the order repeats only after more than `LONGEST_PERIOD` turns.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -37,16 +37,15 @@ class Quotas:
                 f"{LONGEST_PERIOD:,}; round them"
             )
         had = [0] * len(weights)
-        self.parts = np.empty(self.period, np.int32)
-        self.ranks = np.empty(self.period, np.int32)  # turns that the part has had in this period
+        self.parts, self.ranks = np.empty((2, self.period), np.int32)  # whose turn it is; its turns before, in a period
         for turn in range(self.period):
             ready = [p for p, share in enumerate(self.shares) if had[p] * self.period < (turn + 1) * share]
             part = min(ready, key=lambda p: -(-(had[p] + 1) * self.period // self.shares[p]))
             self.parts[turn], self.ranks[turn] = part, had[part]
             had[part] += 1
 
-    def place(self, index: int) -> tuple[int, int]:
-        """Whose turn ``index`` is, and how many turns that part has had before."""
+    def turn(self, index: int) -> tuple[int, int]:
+        """The part whose turn ``index`` is, and the number of its turns before."""
         rounds, turn = divmod(index, self.period)
         part = int(self.parts[turn])
         return part, rounds * self.shares[part] + int(self.ranks[turn])

@@ -11,26 +11,48 @@ import shutil
 import tempfile
 import zlib
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sparsight.data.shards import File
 from sparsight.errors import UserError
 
 _LIST_START = re.compile(r"[ \t\n\r]*\[[ \t\n\r]*(\][ \t\n\r]*\Z)?")
 _ITEM_END = re.compile(r"[ \t\n\r]*(?:,[ \t\n\r]*|(\][ \t\n\r]*\Z))")
 
 
-def open_rows(path: Path) -> Rows:
-    """The rows of a file, by how its name ends: lines of .jsonl, or else a list; .gz behind it is unpacked.
+class File:
+    """Bytes of a file by offset, in any process at any time: there is no common position. A .gz is unpacked into a
+    temporary file without a name, and again in a process that gets this object by pickle."""
 
-    Raises:
-        UserError: there is no such file, it cannot be unpacked, or is not as expected.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
-    return (Lines if path.name.removesuffix(".gz").endswith(".jsonl") else List)(path)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = _unpacked(path) if path.suffix == ".gz" else os.open(path, os.O_RDONLY)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Raises UserError if the file ends before."""
+        data = os.pread(self.descriptor, size, offset)
+        if len(data) < size:
+            raise UserError(f"{self.path}, offset {offset}: expected {size} bytes, found {len(data)}; is it cut short?")
+        return data
+
+    def __reduce__(self) -> tuple[type[File], tuple[Path]]:
+        return File, (self.path,)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+def _unpacked(path: Path) -> int:
+    with tempfile.TemporaryFile() as file:
+        try:
+            with gzip.open(path) as packed:
+                shutil.copyfileobj(packed, file, 1 << 20)
+            file.flush()
+        except (OSError, EOFError, zlib.error) as error:
+            text = f"{path}: cannot be unpacked by gzip into {tempfile.gettempdir()} (TMPDIR): {error}"
+            raise UserError(text) from None
+        return os.dup(file.fileno())
 
 
 def decode(content: bytes, where: str) -> str:
@@ -42,106 +64,68 @@ def decode(content: bytes, where: str) -> str:
 
 
 def parse(content: bytes, where: str) -> Any:
-    """What JSON says."""
+    """The value that JSON holds."""
     try:
         return json.loads(decode(content, where))
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON: {error}") from None
 
 
-class _Unpacked(File):
-    """A .gz file's content, in a temporary file without a name: it is gone with the process. Another process that gets
-    it by pickle unpacks it anew."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with tempfile.TemporaryFile() as file:
-            try:
-                with gzip.open(path) as packed:
-                    shutil.copyfileobj(packed, file, 1 << 20)
-            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                raise UserError(f"{path}: cannot be unpacked by gzip: {error}") from None
-            except OSError as error:
-                raise UserError(
-                    f"{path}: cannot be unpacked into {tempfile.gettempdir()}: {error.strerror}. Unpack it yourself, "
-                    "or set TMPDIR to a folder with room"
-                ) from None
-            file.flush()
-            self.descriptor = os.dup(file.fileno())
-
-    def __reduce__(self) -> tuple[type[File], tuple[Path]]:
-        return _Unpacked, (self.path,)
-
-
 class Rows:
-    """Rows of a file; only their places are kept: number, offset and size in bytes.
+    """Lines of a .jsonl file, or items of a .json list; also behind .gz.
 
-    As objects they would be many times as large, and copied into every process that loads data: to read an object
-    is to write its reference count.
+    Only their numbers, offsets and sizes are kept. As objects they would be many times as large, and copied into every
+    process that loads data: to read an object is to write its reference count.
+
+    Raises:
+        UserError: there is no such file, it cannot be unpacked, or holds no list of JSON.
     """
 
-    unit = "row"
-
     def __init__(self, path: Path) -> None:
-        self.file, self.places = (_Unpacked if path.suffix == ".gz" else File)(path), array("q")
+        if not path.is_file():
+            raise UserError(f"{path}: there is no such file")
+        self.file = File(path)
+        self.lines = path.name.removesuffix(".gz").endswith(".jsonl")
+        self.spans = (_lines if self.lines else _items)(self.file)
 
     def __len__(self) -> int:
-        return len(self.places) // 3
+        return len(self.spans) // 3
 
     def __getitem__(self, row: int) -> Any:
         if row >= len(self):
             raise IndexError(row)
-        number, offset, size = self.places[3 * row : 3 * row + 3]
-        return parse(self.file.read(offset, size), f"{self.file.path}, {self.unit} {number}")
+        number, offset, size = self.spans[3 * row : 3 * row + 3]
+        return parse(self.file.read(offset, size), f"{self.file.path}, {'line' if self.lines else 'row'} {number}")
 
 
-class Lines(Rows):
-    """Rows of a .jsonl file, by their lines. Blank lines are none."""
-
-    unit = "line"
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        offset = 0
-        with os.fdopen(os.dup(self.file.descriptor), "rb") as file:
-            file.seek(0)
-            for number, line in enumerate(file, 1):  # they end at newlines alone, not at U+2028 as those of text do
-                if line.strip():
-                    self.places.extend((number, offset, len(line)))
-                offset += len(line)
+def _lines(file: File) -> array[int]:
+    """Number, offset and size of each line that is not blank."""
+    spans, offset = array("q"), 0
+    with os.fdopen(os.dup(file.descriptor), "rb") as content:
+        content.seek(0)
+        for number, line in enumerate(content, 1):  # bytes end lines at newlines alone, not at U+2028 as text does
+            if line.strip():
+                spans.extend((number, offset, len(line)))
+            offset += len(line)
+    return spans
 
 
-class List(Rows):
-    """Rows of a .json file that holds a list of them.
-
-    Raises:
-        UserError: it holds no list, or no JSON.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        content = self.file.read(0, os.fstat(self.file.descriptor).st_size)
-        text = decode(content, str(path))
-        offset, passed = len(codecs.BOM_UTF8) * content.startswith(codecs.BOM_UTF8), 0
-        try:
-            for number, (start, end) in enumerate(_items(text)):
-                offset, size = offset + len(text[passed:start].encode()), len(text[start:end].encode())
-                self.places.extend((number, offset, size))
-                offset, passed = offset + size, end
-        except (ValueError, RecursionError):
-            rows = parse(content, str(path))  # what is wrong is told of the file as a whole
-            raise UserError(f"{path}: expected a list of samples, found {type(rows).__name__}") from None
-
-
-def _items(text: str) -> Iterator[tuple[int, int]]:
-    """Start and end of each item of a JSON list, one parsed at a time. Raises UserError if the text is none."""
-    read, found = json.JSONDecoder().raw_decode, _LIST_START.match(text)
+def _items(file: File) -> array[int]:
+    """Number, offset and size of each item of a JSON list, one parsed at a time."""
+    content = file.read(0, os.fstat(file.descriptor).st_size)
+    text, read = decode(content, str(file.path)), json.JSONDecoder().raw_decode
+    spans, passed, offset = array("q"), 0, len(codecs.BOM_UTF8) * content.startswith(codecs.BOM_UTF8)
+    try:
+        found = _LIST_START.match(text)
+        while found and not found[1]:  # group 1 is the end of the list
+            start = found.end()
+            end = read(text, start)[1]
+            offset, size = offset + len(text[passed:start].encode()), len(text[start:end].encode())
+            spans.extend((len(spans) // 3, offset, size))
+            offset, passed, found = offset + size, end, _ITEM_END.match(text, end)
+    except (ValueError, RecursionError):
+        found = None
     if not found:
-        raise UserError("no list")
-    while not found[1]:  # which is the end of the list
-        start = found.end()
-        end = read(text, start)[1]
-        found = _ITEM_END.match(text, end)
-        if not found:
-            raise UserError("neither another item nor the end")
-        yield start, end
+        rows = parse(content, str(file.path))  # its message is about the file as a whole
+        raise UserError(f"{file.path}: expected a list of samples, found {type(rows).__name__}")
+    return spans

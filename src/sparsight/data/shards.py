@@ -1,7 +1,7 @@
-"""Tar shards (WebDataset): an index of offsets beside each tar, and the bytes of members without opening it anew.
+"""Tar shards (WebDataset): an index of offsets beside each tar, and any member's bytes without opening the tar anew.
 
-An index file holds a header, one record for each member, and the members' names. It is written whole or not at all, and
-belongs to one state of its tar: size and modification time are compared.
+An index is an array of numpy with a record for each member. It is written whole or not at all, and belongs to one state
+of its tar, which its first record holds: number of samples, size, modification time (ns).
 """
 
 from __future__ import annotations
@@ -10,72 +10,40 @@ import hashlib
 import os
 import resource
 import tarfile
-import tempfile
+import uuid
 import warnings
-from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from rich.progress import Progress
+from rich.progress import track
 
 from sparsight.console import Console
+from sparsight.data.rows import File
 from sparsight.errors import UserError
 
 IMAGES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
 TEXTS = frozenset({".json", ".txt"})
-_MAGIC = b"SPARIDX1"
-# Bytes; times in nanoseconds. "offset" is that of the member's data, "name" the place among all names.
-_HEADER = np.dtype([("magic", "S8"), *((key, "<i8") for key in ("tar", "modified", "samples", "members", "names"))])
-_MEMBER = np.dtype([(key, "<i8") for key in ("sample", "offset", "size", "name", "name_size")])
-
-
-class File:
-    """Bytes of a file by their place. Each process may read at any time: there is no common position."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.descriptor = os.open(path, os.O_RDONLY)
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Raises UserError if the file ends before."""
-        data = os.pread(self.descriptor, size, offset)
-        if len(data) < size:
-            raise UserError(f"{self.path}, offset {offset}: expected {size} bytes, found {len(data)}; is it cut short?")
-        return data
-
-    def __reduce__(self) -> tuple[type[File], tuple[Path]]:
-        return File, (self.path,)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
 
 
 class Shard:
-    """A tar with its index in a memory map: samples by number, members by their place in the index.
+    """A tar with its index in a memory map: samples by number, members by their number in the index.
 
     Raises:
         FileNotFoundError: there is no index.
-        UserError: the index is of another state of the tar, or not whole.
+        ValueError, EOFError: the index is of another state of the tar, or not whole.
     """
 
     def __init__(self, tar: Path, index: Path) -> None:
         self.index, state = index, tar.stat()
-        content = np.memmap(index, np.uint8, "r").view(np.ndarray)  # a plain array gives single items faster
-        if content[: len(_MAGIC)].tobytes() != _MAGIC:
-            raise UserError("it is no index of this version")
-        start = _HEADER.itemsize
-        size, modified, self.samples, members, names = content[:start].view(_HEADER)[0].tolist()[1:]
+        content = np.load(index, mmap_mode="r").view(np.ndarray)  # a plain array gives single items faster
+        self.samples, size, modified, _ = content[0].item()
         if (size, modified) != (state.st_size, state.st_mtime_ns):
-            raise UserError(f"{tar} has changed since ({size:,} bytes then, {state.st_size:,} now)")
-        end = start + members * _MEMBER.itemsize
-        if len(content) != end + names:
-            raise UserError(f"expected {end + names:,} bytes, found {len(content):,}")
-        self.members, self.names = content[start:end].view(_MEMBER), content[end:]
-        self.file = File(tar)
+            raise ValueError(f"{tar} has changed since ({size:,} bytes then, {state.st_size:,} now)")
+        self.file, self.members = File(tar), content[1:]
 
     def __len__(self) -> int:
         return self.samples
@@ -84,22 +52,21 @@ class Shard:
         return Shard, (self.file.path, self.index)
 
     def sample(self, number: int) -> list[tuple[str, int]]:
-        """Names and places of a sample's members, in the tar's order."""
+        """Names and numbers of a sample's members, in the tar's order."""
         owners = self.members["sample"]
-        places = range(bisect_left(owners, number), bisect_left(owners, number + 1))
-        return [(self._name(place), place) for place in places]
+        members = range(bisect_left(owners, number), bisect_left(owners, number + 1))
+        return [(self._name(member), member) for member in members]
 
-    def _name(self, place: int) -> str:
-        start, size = self.members[place].tolist()[3:]
-        return self.names[start : start + size].tobytes().decode(errors="surrogateescape")
+    def _name(self, member: int) -> str:
+        return self.members[member]["name"].item().decode(errors="surrogateescape")
 
-    def where(self, place: int) -> str:
+    def where(self, member: int) -> str:
         """A member, for messages."""
-        return f"{self.file.path}, offset {self.members[place]['offset']}, member '{self._name(place)}'"
+        return f"{self.file.path}, offset {self.members[member]['offset']}, member '{self._name(member)}'"
 
-    def read(self, place: int) -> bytes:
+    def read(self, member: int) -> bytes:
         """Raises UserError if the tar ends before."""
-        _, offset, size, *_ = self.members[place].tolist()
+        _, offset, size, _ = self.members[member].item()
         return self.file.read(offset, size)
 
 
@@ -111,7 +78,7 @@ def stem(name: str) -> str:
 
 
 def open_shards(tars: Sequence[Path], index_folder: Path | None = None) -> list[Shard]:
-    """The shards, in order. Indices that are missing or stale are built, with a bar; of stale ones a warning tells.
+    """The shards, in order. Indices that are missing or stale are built, with a bar; a warning tells of stale ones.
 
     Raises:
         UserError: a tar is damaged or holds no samples, or its index cannot be written.
@@ -120,45 +87,41 @@ def open_shards(tars: Sequence[Path], index_folder: Path | None = None) -> list[
     needed = 2 * len(tars) + 256  # a descriptor for each tar and each index, and those of everything else
     if soft < needed <= hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-    shards: dict[Path, Shard] = {}
-    for tar in tars:
-        try:
-            shards[tar] = Shard(tar, _index_path(tar, index_folder))
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except ValueError as error:
-            text = f"{_index_path(tar, index_folder)}: the index does not fit, and is built anew: {error}"
-            warnings.warn(text, stacklevel=2)
-    todo = [tar for tar in tars if tar not in shards]
-    with Progress(console=Console(stderr=True), disable=not todo) as bar:
-        task = bar.add_task("indexing shards", total=sum(tar.stat().st_size for tar in todo))
-        for tar in todo:
-            index = _index_path(tar, index_folder)
-            build_index(tar, index, lambda done: bar.advance(task, done))
-            shards[tar] = Shard(tar, index)
-    return [shards[tar] for tar in tars]
+    indices = {tar: _index_path(tar, index_folder) for tar in tars}
+    shards = {tar: _fitting(tar, index) for tar, index in indices.items()}
+    todo = [tar for tar, shard in shards.items() if shard is None]
+    for tar in track(todo, "indexing shards", console=Console(stderr=True), disable=not todo):
+        build_index(tar, indices[tar])
+        shards[tar] = Shard(tar, indices[tar])
+    return [shard for shard in shards.values() if shard is not None]
 
 
 def _index_path(tar: Path, folder: Path | None) -> Path:
     if folder is None:
         return tar.with_name(f"{tar.name}.idx")
-    place = hashlib.sha256(str(tar.absolute().parent).encode()).hexdigest()[:8]  # tars of one name in several folders
-    return folder / f"{tar.name}.{place}.idx"
+    own = hashlib.sha256(str(tar.absolute().parent).encode()).hexdigest()[:8]  # tars of one name in several folders
+    return folder / f"{tar.name}.{own}.idx"
 
 
-def build_index(tar: Path, index: Path, progress: Callable[[int], None] = lambda done: None) -> None:
+def _fitting(tar: Path, index: Path) -> Shard | None:
+    try:
+        return Shard(tar, index)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, EOFError) as error:
+        warnings.warn(f"{index}: the index does not fit, and is built anew: {error}", stacklevel=3)
+        return None
+
+
+def build_index(tar: Path, index: Path) -> None:
     """Read the headers of a tar and write its index. Any number of processes may do so at once.
-
-    Args:
-        progress: told the bytes of the tar that have been passed since it was told last.
 
     Raises:
         UserError: the tar is damaged, holds no samples, or one without text; or the index cannot be written.
     """
-    state = tar.stat()
-    samples: dict[str, int] = {}
-    fields, names, texts, others = array("q"), bytearray(), bytearray(), Counter[str]()
-    told = 0
+    state, samples = tar.stat(), dict[str, int]()
+    members: list[tuple[int, int, int, bytes]] = []
+    with_text, others = set[int](), Counter[str]()
     for member in _members(tar):
         name = member.name.removeprefix("./")
         key, kind = stem(name), os.path.splitext(name)[1].lower()
@@ -166,36 +129,40 @@ def build_index(tar: Path, index: Path, progress: Callable[[int], None] = lambda
             others[kind or name] += 1
             continue
         number = samples.setdefault(key, len(samples))
-        if number == len(texts):
-            texts.append(0)
-        texts[number] |= kind in TEXTS
-        coded = name.encode(errors="surrogateescape")
-        fields.extend((number, member.offset_data, member.size, len(names), len(coded)))
-        names += coded
-        if member.offset_data - told > 1 << 20:
-            progress(member.offset_data - told)
-            told = member.offset_data
-    progress(state.st_size - told)
+        with_text |= {number} if kind in TEXTS else set()
+        members.append((number, member.offset_data, member.size, name.encode(errors="surrogateescape")))
     if others:
         text = f"{tar}: {others.total()} members are of no use here: {dict(others.most_common(5))}"
         warnings.warn(text, stacklevel=2)
     if not samples:
         raise UserError(f"{tar}: no samples in it; expected members .json or .txt, with images beside them")
-    if not all(texts):
-        key = list(samples)[texts.index(0)]
+    if silent := [key for key, number in samples.items() if number not in with_text]:
         raise UserError(
-            f"{tar}, sample '{key}': expected a member '{key}.json' or '{key}.txt', found images alone"
-            f" ({texts.count(0)} of {len(samples)} samples are so)"
+            f"{tar}, sample '{(key := silent[0])}': expected a member '{key}.json' or '{key}.txt', found images alone "
+            f"({len(silent)} of {len(samples)} samples are so)"
         )
-    members = np.frombuffer(fields, _MEMBER)
-    members = members[np.argsort(members["sample"], kind="stable")]
-    head = (_MAGIC, state.st_size, state.st_mtime_ns, len(samples), len(members), len(names))
-    _write_whole(index, np.array(head, _HEADER).tobytes() + members.tobytes() + bytes(names), tar)
+    longest = max(len(name) for *_, name in members)
+    kinds = [("sample", "<i8"), ("offset", "<i8"), ("size", "<i8"), ("name", f"S{longest}")]
+    head = (len(samples), state.st_size, state.st_mtime_ns, b"")
+    partial = index.with_name(f"{index.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        index.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            np.save(file, np.array([head, *sorted(members, key=lambda member: member[0])], kinds))
+        partial.replace(index)
+    except OSError as error:
+        raise UserError(
+            f"{index.parent}: the index of {tar} cannot be written here: {error.strerror}. "
+            "Set index_folder to a folder where it can"
+        ) from None
+    finally:
+        with suppress(OSError):
+            partial.unlink()
 
 
 def _members(tar: Path) -> Iterator[tarfile.TarInfo]:
     """The files in a tar. tarfile alone takes a damaged header for the end."""
-    place = 0
+    offset = 0
     try:
         with tar.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             while (member := archive.next()) is not None:
@@ -204,28 +171,9 @@ def _members(tar: Path) -> Iterator[tarfile.TarInfo]:
                 if member.isreg():
                     yield member
                 archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-                place = archive.offset
-            file.seek(place)
+                offset = archive.offset
+            file.seek(offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("expected a member or the end mark; is it cut short?")
     except tarfile.TarError as error:
-        raise UserError(f"{tar}, offset {place}: not a whole tar: {error}") from None
-
-
-def _write_whole(index: Path, content: bytes, tar: Path) -> None:
-    try:
-        index.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=index.parent, prefix=index.name, suffix=".tmp", delete=False) as file:
-            try:
-                file.write(content)
-                file.flush()
-                os.fchmod(file.fileno(), 0o644)  # others may read it, as they may the tar
-                os.replace(file.name, index)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except OSError as error:
-        raise UserError(
-            f"{index.parent}: the index of {tar} cannot be written here: {error.strerror}. "
-            "Set index_folder to a folder where it can"
-        ) from None
+        raise UserError(f"{tar}, offset {offset}: not a whole tar: {error}") from None

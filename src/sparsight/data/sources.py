@@ -9,7 +9,7 @@ import re
 import warnings
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -17,12 +17,11 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from sparsight.data.cells import find_file, no_such_file
+from sparsight.data.cells import find_file
 from sparsight.data.conversations import (
     FIELDS,
     IMAGE_TAG,
     METADATA,
-    Find,
     Sample,
     has_conversation,
     read_row,
@@ -30,7 +29,7 @@ from sparsight.data.conversations import (
 )
 from sparsight.data.images import load_image, size_of_image
 from sparsight.data.mixture import Quotas
-from sparsight.data.rows import decode, open_rows, parse
+from sparsight.data.rows import Rows, decode, parse
 from sparsight.data.shards import IMAGES, Shard, open_shards, stem
 from sparsight.errors import UserError
 from sparsight.scenes.questions import ScenesDataset
@@ -39,7 +38,7 @@ from sparsight.settings.data import ConversationData, Data, MixtureData, SceneDa
 
 
 class Source(Protocol):
-    """What training needs of data."""
+    """Conversations by number, and their images by key."""
 
     def __len__(self) -> int: ...
 
@@ -47,22 +46,14 @@ class Source(Protocol):
 
     def image(self, key: Any) -> Image.Image: ...
 
-    def size(self, key: Any) -> tuple[int, int]:
-        """A image's sides, without decoding it."""
-        ...
+    def size(self, key: Any) -> tuple[int, int]: ...  # width and height, without decoding the image
 
-    def fingerprint(self, key: Any) -> str:
-        """Equal for images that are the same, and for those alone."""
-        ...
-
-    def keys(self) -> Sequence[Hashable]:
-        """Every image's key, once."""
-        ...
+    def fingerprints(self) -> dict[Hashable, str]: ...  # of all images by key; equal for images that are the same
 
 
 class SceneSource:
     """The embedded scenes as a source of ``length`` conversations about ``data.scenes`` images;
-    a image that comes again has other questions."""
+    an image that comes again has other questions."""
 
     def __init__(self, data: SceneData, length: int, split: str = "train", image_size: int = 256) -> None:
         self.config = scene_config(data, image_size)
@@ -83,11 +74,8 @@ class SceneSource:
     def size(self, key: int) -> tuple[int, int]:
         return self.config.image_size, self.config.image_size
 
-    def fingerprint(self, key: int) -> str:
-        return f"{self.config} {self.split} {self.scenes.seed} {key}"  # they are drawn from these alone
-
-    def keys(self) -> Sequence[int]:
-        return range(self.images)
+    def fingerprints(self) -> dict[Hashable, str]:  # images are drawn from these alone
+        return {key: f"{self.config} {self.split} {self.scenes.seed} {key}" for key in range(self.images)}
 
 
 def scene_config(data: SceneData, image_size: int = 256) -> SceneConfig:
@@ -105,52 +93,44 @@ class RowSource:
             was expected.
     """
 
-    def __init__(self, data: ConversationData) -> None:
-        self.path = Path(data.path)
+    def __init__(self, data: ConversationData, rows: Any = ()) -> None:
+        self.path, self.rows = Path(data.path), rows
         own = self.path if self.path.is_dir() else self.path.parent
         self.folder = Path(data.images) if data.images else own
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        return len(self.rows)
 
     def _row(self, number: int) -> Any:
-        raise NotImplementedError
+        return self.rows[number]
 
-    def _read(self, number: int, find: Find) -> Sample:
-        return read_row(self._row(number), str(number), f"{self.path}, row {number}", find)
+    def _read(self, number: int) -> Sample:
+        return read_row(self._row(number), str(number), f"{self.path}, row {number}")
 
     def __getitem__(self, number: int) -> Sample:
-        return self._read(number, lambda images, where: _keys(number, images))
+        sample = self._read(number)
+        keys = (image if isinstance(image, str) else (number, nth) for nth, image in enumerate(sample.images))
+        return replace(sample, images=tuple(keys))
 
-    def content(self, key: Any) -> tuple[bytes, str]:
-        """An image's file, and what messages call it."""
-        if not isinstance(key, str):
-            number, place = key
-            images = self._read(number, lambda images, where: images or []).images
-            return images[place], f"{self.path}, row {number}, image {place}"
-        path = find_file(self.folder, key)
-        try:
-            return path.read_bytes(), str(path)
-        except FileNotFoundError:
-            raise UserError(no_such_file(path)) from None
-        except OSError as error:
-            raise UserError(f"{no_such_file(path)} that can be read: {error.strerror}") from None
+    def stored(self, key: Any) -> tuple[Path | bytes, str]:
+        """An image's file or its content, and its name in messages."""
+        if isinstance(key, str):
+            path = find_file(self.folder, key)
+            return path, str(path)
+        number, nth = key
+        return self._read(number).images[nth], f"{self.path}, row {number}, image {nth}"
 
     def image(self, key: Any) -> Image.Image:
-        return load_image(*self.content(key))
+        return load_image(*self.stored(key))
 
     def size(self, key: Any) -> tuple[int, int]:
-        return size_of_image(find_file(self.folder, key)) if isinstance(key, str) else size_of_image(*self.content(key))
+        return size_of_image(*self.stored(key))
 
-    def fingerprint(self, key: Any) -> str:
-        return hashlib.sha256(self.content(key)[0]).hexdigest()
-
-    def keys(self) -> Sequence[Hashable]:
-        return list(dict.fromkeys(key for number in range(len(self)) for key in self[number].images))
-
-
-def _keys(number: int, images: list[str | bytes] | None) -> list[Any]:
-    return [image if isinstance(image, str) else (number, place) for place, image in enumerate(images or [])]
+    def fingerprints(self) -> dict[Hashable, str]:
+        keys = dict.fromkeys(key for number in range(len(self)) for key in self[number].images)
+        stored = ((key, self.stored(key)[0]) for key in keys)
+        contents = ((key, found if isinstance(found, bytes) else found.read_bytes()) for key, found in stored)
+        return {key: hashlib.sha256(content).hexdigest() for key, content in contents}
 
 
 class ConversationSource(RowSource):
@@ -165,35 +145,26 @@ class ConversationSource(RowSource):
     """
 
     def __init__(self, data: ConversationData, strict: bool = True) -> None:
-        super().__init__(data)
-        self.rows = open_rows(self.path)
+        super().__init__(data, Rows(Path(data.path)))
         if not self.rows:
             raise UserError(f"{self.path}: no samples in it")
         if strict:
             self._look()
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def _row(self, number: int) -> Any:
-        return self.rows[number]
-
     def _look(self) -> None:
-        """Tell before training, not hours into it, that an image is not there, or a field not used."""
         first: dict[str, str] = {}
         unused = Counter[str]()
-
-        def find(images: list[str | bytes] | None, where: str) -> Sequence[Any]:
-            first.update({image: where for image in images or [] if isinstance(image, str) and image not in first})
-            return images or []
-
         for number in range(len(self)):
-            unused.update(self._read(number, find).unused)
-        missing = [path for path in first if not os.path.isfile(find_file(self.folder, path))]
+            sample = self._read(number)
+            unused.update(sample.unused)
+            for path in sample.images:
+                if isinstance(path, str):
+                    first.setdefault(path, f"row {number} (id {sample.id})")
+        missing = [path for path in first if not find_file(self.folder, path).is_file()]
         if missing:
             raise UserError(
-                f"{first[missing[0]]}: {no_such_file(self.folder / missing[0])}"
-                f" ({len(missing)} of {len(first)} images are missing)"
+                f"{self.path}, {first[missing[0]]}: {self.folder}/{missing[0]:.200}: there is no such file "
+                f"({len(missing)} of {len(first)} images are missing)"
             )
         if unused:
             warnings.warn(unused_fields(self.path, unused, len(self)), stacklevel=3)
@@ -210,28 +181,19 @@ class TableSource(RowSource):
     """
 
     def __init__(self, data: ConversationData, strict: bool = True) -> None:
-        super().__init__(data)
         table = _open_table(data)
+        super().__init__(data, table.with_format("arrow"))  # as stored: images are not decoded
         columns = table.column_names
         if not has_conversation(columns):
             raise UserError(
                 f"{self.path}: expected a column 'conversations' (LLaVA) or 'messages', found the columns {columns}"
             )
-        self.unused = tuple(name for name in columns if name not in FIELDS | METADATA)
-        if strict and self.unused:
-            warnings.warn(unused_fields(self.path, dict.fromkeys(self.unused, len(table)), len(table)), stacklevel=2)
-        used = [name for name in columns if name in FIELDS]
-        self.table = table.select_columns(used).with_format("arrow")  # as stored: images are not decoded
-
-    def __len__(self) -> int:
-        return len(self.table)
+        unused = dict.fromkeys((name for name in columns if name not in FIELDS | METADATA), len(table))
+        if strict and unused:
+            warnings.warn(unused_fields(self.path, unused, len(table)), stacklevel=2)
 
     def _row(self, number: int) -> Any:
-        return self.table[number].to_pylist()[0]
-
-    def __getitem__(self, number: int) -> Sample:
-        sample = super().__getitem__(number)
-        return replace(sample, unused=sample.unused + self.unused)
+        return self.rows[number].to_pylist()[0]
 
 
 def _open_table(data: ConversationData) -> Any:
@@ -255,7 +217,7 @@ def _open_table(data: ConversationData) -> Any:
 
 
 def _files(path: str, pattern: str) -> list[Path]:
-    """A file, those of a folder that fit ``pattern``, or those that fit ``path``; sorted."""
+    """A file, the files of a folder that fit ``pattern``, or those that fit ``path``; sorted."""
     found = sorted(Path(path).glob(pattern)) if Path(path).is_dir() else [Path(f) for f in sorted(glob.glob(path))]
     if not found:
         raise UserError(
@@ -266,7 +228,8 @@ def _files(path: str, pattern: str) -> list[Path]:
 
 class ShardSource(RowSource):
     """WebDataset tar shards: members with the same stem are one sample. Its .json is a row as in a .json file; without
-    one, its .txt is a caption. Images are those that the row names, or in the order KEY.0.jpg, KEY.1.jpg.
+    one, its .txt is a caption. Images are those that the row names, or in the order KEY.0.jpg, KEY.1.jpg. Keys of
+    images are (shard, member).
 
     Raises:
         UserError: a tar is damaged or its index cannot be written (`shards.open_shards`).
@@ -288,14 +251,11 @@ class ShardSource(RowSource):
         where = f"{shard.file.path}, sample '{name}'"
         if len(members) < len(found):
             raise UserError(f"{where}: expected members of different names, found {[member for member, _ in found]}")
-        stored = sorted((m for m in members if _kind(m) in IMAGES), key=_number_and_name)
+        images = sorted((member for member in members if _kind(member) in IMAGES), key=_number_and_name)
+        sample = read_row(_shard_row(shard, members, len(images), where), name, where, images)
+        return replace(sample, images=tuple((part, members[image]) for image in sample.images))
 
-        def find(images: list[str | bytes] | None, where: str) -> list[Any]:
-            return [(part, members[image]) for image in _named(images, stored, where)]
-
-        return read_row(_shard_row(shard, members, len(stored), where), name, where, find)
-
-    def content(self, key: tuple[int, int]) -> tuple[bytes, str]:
+    def stored(self, key: tuple[int, int]) -> tuple[bytes, str]:
         part, member = key
         return self.shards[part].read(member), self.shards[part].where(member)
 
@@ -309,51 +269,34 @@ def _number_and_name(name: str) -> tuple[int, str]:
     return int(number[1]) if number else -1, name
 
 
-def _shard_row(shard: Shard, members: dict[str, int], stored: int, where: str) -> Any:
+def _shard_row(shard: Shard, members: dict[str, int], images: int, where: str) -> Any:
     """The sample's row: a .json with a conversation, or else the .txt; a .json beside it may hold other things."""
-    captions = [place for name, place in members.items() if _kind(name) == ".txt"]
-    row, found = None, []
-    for name, place in members.items():
-        if _kind(name) == ".json":
-            row = parse(shard.read(place), shard.where(place))
-            if isinstance(row, dict) and has_conversation(row):
-                found.append(row)
-    if len(found) > 1:
+
+    def read(kind: str, reader: Any) -> list[Any]:
+        found = [member for name, member in members.items() if _kind(name) == kind]
+        return [reader(shard.read(member), shard.where(member)) for member in found]
+
+    rows, captions = read(".json", parse), read(".txt", decode)
+    talks = [row for row in rows if isinstance(row, dict) and has_conversation(row)]
+    if len(talks) > 1:
         raise UserError(
-            f"{where}: {len(found)} members .json hold conversations; what stands before the first dot of a name tells "
+            f"{where}: {len(talks)} members .json hold conversations; what stands before the first dot of a name tells "
             "samples apart, and these have the same"
         )
-    if found:
-        return found[0]
-    if not captions:
-        return row
-    if len(captions) > 1 or not stored:
+    if talks or not captions:
+        return (talks or rows)[-1]
+    if len(captions) > 1 or not images:
         raise UserError(f"{where}: expected one .txt and images beside it, found {list(members)}")
-    caption = decode(shard.read(captions[0]), shard.where(captions[0]))
-    turns = [("user", IMAGE_TAG * stored), ("assistant", caption.strip())]
+    turns = [("user", IMAGE_TAG * images), ("assistant", captions[0].strip())]
     return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
-def _named(images: list[str | bytes] | None, stored: list[str], where: str) -> list[str]:
-    """The members that a row names; all in their order if it names no images, or none of these."""
-    if images is None:
-        return stored
-    known = {os.path.basename(image): image for image in stored} | {image: image for image in stored}
-    names = [name.replace("\\", "/") if isinstance(name, str) else f"{len(name)} bytes" for name in images]
-    found = [known.get(name) or known.get(os.path.basename(name)) for name in names]
-    if not any(found) and len(names) == len(stored):
-        return stored
-    if not all(found):
-        raise UserError(f"{where}: expected members of the sample, which are {stored}, found {names}")
-    return [name for name in found if name]
-
-
 class MixtureSource:
-    """``length`` conversations of sources mixed by weight: sample i comes from a part as `Quotas` says, each part's own
-    in order, again from its start when it ends.
+    """``length`` conversations of sources mixed by weight: `Quotas` say from which part each comes, each part's own in
+    order, again from its start when it ends. Keys of images are (part, its key).
 
     Raises:
-        UserError: a part cannot be opened, or the weights do not fit a table.
+        UserError: a part cannot be opened, or the weights are too uneven (`Quotas`).
     """
 
     def __init__(self, data: MixtureData, length: int, image_size: int = 256, strict: bool = True) -> None:
@@ -370,7 +313,7 @@ class MixtureSource:
         return self.length
 
     def __getitem__(self, index: int) -> Sample:
-        part, rank = self.quotas.place(index)
+        part, rank = self.quotas.turn(index)
         sample = self.parts[part][rank % len(self.parts[part])]
         return replace(sample, id=f"{self.names[part]}/{sample.id}", images=tuple((part, key) for key in sample.images))
 
@@ -380,11 +323,9 @@ class MixtureSource:
     def size(self, key: tuple[int, Any]) -> tuple[int, int]:
         return self.parts[key[0]].size(key[1])
 
-    def fingerprint(self, key: tuple[int, Any]) -> str:
-        return self.parts[key[0]].fingerprint(key[1])
-
-    def keys(self) -> Sequence[Hashable]:
-        return [(number, key) for number in range(len(self.parts)) for key in self.parts[number].keys()]  # noqa: SIM118
+    def fingerprints(self) -> dict[Hashable, str]:
+        parts = enumerate(part.fingerprints() for part in self.parts)
+        return {(number, key): found for number, part in parts for key, found in part.items()}
 
 
 def open_source(data: Data, length: int, image_size: int, strict: bool = True) -> Source:
@@ -392,7 +333,7 @@ def open_source(data: Data, length: int, image_size: int, strict: bool = True) -
 
     Args:
         length: conversations that scenes or a mixture give; other sources have the length of their files.
-        strict: what can be found wrong without reading images is an error at once, where that takes no long.
+        strict: bad rows and missing images, as far as they are found without reading images, are errors at once.
     """
     if isinstance(data, SceneData):
         return SceneSource(data, length, image_size=image_size)

@@ -43,7 +43,7 @@ def cached_features(
     log, made_of = session.log, hashlib.sha256()
     for tensor in model.model.vision_tower.state_dict().values():
         made_of.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    rows, contents = image_rows(source.keys(), source.fingerprint)
+    rows, contents = image_rows(source.fingerprints())
     how = model.config.vision_levels, session.recipe.precision, processor.image_processor.to_json_string()
     made_of.update(f"{contents} {how}".encode())
     folder = session.cache_root / made_of.hexdigest()[:16]

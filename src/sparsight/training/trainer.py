@@ -222,13 +222,17 @@ def plan_stage(data: TrainingSet, stage: Stage, seed: int, folder: Path, console
         UserError: the batch cannot be dealt out to the ranks, or a sample cannot be read.
     """
     ranks, sizes = process_state().num_processes, None
-    alike = _alike(data)  # then, if there is nothing to deal out, sizes need not be known
-    if ranks * micro_batches(stage, ranks) > 1 or stage.packing or stage.batch_tokens or not alike:
+    alike = _alike(data)  # where they need not be dealt out, sizes need not be known
+    cut = stage.model_dump(include={"batch_size", "micro_batch_size", "batch_tokens"})
+    if ranks * micro_batches(ranks, **cut) > 1 or stage.packing or stage.batch_tokens or not alike:
         with process_state().main_process_first(), Progress(console=console) as bar:
             task = bar.add_task("measuring samples", total=len(data))
             sizes = data.sizes(folder / "sizes.npy", lambda done: bar.update(task, completed=done))
             bar.update(task, completed=len(data))
-    return plan_steps(stage, len(data), seed, ranks, sizes, largest_first=not alike)
+    try:
+        return plan_steps(len(data), seed, ranks, sizes, packing=stage.packing, largest_first=not alike, **cut)
+    except ValueError as error:
+        raise UserError(f"stage '{stage.name}': {error}") from None
 
 
 def _alike(data: TrainingSet) -> bool:
@@ -240,7 +244,9 @@ def training_arguments(recipe: Recipe, stage: Stage, steps: int, folder: Path) -
     """HF's arguments for a stage of so many steps; checkpoints go to ``folder``. Parameter groups have the rates."""
     arguments = TrainingArguments(
         output_dir=str(folder),
-        gradient_accumulation_steps=micro_batches(stage, process_state().num_processes),
+        gradient_accumulation_steps=micro_batches(
+            process_state().num_processes, stage.batch_size, stage.micro_batch_size, stage.batch_tokens
+        ),
         num_train_epochs=1,
         lr_scheduler_type=stage.schedule,
         warmup_steps=stage.warmup if stage.warmup < 1 else 0.999,
