@@ -255,7 +255,7 @@ def sparse(model: Any, keep: float = 1.0, every: int = 0) -> Iterator[SparseHand
     skipper = SkipperConfig(alpha=0.5, epsilon=0.0, schedule="constant")
     handle = attach(model, CompressorConfig(keep=keep), skipper)
     handle.step(0, 0.0)
-    handle.off = tuple(bool(every) and number % every == every - 1 for number in range(handle.parts.layers))
+    handle.set_skipped([bool(every) and number % every == every - 1 for number in range(handle.parts.layers)])
     try:
         yield handle
     finally:

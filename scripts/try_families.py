@@ -373,7 +373,7 @@ def check_dense(model: Any, batch: dict[str, torch.Tensor], skipper: SkipperConf
 def check_sparse(model: Any, batch: dict[str, torch.Tensor], skipper: SkipperConfig | None) -> str:
     """Keep 0.5, with half of the layers off, makes the pass shorter; loss and gradients are finite."""
     handle = attach(model, CompressorConfig(keep=0.5), skipper)
-    handle.off = tuple(skipper is not None and number % 2 == 1 for number in range(handle.parts.layers))
+    handle.set_skipped([skipper is not None and number % 2 == 1 for number in range(handle.parts.layers)])
     loss, grads = gradients(model, batch)
     (done,) = handle.take_passes()
     handle.detach()
@@ -381,7 +381,7 @@ def check_sparse(model: Any, batch: dict[str, torch.Tensor], skipper: SkipperCon
     assert done.length < done.length_in and done.visual_out < done.visual_in, f"not shorter: {done}"
     path = handle.parts.decoder + ".layers."
     reached = {int(key.removeprefix(path).split(".")[0]) for key in grads if key.startswith(path)}
-    assert reached == {n for n, off in enumerate(handle.off) if not off}, f"gradients in layers {sorted(reached)}"
+    assert reached == {n for n, off in enumerate(handle.skipped) if not off}, f"gradients in layers {sorted(reached)}"
     assert any(key.startswith(handle.parts.vision + ".") for key in grads), "no gradient in the vision tower"
     return f"{done.length_in} positions, {done.length} kept; {done.layers_run} of {handle.parts.layers} layers"
 

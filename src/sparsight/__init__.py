@@ -15,6 +15,7 @@ _PUBLIC = {
     "build": "sparsight.modeling.build",
     "ChainOfSightConfig": "sparsight.settings.bridges",
     "CompressorConfig": "sparsight.settings.methods",
+    "find_parts": "sparsight.sparse.parts",
     "Layout": "sparsight.layouts",
     "LinearConfig": "sparsight.settings.bridges",
     "load_bridge": "sparsight.bridges.file",

@@ -47,7 +47,7 @@ class Recorder(TrainerCallback):
 
     def _seen(self, _: Any, __: Any, kwargs: dict[str, Any]) -> None:
         seen = self.masks.setdefault(self.step, [])
-        seen.append((self.handle.off, kwargs["position_ids"].tolist()))
+        seen.append((self.handle.skipped, kwargs["position_ids"].tolist()))
         if self.step == self.die_at and len(seen) == COMMON["gradient_accumulation_steps"]:
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -93,7 +93,7 @@ def main() -> None:
                 calls.clear()
                 loss_of(parallel, both[rank], labels_in(both), 2).backward()
                 handle.clear_gradients()
-                found[name, recompute, step] = handle.off, len(calls), gradients(model)
+                found[name, recompute, step] = handle.skipped, len(calls), gradients(model)
                 model.zero_grad()
             probe = handle.dense_probe()
             assert all(value > 0 for value in probe.values())
@@ -101,7 +101,7 @@ def main() -> None:
             both = batches(name, model, STEPS)
             # Not through DDP, which would ask the plain LLaVA for gradients of a block that it does not use.
             loss_of(model, both[rank], labels_in(both), 2).backward()
-            found[name, recompute, STEPS] = handle.off, 1, gradients(model)
+            found[name, recompute, STEPS] = handle.skipped, 1, gradients(model)
     for name in VIDEOS:
         model, handle = prepared(name, False)
         calls = []
@@ -121,7 +121,7 @@ def main() -> None:
         handle.clear_gradients()
         optimizer.step()
         optimizer.zero_grad()
-        found["long", step] = handle.off
+        found["long", step] = handle.skipped
     found["weights"] = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in model.state_dict().items()}
     torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()

@@ -38,7 +38,7 @@ def main() -> None:
     found: dict[str, list[torch.Tensor]] = {}
     for step, name in enumerate(STEPS):
         handle.step(step, 1.0)  # at its end, no layer is skipped
-        handle.off = tuple(name == "skipped" and number == SKIPPED for number in range(handle.parts.layers))
+        handle.set_skipped(tuple(name == "skipped" and number == SKIPPED for number in range(handle.parts.layers)))
         parallel(**batch_of(NAME, model, (1, 1), seed=2 * step + rank)).loss.backward()
         handle.clear_gradients()
         optimizer.step()
@@ -48,7 +48,7 @@ def main() -> None:
         found[f"{step}"] = [whole(tensor) for tensor in (*parameters, *states)]
     told = []
     if kind == "ddp":  # a loop that forgets: FSDP leaves no gradients behind
-        handle.off = tuple(number == SKIPPED for number in range(handle.parts.layers))
+        handle.set_skipped(tuple(number == SKIPPED for number in range(handle.parts.layers)))
         parallel(**batch_of(NAME, model, (1, 1), seed=rank)).loss.backward()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -94,7 +94,7 @@ def test_a_step_of_our_own_model(name, bridge):
     if stage.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     handle = attach(model, case.get("compressor"), SKIPPER)
-    handle.off = case.get("off", (False, False))
+    handle.set_skipped(case.get("off", (False, False)))
     encoder = count_flops(model.model.vision_tower, 64, model.config.vision_levels)
     counter = StepCounter(model, Trains.of(stage), encoder)
     collate = Collator(processor.tokenizer.pad_token_id, case.get("packing", False), None, processor.image_token_id)
@@ -162,7 +162,7 @@ def test_a_step_of_an_attached_model(name, frozen):
         if not projector and any(path.startswith(prefix) for part in frozen for prefix in parts[part]):
             parameter.requires_grad_(False)
     for off, images in (((False,) * 4, (1, 2)), ((False, True, True, False), (1, 1))):
-        handle.off = off
+        handle.set_skipped(off)
         batch = batch_of(name, model, images)
         model(**batch)  # measures the tower, once
         handle.take_passes()

@@ -196,7 +196,7 @@ def masked_reference(
         seen.update(keep=keep_BT)
         return gather_inputs(kwargs, kept, keep_BT, *options)
 
-    monkeypatch.setattr("sparsight.sparse.attach.gather_inputs", spy)
+    monkeypatch.setattr("sparsight.sparse.forward.gather_inputs", spy)
     with torch.no_grad():
         short = model(**batch).logits
     handle.detach()

@@ -119,7 +119,7 @@ def test_tokens_in_no_square_go_along_the_sequence():
 
 def test_a_layer_that_does_nothing_is_the_least_important():
     model = made("smolvlm")
-    layer = find_parts(model)[2][1]
+    layer = model.get_submodule(find_parts(model).decoder).layers[1]
     with torch.no_grad():
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
@@ -147,7 +147,7 @@ def test_what_cannot_be_measured():
     with pytest.raises(ValueError, match="has no vision tower"):
         measure(make_language()[0], [])
     with torch.no_grad():
-        find_parts(model)[2][2].mlp.down_proj.weight.fill_(float("nan"))
+        model.get_decoder().layers[2].mlp.down_proj.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"layer 2: its output in torch.float32 is not finite"):
         measure(model, [batch_of("smolvlm", model)])
     assert hooks(model) == 0

@@ -11,6 +11,8 @@ from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausa
 from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.attach import NoEffectWarning, attach
 from sparsight.sparse.compress import compress
+from sparsight.sparse.parts import find_parts
+from sparsight.sparse.visual import runs
 from tiny import make_vlm
 
 QUARTER = CompressorConfig(keep=0.25)
@@ -119,7 +121,7 @@ def test_a_layer_that_is_off_is_not_there(name):
     model = made(name)
     batch = batch_of(name, model)
     handle = attach(model, skipper=HALF_OFF)
-    handle.off = (False, True, True, False)[: handle.parts.layers]
+    handle.set_skipped((False, True, True, False)[: handle.parts.layers])
     path = handle.parts.decoder
     loss, grads = gradients(model, batch)
     assert not any(f"{path}.layers.1." in key for key in grads)
@@ -130,7 +132,7 @@ def test_a_layer_that_is_off_is_not_there(name):
         for number in (1, 2):
             layers[number].forward = lambda hidden, *_, **__: hidden
     else:
-        kept = [layer for layer, off in zip(layers, handle.off, strict=True) if not off]
+        kept = [layer for layer, off in zip(layers, handle.skipped, strict=True) if not off]
         model.get_submodule(path).layers = nn.ModuleList(kept)
         model.get_submodule(path).config.num_hidden_layers = len(kept)
     assert torch.equal(model(**batch, use_cache=False).loss, loss)
@@ -159,7 +161,7 @@ def grids_of(model, batch, monkeypatch):
         seen.append((len(tokens_IND), grid))
         return compress(tokens_IND, keep, method, grid=grid, **options)
 
-    monkeypatch.setattr("sparsight.sparse.attach.compress", spy)
+    monkeypatch.setattr("sparsight.sparse.compress.compress", spy)
     handle = attach(model, CompressorConfig(keep=0.5, method="pool"))
     model(**batch)
     handle.detach()
@@ -187,19 +189,31 @@ def test_spatial_methods_know_the_grid(monkeypatch):
     assert grids_of(model, batch, monkeypatch) == [(1, (8, 8))]
 
 
+def sizes_seen(monkeypatch):
+    """Gets the visual tokens of each image, of each pass."""
+    seen = []
+
+    def spy(positions_M2, video_M, sizes, *options):
+        seen.append(dict(sizes))
+        return runs(positions_M2, video_M, sizes, *options)
+
+    monkeypatch.setattr("sparsight.sparse.forward.runs", spy)
+    return seen
+
+
 @pytest.mark.parametrize("name", ["llava, clip + llama", "qwen2_5_vl", "sparsight"])
-def test_lora_before_or_after(name):
+def test_lora_before_or_after(name, monkeypatch):
     found = []
     for attached_first in (True, False):
         model = made(name)
         adapters = LoraConfig(r=4, target_modules=r".*language_model.*(q_proj|v_proj|up_proj)", init_lora_weights=False)
         torch.manual_seed(0)
         wrapped = model if attached_first else get_peft_model(model, adapters)
-        handle = attach(wrapped, CompressorConfig(keep=0.5, method="pool"), HALF_OFF)
+        handle, seen = attach(wrapped, CompressorConfig(keep=0.5, method="pool"), HALF_OFF), sizes_seen(monkeypatch)
         wrapped = get_peft_model(model, adapters) if attached_first else wrapped
-        handle.off = (False, True, False, True)[: handle.parts.layers]
+        handle.set_skipped((False, True, False, True)[: handle.parts.layers])
         wrapped.train()(**batch_of(name, model, (2, 1))).loss.backward()
-        assert handle._sizes["image"] == [tokens_of_an_image(name)] * 3
+        assert seen == [{"image": [tokens_of_an_image(name)] * 3}]
         found.append({key.removeprefix("base_model.model."): p.grad for key, p in wrapped.named_parameters()})
         handle.detach()
     learnt = {key for key, grad in found[0].items() if grad is not None}
@@ -261,16 +275,23 @@ def test_the_step_settles_what_is_kept_and_what_is_off():
     drawn = []
     for step in range(20):
         handle.step(step, step / 19)
-        drawn.append((handle.keep, handle.off))
+        drawn.append((handle.keep, handle.skipped))
     assert [keep == 1.0 for keep, _ in drawn] == [step % 5 == 0 or step == 19 for step in range(20)]
     assert drawn[19][1] == (False,) * 4 and any(any(off) for _, off in drawn)
-    state = handle.state_dict()
-    handle.step(3, 0.9)
-    handle.load_state_dict(state)
-    assert (handle.keep, handle.off) == drawn[19] and handle.report()["step"] == 19
-    other = attach(made("llava, clip + llama"), skipper=HALF_OFF, seed=7)
-    with pytest.raises(ValueError, match="made with seed 0, this handle has 7"):
-        other.load_state_dict(state)
+    assert handle.report()["global_step"] == 19
+
+
+def test_the_state_of_a_handle_is_read_only():
+    handle = attach(made("llava, clip + llama"), QUARTER, HALF_OFF)
+    for name in ("keep", "skipped", "global_step", "compressor", "train_only", "parts", "passes", "off"):
+        with pytest.raises(AttributeError):
+            setattr(handle, name, None)
+    handle.set_skipped([True, False, False, True])
+    assert handle.report()["skipped"] == handle.skipped
+    with pytest.warns(FutureWarning, match="off is now called skipped"):
+        assert handle.off == handle.skipped == (True, False, False, True)
+    with pytest.raises(ValueError, match="skipped has 2 values, but the model has 4 layers"):
+        handle.set_skipped([True, False])
 
 
 @pytest.mark.parametrize("name", ["llava, clip + llama", "qwen3_vl", "sparsight"])
@@ -349,7 +370,7 @@ def test_a_layer_that_is_off_is_not_updated():
     layer = handle.layers[1]
 
     def step(off, clear=True):
-        handle.off = (False, off, False, False)
+        handle.set_skipped((False, off, False, False))
         model(**batch).loss.backward()
         if clear:
             handle.clear_gradients()
@@ -380,12 +401,16 @@ def test_no_effect_is_told():
     ]
 
 
-def test_plan_touches_nothing():
+def test_the_dry_run_touches_nothing():
     model = made("llava, clip + llama")
     before = copy.copy(model.__dict__)
-    parts = attach(model, QUARTER, plan=True)
+    parts = find_parts(model)
     assert (parts.decoder, parts.layers, parts.head) == ("model.language_model", 4, "lm_head")
     assert parts.visual_token_ids == (IMAGE,) and model.__dict__ == before
+    assert "model.language_model, 4 layers" in str(parts) and "model.vision_tower" in str(parts)
+    with pytest.warns(FutureWarning, match="is now sparsight.find_parts"):
+        assert attach(model, plan=True) == parts
+    assert "none: only a skipper" in str(find_parts(LlamaForCausalLM(LlamaConfig(**TEXT))))
 
 
 def test_what_cannot_be_attached():

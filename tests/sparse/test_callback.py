@@ -143,7 +143,7 @@ def test_figures_are_what_was_executed():
     """Against the cost model by hand: 2 rows of 24 positions cut to 12, two of four layers off."""
     model = made(NAME)
     handle = attach(model, CompressorConfig(keep=0.25), SKIPPER)
-    handle.off = (False, True, True, False)
+    handle.set_skipped((False, True, True, False))
     model(**batch_of(NAME, model))
     found = figures(handle, handle.take_passes())
     shape = LanguageShape.from_config(model.config.get_text_config())
@@ -163,7 +163,7 @@ def test_executed_flops_match_the_counter():
     batch = batch_of(NAME, model)
     handle = attach(model, CompressorConfig(keep=0.25), SKIPPER)
     for off in ((False,) * 4, (False, True, True, False)):
-        handle.off = off
+        handle.set_skipped(off)
         with FlopCounterMode(display=False) as counter:
             model(**batch).loss.backward()
         by_module = counter.get_flop_counts()
@@ -317,7 +317,9 @@ def test_F01_the_handle_of_another_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="handle of another model .* to which nothing is attached"):
         train(copy.deepcopy(model), handle)
     train(get_peft_model(model, LoraConfig(r=2, target_modules=r".*q_proj")), handle)  # attached inside
-    assert handle.report()["step"] == 0 and not handle.report()["waits_for_step"] and handle._batch is None
+    assert (
+        handle.report()["global_step"] == 0 and not handle.report()["waits_for_step"] and handle._forwards.last is None
+    )
     handle.detach()
     with pytest.raises(ValueError, match="a handle that is detached"):
         train(model, handle)

@@ -93,6 +93,8 @@ class SparsightModel(SparsightPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
+    encodes_blank_images = True  # `_without_images`; `sparsight.attach` asks
+
     @property
     def tokens_on_grid(self) -> bool:
         """Whether visual tokens stand in a grid as the patches do, and are no answers to queries."""

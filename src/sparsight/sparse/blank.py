@@ -9,12 +9,6 @@ import torch
 
 from sparsight.errors import UserError
 
-_NO_IMAGE = (
-    "{name}: this rank's batch has no image, or no video, while others may have some, and all ranks must go through "
-    "the vision tower together. A blank image did not fit this model ({error}): put one image into every rank's "
-    "batch, and one video if there are any"
-)
-
 
 def blank_features(owner: Any, like: torch.Tensor) -> torch.Tensor:
     """The sum of what the language model is given of one blank image, through ``owner.get_image_features``.
@@ -25,7 +19,11 @@ def blank_features(owner: Any, like: torch.Tensor) -> torch.Tensor:
     try:
         found = owner.get_image_features(**blank_image(owner, like), return_dict=True)
     except Exception as error:
-        raise UserError(_NO_IMAGE.format(name=type(owner).__name__, error=error)) from error
+        raise UserError(
+            f"{type(owner).__name__}: this rank's batch has no image, or no video, while others may have some, and all "
+            f"ranks must go through the vision tower together. A blank image did not fit this model ({error}): put one "
+            "image into every rank's batch, and one video if there are any"
+        ) from error
     if hasattr(found, "pooler_output"):  # the tower's other outputs reach nothing, nor may they get gradients here
         found = [found.pooler_output, getattr(found, "deepstack_features", None)]
     return torch.stack([tensor.float().sum() for tensor in tensors(found)]).sum()
@@ -44,7 +42,7 @@ def blank_image(owner: Any, like: torch.Tensor) -> dict[str, torch.Tensor]:
     size = vision.image_size
     height, width = (size, size) if isinstance(size, int) else size
     pixels = like.new_zeros(1, 3, height, width)
-    if "pixel_attention_mask" in accepted:  # a image of zeros is taken for padding there, and thrown away
+    if "pixel_attention_mask" in accepted:  # an image of zeros is taken for padding there, and thrown away
         return {"pixel_values": pixels[:, None] + 1.0}
     tiled = hasattr(config, "image_grid_pinpoints")  # the whole image, and one tile
     if tiled or getattr(vision, "model_type", "") == "pixtral":

@@ -1,10 +1,12 @@
 """Visual Token Compressor (Sparse Training Scheme, stage I): pure functions from many visual tokens to few.
 
-Shapes: B images, N visual tokens, K kept ones, D width, T text positions, H x W grid of the tokens, F frames.
+Shapes: B samples or images, I images, N visual tokens of one, K kept ones, D width, T positions, M visual tokens of the
+whole batch, H x W grid of the tokens, F frames.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import prod
@@ -15,8 +17,58 @@ from torch.nn import functional as F
 
 from sparsight.errors import UserError
 from sparsight.schedules import kept_tokens
+from sparsight.sparse.visual import Run
 
 Compressed = tuple[torch.Tensor, torch.Tensor]
+
+
+def compress_batch(
+    embeds_BTD: torch.Tensor,
+    keep_BT: torch.Tensor,
+    visual_BT: torch.Tensor,
+    runs: Sequence[Run],
+    keep: float,
+    method: str,
+    *,
+    generators: Sequence[torch.Generator],
+    packed_BT: torch.Tensor | None,
+) -> Compressed:
+    """Embeddings in which kept positions hold what they now stand for, and which positions are kept, (B, T).
+
+    Args:
+        keep_BT: which positions are no padding.
+        runs: visual tokens of each image, by number among those of ``visual_BT``.
+        generators: for "random", one for each run.
+        packed_BT: the packed sample that a position belongs to, (B, T) or (1, T), if there are any.
+    """
+    text_BT, keep_BT, position_M2 = keep_BT & ~visual_BT, keep_BT.clone(), visual_BT.nonzero()
+    alike: dict[tuple[int, tuple[int, ...]], list[int]] = defaultdict(list)
+    for number, run in enumerate(runs):
+        alike[run.length, run.grid or (1, run.length)].append(number)
+    for (length, grid), members in alike.items():
+        starts_I = torch.tensor([runs[number].start for number in members], device=embeds_BTD.device)
+        numbers_IN = starts_I[:, None] + torch.arange(length, device=embeds_BTD.device)
+        sample_IN, position_IN = position_M2[numbers_IN].unbind(-1)
+        tokens_IND, options = embeds_BTD[sample_IN, position_IN], dict[str, Any]()
+        if method == "random":
+            options["generators"] = [generators[number] for number in members]
+        if method == "text":
+            row_I = sample_IN[:, 0]
+            text_IT = text_BT[row_I]
+            if packed_BT is not None:  # that of the image's own sample
+                owner_BT = packed_BT.expand(len(keep_BT), -1)
+                text_IT = text_IT & (owner_BT[row_I] == owner_BT[row_I, position_IN[:, 0]][:, None])
+            options |= {"text_BTD": embeds_BTD[row_I].detach(), "text_mask_BT": text_IT}
+        few_IKD, index_IK = compress(tokens_IND, keep, method, grid=grid, **options)
+        # What follows an image is predicted at its last position: that one stays.
+        index_IK = torch.cat([index_IK[:, :-1], torch.full_like(index_IK[:, :1], length - 1)], 1)
+        if method not in ("pool", "merge"):
+            few_IKD = tokens_IND.take_along_dim(index_IK[..., None], 1)
+        target = sample_IN.gather(1, index_IK), position_IN.gather(1, index_IK)
+        keep_BT[sample_IN, position_IN] = False
+        keep_BT[target] = True
+        embeds_BTD = embeds_BTD.index_put(target, few_IKD.to(embeds_BTD.dtype))
+    return embeds_BTD, keep_BT
 
 
 def compress(
@@ -35,8 +87,7 @@ def compress(
         method: "uniform", "random", "text" (Sparse Training Scheme, figure); "pool", "similarity", "merge" (ours).
         grid: rows and columns of the tokens, or frames, rows and columns, for "pool" and "similarity"; without it they
             go along the sequence. Frames are not mixed, unless "pool" keeps fewer tokens than there are frames.
-        text_BTD: the text's embeddings, for "text".
-        text_mask_BT: which of them are text; all if not given.
+        text_BTD, text_mask_BT: the text's embeddings, for "text", and which of them are text; all if not given.
         generators: for "random", one for each image.
 
     Returns:
@@ -44,13 +95,9 @@ def compress(
         them; positions rise. With ``keep`` 1 the tokens are returned as they are.
 
     Raises:
-        UserError: ``keep`` is out of range, the method is unknown, or it lacks what it needs.
+        UserError: ``keep`` is out of range, or the method lacks what it needs.
     """
-    if method not in METHODS:
-        raise UserError(f"method '{method}': expected one of {', '.join(METHODS)}")
     batch, tokens = tokens_BND.shape[:2]
-    if grid is not None and prod(grid) != tokens:
-        raise UserError(f"a grid of {' x '.join(map(str, grid))} has {prod(grid)} tokens, found {tokens}")
     kept = kept_tokens(tokens, keep)
     if kept == tokens:
         return tokens_BND, torch.arange(tokens, device=tokens_BND.device).expand(batch, -1)
@@ -60,7 +107,7 @@ def compress(
 
 def _pick(tokens_BND: torch.Tensor, index_BK: torch.Tensor) -> Compressed:
     index_BK = index_BK.sort(dim=1).values
-    return tokens_BND.gather(1, index_BK[..., None].expand(-1, -1, tokens_BND.shape[2])), index_BK
+    return tokens_BND.take_along_dim(index_BK[..., None], 1), index_BK
 
 
 def _best(tokens_BND: torch.Tensor, score_BN: torch.Tensor, kept: int) -> Compressed:
@@ -69,59 +116,45 @@ def _best(tokens_BND: torch.Tensor, score_BN: torch.Tensor, kept: int) -> Compre
 
 
 def _uniform(tokens_BND: torch.Tensor, kept: int, **_: Any) -> Compressed:
-    tokens = tokens_BND.shape[1]
-    index_K = (2 * torch.arange(kept, device=tokens_BND.device) + 1) * tokens // (2 * kept)
+    index_K = (2 * torch.arange(kept, device=tokens_BND.device) + 1) * tokens_BND.shape[1] // (2 * kept)
     return _pick(tokens_BND, index_K.expand(tokens_BND.shape[0], -1))
 
 
-def _random(tokens_BND: torch.Tensor, kept: int, generators: Sequence[torch.Generator] | None, **_: Any) -> Compressed:
+def _random(tokens_BND: torch.Tensor, kept: int, generators: Any, **_: Any) -> Compressed:
     # Drawn on the CPU: the same tokens whatever the device; by image: whatever the batch.
     batch, tokens = tokens_BND.shape[:2]
-    each: Sequence[torch.Generator | None] = generators or [None] * batch
-    draws_BN = torch.stack([torch.rand(tokens, generator=generator) for generator in each])
+    draws_BN = torch.stack([torch.rand(tokens, generator=each) for each in generators or [None] * batch])
     return _best(tokens_BND, draws_BN.to(tokens_BND.device), kept)
-
-
-@torch.no_grad()
-def _relevance(tokens_BND: torch.Tensor, text_BTD: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
-    """The best cosine similarity of a visual token with any text embedding, (B, N)."""
-    similar_BNT = F.normalize(tokens_BND.float(), dim=-1) @ F.normalize(text_BTD.float(), dim=-1).transpose(1, 2)
-    if mask_BT is not None:
-        # No text at all: nothing is more relevant than anything else.
-        similar_BNT = similar_BNT.masked_fill(~mask_BT[:, None], -2.0)
-    return similar_BNT.amax(-1)
 
 
 def _text(
     tokens_BND: torch.Tensor, kept: int, text: torch.Tensor | None, mask: torch.Tensor | None, **_: Any
 ) -> Compressed:
+    """By the best cosine similarity of a visual token with any text embedding."""
     if text is None:
         raise UserError("method 'text' needs the text's embeddings (text_BTD)")
-    return _best(tokens_BND, _relevance(tokens_BND, text, mask), kept)
+    with torch.no_grad():
+        similar_BNT = F.normalize(tokens_BND.float(), dim=-1) @ F.normalize(text.float(), dim=-1).transpose(1, 2)
+        if mask is not None:  # no text at all: all tokens are alike
+            similar_BNT = similar_BNT.masked_fill(~mask[:, None], -2.0)
+    return _best(tokens_BND, similar_BNT.amax(-1), kept)
 
 
 def _cells(kept: int, rows: int, columns: int) -> torch.Tensor:
-    """The cell, from 0, of each token of one frame, (N,).
-
-    Cells are cut so that exactly ``kept`` come out: rows of cells first, then each row into as equal parts as can be.
-    """
+    """The cell, from 0, of each token of one frame, (N,): ``kept`` cells, in bands of rows, as equal as possible."""
     bands = min(rows, max(1, round((kept * rows / columns) ** 0.5)), kept)
     bands = max(bands, -(-kept // columns))
     cell_HW = torch.empty(rows, columns, dtype=torch.long)
-    start = 0
     for band in range(bands):
-        parts = (band + 1) * kept // bands - band * kept // bands
-        top, bottom = band * rows // bands, (band + 1) * rows // bands
-        cell_HW[top:bottom] = start + torch.arange(columns) * parts // columns
-        start += parts
+        start, end = band * kept // bands, (band + 1) * kept // bands
+        cells_W = start + torch.arange(columns) * (end - start) // columns
+        cell_HW[band * rows // bands : (band + 1) * rows // bands] = cells_W
     return cell_HW.flatten()
 
 
 def _pool(tokens_BND: torch.Tensor, kept: int, grid: tuple[int, ...], **_: Any) -> Compressed:
-    """Averages of neighbours: along the rows of the grid's coarser version, as near to ``kept`` as whole cells allow.
-
-    Each frame gets its share of them; where there are fewer than frames, neighbouring frames become one cell.
-    """
+    """Averages of neighbours on the grid. Each frame gets its share of them; where there are fewer than frames,
+    neighbouring frames become one cell."""
     *outer, rows, columns = grid
     frames = prod(outer)
     if kept < frames:
@@ -131,12 +164,11 @@ def _pool(tokens_BND: torch.Tensor, kept: int, grid: tuple[int, ...], **_: Any) 
         cell_N = torch.cat([start + _cells(end - start, rows, columns) for start, end in pairwise(first)])
     count_K = torch.bincount(cell_N, minlength=kept)
     share_KN = F.one_hot(cell_N, kept).T / count_K[:, None]
-    # The place of a cell is that of its member in the middle.
-    order = cell_N.argsort(stable=True)
-    middle_K = order[count_K.cumsum(0) - count_K + count_K // 2]
-    place_K, by_place_K = middle_K.sort()
-    pooled_BKD = share_KN[by_place_K].to(tokens_BND) @ tokens_BND
-    return pooled_BKD, place_K.to(tokens_BND.device).expand(tokens_BND.shape[0], -1)
+    # The position of a cell is that of its member in the middle.
+    middle_K = cell_N.argsort(stable=True)[count_K.cumsum(0) - count_K + count_K // 2]
+    position_K, order_K = middle_K.sort()
+    pooled_BKD = share_KN[order_K].to(tokens_BND) @ tokens_BND
+    return pooled_BKD, position_K.to(tokens_BND.device).expand(tokens_BND.shape[0], -1)
 
 
 @torch.no_grad()
@@ -144,17 +176,15 @@ def redundancy(tokens_BND: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
     """How well a token's neighbours on the grid of its frame (above, below, left, right) say what it says: their mean
     cosine similarity to it, (B, N)."""
     *outer, rows, columns = grid
-    unit_BFHWD = F.normalize(tokens_BND.float(), dim=-1).unflatten(1, (prod(outer), rows, columns))
-    total_BFHW = unit_BFHWD.new_zeros(unit_BFHWD.shape[:4])
-    count_BFHW = torch.zeros_like(total_BFHW)
-    for axis in (2, 3):
-        size = unit_BFHWD.shape[axis]
-        one, other = unit_BFHWD.narrow(axis, 0, size - 1), unit_BFHWD.narrow(axis, 1, size - 1)
-        similar = (one * other).sum(-1)
+    unit_XHWD = F.normalize(tokens_BND.float(), dim=-1).reshape(-1, rows, columns, tokens_BND.shape[2])
+    total_XHW = unit_XHWD.new_zeros(unit_XHWD.shape[:3])
+    count_XHW = torch.zeros_like(total_XHW)
+    for axis, size in ((1, rows), (2, columns)):
+        similar = (unit_XHWD.narrow(axis, 0, size - 1) * unit_XHWD.narrow(axis, 1, size - 1)).sum(-1)
         for start in (0, 1):
-            total_BFHW.narrow(axis, start, size - 1).add_(similar)
-            count_BFHW.narrow(axis, start, size - 1).add_(1)
-    return (total_BFHW / count_BFHW.clamp(min=1)).flatten(1)
+            total_XHW.narrow(axis, start, size - 1).add_(similar)
+            count_XHW.narrow(axis, start, size - 1).add_(1)
+    return (total_XHW / count_XHW.clamp(min=1)).view(len(tokens_BND), -1)
 
 
 def _similarity(tokens_BND: torch.Tensor, kept: int, grid: tuple[int, ...], **_: Any) -> Compressed:
@@ -169,30 +199,25 @@ def _merge(tokens_BND: torch.Tensor, kept: int, **_: Any) -> Compressed:
     """
     batch, tokens, width = tokens_BND.shape
     x_BND, size_BN = tokens_BND, tokens_BND.new_ones(batch, tokens)
-    place_BN = torch.arange(tokens, device=tokens_BND.device).expand(batch, -1)
+    position_BN = torch.arange(tokens, device=tokens_BND.device).expand(batch, -1)
     while (count := x_BND.shape[1]) > kept:
         gone = min(count - kept, count // 2)
         with torch.no_grad():
             unit_BND = F.normalize(x_BND.float(), dim=-1)
-            similar = unit_BND[:, 1::2] @ unit_BND[:, 0::2].transpose(1, 2)
-            best, target = similar.max(-1)
+            best, target = (unit_BND[:, 1::2] @ unit_BND[:, 0::2].transpose(1, 2)).max(-1)
             order = best.argsort(dim=1, descending=True, stable=True)
             leaving, staying = order[:, :gone], order[:, gone:].sort(dim=1).values
             into = target.gather(1, leaving)
-
-        def wide(index: torch.Tensor) -> torch.Tensor:
-            return index[..., None].expand(-1, -1, width)
-
         weighted_BND = x_BND * size_BN[..., None]
         even, odd = weighted_BND[:, 0::2], weighted_BND[:, 1::2]
-        even = even.scatter_add(1, wide(into), odd.gather(1, wide(leaving)))
+        even = even.scatter_add(1, into[..., None].expand(-1, -1, width), odd.take_along_dim(leaving[..., None], 1))
         even_size = size_BN[:, 0::2].scatter_add(1, into, size_BN[:, 1::2].gather(1, leaving))
         size_BN = torch.cat([even_size, size_BN[:, 1::2].gather(1, staying)], 1)
-        place_BN = torch.cat([place_BN[:, 0::2], place_BN[:, 1::2].gather(1, staying)], 1)
-        x_BND = torch.cat([even, odd.gather(1, wide(staying))], 1) / size_BN[..., None]
-        place_BN, back = place_BN.sort(dim=1)
-        x_BND, size_BN = x_BND.gather(1, wide(back)), size_BN.gather(1, back)
-    return x_BND, place_BN
+        x_BND = torch.cat([even, odd.take_along_dim(staying[..., None], 1)], 1) / size_BN[..., None]
+        position_BN = torch.cat([position_BN[:, 0::2], position_BN[:, 1::2].gather(1, staying)], 1)
+        position_BN, back = position_BN.sort(dim=1)
+        x_BND, size_BN = x_BND.take_along_dim(back[..., None], 1), size_BN.gather(1, back)
+    return x_BND, position_BN
 
 
 METHODS: dict[str, Callable[..., Compressed]] = {

@@ -1,6 +1,6 @@
 """A decoder's inputs cut to the positions that stay, and its outputs put back where they were.
 
-Shapes: B samples, T positions, K kept ones, D width, M visual tokens of the whole batch.
+Shapes: B samples, T positions, K kept ones, H heads, D width, M visual tokens of the whole batch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from sparsight.compat import CACHE
 from sparsight.errors import UserError
 
 
@@ -32,19 +31,13 @@ class Kept:
         lengths_B = keep_BT.sum(1)
         kept = int(lengths_B.max())
         index_BK = (~keep_BT).to(torch.uint8).argsort(dim=1, stable=True)[:, :kept]
-        valid_BK = torch.arange(kept, device=keep_BT.device) < lengths_B[:, None]
-        return cls(index_BK, valid_BK, keep_BT.shape[1])
+        return cls(index_BK, torch.arange(kept, device=keep_BT.device) < lengths_B[:, None], keep_BT.shape[1])
 
-    def gather(self, x: torch.Tensor, axis: int) -> torch.Tensor:
-        """Keep these positions along ``axis``; the samples stand on axis 0, or on the one before ``axis``."""
-        sample = 0 if axis == 1 else axis - 1
-        batch, kept = self.index_BK.shape
-        if x.shape[sample] == 1:
-            x = x.expand(*(batch if a == sample else -1 for a in range(x.ndim)))
+    def gather(self, x: torch.Tensor, axis: int, samples: int = 0) -> torch.Tensor:
+        """Keep these positions along ``axis``; the samples stand on axis ``samples``."""
         shape = [1] * x.ndim
-        shape[sample], shape[axis] = batch, kept
-        wide = [batch if a == sample else kept if a == axis else size for a, size in enumerate(x.shape)]
-        return x.gather(axis, self.index_BK.to(x.device).view(shape).expand(wide))
+        shape[samples], shape[axis] = self.index_BK.shape
+        return x.take_along_dim(self.index_BK.to(x.device).view(shape), axis)
 
     def scatter(self, x_BKD: torch.Tensor) -> torch.Tensor:
         """Put back, zeros where nothing was kept, (B, T, D)."""
@@ -53,46 +46,24 @@ class Kept:
         return empty.scatter_add(1, self.index_BK.to(x_BKD.device)[..., None].expand_as(x_BKD), x_BKD)
 
 
-_UNEVEN = (
-    "this cache was filled from padded rows, or from rows that keep different numbers of positions, whose visual "
-    "tokens were compressed: what follows cannot tell which of its positions are padding. Use rows of one length "
-    "without padding, or use_cache=False, or train_only=True"
-)
-_UNKNOWN = (
-    "position_ids are missing behind a cache whose visual tokens were compressed, and this model counts them along "
-    "several axes: pass position_ids, as generate() does, or use_cache=False, or train_only=True"
-)
-
-
-def mark_cache(cache: Any, dropped: int, even: bool) -> None:
-    """Let a cache of keys and values know what a pass left out of it: later passes count positions by its length."""
+def mark_cache(cache: Any, countable: bool) -> None:
+    """Note in a cache of keys and values that positions were dropped, and whether given position ids suffice to go on:
+    not where rows are padded, or keep different numbers of positions, or are renumbered."""
     if cache is not None:
-        cache._sparsight_dropped = getattr(cache, "_sparsight_dropped", 0) + dropped
-        cache._sparsight_uneven = getattr(cache, "_sparsight_uneven", False) or not even
+        cache._sparsight_countable = countable and getattr(cache, "_sparsight_countable", True)
 
 
-def behind_cache(inputs: dict[str, Any], embeds_BTD: Any, renumbered: bool, given: bool) -> dict[str, Any]:
-    """A decoder's inputs with the positions that follow a cache which `mark_cache` has marked; others as they are.
-
-    Args:
-        given: whether ``position_ids`` are the caller's, and not counted by the model from the cache's length.
-
-    Raises:
-        UserError: padding, or positions along several axes, that cannot be told from the cache.
-    """
-    cache: Any = inputs.get(CACHE)
-    if getattr(cache, "_sparsight_uneven", False):
-        raise UserError(_UNEVEN)
-    if not getattr(cache, "_sparsight_dropped", 0) or embeds_BTD is None or (given and not renumbered):
-        return inputs
-    positions = inputs.get("position_ids")
-    if not renumbered and positions is not None and positions.ndim == 3:
-        raise UserError(_UNKNOWN)
-    start = cache.get_seq_length() + (0 if renumbered else cache._sparsight_dropped)
-    return inputs | {"position_ids": start + torch.arange(embeds_BTD.shape[1], device=embeds_BTD.device)[None]}
+def check_cache(cache: Any, given: bool) -> None:
+    """Raises UserError behind a marked cache, from which positions cannot be told; ``given``: ``position_ids`` are."""
+    if (countable := getattr(cache, "_sparsight_countable", None)) is not None and not (countable and given):
+        raise UserError(
+            "the visual tokens in this cache were compressed, so the positions of what follows cannot be told from it: "
+            "pass position_ids, as generate() does, and rows of one length without padding, and use "
+            'positions="original"; or use_cache=False, or train_only=True'
+        )
 
 
-# Names in transformers for features of deeper layers: where they go, and what they are.
+# Names in transformers for features of deeper layers: their positions, and what they are.
 _DEEP = {"visual_pos_masks": "deepstack_visual_embeds", "vision_mask": "deepstack_features"}
 _KNOWN = ("inputs_embeds", "attention_mask", "position_ids", *_DEEP, *_DEEP.values())
 
@@ -103,40 +74,31 @@ def gather_inputs(
     """Every input of a decoder that runs along the sequence, cut to the kept positions; embeddings are left alone.
 
     Args:
-        renumbered: places without gaps (from 0 in each packed sample), in place of those that tokens had.
+        renumbered: position ids without gaps (from 0 in each packed sample), in place of those that tokens had.
         config: the decoder's, which says what its attention takes.
 
     Raises:
         UserError: the mask, or packed samples, in a form that cannot be cut.
     """
-    inputs, (batch, length) = dict(inputs), keep_BT.shape
+    inputs = dict(inputs)
     for key, value in inputs.items():
-        if key not in _KNOWN and isinstance(value, torch.Tensor) and tuple(value.shape[:2]) == (batch, length):
+        if key not in _KNOWN and isinstance(value, torch.Tensor) and value.shape[:2] == keep_BT.shape:
             inputs[key] = kept.gather(value, 1)
-    segment_BT = packed_samples(inputs, batch, length)
-    segment_BT = None if segment_BT is None else segment_BT.to(keep_BT.device)
-    segment_BK = None if segment_BT is None else kept.gather(segment_BT, 1)
-    if segment_BK is None:
+    positions, first_BK = inputs.get("position_ids"), torch.zeros_like(kept.index_BK)
+    if (segment_BT := packed_samples(inputs, keep_BT)) is None:
         inputs["attention_mask"] = _gather_mask(inputs.get("attention_mask"), kept)
     else:
+        segment_BK = kept.gather(segment_BT, 1)
+        first_BK = (segment_BK[..., None] == segment_BK[:, None]).int().argmax(-1)  # of the same sample
         inputs |= _packed(segment_BK, kept, config, inputs["inputs_embeds"].dtype)
-    places = inputs.get("position_ids")
     if renumbered:
-        place_K = torch.arange(kept.index_BK.shape[1], device=keep_BT.device)
-        first_BK = torch.zeros_like(kept.index_BK)
-        if segment_BK is not None:  # the first position of the same sample
-            first_BK = (segment_BK[..., None] == segment_BK[:, None]).int().argmax(-1)
-        inputs["position_ids"] = place_K - first_BK
-    else:
-        inputs["position_ids"] = kept.index_BK if places is None else kept.gather(places, places.ndim - 1)
-    _gather_deep(inputs, kept, keep_BT)
-    return inputs
-
-
-def _gather_deep(inputs: dict[str, Any], kept: Kept, keep_BT: torch.Tensor) -> None:
-    """Features that are added in deeper layers: one for each visual position (M), a list or by layer."""
-    for places, features in _DEEP.items():
-        if (mask := inputs.get(places)) is None:
+        inputs["position_ids"] = torch.arange(kept.index_BK.shape[1], device=keep_BT.device) - first_BK
+    elif positions is None:
+        inputs["position_ids"] = kept.index_BK
+    else:  # (B, T), or one for each of several axes
+        inputs["position_ids"] = kept.gather(positions, positions.ndim - 1, positions.ndim - 2)
+    for where, features in _DEEP.items():  # one for each visual position (M), in a list or by layer
+        if (mask := inputs.get(where)) is None:
             continue
         kept_M = keep_BT[(mask if mask.ndim == 2 else mask[..., 0]).to(keep_BT.device)]
         levels = inputs[features]
@@ -145,44 +107,41 @@ def _gather_deep(inputs: dict[str, Any], kept: Kept, keep_BT: torch.Tensor) -> N
         else:
             inputs[features] = [level[kept_M.to(level.device)] for level in levels]
         valid = kept.valid_BK if mask.ndim == 2 else kept.valid_BK[..., None]
-        inputs[places] = kept.gather(mask, 1) & valid.to(mask.device)
+        inputs[where] = kept.gather(mask, 1) & valid.to(mask.device)
+    return inputs
 
 
-def packed_samples(inputs: dict[str, Any], batch: int, length: int) -> torch.Tensor | None:
-    """The number of the packed sample that a position belongs to, (B, T); None where a row is one sample.
+def packed_samples(inputs: dict[str, Any], keep_BT: torch.Tensor) -> torch.Tensor | None:
+    """The number of the packed sample that a position belongs to, (B, T) or (1, T); None where a row is one sample.
 
-    As transformers tells them: by the boundaries of variable-length attention, or, where there is no mask, by places
-    that do not go on.
+    By the boundaries of variable-length attention, or, where there is no mask, by position ids that do not go on.
     """
-    places = inputs.get("position_ids")
+    positions = inputs.get("position_ids")
     if (edges := inputs.get("cu_seq_lens_q")) is not None:
-        at_T = torch.arange(length, device=edges.device)
-        return torch.bucketize(at_T, edges[1:].contiguous(), right=True)[None]
-    if inputs.get("attention_mask") is not None or places is None:
+        at_T = torch.arange(keep_BT.shape[1], device=edges.device)
+        return torch.bucketize(at_T, edges[1:].contiguous(), right=True)[None].to(keep_BT.device)
+    if inputs.get("attention_mask") is not None or positions is None or (positions.ndim == 3 and len(positions) != 4):
         return None
-    if places.ndim == 3:  # several axes; where there are four, the first one is the text's
-        if places.shape[0] != 4:
-            return None
-        places = places[0]
-    segment_BT = (places.diff(prepend=places[:, :1] - 1, dim=-1) != 1).cumsum(-1).expand(batch, -1)
-    return segment_BT if bool(segment_BT.any()) else None
+    positions = positions[0] if positions.ndim == 3 else positions  # of four axes, the first one is the text's
+    segment_BT = (positions.diff(prepend=positions[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+    return segment_BT.expand(len(keep_BT), -1).to(keep_BT.device) if bool(segment_BT.any()) else None
 
 
 def _packed(segment_BK: torch.Tensor, kept: Kept, config: Any, dtype: torch.dtype) -> dict[str, Any]:
     """What keeps packed samples apart: boundaries for variable-length attention, else a mask of blocks."""
-    backend, places = getattr(config, "_attn_implementation", None) or "", segment_BK.shape[1]
+    backend, length = getattr(config, "_attn_implementation", None) or "", segment_BK.shape[1]
     if "flash" in backend:
         if len(segment_BK) != 1:
             raise UserError(f"packed samples in {len(segment_BK)} rows under {backend}: expected one row")
         counts = torch.bincount(segment_BK[0])
-        edges = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-        longest = int(counts.max())
+        edges, longest = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32), int(counts.max())
         cut = {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
         return cut | {"attention_mask": None}
-    if backend not in ("sdpa", "eager") or (getattr(config, "sliding_window", None) or places) < places:
+    window = getattr(config, "sliding_window", None)
+    if backend not in ("sdpa", "eager") or (window or length) < length:
         raise UserError(
-            f"packed samples cannot be compressed under attention '{backend}' with a sliding window of "
-            f"{getattr(config, 'sliding_window', None)}: use sdpa, eager or flash attention without a window"
+            f"packed samples cannot be compressed under attention '{backend}' with a sliding window of {window}: "
+            "use sdpa, eager or flash attention without a window"
         )
     seen = (segment_BK[:, None, :] == segment_BK[..., None]).tril()[:, None]
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
@@ -197,8 +156,7 @@ def _gather_mask(mask: Any, kept: Kept) -> Any:
         return {key: _gather_mask(value, kept) for key, value in mask.items()}
     if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
         raise UserError(f"cannot compress under an attention mask of type {type(mask).__name__}: use sdpa or eager")
-    rows = kept.gather(mask.transpose(1, 2), 1).transpose(1, 2)
-    return _apart_from_padding(kept.gather(rows.permute(0, 3, 1, 2), 1).permute(0, 2, 3, 1), kept)
+    return _apart_from_padding(kept.gather(kept.gather(mask, 2), 3), kept)
 
 
 def _apart_from_padding(mask_BHKK: torch.Tensor, kept: Kept) -> torch.Tensor:

@@ -14,8 +14,8 @@ from sparsight.errors import UserError
 
 @dataclass(frozen=True)
 class Parts:
-    """What was found in a model: the paths of its parts, and the ids that stand for visual tokens. ``vision`` and the
-    ids may be empty: a skipper needs neither."""
+    """What was found in a model: the paths of its parts, the number of layers, and the ids of visual tokens. ``vision``
+    and the ids may be empty: a skipper needs neither."""
 
     decoder: str
     layers: int
@@ -23,15 +23,24 @@ class Parts:
     vision: str
     visual_token_ids: tuple[int, ...]
 
+    def __str__(self) -> str:
+        ids = ", ".join(map(str, self.visual_token_ids))
+        return (
+            f"decoder              {self.decoder or 'the model itself'}, {self.layers} layers\n"
+            f"output layer         {self.head}\n"
+            f"vision tower         {self.vision or 'none: only a skipper can be attached'}\n"
+            f"ids of visual tokens {ids or 'none: only a skipper can be attached'}"
+        )
 
-def find_parts(model: Any, needs_vision: bool = True) -> tuple[Parts, Any, list[nn.Module], Any]:
-    """The decoder, its layers and the output layer of a model, with their paths.
+
+def find_parts(model: Any, needs_vision: bool = False) -> Parts:
+    """What `attach` would touch. Nothing is changed; ``print`` shows it, a part to a line.
 
     Args:
-        needs_vision: whether a model without a vision tower or ids of visual tokens is refused.
+        needs_vision: refuse a model without a vision tower or ids of visual tokens, as `attach` does with a compressor.
 
     Raises:
-        UserError: the model lacks a part, or is built so that it cannot be compressed; the message says which.
+        UserError: the model lacks a part, or is built so that nothing can be attached; the message says which.
     """
     name, config = type(model).__name__, getattr(model, "config", None)
     if not hasattr(model, "get_decoder") or config is None:
@@ -46,40 +55,38 @@ def find_parts(model: Any, needs_vision: bool = True) -> tuple[Parts, Any, list[
         raise UserError(f"{name}: its decoder {type(decoder).__name__} has no list of layers")
     if any("cross" in child for layer in layers for child, _ in layer.named_children()):
         raise UserError(f"{name} looks at images by cross-attention: there are no visual tokens in its sequence")
-    ids = [getattr(config, key, None) for key in ("image_token_id", "image_token_index", "video_token_id")]
     try:
         vision: Any = model.get_encoder(modality="image")
     except (TypeError, AttributeError, ValueError):
         vision = None
-    modules = {module: path for path, module in model.named_modules()}
-    if vision not in modules or any(module is decoder for module in vision.modules()):
+    paths = {module: path for path, module in model.named_modules()}
+    if vision not in paths or any(module is decoder for module in vision.modules()):
         vision = None
     if needs_vision and vision is None:
         raise UserError(f"{name} has no vision tower: expected a model that encodes images before its decoder")
-    if needs_vision and not any(isinstance(i, int) for i in ids):
+    ids = {getattr(config, key, None) for key in ("image_token_id", "image_token_index", "video_token_id")}
+    known = tuple(sorted(i for i in ids if isinstance(i, int)))
+    if needs_vision and not known:
         raise UserError(f"{name} has no id of a visual token in its config, so its visual tokens cannot be found")
     head = model.get_output_embeddings() or getattr(language, "get_output_embeddings", lambda: None)()
     if head is None:
         raise UserError(f"{name} has no output layer: attach to the model that computes the loss")
-    if any(module not in modules for module in (decoder, head)):
+    if decoder not in paths or head not in paths:
         raise UserError(f"{name}: its parts are not its own modules")
-    known = tuple(sorted({i for i in ids if isinstance(i, int)}))
-    where = "" if vision is None else modules[vision]
-    return Parts(modules[decoder], len(layers), modules[head], where, known), decoder, list(layers), head
+    return Parts(paths[decoder], len(layers), paths[head], paths.get(vision, ""), known)
 
 
-def _splicer(model: nn.Module, vision: str) -> Any:
+def find_splicer(model: nn.Module, vision: str) -> Any:
     """The module that puts visual tokens into the sequence: the innermost one around the vision tower that has them,
     also inside of adapters."""
-    path = vision
-    while path:
-        path = path.rpartition(".")[0]
-        if hasattr(type(owner := model.get_submodule(path)), "get_image_features"):
+    while vision:
+        vision = vision.rpartition(".")[0]
+        if hasattr(type(owner := model.get_submodule(vision)), "get_image_features"):
             return owner
     return model
 
 
-def _check_layers(model: Any, layers: Sequence[nn.Module]) -> None:
+def check_skippable(model: Any, layers: Sequence[nn.Module]) -> None:
     """Raises UserError if layers hand more to one another than hidden states: then none of them can be left out."""
     name, taken = type(model).__name__, inspect.signature(type(layers[0]).forward).parameters
     shared = any(getattr(module, "is_kv_shared_layer", False) for layer in layers for module in layer.modules())

@@ -1,4 +1,4 @@
-"""What a handle puts into modules, so that copies of them, and files, hold nothing of it."""
+"""What is put into modules, so that copies of them, and files, hold nothing of it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from typing import Any
 
 
 class Held:
-    """Held by a module: called, it is ``call``. In a copy of the module, or a pickle, ``instead`` stands in its place.
+    """Held by a module: called, it is ``call``. In a copy of the module, or a pickle, ``instead`` stands in its stead.
 
     A closure would not do: copies of functions are the functions themselves, and go on acting on the original.
     """
 
-    def __init__(self, call: Callable[..., Any] | None, instead: Any, handle: Any = None) -> None:
+    def __init__(self, call: Callable[..., Any], instead: Any) -> None:
         if callable(instead):
             update_wrapper(self, instead)  # transformers reads signatures
-        self.call, self.instead, self.handle = call, instead, handle
+        self.call, self.instead = call, instead
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.call is not None
         return self.call(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -6,17 +6,14 @@ Shapes: B samples, T positions, M visual tokens of the whole batch.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 
 _IGNORED = -100  # what the loss of transformers leaves out
-# What says where tokens stand in an image or a video.
-GRID_INPUTS = ("image_grid_thw", "video_grid_thw", "image_merge_sizes", "video_merge_sizes", "image_sizes")
 Grid = tuple[int, ...]
 
 
@@ -34,35 +31,29 @@ def named(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[st
     return dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | dict(kwargs)
 
 
-def without_visual_labels(inputs: dict[str, Any], visual_BT: torch.Tensor) -> tuple[dict[str, Any], int, int]:
-    """A batch whose visual positions carry no label, how many did, and how many labels there were.
+def without_visual_labels(inputs: dict[str, Any], visual_BT: torch.Tensor) -> tuple[dict[str, Any], str]:
+    """A batch whose visual positions carry no label, and a warning; "" where none did.
 
     ``num_items_in_batch``, which the Trainer has counted over all micro-batches before, goes down in proportion to this
     batch's labels, so that the loss is a mean over the labels that are left.
     """
     labels = inputs.get("labels")
     if not isinstance(labels, torch.Tensor) or labels.shape != visual_BT.shape:
-        return inputs, 0, 0
+        return inputs, ""
     visual_BT = visual_BT.to(labels.device)
-    labelled_BT = labels != _IGNORED
-    visual, count = int((labelled_BT & visual_BT).sum()), int(labelled_BT.sum())
+    visual, count = int(((labels != _IGNORED) & visual_BT).sum()), int((labels != _IGNORED).sum())
     if not visual:
-        return inputs, 0, count
+        return inputs, ""
     inputs = inputs | {"labels": labels.masked_fill(visual_BT, _IGNORED)}
     if isinstance(shifted := inputs.get("shift_labels"), torch.Tensor) and shifted.shape == visual_BT.shape:
         next_BT = torch.cat([visual_BT[:, 1:], torch.zeros_like(visual_BT[:, :1])], 1)
         inputs["shift_labels"] = shifted.masked_fill(next_BT.to(shifted.device), _IGNORED)
     if inputs.get("num_items_in_batch") is not None and visual < count:
         inputs["num_items_in_batch"] = inputs["num_items_in_batch"] * ((count - visual) / count)
-    return inputs, visual, count
-
-
-def tell_of_visual_labels(visual: int, count: int) -> None:
-    warnings.warn(
+    return inputs, (
         f"{visual} of the {count} labels of this batch stood on visual tokens (image placeholders), and were masked: "
         "they are no text, and the compressor drops most of them. Data of the form prompt / completion, or "
-        "assistant-only labels, have none",
-        stacklevel=2,
+        "assistant-only labels, have none"
     )
 
 
@@ -80,17 +71,15 @@ def sizes_of(owner: Any, features: Any, pixels: Any) -> list[int]:
     return [size for size in sizes if size]
 
 
-def unbroken(places_M2: torch.Tensor) -> list[int]:
+def unbroken(positions_M2: torch.Tensor) -> list[int]:
     """Lengths of the runs of positions (sample, position) that follow one another."""
-    if not len(places_M2):
-        return []
-    step_M = places_M2[1:] - places_M2[:-1]
-    breaks = ((step_M[:, 0] != 0) | (step_M[:, 1] != 1)).nonzero().flatten().add(1).tolist()
-    return [end - start for start, end in pairwise([0, *breaks, len(places_M2)])]
+    flat_M = positions_M2[:, 0] * 2**32 + positions_M2[:, 1]
+    offset_M = flat_M - torch.arange(len(flat_M), device=flat_M.device)
+    return offset_M.unique_consecutive(return_counts=True)[1].tolist()
 
 
 def runs(
-    places_M2: torch.Tensor,
+    positions_M2: torch.Tensor,
     video_M: torch.Tensor,
     sizes: Mapping[str, list[int]],
     inputs: Mapping[str, Any],
@@ -102,18 +91,17 @@ def runs(
     Args:
         video_M: which tokens are those of videos.
         sizes: tokens of each "image" and each "video", as their features say.
-        inputs: of the model; `GRID_INPUTS` say the grids.
+        inputs: of the model; ``image_grid_thw``, ``image_merge_sizes`` (also of videos), ``image_sizes`` give grids.
         on_grid: whether tokens stand in grids at all: not queries, nor tiles.
     """
     found = []
     for kind, of_kind_M in (("image", ~video_M), ("video", video_M)):
-        number_m = of_kind_M.nonzero().flatten()
-        pieces = unbroken(places_M2[number_m])
-        grids = _grids(kind, pieces, sizes.get(kind, []), inputs, config)
-        starts = number_m.tolist()
-        for (length, grid), start in zip(grids, accumulate((size for size, _ in grids), initial=0), strict=False):
+        starts = of_kind_M.nonzero().flatten()
+        grids = _grids(kind, unbroken(positions_M2[starts]), sizes.get(kind, []), inputs, config)
+        firsts = accumulate((length for length, _ in grids), initial=0)
+        for (length, grid), first in zip(grids, firsts, strict=False):
             fits = on_grid and grid is not None and prod(grid) == length
-            found.append(Run(starts[start], length, grid if fits else None))
+            found.append(Run(int(starts[first]), length, grid if fits else None))
     return sorted(found, key=lambda run: run.start)
 
 
@@ -122,7 +110,7 @@ def _grids(
 ) -> list[tuple[int, Grid | None]]:
     """Length and grid of each run of a kind. A square is taken for granted of images alone."""
     count, vision = sum(pieces), getattr(config, "vision_config", None)
-    patches = inputs.get(f"{kind}_grid_thw")
+    patches, given = inputs.get(f"{kind}_grid_thw"), inputs.get("image_sizes")
     if patches is not None:
         merge = inputs.get(f"{kind}_merge_sizes")
         merges = [getattr(vision, "spatial_merge_size", 1)] * len(patches) if merge is None else merge.tolist()
@@ -135,7 +123,6 @@ def _grids(
     lengths = sizes if sum(sizes) == count else pieces
     if kind == "video" or patches is not None:
         return [(length, None) for length in lengths]
-    given = inputs.get("image_sizes")
     if given is not None and len(given) == len(lengths) and hasattr(config, "spatial_merge_size"):
         pixels = vision.patch_size * config.spatial_merge_size  # type: ignore[union-attr]
         tall = torch.as_tensor(given).tolist()

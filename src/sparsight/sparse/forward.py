@@ -1,0 +1,362 @@
+"""What is hung into a model: patches of its forward passes, and hooks that tell what each batch holds.
+
+Only attributes of instances are set, and deleted again: no module is replaced and no parameter renamed. Beside its
+``get_image_features`` a model may have ``tokens_on_grid``: whether visual tokens stand as patches do; and
+``encodes_blank_images``: whether in training it encodes a blank image itself where a rank's batch has none.
+
+Shapes: B samples, T positions, D width, M visual tokens of the whole batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparsight.compat import CACHE
+from sparsight.devices.ranks import largest, several_ranks, touched
+from sparsight.errors import UserError
+from sparsight.schedules import anneal, skip_probabilities, skipped_layers
+from sparsight.settings.methods import CompressorConfig, SkipperConfig
+from sparsight.sparse.blank import blank_features
+from sparsight.sparse.compress import compress_batch
+from sparsight.sparse.gather import Kept, check_cache, gather_inputs, mark_cache, packed_samples
+from sparsight.sparse.parts import Parts, find_splicer
+from sparsight.sparse.patches import Held, hook
+from sparsight.sparse.visual import named, runs, sizes_of, without_visual_labels
+
+_IDLE = 50  # passes without an effect before the user is told
+_DENSE = 3  # the same, where it is known that no pass can have one
+_PASSES = 2**15  # kept at most, where nobody takes them
+_NO_VISUAL = "no input_ids of a batch had visual tokens, at as many positions as the decoder was given"
+_WAITS = (
+    "nobody has called handle.step(step, progress), which says where training stands. Give the Trainer "
+    "callbacks=[SparsightCallback(handle)], or call handle.step() before each optimizer step and "
+    "handle.clear_gradients() before the optimizer"
+)
+
+
+class NoEffectWarning(UserWarning):
+    """A method is attached, but changes nothing."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass in which the methods acted: rows, their length before and after, layers run, visual tokens, and
+    values of the inputs of each encoder (``pixel_values`` of "image", ``pixel_values_videos`` of "video", ...)."""
+
+    rows: int
+    length_in: int
+    length: int
+    layers_run: int
+    visual_in: int
+    visual_out: int
+    pixels: Mapping[str, int] = field(default_factory=dict)
+
+
+class State:
+    """The methods' settings, and what holds in the optimizer step at hand."""
+
+    def __init__(
+        self,
+        layers: int,
+        compressor: CompressorConfig | None,
+        skipper: SkipperConfig | None,
+        seed: int,
+        train_only: bool,
+    ) -> None:
+        self.layers, self.compressor, self.skipper = layers, compressor, skipper
+        self.seed, self.train_only, self.enabled = seed, train_only, True
+        scheduled = compressor is not None and (compressor.final is not None or compressor.dense_every is not None)
+        self.waits = scheduled or skipper is not None  # dense, until `step` says what is kept and skipped
+        self.global_step, self.progress = 0, 0.0
+        self.keep = 1.0 if compressor is None or scheduled else compressor.keep
+        self.skipped = (False,) * layers
+        self.drawn: tuple[int, int | None] = 0, None  # see `generators`
+
+    def step(self, step: int, progress: float) -> None:
+        self.waits, self.global_step, self.progress, self.drawn = False, step, progress, (0, None)
+        self.keep, self.skipped = 1.0, (False,) * self.layers
+        if (c := self.compressor) is not None and (c.dense_every is None or step % c.dense_every):
+            self.keep = c.keep if c.final is None else anneal(c.schedule, c.keep, c.final, progress)
+        if self.skipper is not None:
+            chances = skip_probabilities(self.layers, progress, **self.skipper.model_dump())
+            self.skipped = skipped_layers(chances, self.seed, step)
+
+    def generators(self, images: int) -> list[torch.Generator]:
+        """One for each image of a pass, by its number in the step, however that is cut into micro-batches.
+
+        A pass without gradients sees the tokens of the one with gradients before it: so does a reference that is the
+        policy without its adapters.
+        """
+        count, first = self.drawn  # images of the step so far; the one that the last pass with gradients began with
+        if first is None or torch.is_grad_enabled():
+            self.drawn = count + images, count if torch.is_grad_enabled() else None
+            first = count
+        numbers = [[self.seed, self.global_step, first + image] for image in range(images)]
+        # Mixed into 32 bits, as torch looks at no more of a seed.
+        seeds = [np.random.SeedSequence(number).generate_state(1) for number in numbers]
+        return [torch.Generator().manual_seed(int(seed[0])) for seed in seeds]
+
+
+@dataclass
+class Batch:
+    """What is known of the batch that goes through the model at present."""
+
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # the model's, by name
+    cached: bool = False  # whether keys and values were given
+    embeds_due: bool = False  # whether its embeddings are still to come
+    visual_BT: torch.Tensor | None = None  # where visual tokens stand; None where that is not known
+    video_BT: torch.Tensor | None = None  # those of videos
+    sizes: dict[str, list[int]] = field(default_factory=dict)  # visual tokens of each image, and of each video
+    pixels: Counter[str] = field(default_factory=Counter)  # see `Pass`
+    kept: Kept | None = None  # the positions that the decoder got; None if all
+
+
+class Forwards:
+    """The patches and hooks of a model, what they have seen, and how to take them off."""
+
+    def __init__(self, model: Any, parts: Parts, state: State) -> None:
+        self.model, self.parts, self.state = model, parts, state
+        self.decoder = model.get_submodule(parts.decoder)
+        self.head, self.layers = model.get_submodule(parts.head), list(self.decoder.layers)
+        self.embeddings = model.get_input_embeddings()
+        self.splicer = find_splicer(model, parts.vision)
+        self.attached, self.batch, self.passes = True, Batch(), deque[Pass](maxlen=_PASSES)
+        self.last: tuple[Any, dict[str, Any]] | None = None  # arguments of the last batch that was trained on
+        self.probing = False  # whether dense and sparse are compared at present
+        self.uncleared = False  # whether skipped layers were given gradients of zero
+        # FLOPs for each value of an encoder's input, and its first arguments with their values, to be measured on.
+        self.pixel_flops: dict[str, float] = {}
+        self.encoder_calls: dict[str, tuple[Any, dict[str, Any], int]] = {}
+        self._generating, self._encoding = 0, False  # calls that we are inside of
+        self._told: set[str] = set()
+        self._idle: Counter[str] = Counter()
+        self._patched: list[tuple[Any, str, Any, Any]] = []  # owner, attribute, ours, what stood on the instance
+        self._hooks = [
+            model.register_forward_pre_hook(hook(self._before), with_kwargs=True),
+            model.register_forward_hook(hook(self._after), always_call=True),
+            self.embeddings.register_forward_hook(hook(self._embedded)),
+        ]
+        self._patch(self.decoder, "forward", self._decode)
+        self._patch(self.head, "forward", self._project)
+        for number, layer in enumerate(self.layers):
+            self._patch(layer, "forward", partial(self._layer, number))
+        for kind in ("image", "video", "audio"):
+            if hasattr(self.splicer, f"get_{kind}_features"):
+                self._patch(self.splicer, f"get_{kind}_features", partial(self._encode, kind))
+        for module in model.modules():  # adapters hand the call on to a model inside
+            if hasattr(type(module), "generate"):
+                self._patch(module, "generate", self._generate)
+
+    def _patch(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        plain = getattr(owner, name)
+        ours = Held(partial(wrapper, plain), plain)
+        self._patched.append((owner, name, ours, owner.__dict__.get(name)))
+        setattr(owner, name, ours)
+
+    def remove(self) -> None:
+        """Leave the model as it was. Raises UserError if it was wrapped over what was attached, as FSDP does."""
+        if not self.attached:
+            raise UserError("detached already")
+        for owner, name, ours, _ in self._patched:
+            if owner.__dict__.get(name) is not ours:
+                raise UserError(f"cannot detach: {name} of {type(owner).__name__} was wrapped since; unwrap it first")
+        for owner, name, _, before in self._patched:
+            delattr(owner, name)
+            if before is not None:
+                setattr(owner, name, before)
+        for registered in self._hooks:
+            registered.remove()
+        self.attached, self.last = False, None
+        self.encoder_calls.clear()
+
+    def active(self) -> bool:
+        """Whether the methods act in a forward pass now."""
+        training = self.model.training and not self._generating and not self.batch.cached
+        return self.attached and self.state.enabled and (training or not self.state.train_only)
+
+    def _before(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        inputs, config = named(self.model, args, kwargs), self.model.config
+        cached = any(inputs.get(name) is not None for name in (CACHE, "past_key_values"))
+        batch = self.batch = Batch(inputs, cached, embeds_due=True)
+        if self.model.training and torch.is_grad_enabled() and not cached:
+            # Without the graph behind what is given: it would live until the next batch.
+            self.last = args, {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+        if not isinstance(ids := inputs.get("input_ids"), torch.Tensor):
+            return None
+        batch.visual_BT = torch.isin(ids, ids.new_tensor(self.parts.visual_token_ids))
+        image, video = (getattr(config, f"{kind}_token_id", None) for kind in ("image", "video"))
+        batch.video_BT = ids == video if video not in (None, image) else torch.zeros_like(batch.visual_BT)
+        if inputs.get("pixel_values_videos") is not None and not bool(batch.video_BT.any()):
+            batch.video_BT = batch.visual_BT  # GLM-4V: frames stand at the positions of images
+        # In training, and where dense and sparse are compared, no loss is taken on visual tokens.
+        if self.probing or (self.model.training and self.state.enabled):
+            inputs, text = without_visual_labels(inputs, batch.visual_BT)
+            if text:
+                self.tell("labels", text, UserWarning)
+                return (), inputs
+        return None
+
+    def _embedded(self, _: nn.Module, __: Any, embeds: torch.Tensor) -> torch.Tensor:
+        """On several ranks: one that has text alone, or no videos, does as the others, which have some.
+
+        Blank images go through vision tower and projector, whose shards all ranks have to gather together, and
+        what gets no gradient gets a zero. Here, behind the embeddings, is where the others encode their images.
+        """
+        batch, training = self.batch, self.model.training
+        due, batch.embeds_due = batch.embeds_due, False
+        if not due or not several_ranks() or not (self.probing or (training and torch.is_grad_enabled())):
+            return embeds
+        if self.parts.vision and not (training and getattr(self.splicer, "encodes_blank_images", False)):
+            given = sum(batch.inputs.get(key) is not None for key in ("pixel_values", "pixel_values_videos"))
+            calls = max(given, int(batch.visual_BT is None or bool(batch.visual_BT.any())))
+            # At least one, so that ranks need not ask each other where images are all that there may be.
+            videos = "pixel_values_videos" in inspect.signature(self.splicer.forward).parameters
+            wanted = max(1, largest(calls, embeds.device)) if videos else 1
+            for _blank in range(wanted - calls):
+                embeds = embeds + 0.0 * blank_features(self.splicer, embeds).to(embeds.dtype)
+            batch.sizes.pop("image", None)  # blank ones are none of this batch
+        inside = self.parts.decoder + ".", self.parts.head + "."
+        return touched(embeds, (p for name, p in self.model.named_parameters() if not name.startswith(inside)))
+
+    def _after(self, *_: Any) -> None:
+        self.batch = Batch()
+
+    def _generate(self, plain: Any, *args: Any, **kwargs: Any) -> Any:
+        self._generating += 1
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            self._generating -= 1
+
+    def _encode(self, kind: str, plain: Any, *args: Any, **kwargs: Any) -> Any:
+        """Note how many tokens each image, or video, has, and how many values went into its encoder."""
+        if self._encoding:  # some families encode a video as they do images
+            return plain(*args, **kwargs)
+        self._encoding = True
+        try:
+            found = plain(*args, **kwargs)
+        finally:
+            self._encoding = False
+        given = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
+        if kind != "audio":
+            self.batch.sizes[kind] = sizes_of(self.splicer, getattr(found, "pooler_output", found), given)
+        if given is not None and self.active():
+            self.batch.pixels[kind] += given.numel()
+            if kind not in self.pixel_flops:
+                self.encoder_calls.setdefault(kind, (args, kwargs, given.numel()))
+        return found
+
+    def _layer(self, number: int, plain: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not (self.state.skipped[number] and self.active()):
+            return plain(hidden, *args, **kwargs)
+        # Ranks wait for a gradient of every parameter: a zero, which `clear_gradients` takes away again.
+        if torch.is_grad_enabled() and several_ranks():
+            hidden, self.uncleared = touched(hidden, self.layers[number].parameters()), True
+        return hidden
+
+    def _project(self, plain: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """The vocabulary's projection, paid for kept positions alone."""
+        kept = self.batch.kept
+        if kept is None or hidden.ndim != 3 or hidden.shape[1] != kept.length:
+            return plain(hidden)
+        return kept.scatter(plain(kept.gather(hidden, 1)))
+
+    def _decode(self, plain: Any, *args: Any, **kwargs: Any) -> Any:
+        state, batch, embeds = self.state, self.batch, kwargs.get("inputs_embeds")
+        renumbered = state.compressor is not None and state.compressor.positions == "renumbered"
+        check_cache(kwargs.get(CACHE), given=batch.inputs.get("position_ids") is not None)
+        if not self.active():
+            return self._watch_dense(plain(*args, **kwargs))
+        seen = next((x for x in (embeds, kwargs.get("input_ids"), *args) if x is not None), None)
+        if seen is None:
+            return plain(*args, **kwargs)
+        visual_BT = batch.visual_BT
+        if visual_BT is None or visual_BT.shape != seen.shape[:2]:  # then it is not known where they stand
+            visual_BT = torch.zeros(seen.shape[:2], dtype=torch.bool)
+        visual, visual_BT = int(visual_BT.sum()), visual_BT.to(seen.device)
+        self._watch_methods(visual)
+        (rows, length), layers = seen.shape[:2], self.parts.layers - sum(state.skipped)
+        if state.keep == 1.0 or visual == 0 or embeds is None:
+            self.passes.append(Pass(rows, length, length, layers, visual, visual, dict(batch.pixels)))
+            return plain(*args, **kwargs)
+        embeds, keep_BT = self._compress(embeds, visual_BT, kwargs)
+        kept = batch.kept = Kept.of(keep_BT)
+        after, left = kept.index_BK.shape[1], int((keep_BT & visual_BT).sum())
+        self.passes.append(Pass(rows, length, after, layers, visual, left, dict(batch.pixels)))
+        kwargs = gather_inputs(kwargs, kept, keep_BT, renumbered, self.decoder.config)
+        output = plain(*args, **(kwargs | {"inputs_embeds": kept.gather(embeds, 1)}))
+        if getattr(output, "router_logits", None) is not None:
+            raise UserError(
+                f"{type(self.model).__name__} was asked for router_logits, whose loss balances experts over all "
+                "positions: with a compressor, set output_router_logits=False"
+            )
+        even = bool(keep_BT[~visual_BT].all() and kept.valid_BK.all())
+        mark_cache(getattr(output, CACHE, None), even and not renumbered)
+        for key in ("last_hidden_state", "hidden_states"):
+            value = getattr(output, key, None)
+            if isinstance(value, torch.Tensor):
+                output[key] = kept.scatter(value)
+            elif value is not None:
+                output[key] = tuple(kept.scatter(each) for each in value)
+        return output
+
+    def _compress(
+        self, embeds: torch.Tensor, visual_BT: torch.Tensor, inputs: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings in which kept positions hold what they now stand for, and which positions are kept, (B, T)."""
+        batch, state, config = self.batch, self.state, self.model.config
+        assert state.compressor is not None and batch.video_BT is not None
+        valid_BT = torch.ones_like(visual_BT)
+        # Masks for each kind of layer do not tell padding, the model's own does.
+        for mask in (inputs.get("attention_mask"), batch.inputs.get("attention_mask")):
+            if isinstance(mask, torch.Tensor) and mask.shape == valid_BT.shape:
+                valid_BT &= mask.to(valid_BT.device).bool()
+        on_grid = getattr(self.splicer, "tokens_on_grid", not hasattr(config, "image_grid_pinpoints"))
+        video_M = batch.video_BT.to(visual_BT.device)[visual_BT]
+        found = runs(visual_BT.nonzero(), video_M, batch.sizes, batch.inputs, config, on_grid)
+        method = state.compressor.method
+        generators = state.generators(len(found)) if method == "random" else []
+        packed_BT = packed_samples(dict(inputs), visual_BT)
+        return compress_batch(
+            embeds, valid_BT, visual_BT, found, state.keep, method, generators=generators, packed_BT=packed_BT
+        )
+
+    def tell(self, topic: str, text: str, category: type[Warning] = NoEffectWarning) -> None:
+        """Warn, once for each topic."""
+        if topic not in self._told:
+            self._told.add(topic)
+            warnings.warn(text, category, stacklevel=3)
+
+    def _watch_dense(self, output: Any) -> Any:
+        """The output of a pass without the methods. If it is trained on, which the backward pass tells, they were meant
+        to act: said after a few."""
+        hidden = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
+        if self.state.enabled and isinstance(hidden, torch.Tensor) and hidden.requires_grad:
+            why = "eval mode: call model.train() before training, or attach with train_only=False"
+            if self.model.training:
+                why = "a cache of keys and values was given: train without one, or attach with train_only=False"
+            hidden.register_hook(lambda _: self._watch("methods", True, why, _DENSE))
+        return output
+
+    def _watch_methods(self, visual: int) -> None:
+        state = self.state
+        self._watch("compressor", state.compressor is not None and visual == 0, _NO_VISUAL)
+        if state.waits:
+            self._watch("compressor's schedule" if state.skipper is None else "skipper", True, _WAITS, _DENSE)
+        else:
+            self._watch("skipper", state.skipper is not None and not any(state.skipped), "no layer was skipped")
+
+    def _watch(self, method: str, idle: bool, why: str, after: int = _IDLE) -> None:
+        self._idle[method] = self._idle[method] + 1 if idle else 0
+        if self._idle[method] == after:
+            self.tell(f"{method} {after}", f"the {method} had no effect in {after} passes: {why}")
