@@ -78,7 +78,7 @@ def _spans(
         end = len(text) - len(after)
         if not (shown and text.startswith(before) and text.endswith(after) and len(before) <= end):
             raise UserError(
-                f"the assistant's answer in turn {turn + 1} cannot be told apart: without it, the chat template renders "
+                f"the assistant's answer in turn {turn + 1} cannot be told apart. Without it, the template renders "
                 "the text around it in another way. Add {% generation %} marks to tokenizer.chat_template, or leave "
                 "out the turn that it treats so (a system turn, most often)"
             )
