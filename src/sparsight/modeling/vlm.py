@@ -257,6 +257,7 @@ class SparsightForConditionalGeneration(SparsightPreTrainedModel, GenerationMixi
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        *,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_grid_thw: Tensor | None = None,

@@ -297,6 +297,15 @@ def _collator(processor: SparsightProcessor, stage: Stage) -> Collator:
     return Collator(pad, stage.packing, length, processor.image_token_id, positions, weights)
 
 
+def _check_weights_can_be_taken(stage: str, attention: str) -> None:
+    """Raises UserError for an attention that takes no weights of tokens."""
+    if attention not in ("sdpa", "eager"):
+        raise UserError(
+            f"stage '{stage}': proportional_attention needs attn_implementation sdpa or eager in the language model, "
+            f"found '{attention}'"
+        )
+
+
 def train_stage(
     model: SparsightForConditionalGeneration,
     processor: SparsightProcessor,
@@ -326,12 +335,9 @@ def train_stage(
         UserError: a bad sample, or more of them than the recipe allows; a loss or gradients that are not finite; or
             attention that takes no weights of tokens.
     """
-    kernel, folder = model.model.language_model.config._attn_implementation, Path(str(arguments.output_dir))
-    if stage.proportional_attention and kernel not in ("sdpa", "eager"):
-        raise UserError(
-            f"stage '{stage.name}': proportional_attention needs attn_implementation sdpa or eager in the language "
-            f"model, found '{kernel}'"
-        )
+    if stage.proportional_attention:
+        _check_weights_can_be_taken(stage.name, model.model.language_model.config._attn_implementation)
+    folder = Path(str(arguments.output_dir))
     with process_state().main_process_first():
         checkpoint = last_checkpoint(folder, console) if resume and folder.is_dir() else None
     began = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
