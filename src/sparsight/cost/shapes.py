@@ -22,7 +22,7 @@ Maps = list[tuple[int, int]]  # (in, out) of linear maps
 
 @dataclass(frozen=True)
 class Trains:
-    """What a step updates, and whether it recomputes activations (gradient checkpointing) in place of keeping them."""
+    """The parts that a step updates, and whether it recomputes activations (gradient checkpointing)."""
 
     vision: bool = False
     bridge: bool = True
@@ -32,7 +32,7 @@ class Trains:
 
     @classmethod
     def of(cls, stage: Stage) -> Trains:
-        """What a stage of a recipe updates."""
+        """The parts that a stage of a recipe updates."""
         rates, rank = stage.learning_rate.parts(), stage.lora.rank if stage.lora else 0
         return cls("vision" in rates, "bridge" in rates, "language" in rates, rank, stage.gradient_checkpointing)
 
@@ -327,7 +327,7 @@ def encoder_shape(name: str) -> EncoderShape:
             f"vision '{name}': an encoder of type '{kind}' has no closed form here, only {', '.join(_VITS)} and "
             "efficientnet-lite0 have. Runs count it on the real modules: train a few steps and read run.jsonl"
         )
-    # What a config.json leaves out has transformers' defaults.
+    # Keys that a config.json leaves out have transformers' defaults.
     hidden = values.get("hidden_size", 768)
     intermediate = values.get("intermediate_size") or int(hidden * values.get("mlp_ratio", 4))
     if gated := bool(values.get("use_swiglu_ffn")):

@@ -24,7 +24,7 @@ Encode = Callable[[Sequence[Hashable]], Sequence[torch.Tensor]]
 
 
 class FeatureCache:
-    """Feature levels by image key, memory-mapped from ``folder``; ``seconds``: what encoding took.
+    """Feature levels by image key, memory-mapped from ``folder``; ``seconds``: of encoding.
 
     Args:
         rows: each image's row in the maps.

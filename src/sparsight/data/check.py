@@ -57,7 +57,7 @@ class Findings:
 
 
 def _look(data: TrainingSet, row: int) -> dict[str, Any]:
-    """What `Findings` holds of a row, in place of its tokens and pixels."""
+    """A row's figures for `Findings`, in place of its tokens and pixels."""
     try:
         item = data.encode(row)
     except BadSampleError as bad:

@@ -16,7 +16,7 @@ from sparsight.errors import UserError
 MAX_PIXELS = 150_000_000  # more are refused from the header, before decoding: in memory, these are 600 MB
 _ALLOWED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
 Image.init()
-# What is opened, whatever a file's name: Pillow would hand EPS to Ghostscript, a program. Not every Pillow has AVIF.
+# Formats that are opened, whatever a file's name: Pillow would hand EPS to a program. Not every Pillow has AVIF.
 FORMATS = tuple(name for name in _ALLOWED if name in Image.OPEN)
 
 
@@ -26,7 +26,7 @@ def load_image(source: str | Path | bytes | Image.Image, name: str | None = None
 
     Args:
         source: a file, a file's bytes, or an opened image.
-        name: what messages call it; the path if not given.
+        name: for messages; the path if not given.
 
     Raises:
         UserError: the file is missing or cannot be read, has 32-bit pixels, or more than `MAX_PIXELS`.

@@ -71,7 +71,7 @@ class Shard:
 
 
 def stem(name: str) -> str:
-    """What members of one sample share: the name up to the first dot behind the folder; "" if it begins with it."""
+    """The name that members of one sample share: up to the first dot behind the folder; "" if it begins with it."""
     folder, _, file = name.rpartition("/")
     key = file.partition(".")[0]
     return f"{folder}/{key}" if folder and key else key

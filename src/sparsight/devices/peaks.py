@@ -39,7 +39,7 @@ MFU = 0.4  # share of the peak that `plan` assumes where nothing else is given
 
 
 def _cpuinfo(*keys: str) -> str:
-    """What Linux says of the first core under one of these keys; empty elsewhere."""
+    """The words of Linux on the first core under one of these keys; empty elsewhere."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.lower().startswith(keys)), "")

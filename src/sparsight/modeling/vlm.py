@@ -75,7 +75,7 @@ class SparsightModel(SparsightPreTrainedModel):
         return not isinstance(self.multi_modal_projector, WindowedResampler)
 
     def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Feature levels of images (I, 3, h, w), each (I, H, W, C). What a feature cache holds.
+        """Feature levels of images (I, 3, h, w), each (I, H, W, C), as a feature cache holds them.
 
         A native-resolution encoder also takes its own patches with ``image_grid_thw`` (I, 3); maps are then padded.
         """

@@ -17,7 +17,7 @@ from sparsight.scenes.questions import ScenesDataset
 
 
 def inspect_checkpoint(folder: str | Path, image: str | Path | None, out: str | Path, console: Console) -> Path:
-    """Draw a model's windows over a image, and where each query looks: a PNG for each scale, and one page.
+    """Draw a model's windows over an image, and where each query looks: a PNG for each scale, and one page.
 
     Args:
         image: a scene of the model's own recipe if not given (of the embedded ones if it was trained on other data).

@@ -1,4 +1,4 @@
-"""Questions about scenes: what is asked and answered, the scores of boxes and captions, and blind guessing."""
+"""Questions about scenes and their answers, the scores of boxes and captions, and blind guessing."""
 
 from __future__ import annotations
 

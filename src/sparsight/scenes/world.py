@@ -1,4 +1,4 @@
-"""Scenes: what stands where, as a pure function of (config, split, seed, index). No global generator is touched.
+"""Scenes: things and their cells, as a pure function of (config, split, seed, index). No global generator is touched.
 
 Boxes are (x1, y1, x2, y2) in pixels, right and bottom exclusive. Cells count row by row from the top left.
 """
@@ -27,7 +27,7 @@ _SIZES = 16  # distinct sizes of a cut-out: bounds the cache of resized ones
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """What the images hold; `settings.data.SceneData` checks the ranges. Pixels are those of an image of 256 px.
+    """Settings of the images; `settings.data.SceneData` checks the ranges. Pixels are those of an image of 256 px.
 
     Args:
         kinds: how many kinds of things occur, the first ones of the list.

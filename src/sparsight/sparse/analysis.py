@@ -49,7 +49,7 @@ class LayerFigures:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What `measure` saw. Redundancy is the mean cosine similarity of a visual token and its neighbours on the image's
+    """Figures of `measure`. Redundancy: mean cosine similarity of a visual token and its neighbours on the image's
     grid (along the sequence where the tokens form no square), as the first layer gets them."""
 
     samples: int

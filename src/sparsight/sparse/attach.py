@@ -76,7 +76,7 @@ def _read(path: str) -> Any:
 
 
 class SparseHandle:
-    """What is attached to a model. Made by `attach`; `step` says where training stands, `detach` takes it all off.
+    """The methods attached to a model. Made by `attach`; `step` says where training stands, `detach` takes it all off.
     Attributes are read-only."""
 
     model: nn.Module = _read("_forwards.model")
@@ -188,7 +188,7 @@ class SparseHandle:
         self._forwards.last = None
 
     def report(self) -> dict[str, Any]:
-        """What is attached where, and what it does at present."""
+        """The methods, where they are attached, and their present state."""
         shown = ("parts", "compressor", "skipper", "global_step", "progress", "keep", "skipped")
         now = {"active": self.active(), "waits_for_step": self._state.waits}
         return {name: getattr(self, name) for name in shown} | now

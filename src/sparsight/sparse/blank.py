@@ -1,4 +1,4 @@
-"""A blank image for any VLM: what a rank that has fewer inputs than others sends through its vision tower."""
+"""A blank image for any VLM: a rank with fewer inputs than others sends it through its vision tower."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class SparsightCallback(TrainerCallback):
     ``dense_probe`` also ``loss_dense`` and ``loss_sparse`` of one batch in eval mode.
 
     Args:
-        handle: what `attach` returned; or several: that of the model that is trained, then those of models that are to
+        handle: from `attach`; or several: that of the model that is trained, then those of models that are to
             see the same tokens and layers at each step, as the reference model of DPO.
         dense_probe: every so many steps; never if not given.
     """
@@ -55,7 +55,7 @@ class SparsightCallback(TrainerCallback):
         self.told = False  # that executed FLOPs are left out
 
     def settings(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the one before."""
+        """The state that a resumed run must share with the one before."""
         methods = {name: getattr(self.handle, name) for name in ("compressor", "skipper")}
         dumped = {name: method and method.model_dump(mode="json") for name, method in methods.items()}
         return dumped | {"seed": self.handle.seed}
@@ -67,7 +67,7 @@ class SparsightCallback(TrainerCallback):
         return found.get("flops", found.get("language_flops", 0.0))
 
     def _figures(self, passes: Sequence[Pass]) -> dict[str, float]:
-        """What was executed; nothing, and once a warning, where it cannot be counted: training goes on."""
+        """Executed figures; none, and one warning, where they cannot be counted: training goes on."""
         try:
             return figures(self.handle, passes)
         except Exception as error:

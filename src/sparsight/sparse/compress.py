@@ -60,7 +60,7 @@ def compress_batch(
                 text_IT = text_IT & (owner_BT[row_I] == owner_BT[row_I, position_IN[:, 0]][:, None])
             options |= {"text_BTD": embeds_BTD[row_I].detach(), "text_mask_BT": text_IT}
         few_IKD, index_IK = compress(tokens_IND, keep, method, grid=grid, **options)
-        # What follows an image is predicted at its last position: that one stays.
+        # The last position of an image predicts the token behind it: that one stays.
         index_IK = torch.cat([index_IK[:, :-1], torch.full_like(index_IK[:, :1], length - 1)], 1)
         if method not in ("pool", "merge"):
             few_IKD = tokens_IND.take_along_dim(index_IK[..., None], 1)

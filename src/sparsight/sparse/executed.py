@@ -36,7 +36,7 @@ def pass_flops(
 
 
 def figures(handle: SparseHandle, passes: Sequence[Pass]) -> dict[str, float]:
-    """What passes of an attached model executed, as it is logged. ``flops`` is left out where encoders cannot be
+    """Executed FLOPs, tokens and layers of passes, as they are logged. ``flops`` is left out where encoders cannot be
     measured: on several ranks, which would have to measure together."""
     config: Any = handle.model.config
     shapes, trains, layers = language_shapes(config.get_text_config()), _trains(handle), handle.parts.layers

@@ -1,4 +1,4 @@
-"""What is hung into a model: patches of its forward passes, and hooks that tell what each batch holds.
+"""Patches of a model's forward passes, and hooks that look at each batch.
 
 Only attributes of instances are set, and deleted again: no module is replaced and no parameter renamed. Beside its
 ``get_image_features`` a model may have ``tokens_on_grid``: whether visual tokens stand as patches do; and
@@ -109,7 +109,7 @@ class State:
 
 @dataclass
 class Batch:
-    """What is known of the batch that goes through the model at present."""
+    """The batch that goes through the model at present."""
 
     inputs: Mapping[str, Any] = field(default_factory=dict)  # the model's, by name
     cached: bool = False  # whether keys and values were given

@@ -128,7 +128,7 @@ def packed_samples(inputs: dict[str, Any], keep_BT: torch.Tensor) -> torch.Tenso
 
 
 def _packed(segment_BK: torch.Tensor, kept: Kept, config: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """What keeps packed samples apart: boundaries for variable-length attention, else a mask of blocks."""
+    """Inputs that keep packed samples apart: boundaries for variable-length attention, else a mask of blocks."""
     backend, length = getattr(config, "_attn_implementation", None) or "", segment_BK.shape[1]
     if "flash" in backend:
         if len(segment_BK) != 1:

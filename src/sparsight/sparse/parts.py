@@ -14,7 +14,7 @@ from sparsight.errors import UserError
 
 @dataclass(frozen=True)
 class Parts:
-    """What was found in a model: the paths of its parts, the number of layers, and the ids of visual tokens. ``vision``
+    """The parts of a model: the paths of its parts, the number of layers, and the ids of visual tokens. ``vision``
     and the ids may be empty: a skipper needs neither."""
 
     decoder: str
@@ -34,7 +34,7 @@ class Parts:
 
 
 def find_parts(model: Any, needs_vision: bool = False) -> Parts:
-    """What `attach` would touch. Nothing is changed; ``print`` shows it, a part to a line.
+    """The parts that `attach` would touch. Nothing is changed; ``print`` shows it, a part to a line.
 
     Args:
         needs_vision: refuse a model without a vision tower or ids of visual tokens, as `attach` does with a compressor.

@@ -1,4 +1,4 @@
-"""What is put into modules, so that copies of them, and files, hold nothing of it."""
+"""Patches of modules that neither copies of these nor files hold."""
 
 from __future__ import annotations
 

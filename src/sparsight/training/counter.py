@@ -1,4 +1,4 @@
-"""What each step of a stage executed and took: the figures of its record in the run log."""
+"""The figures of each step: time, tokens, layers and executed FLOPs, for its record in the run log."""
 
 from __future__ import annotations
 

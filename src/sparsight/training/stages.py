@@ -1,4 +1,4 @@
-"""What trains in a stage. One function decides, and its decision is printed."""
+"""The trainable parts of a stage. One function decides, and its decision is printed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def select_trainable(model: SparsightForConditionalGeneration, stage: Stage) -> 
     """Switch gradients on for what trains in this stage, and off for all else. With LoRA, only its adapters train in
     the language model.
 
-    What trains is fp32 from now on, also where it was stored in 16 bits: most updates are too small for those.
+    Trainable weights are fp32 from now on, also where it was stored in 16 bits: most updates are too small for those.
 
     Returns:
         Part -> how many of its parameters train, and how many it has.
