@@ -25,7 +25,7 @@ from sparsight.layouts import window_bounds
 from sparsight.modeling.build import set_image_size
 from sparsight.modeling.configuration import SparsightConfig
 from sparsight.modeling.encoders import probe
-from sparsight.modeling.folders import check_files, model_type, read_json
+from sparsight.modeling.folders import check_files, loading, model_type, read_json
 from sparsight.modeling.processing import SparsightProcessor, resize_mode
 from sparsight.modeling.vlm import SparsightForConditionalGeneration
 from sparsight.settings.bridges import ChainOfSightConfig, bridge_settings, check_scaling
@@ -159,8 +159,9 @@ def scale_checkpoint(
     if out.exists():
         raise FileExistsError(f"{out} exists already; choose another folder")
     where = _tensor_files(folder)
-    config = SparsightConfig.from_pretrained(folder)
-    processor = SparsightProcessor.from_pretrained(folder, trust_remote_code=False)
+    with loading("model", str(folder)):
+        config = SparsightConfig.from_pretrained(folder)
+        processor = SparsightProcessor.from_pretrained(folder, trust_remote_code=False)
     bridge = build_bridge(config.bridge, config.level_widths, config.text_config.hidden_size)
     old = _read(folder, where, [name for name in where if name.startswith(BRIDGE)])
     bridge.load_state_dict({name.removeprefix(BRIDGE): tensor for name, tensor in old.items()}, assign=True)
