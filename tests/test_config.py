@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from typer.models import OptionInfo
 
+import sparsight
 from small_runs import SCENES, recipe_values, stage_values
 from sparsight import cli
+from sparsight.errors import UserError
 from sparsight.layouts import PRESETS, Layout
 from sparsight.settings.bridges import (
     BRIDGE_KINDS,
@@ -219,7 +221,7 @@ def test_bridge_settings_from_anything():
     settings = PixelShuffleConfig(factor=3)
     assert bridge_settings(settings) is settings
     assert bridge_settings(settings.model_dump()) == settings
-    assert ChainOfSightConfig(Layout.parse("1:2,3:4"), width=32, heads=4).layout == "1:2,3:4"
+    assert ChainOfSightConfig(Layout.parse("1:2,3:4"), width=32, heads=4).layout == Layout.parse("1:2,3:4")
 
 
 @pytest.mark.parametrize(
@@ -430,7 +432,7 @@ def _by_tokens() -> dict[str, object]:
 
 def test_positions_are_those_of_coarse_to_fine(tmp_path: Path) -> None:
     bridge = COS | {"layout": "cos-32", "order": "fine_to_coarse"}
-    with pytest.raises(ValueError, match="position_layout goes with order: coarse_to_fine alone"):
+    with pytest.raises(ValueError, match="position_layout needs order: coarse_to_fine; found fine_to_coarse"):
         Recipe.model_validate(
             recipe_values(tmp_path, stages=[stage_values(bridge=bridge, position_layout="cos-336-from-32")])
         )
@@ -512,3 +514,52 @@ def test_F26_no_sentence_of_pydantic_reaches_the_user(recipe_file: Path, overrid
     with pytest.raises(ValueError, match="expected") as told:
         load_recipe(recipe_file, [override])
     assert not re.search(PYDANTICS, str(told.value)), told.value
+
+
+OLD_NAMES = {
+    "ChainOfSight": "ChainOfSightConfig",
+    "Resampler": "ResamplerConfig",
+    "Linear": "LinearConfig",
+    "Mlp": "MlpConfig",
+    "PixelShuffle": "PixelShuffleConfig",
+    "VisualTokenCompressor": "CompressorConfig",
+    "LayerSkipper": "SkipperConfig",
+}
+
+
+@pytest.mark.parametrize("old, new", OLD_NAMES.items())
+def test_old_public_names_warn_and_are_the_new_ones(old: str, new: str) -> None:
+    with pytest.warns(FutureWarning, match=f"{old}.* is now called .*{new}"):
+        assert getattr(sparsight, old) is getattr(sparsight, new)
+
+
+def test_old_keys_warn_and_mean_the_new_ones(recipe_file: Path, tmp_path: Path) -> None:
+    """In the file, as overrides, and under a preset, which takes the place of some."""
+    values = yaml.safe_load(recipe_file.read_text())
+    new = load_recipe(recipe_file, ["stages.0.conversation={supervised: 7}", "stages.0.skipper={schedule: rising}"])
+    values["stages"][0] |= {"conversation": {"learnt": 7}, "skipper": {"course": "rising"}}
+    old_file = tmp_path / "old.yaml"
+    old_file.write_text(yaml.safe_dump(values))
+    with pytest.warns(FutureWarning, match="'learnt' is now called 'supervised'"):
+        assert load_recipe(old_file) == new
+    override = ["stages.0.bridge=cos-32", "stages.0.places_of=cos-336-from-32"]
+    with pytest.warns(FutureWarning, match="'places_of' is now called 'position_layout'"):
+        found = load_recipe(recipe_file, override).stages[0].position_layout
+    assert found == Layout.parse("cos-336-from-32")
+    values["stages"][0] |= {"places_of": "cos-80", "position_layout": "cos-80"}
+    old_file.write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match="has both 'position_layout' and 'places_of', its old name"):
+        load_recipe(old_file)
+
+
+def test_scores_of_scenes_are_for_recipes_of_scenes(tmp_path: Path, recipe_file: Path) -> None:
+    """Own data are asked nothing about embedded scenes, unless the recipe says so."""
+    values = yaml.safe_load(recipe_file.read_text()) | {"data": {"kind": "json", "path": "data.json"}}
+    values.pop("evaluation", None)
+    for stage in values["stages"]:
+        stage.pop("tasks", None)
+    assert Recipe.model_validate(values).evaluation.kind == "none"
+    assert Recipe.model_validate(values | {"evaluation": {"kind": "scenes"}}).evaluation.kind == "scenes"
+    assert Recipe.model_validate(values | {"data": {"kind": "scenes"}}).evaluation.kind == "scenes"
+    again = Recipe.model_validate(Recipe.model_validate(values).model_dump(mode="json"))
+    assert again == Recipe.model_validate(values)

@@ -49,7 +49,7 @@ def test_an_ambiguous_preset_names_both():
 def test_a_misspelt_preset_names_the_nearest():
     with pytest.raises(ValueError, match=r"unknown layout 'cos-1295'; did you mean 'cos-1296'\?"):
         Layout.parse("cos-1295")
-    with pytest.raises(ValueError, match=r"unknown layout 'everything' Expected scales such as '1:16,4:4', or one of"):
+    with pytest.raises(ValueError, match=r"unknown layout 'everything'. Expected scales such as '1:16,4:4', or one of"):
         Layout.parse("everything")
 
 
@@ -75,7 +75,7 @@ def test_a_scale_needs_windows_and_queries(text):
 
 @pytest.mark.parametrize("text", ["4:4,1:16", "1:16,4:4,4:1", "1:2,1:2"])
 def test_scales_go_from_coarse_to_fine(text):
-    with pytest.raises(ValueError, match=f"layout '{text}': scales go from coarse to fine"):
+    with pytest.raises(ValueError, match=f"layout '{text}': expected each grid once, from coarse to fine"):
         Layout.parse(text)
 
 
@@ -119,7 +119,7 @@ def test_an_override_replaces_the_nearest_source():
 
 
 def test_a_scale_without_source_is_named():
-    with pytest.raises(ValueError, match="scale 8:2 of '1:16,8:2' has no source in '1:16,4:4': it needs one with 2 q"):
+    with pytest.raises(ValueError, match="scale 8:2 of '1:16,8:2' has no source in '1:16,4:4': expected one with 2 q"):
         source_scales("cos-80", "1:16,8:2")
 
 
@@ -128,7 +128,7 @@ def test_overrides_that_cannot_be():
         source_scales("cos-80", "cos-272", {16: 4})
     with pytest.raises(ValueError, match="source grid 2 of scale 8:4 is not in layout '1:16,4:4'"):
         source_scales("cos-80", "cos-272", {8: 2})
-    with pytest.raises(ValueError, match="scale 8:4 of '1:16,8:4' has no source in 1:16"):
+    with pytest.raises(ValueError, match="scale 8:4 of '1:16,8:4' has no source in '1:16'"):
         source_scales("cos-80", "cos-272", {8: 1})
 
 

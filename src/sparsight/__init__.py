@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 from typing import Any
 
 from sparsight import _register
+from sparsight.errors import warn_renamed
 
 __version__ = "0.1.0"
 
@@ -49,8 +49,7 @@ _RENAMED = {  # until the next release
 
 def __getattr__(name: str) -> Any:
     if (new := _RENAMED.get(name)) is not None:
-        text = f"sparsight.{name} is now called {new}; the old name goes with the next release"
-        warnings.warn(text, FutureWarning, stacklevel=2)
+        warn_renamed(f"sparsight.{name}", new)
         name = new
     if name not in _PUBLIC:
         raise AttributeError(f"module 'sparsight' has no attribute '{name}'")

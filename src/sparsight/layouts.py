@@ -1,7 +1,7 @@
 """Layouts of visual tokens: the one dial of Sparsight. No torch.
 
-A layout is a list of scales, coarse to fine, written ``grid:queries,...`` (windows per side, queries per
-window). ``1:16,4:4`` is Chain-of-Sight's 80 tokens. It does not depend on the image size.
+A layout is a list of scales, coarse to fine, written ``grid:queries,...`` (windows per side, queries per window).
+``1:16,4:4`` is Chain-of-Sight's 80 tokens. It does not depend on the image size.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ PRESETS: dict[str, str] = {
     "cos-1296": "1:16,4:16,16:4",
 }
 
-_SCALE = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*")
-
 
 @dataclass(frozen=True, order=True)
 class Scale:
@@ -59,34 +57,31 @@ class Layout:
     scales: tuple[Scale, ...]
 
     def __post_init__(self) -> None:
-        if not self.scales:
-            raise UserError("a layout needs at least one scale, such as '1:16'")
         grids = [scale.grid for scale in self.scales]
+        if not grids:
+            raise UserError("a layout needs at least one scale, such as '1:16'")
         if any(finer <= coarser for coarser, finer in pairwise(grids)):
-            raise UserError(
-                f"layout '{self}': scales go from coarse to fine, each grid once; found windows per side {grids}"
-            )
+            raise UserError(f"layout '{self}': expected each grid once, from coarse to fine; found the grids {grids}")
 
     @classmethod
     def parse(cls, text: str | Layout) -> Layout:
-        """Read ``"1:16,4:4"`` or a preset's name such as ``"cos-80"``.
+        """Read ``"1:16,4:4"`` or a preset's name such as ``"cos-80"``; a layout comes back as it is.
 
         Raises:
-            UserError: the text is neither; the message shows the faulty part and what was meant, if it is near.
+            UserError: the text is neither; the message shows the faulty part and the nearest preset.
         """
         if isinstance(text, Layout):
             return text
-        name = text.strip().lower()
-        if name in PRESETS:
-            return cls.parse(PRESETS[name])
-        if name and not name[0].isdigit():
+        if not isinstance(text, str):  # YAML reads an unquoted 1:16 as a number
+            raise UserError(f"layout {text!r}: expected a text in quotes, such as '1:16', or a preset such as cos-80")
+        name, scales = text.strip().lower(), []
+        if name not in PRESETS and name and not name[0].isdigit():
             raise UserError(_unknown_preset(text, name))
-        scales = []
-        for part in text.split(","):
-            match = _SCALE.fullmatch(part)
+        for part in PRESETS.get(name, text).split(","):
+            match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", part)
             if match is None:
                 raise UserError(
-                    f"layout '{text}': '{part.strip()}' is not a scale; expected grid:queries, such as '4:16'"
+                    f"layout '{text}': '{part.strip()}' is not a scale; expected grid:queries, such as 4:16"
                 )
             scales.append(Scale(int(match[1]), int(match[2])))
         return cls(tuple(scales))
@@ -100,38 +95,36 @@ class Layout:
         return ",".join(map(str, self.scales))
 
     def source_scales(self, target: Layout, sources: Mapping[int, int] | None = None) -> dict[Scale, Scale]:
-        """Which of this layout's scales each scale of ``target`` is born from (Chain-of-Sight, section 3.3).
+        """Scale of ``target`` -> the scale of this layout that its weights come from (Chain-of-Sight, section 3.3).
 
-        The source has the same queries per window. Where several have, the same grid comes first, then the
-        nearest coarser one, then (scaling down) the nearest finer one.
+        The source has the same queries per window. Among several, the same grid comes first, then the nearest coarser
+        one, then (scaling down) the nearest finer one.
 
         Args:
-            target: the layout to reach.
             sources: overrides, grid of the new scale -> grid of the old one.
 
         Raises:
             UserError: a scale has no source, or an override names a scale that does not exist or does not fit.
         """
-        overrides = dict(sources or {})
-        by_grid = {scale.grid: scale for scale in self.scales}
-        unknown = [grid for grid in overrides if grid not in {scale.grid for scale in target.scales}]
-        if unknown:
+        sources = dict(sources or {})
+        if unknown := sorted(sources.keys() - {scale.grid for scale in target.scales}):
             raise UserError(f"sources name grids {unknown}, but layout '{target}' has no such scale")
-        born: dict[Scale, Scale] = {}
+        found: dict[Scale, Scale] = {}
         for scale in target.scales:
-            wanted = overrides.get(scale.grid)
-            if wanted is not None and wanted not in by_grid:
-                raise UserError(f"source grid {wanted} of scale {scale} is not in layout '{self}'")
-            fits = [old for old in self.scales if old.queries == scale.queries and wanted in (None, old.grid)]
+            candidates = self.scales
+            if (wanted := sources.get(scale.grid)) is not None:
+                candidates = tuple(old for old in self.scales if old.grid == wanted)
+                if not candidates:
+                    raise UserError(f"source grid {wanted} of scale {scale} is not in layout '{self}'")
+            fits = [old for old in candidates if old.queries == scale.queries]
             if not fits:
-                have = str(by_grid[wanted]) if wanted is not None else f"'{self}'"
                 raise UserError(
-                    f"scale {scale} of '{target}' has no source in {have}: "
-                    f"it needs one with {scale.queries} queries per window{self._within_reach(target)}"
+                    f"scale {scale} of '{target}' has no source in '{','.join(map(str, candidates))}': expected one "
+                    f"with {scale.queries} queries per window{self._within_reach(target)}"
                 )
             coarser = [old for old in fits if old.grid <= scale.grid]
-            born[scale] = max(coarser) if coarser else min(fits)
-        return born
+            found[scale] = max(coarser) if coarser else min(fits)
+        return found
 
     def _within_reach(self, target: Layout) -> str:
         """For an error: presets that this layout can be scaled up to, those of as many tokens as ``target`` first."""
@@ -142,31 +135,31 @@ class Layout:
         return f". From '{self}' there are {', '.join(name for _, name in sorted(found))}" if found else ""
 
     def positions(self, target: Layout) -> list[int]:
-        """Where each of this layout's tokens stands among those of ``target``, which it will be scaled to (ours).
+        """The position of each of this layout's tokens among those of ``target``, which it will be scaled to (ours).
 
-        A scale that stays keeps its own places; one that goes has those of the nearest scale that is born from it, in
-        the window that holds the middle of its own.
+        A scale that ``target`` has too keeps its positions. Another one takes those of the coarsest scale that it is
+        the source of, in the window that holds the middle of its own.
 
         Raises:
-            UserError: ``target`` cannot be reached, or nothing in it is born from one of the scales.
+            UserError: a scale has no source, or is the source of none.
         """
-        born, first, found = self.source_scales(target), 0, {}
+        sources, start, child_of = self.source_scales(target), 0, {}
         for scale in target.scales:
-            if scale in self.scales or born[scale] not in found:
-                found[born[scale]] = scale, first
-            first += scale.tokens
-        places = []
+            if scale in self.scales or sources[scale] not in child_of:
+                child_of[sources[scale]] = scale, start
+            start += scale.tokens
+        positions: list[int] = []
         for scale in self.scales:
-            if scale not in found:
-                raise UserError(f"nothing in layout '{target}' is born from scale {scale} of '{self}'")
-            child, first = found[scale]
-            middle = [(2 * window + 1) * child.grid // (2 * scale.grid) for window in range(scale.grid)]
-            windows = [row * child.grid + column for row in middle for column in middle]
-            places += [first + window * scale.queries + query for window in windows for query in range(scale.queries)]
-        return places
+            if scale not in child_of:
+                raise UserError(f"scale {scale} of '{self}' is the source of no scale in layout '{target}'")
+            child, start = child_of[scale]
+            middles = [(2 * window + 1) * child.grid // (2 * scale.grid) for window in range(scale.grid)]
+            for window in (row * child.grid + column for row in middles for column in middles):
+                positions += range(start + window * scale.queries, start + (window + 1) * scale.queries)
+        return positions
 
     def children(self, target: Layout) -> list[float]:
-        """How many of the tokens of ``target`` are born from each of this layout's (see `source_scales`; ours)."""
+        """How many tokens of ``target`` each of this layout's tokens is the source of (see `source_scales`; ours)."""
         counts = dict.fromkeys(self.scales, 0.0)
         for child, scale in self.source_scales(target).items():
             counts[scale] += child.grid**2 / scale.grid**2
@@ -174,16 +167,15 @@ class Layout:
 
 
 def _unknown_preset(text: str, name: str) -> str:
-    family = [preset for preset in PRESETS if preset.startswith(name + "-from-")]
-    if family:
+    if family := [preset for preset in PRESETS if preset.startswith(name + "-from-")]:
         return f"layout '{text}' is ambiguous; the paper has {len(family)}: {', '.join(family)}"
     near = difflib.get_close_matches(name, PRESETS, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
+    hint = f"; did you mean '{near[0]}'?" if near else "."
     return f"unknown layout '{text}'{hint} Expected scales such as '1:16,4:4', or one of {', '.join(PRESETS)}"
 
 
 def window_bounds(side: int, grid: int) -> list[tuple[int, int]]:
-    """Cut ``side`` patches into ``grid`` windows, as equal as can be, none dropped and none counted twice.
+    """Cut ``side`` patches into ``grid`` windows of sizes that differ by one at most; each patch is in one window.
 
     Raises:
         UserError: there are more windows than patches, so some window would see nothing.
@@ -193,12 +185,10 @@ def window_bounds(side: int, grid: int) -> list[tuple[int, int]]:
             f"a grid of {grid} windows per side needs at least {grid} patches per side, but the feature map has "
             f"{side}: use a larger image or a coarser layout"
         )
-    cuts = [index * side // grid for index in range(grid + 1)]
-    return list(pairwise(cuts))
+    return list(pairwise(index * side // grid for index in range(grid + 1)))
 
 
 def absorbs(queries: int, patches: int, head_width: int) -> bool:
-    """Whether a window's attention is cheaper with its queries brought to the patches, in place of keys and values made
-    of every patch. The result is the same; what counts is the work: queries * (patches + head_width) multiplications
-    against patches * head_width (ours)."""
+    """Whether a window's attention is cheaper with its queries mapped onto the patches' features than with keys and
+    values of every patch (ours). Multiplications: queries * (patches + head_width) against patches * head_width."""
     return queries * (patches + head_width) < patches * head_width

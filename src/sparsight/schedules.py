@@ -51,7 +51,7 @@ def skip_probabilities(
     protected: tuple[int, int] = (0, 0),
     importance: Sequence[float] | None = None,
 ) -> list[float]:
-    """The probability that each layer is off (Sparse Training Scheme, Layer Dynamic Skipper).
+    """The probability that each layer is skipped (Sparse Training Scheme, Layer Dynamic Skipper).
 
     p_l = alpha * (1 - progress)^2 * (1 + epsilon * (2 l - (L - 1)) / (L - 1)), l = 0 .. L - 1. The first factor falls
     to zero over the stage; the second tilts over depth and keeps the mean: epsilon > 0 skips deep layers more.
@@ -60,7 +60,7 @@ def skip_probabilities(
         progress: share of the stage that is done, fractional, so that one epoch anneals too.
         schedule: "falling" as above; "constant": a factor of 1; "rising": 1 - exp(-100 progress), as in Progressive
             Layer Dropping.
-        protected: first and last layers that are never off; the others keep their probabilities.
+        protected: first and last layers that are never skipped; the others keep their probabilities.
         importance: of each layer; then the tilt goes from the most to the least important one in place of depth (ours).
 
     Raises:
@@ -70,29 +70,27 @@ def skip_probabilities(
     if alpha < 0 or alpha * (1 + abs(epsilon)) > 1:
         raise UserError(f"alpha {alpha}, epsilon {epsilon}: expected alpha >= 0 and alpha * (1 + |epsilon|) <= 1")
     first, last = protected
-    if first < 0 or last < 0 or first + last > layers:
+    if min(protected) < 0 or first + last > layers:
         raise UserError(f"protected layers {first} + {last}: the model has {layers}")
-    if importance is not None and len(importance) != layers:
-        raise UserError(f"importance has {len(importance)} values, but the model has {layers} layers")
-    factor = {"falling": (1 - progress) ** 2, "constant": 1.0, "rising": 1 - math.exp(-100 * progress)}[schedule]
-    order = list(range(layers))
+    ranks: Sequence[int] = range(layers)
     if importance is not None:
-        for rank, layer in enumerate(sorted(order, key=lambda layer: (-importance[layer], layer))):
-            order[layer] = rank
-    span = max(layers - 1, 1)
-    tilted = [alpha * factor * (1 + epsilon * (2 * place - (layers - 1)) / span) for place in order]
-    return [p if first <= layer < layers - last else 0.0 for layer, p in enumerate(tilted)]
+        if len(importance) != layers:
+            raise UserError(f"importance has {len(importance)} values, but the model has {layers} layers")
+        ranks = np.argsort(np.argsort([-value for value in importance], kind="stable")).tolist()
+    factor = {"falling": (1 - progress) ** 2, "constant": 1.0, "rising": 1 - math.exp(-100 * progress)}[schedule]
+    tilts = (1 + epsilon * (2 * rank - (layers - 1)) / max(layers - 1, 1) for rank in ranks)
+    return [alpha * factor * tilt if first <= layer < layers - last else 0.0 for layer, tilt in enumerate(tilts)]
 
 
 def skipped_layers(probabilities: Sequence[float], seed: int, step: int) -> tuple[bool, ...]:
-    """Which layers are off in an optimizer step: a pure function, the same on every rank, after resume, and when
-    activations are recomputed. A layer's draw does not depend on how many others there are. One layer always runs:
-    where all are drawn, the one whose chance was the smallest."""
+    """Which layers are skipped in an optimizer step: a pure function, the same on every rank, after resume, and when
+    activations are recomputed. A layer's draw does not depend on the number of layers. One layer always runs: where
+    all are drawn, the one with the smallest probability."""
     draws = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step]))).random(len(probabilities))
-    off = [bool(draw < p) for draw, p in zip(draws, probabilities, strict=True)]
-    if off and all(off):
-        off[min(range(len(off)), key=lambda layer: (probabilities[layer], layer))] = False
-    return tuple(off)
+    skipped = [bool(draw < p) for draw, p in zip(draws, probabilities, strict=True)]
+    if skipped and all(skipped):
+        skipped[int(np.argmin(probabilities))] = False
+    return tuple(skipped)
 
 
 def _check_progress(progress: float) -> None:

@@ -390,7 +390,7 @@ def test_the_check_on_the_command_line(
     assert sum(record["lengths"]["histogram"]["counts"]) == 3
     page = (tmp_path / "c" / "index.html").read_text()
     assert evil not in page and "&lt;script&gt;alert(15)" in page
-    assert page.count('<img alt=') == 3
+    assert page.count("<img alt=") == 3
     assert 'src="http' not in page and recipe.name in page
     (tmp_path / "data.json").write_text(json.dumps([row("0.png")]))
     assert check()[0] == 0

@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BeforeValidator,
     Field,
+    PlainSerializer,
+    PlainValidator,
     TypeAdapter,
     ValidationError,
-    field_validator,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -18,11 +20,16 @@ from sparsight.errors import UserError
 from sparsight.layouts import Layout, Scale
 from sparsight.settings.base import Settings, readable
 
+# A layout in settings: given as text, written as text, and a `Layout` in between.
+LayoutField = Annotated[
+    Layout, PlainValidator(Layout.parse), PlainSerializer(str, str), WithJsonSchema({"type": "string"})
+]
+
 
 class BridgeSettings(Settings):
     def visual_tokens(self, map_size: tuple[int, int]) -> int:
         """Visual tokens for one image whose feature map has (H, W) patches. The one count that all parts use."""
-        raise NotImplementedError
+        return map_size[0] * map_size[1]
 
 
 class LinearConfig(BridgeSettings):
@@ -30,17 +37,11 @@ class LinearConfig(BridgeSettings):
 
     kind: Literal["linear"] = "linear"
 
-    def visual_tokens(self, map_size: tuple[int, int]) -> int:
-        return map_size[0] * map_size[1]
-
 
 class MlpConfig(BridgeSettings):
     """Two linear maps with GELU between, per patch: H*W tokens (LLaVA-1.5)."""
 
     kind: Literal["mlp"] = "mlp"
-
-    def visual_tokens(self, map_size: tuple[int, int]) -> int:
-        return map_size[0] * map_size[1]
 
 
 class PixelShuffleConfig(BridgeSettings):
@@ -60,9 +61,7 @@ class WindowedSettings(BridgeSettings):
     mlp_ratio: float = Field(4.0, gt=0)
     depth: int = Field(1, ge=1, description="rounds over the feature levels")
     query_std: float = Field(
-        0.02,
-        gt=0,
-        description="start values of the queries; the paper's 0.02 needs long training, short runs learn with 1",
+        0.02, gt=0, description="start values of the queries; the paper's 0.02 needs long training, short runs take 1"
     )
 
     @model_validator(mode="after")
@@ -87,7 +86,7 @@ class ResamplerConfig(WindowedSettings):
 
     @property
     def scales(self) -> Layout:
-        return Layout.parse(f"1:{self.tokens}")
+        return Layout((Scale(1, self.tokens),))
 
 
 class ChainOfSightConfig(WindowedSettings):
@@ -100,23 +99,16 @@ class ChainOfSightConfig(WindowedSettings):
     """
 
     kind: Literal["chain_of_sight"] = "chain_of_sight"
-    layout: str = "1:16,4:4"
+    layout: LayoutField = Layout((Scale(1, 16), Scale(4, 4)))
     order: Literal["coarse_to_fine", "fine_to_coarse"] = "coarse_to_fine"
     shared_queries: bool = False
 
     def __init__(self, layout: str | Layout | None = None, /, **values: Any) -> None:
-        if layout is not None:
-            values["layout"] = layout
-        super().__init__(**values)
-
-    @field_validator("layout", mode="before")
-    @classmethod
-    def _canonical(cls, value: Any) -> str:
-        return str(Layout.parse(value))
+        super().__init__(**(values if layout is None else values | {"layout": layout}))
 
     @property
     def scales(self) -> Layout:
-        return Layout.parse(self.layout)
+        return self.layout
 
 
 BRIDGE_KINDS = ("linear", "mlp", "pixel_shuffle", "resampler", "chain_of_sight")
@@ -126,19 +118,18 @@ def spelled_out(value: Any) -> Any:
     """A bridge's kind, or a layout, as the settings that it stands for; anything else as it is."""
     if not isinstance(value, str):
         return value
-    if value == "paper":
-        return {"kind": "chain_of_sight"}
-    return {"kind": value} if value in BRIDGE_KINDS else {"kind": "chain_of_sight", "layout": value}
+    if value in (*BRIDGE_KINDS, "paper"):
+        return {"kind": "chain_of_sight" if value == "paper" else value}
+    return {"kind": "chain_of_sight", "layout": value}
 
 
-_Kinds = Annotated[
-    LinearConfig | MlpConfig | PixelShuffleConfig | ResamplerConfig | ChainOfSightConfig, Field(discriminator="kind")
-]
+AnyBridge = LinearConfig | MlpConfig | PixelShuffleConfig | ResamplerConfig | ChainOfSightConfig
+_Kinds = Annotated[AnyBridge, Field(discriminator="kind")]
 Bridge = Annotated[_Kinds, BeforeValidator(spelled_out, json_schema_input_type=_Kinds | str)]
 _BRIDGE: TypeAdapter[Any] = TypeAdapter(Bridge)
 
 
-def bridge_settings(value: Any) -> LinearConfig | MlpConfig | PixelShuffleConfig | ResamplerConfig | ChainOfSightConfig:
+def bridge_settings(value: Any) -> AnyBridge:
     """Settings of a bridge from settings, a dict, a kind such as ``"mlp"``, or a layout such as ``"cos-80"``.
 
     ``"paper"`` is Chain-of-Sight with the paper's values: 80 tokens, width 1024, 16 heads, one round.
@@ -155,7 +146,7 @@ def bridge_settings(value: Any) -> LinearConfig | MlpConfig | PixelShuffleConfig
 
 
 def check_scaling(old: Bridge, new: Bridge, sources: Mapping[int, int] | None = None) -> dict[Scale, Scale]:
-    """Where each scale of a bridge would be born from; ``sources`` as in `Layout.source_scales`.
+    """Each scale of ``new`` -> its source scale in ``old``; ``sources`` as in `Layout.source_scales`.
 
     Raises:
         UserError: the bridge ``old`` cannot become ``new``: a scale has no source, or more than the layout differs.
@@ -165,10 +156,11 @@ def check_scaling(old: Bridge, new: Bridge, sources: Mapping[int, int] | None = 
             f"a bridge of kind {old.kind} cannot become one of kind {new.kind}: only resampler and chain_of_sight can "
             "be scaled, to chain_of_sight"
         )
-    sizes = ("width", "heads", "mlp_ratio", "depth", "order", "shared_queries")
-    values = {
-        key: [getattr(each, key, ChainOfSightConfig.model_fields[key].default) for each in (old, new)] for key in sizes
-    }
-    if changed := {key: pair for key, pair in values.items() if pair[0] != pair[1]}:
+    changed = {}
+    for key in ("width", "heads", "mlp_ratio", "depth", "order", "shared_queries"):
+        pair = [getattr(each, key, ChainOfSightConfig.model_fields[key].default) for each in (old, new)]
+        if pair[0] != pair[1]:
+            changed[key] = pair
+    if changed:
         raise UserError(f"scaling changes the layout alone, but these differ (old, new): {changed}")
     return old.scales.source_scales(new.scales, sources)

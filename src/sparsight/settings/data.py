@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from sparsight.errors import UserError
 from sparsight.settings.base import Settings
@@ -23,7 +20,7 @@ class SceneData(Settings):
     max_things: int = Field(6, ge=1, le=8)
     numbers: float = Field(0.5, ge=0, le=1)
     digits: tuple[int, int] = Field((1, 2), description="fewest and most digits of a printed number")
-    number_size: int = Field(40, ge=8, description="font size of a printed number, in pixels of a image of 256")
+    number_size: int = Field(40, ge=8, description="font size of a printed number, in pixels of an image of 256")
     grid: int = Field(3, ge=2, le=3, description="cells per side that things stand in")
     noise: float = Field(0.5, ge=0, le=1)
     held_out: float = Field(0.1, ge=0, le=0.5, description="share of (kind, cell) pairs that training never shows")
@@ -70,9 +67,9 @@ Data = Annotated[SceneData | ConversationData | MixtureData, Field(discriminator
 
 
 class Conversation(Settings):
-    """A conversation of the data, on average. It is what `sparsight plan` reckons with: it does not read data."""
+    """An average conversation of the data, for `sparsight plan`, which does not read data."""
 
-    RENAMED: ClassVar[dict[str, str]] = {"learnt": "supervised"}
+    renamed: ClassVar = frozenset({"learnt"})
 
     text: float = Field(64, gt=0, description="text tokens, those of the chat template included")
     supervised: float = Field(32, gt=0, description="text tokens that are supervised")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from sparsight.errors import UserError
+from sparsight.schedules import Anneal, SkipSchedule
 from sparsight.settings.base import Settings
 
 
@@ -21,31 +19,31 @@ class CompressorConfig(Settings):
         method: see ``sparse.compress``.
         final: share at the stage's end, reached by ``schedule``; ``keep`` throughout if not given.
         dense_every: every so many steps all tokens stay; never if not given.
-        positions: tokens that stay keep their "original" places, or are "renumbered" without gaps.
+        positions: tokens that stay keep their "original" positions, or are "renumbered" without gaps.
     """
 
     keep: float = Field(0.25, gt=0, le=1)
     method: Literal["uniform", "random", "text", "pool", "similarity", "merge"] = "uniform"
     final: float | None = Field(None, gt=0, le=1)
-    schedule: Literal["constant", "linear", "cosine", "steps"] = "linear"
+    schedule: Anneal = "linear"
     dense_every: int | None = Field(None, ge=1)
     positions: Literal["original", "renumbered"] = "original"
 
 
 class SkipperConfig(Settings):
-    """Layers of the language model that are off in a step, forward and backward, in training alone (Sparse Training
-    Scheme, stage II). See ``schedules.skip_probabilities``.
+    """Layers of the language model that are skipped in a step, forward and backward, in training alone (Sparse
+    Training Scheme, stage II). See ``schedules.skip_probabilities``.
 
     Args:
         protected: how many first and last layers always run.
         importance: of each layer, as ``sparsight analyze`` measures it; then the tilt follows it in place of depth.
     """
 
-    RENAMED: ClassVar[dict[str, str]] = {"course": "schedule"}
+    renamed: ClassVar = frozenset({"course"})
 
     alpha: float = Field(0.6, ge=0, le=1)
     epsilon: float = Field(0.3, ge=-1, le=1)
-    schedule: Literal["falling", "constant", "rising"] = "falling"
+    schedule: SkipSchedule = "falling"
     protected: tuple[int, int] = (0, 0)
     importance: tuple[float, ...] | None = None
 

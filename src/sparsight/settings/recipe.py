@@ -6,16 +6,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import (
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from sparsight.errors import UserError
-from sparsight.layouts import Layout
-from sparsight.settings.base import Settings, readable
-from sparsight.settings.bridges import Bridge, WindowedSettings, check_scaling
+from sparsight.settings.base import Settings
+from sparsight.settings.bridges import Bridge, LayoutField, WindowedSettings, check_scaling
 from sparsight.settings.data import Conversation, ConversationData, Data, MixtureData, SceneData
 from sparsight.settings.methods import CompressorConfig, SkipperConfig
 
@@ -59,20 +54,17 @@ class LearningRates(Settings):
 class Stage(Settings):
     """One stage of training, with its own layout, image size, and what trains."""
 
-    RENAMED: ClassVar[dict[str, str]] = {"places_of": "position_layout"}
+    renamed: ClassVar = frozenset({"places_of"})
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
     bridge: Bridge
-    position_layout: str | None = Field(
-        None, description="layout whose places in the sequence the visual tokens take: the one they will be scaled to"
+    position_layout: LayoutField | None = Field(
+        None, description="layout whose positions the visual tokens take: the one that they will be scaled to"
     )
     proportional_attention: bool = Field(
-        False,
-        description="with position_layout: a visual token weighs in attention as the tokens that will be born from it",
+        False, description="with position_layout: a visual token weighs in attention as all that it will be scaled to"
     )
-    image_size: int | None = Field(
-        None, ge=16, description="side of the square image in pixels; the encoder's own if not given"
-    )
+    image_size: int | None = Field(None, ge=16, description="side of the square image in pixels; else the encoder's")
     learning_rate: LearningRates
     samples: int = Field(ge=1, description="conversations seen in this stage")
     batch_size: int = Field(16, ge=1, description="conversations in one optimizer step, over all ranks")
@@ -83,12 +75,10 @@ class Stage(Settings):
     packing: bool = Field(False, description="conversations share rows, without attention across them")
     pack_length: int | None = Field(None, ge=1, description="length of a packed row; that of the longest if not given")
     lora: Lora | None = None
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: less memory, more FLOPs"
-    )
-    conversation: Conversation = Field(Conversation(), description="what `plan` reckons with; training counts")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more FLOPs")
+    conversation: Conversation = Field(Conversation(), description="what `plan` expects of the data; training counts")
     compressor: CompressorConfig | None = Field(None, description="fewer visual tokens, in training alone")
-    skipper: SkipperConfig | None = Field(None, description="layers that are off, in training alone")
+    skipper: SkipperConfig | None = Field(None, description="layers that are skipped, in training alone")
     warmup: float = Field(0.03, ge=0, le=1, description="share of the steps")
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     optimizer: Literal["adamw", "muon"] = Field(
@@ -99,11 +89,10 @@ class Stage(Settings):
         0.98,
         ge=0,
         lt=1,
-        description="decay of AdamW's second moments; 0.98 remembers about 50 steps, as stages may be short, where "
-        "torch's 0.999 remembers 1,000",
+        description="decay of AdamW's second moments: stages may be shorter than the 1,000 steps of 0.999",
     )
     max_grad_norm: float = Field(1.0, gt=0)
-    checkpoints: int = Field(4, ge=0, description="checkpoints written in the course of the stage")
+    checkpoints: int = Field(4, ge=0, description="checkpoints written over the stage")
     data: Data | None = Field(None, description="in place of the recipe's data")
     tasks: dict[str, float] | None = Field(None, description="weight of each task of scenes, in place of data.tasks")
     cache_features: bool = Field(False, description="encode each image once; the encoder must be frozen")
@@ -114,42 +103,36 @@ class Stage(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Stage:
-        micro = self.micro_batch_size
-        if micro is not None and self.batch_size % micro:
-            raise UserError(f"stage '{self.name}': batch_size {self.batch_size} is not a multiple of {micro}")
-        if micro is not None and self.batch_tokens is not None:
-            raise UserError(f"stage '{self.name}': batch_tokens settles what micro_batch_size does; give one of them")
+        micro, target, tokens, rates = (
+            self.micro_batch_size,
+            self.position_layout,
+            self.batch_tokens,
+            self.learning_rate,
+        )
         # By value: what was saved with its defaults is read again.
-        given = self.batch_size != type(self).model_fields["batch_size"].default or self.pack_length is not None
-        if self.batch_tokens is not None and given:
-            raise UserError(
-                f"stage '{self.name}': batch_tokens settles what batch_size and pack_length do; give it or them"
-            )
-        if self.pack_length is not None and not self.packing:
-            raise UserError(f"stage '{self.name}': pack_length needs packing: true")
-        if self.lora is not None and self.learning_rate.language is None:
-            raise UserError(f"stage '{self.name}': lora needs learning_rate.language")
-        if self.cache_features and self.learning_rate.vision is not None:
-            raise UserError(f"stage '{self.name}': features cannot be cached while the vision encoder trains")
-        if self.position_layout is not None:
-            if self.packing or not isinstance(self.bridge, WindowedSettings):
-                raise UserError(
-                    f"stage '{self.name}': position_layout '{self.position_layout}' needs a resampler or "
-                    f"chain_of_sight, and no packing; found {self.bridge.kind}, packing {self.packing}"
-                )
-            if getattr(self.bridge, "order", "coarse_to_fine") != "coarse_to_fine":
-                raise UserError(f"stage '{self.name}': position_layout goes with order: coarse_to_fine alone")
-            self.bridge.scales.positions(Layout.parse(self.position_layout))
-        if self.proportional_attention and (self.position_layout is None or self.compressor is not None):
-            raise UserError(
-                f"stage '{self.name}': proportional_attention needs position_layout, and no compressor; found "
-                f"{self.position_layout}, {self.compressor}"
-            )
-        if self.on_too_long == "shrink_image":
-            raise UserError(
-                f"stage '{self.name}': on_too_long: shrink_image makes no sample shorter: a bridge gives every image "
-                "the same number of visual tokens. Take a layout with fewer tokens, or set error or drop_sample"
-            )
+        other = self.batch_size != type(self).model_fields["batch_size"].default or self.pack_length is not None
+        order, windowed = getattr(self.bridge, "order", "coarse_to_fine"), isinstance(self.bridge, WindowedSettings)
+        faults = {
+            f"batch_size {self.batch_size} is not a multiple of {micro}": self.batch_size % (micro or 1),
+            "batch_tokens settles what micro_batch_size does; give one of them": tokens and micro,
+            "batch_tokens settles what batch_size and pack_length do; give it or them": tokens and other,
+            "pack_length needs packing: true": self.pack_length and not self.packing,
+            "lora needs learning_rate.language": self.lora and rates.language is None,
+            "features cannot be cached while the vision encoder trains": self.cache_features and rates.vision,
+            f"position_layout '{target}' needs a resampler or chain_of_sight, and no packing; found {self.bridge.kind},"
+            f" packing {self.packing}": target and (self.packing or not windowed),
+            f"position_layout needs order: coarse_to_fine; found {order}": target and order != "coarse_to_fine",
+            f"proportional_attention needs position_layout, and no compressor; found {target}, {self.compressor}": (
+                self.proportional_attention and (target is None or self.compressor)
+            ),
+            "on_too_long: shrink_image makes no sample shorter: a bridge gives every image the same number of visual "
+            "tokens. Take a layout with fewer tokens, or set error or drop_sample": self.on_too_long == "shrink_image",
+        }
+        for fault, found in faults.items():
+            if found:
+                raise UserError(f"stage '{self.name}': {fault}")
+        if target is not None and isinstance(self.bridge, WindowedSettings):
+            self.bridge.scales.positions(target)  # raises
         return self
 
     @property
@@ -184,15 +167,12 @@ def held_out_file(data: Path | None, images: Path | None, metric: str, items: in
             raise UserError(f"--images {images}: expected --data as well, the conversations about these images")
         return None
     source = {"path": str(data), "images": str(images) if images else None}
-    try:
-        return HeldOut.model_validate({"data": source, "metric": metric, "items": items})
-    except ValidationError as error:
-        raise UserError(readable(error)) from None
+    return HeldOut.read({"data": source, "metric": metric, "items": items}, "eval")
 
 
 class Evaluation(Settings):
     """Scores after training. ``scenes`` asks the embedded test split; ``none`` asks ``held_out`` alone, if there is
-    any."""
+    any. A recipe that gives no kind asks scenes where a stage trains on them."""
 
     kind: Literal["scenes", "none"] = "scenes"
     items: int = Field(100, ge=1, description="questions of each task")
@@ -207,9 +187,7 @@ class Recipe(Settings):
     name: str = Field("run", pattern=r"^[A-Za-z0-9_.-]+$")
     seed: int = 0
     vision: str = "efficientnet-lite0"
-    vision_levels: tuple[int, ...] | None = Field(
-        None, description="feature levels, lower first; encoder's own if not given"
-    )
+    vision_levels: tuple[int, ...] | None = Field(None, description="feature levels, lower first; else the encoder's")
     language: str | ScratchLanguage = "smollm2-135m"
     language_layers: int | None = Field(None, ge=1, description="keep only the first layers of the language model")
     resize: Literal["square", "pad", "crop", "keep"] | None = Field(
@@ -229,32 +207,28 @@ class Recipe(Settings):
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")
-    def _stage_names_differ(self) -> Recipe:
+    def _consistent(self) -> Recipe:
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise UserError(f"stages need different names, found {names}")
+        if reserved := {"total", "score"} & set(names):
+            raise UserError(f"a stage cannot be named {sorted(reserved)}: comparisons have figures of that name")
+        if "mean" in self.evaluation.held_out:
+            raise UserError("evaluation.held_out: 'mean' is the mean of all scores; choose another name")
         cached = [stage.name for stage in self.stages if stage.cache_features]
         if cached and self.on_bad_sample == "quarantine":
             raise UserError(
                 f"on_bad_sample: quarantine, but the stages {cached} cache the features of all images before they "
                 "train: set cache_features: false, or take out what `sparsight data check` finds"
             )
-        if reserved := {"total", "score"} & set(names):
-            raise UserError(f"a stage cannot be named {sorted(reserved)}: comparisons have figures of that name")
-        return self
-
-    @model_validator(mode="after")
-    def _every_stage_can_begin(self) -> Recipe:
         for old, new in pairwise(self.stages):
             try:
                 if old.bridge != new.bridge:
                     check_scaling(old.bridge, new.bridge)
-            except ValueError as error:
+            except UserError as error:
                 raise UserError(f"stages '{old.name}' -> '{new.name}': {error}") from None
-        for stage in self.stages:
-            self.data_of(stage)
-        if "mean" in self.evaluation.held_out:
-            raise UserError("evaluation.held_out: 'mean' is the mean of all scores; choose another name")
+        if self.scenes() is None and "kind" not in self.evaluation.model_fields_set:
+            self.__dict__["evaluation"] = self.evaluation.model_copy(update={"kind": "none"})  # frozen for others
         return self
 
     def source_of(self, stage: Stage) -> Data:
@@ -272,17 +246,14 @@ class Recipe(Settings):
             return data
         if not isinstance(data, SceneData):
             raise UserError(
-                f"stage '{stage.name}' names tasks, which only scenes have; found data of kind '{data.kind}'"
+                f"stage '{stage.name}' names tasks, which only scenes have; found data of kind {data.kind!r}"
             )
         return data.model_copy(update={"tasks": stage.tasks})
 
     def all_data(self) -> list[Data]:
         """What the stages train on, each once."""
-        found: list[Data] = []
-        for stage in self.stages:
-            if (data := self.source_of(stage)) not in found:
-                found.append(data)
-        return found
+        found = [self.source_of(stage) for stage in self.stages]
+        return [data for number, data in enumerate(found) if data not in found[:number]]
 
     def of_the_same_data(self, stage: Stage) -> list[Stage]:
         """The stages that see the same data as this one, itself included, in their order."""
@@ -294,7 +265,7 @@ class Recipe(Settings):
         return sum(each.samples for each in same[: same.index(stage)])
 
     def scenes(self) -> SceneData | None:
-        """The first scenes among the recipe's data, with the tasks that any stage trains on (None: all)."""
+        """The first scenes among the stages' data, with the tasks that any stage trains on (None: all)."""
         found: list[SceneData] = []
         for stage in self.stages:
             data = self.data_of(stage)
@@ -302,8 +273,9 @@ class Recipe(Settings):
             found += [part for part in parts if isinstance(part, SceneData)]
         if not found:
             return None
-        named = [each.tasks for each in found if each.tasks is not None]
-        tasks = {task: w for own in named for task, w in own.items() if w > 0} if len(named) == len(found) else None
+        tasks = None
+        if all(each.tasks is not None for each in found):
+            tasks = {task: weight for each in found for task, weight in (each.tasks or {}).items() if weight > 0}
         return found[0].model_copy(update={"tasks": tasks})
 
 
@@ -316,13 +288,8 @@ class Comparison(Settings):
 
     def recipes(self) -> list[Recipe]:
         """One recipe for each run: the shared keys, with the run's own laid over them."""
-        recipes = []
-        for name, own in self.runs.items():
-            try:
-                recipes.append(Recipe.model_validate(_merged(self.shared, own) | {"name": name}))
-            except ValidationError as error:
-                raise UserError(f"runs.{name}: {readable(error)}") from None
-        return recipes
+        own = {name: _merged(self.shared, keys) | {"name": name} for name, keys in self.runs.items()}
+        return [Recipe.read(values, f"runs.{name}") for name, values in own.items()]
 
 
 def _merged(below: Any, above: Any) -> Any:

@@ -28,7 +28,6 @@ from sparsight.data.collate import Collator, TrainingSet
 from sparsight.data.sources import SceneSource
 from sparsight.devices.ranks import largest, process_state
 from sparsight.errors import UserError
-from sparsight.layouts import Layout
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.settings.recipe import Recipe, Stage
 from sparsight.sparse.attach import attach
@@ -290,7 +289,7 @@ def last_checkpoint(folder: Path, console: Console) -> str | None:
 def _collator(processor: SparsightProcessor, stage: Stage) -> Collator:
     length, positions, weights = stage.batch_tokens or stage.pack_length, None, None
     if stage.position_layout is not None:
-        target, scales = Layout.parse(stage.position_layout), stage.bridge.scales  # type: ignore[union-attr]
+        target, scales = stage.position_layout, stage.bridge.scales  # type: ignore[union-attr]
         positions = scales.positions(target), target.tokens
         weights = scales.children(target) if stage.proportional_attention else None
     pad = processor.tokenizer.pad_token_id
