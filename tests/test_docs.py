@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
@@ -317,3 +318,11 @@ def test_F28_the_readme_says_only_what_is_so() -> None:
     assert "ordinary" not in card and "import sparsight" in card
     limits = readme.split("## Limits")[1].split("## More")[0]
     assert all(word in limits for word in ("GPU", "seed", "DeepSpeed", "FSDP version 1", "LLaVA's MLP"))
+
+
+def test_the_page_of_public_names_is_what_the_script_makes() -> None:
+    spec = importlib.util.spec_from_file_location("api_page", ROOT / "scripts/api_page.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs/api.md").read_text(encoding="utf-8") == module.page(), "run scripts/api_page.py"
+    assert all(f"### `{name}`" in module.page() for name in sparsight.__all__ if name != "__version__")

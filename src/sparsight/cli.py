@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsight.errors import UserError
+from sparsight.errors import RenamedWarning, UserError
 
 if TYPE_CHECKING:
     from sparsight.console import Console
@@ -326,11 +326,13 @@ def doctor() -> None:
 _format_warning = warnings.formatwarning
 
 
-def _warning(*found: Any, **more: Any) -> str:
-    """Warnings and tracebacks, which Python prints itself, hold names of files, too."""
+def _warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
+    """Warnings and tracebacks, which Python prints itself, hold names of files, too. The line of pydantic that renames
+    a key helps nobody."""
     from sparsight.console import printable
 
-    return printable(_format_warning(*found, **more))
+    renamed = issubclass(category, RenamedWarning)
+    return printable(f"warning: {message}\n" if renamed else _format_warning(message, category, *where, **more))
 
 
 def _traceback(*found: Any) -> None:
