@@ -1,4 +1,5 @@
 import math
+from functools import partial
 from itertools import product
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sparsight.bridges import WindowedResampler, build_bridge
 from sparsight.bridges.windowed import cut_windows
@@ -315,6 +317,7 @@ def test_activation_checkpointing_changes_no_gradient():
         calls = []
         for scale in bridge.scales.values():
             scale.gradient_checkpointing = recompute
+            scale._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
             scale.blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         bridge(levels).square().sum().backward()
         assert len(calls) == 2 * (1 + recompute)
@@ -340,8 +343,6 @@ def test_features_of_the_wrong_shape():
 
 
 def test_settings_that_make_no_bridge():
-    with pytest.raises(ValueError, match="at least one feature level, found none"):
-        build_bridge("cos-80", [], 32)
     with pytest.raises(ValueError, match="unknown layout 'mpl'"):
         build_bridge("mpl", [32], 32)
 

@@ -31,7 +31,14 @@ from sparsight.modeling import SparsightForConditionalGeneration
 from sparsight.modeling.build import _vision, build
 from sparsight.modeling.chat_templates import CHATML, FLATTEN, multimodal_template
 from sparsight.modeling.scratch import scratch_language
-from sparsight.settings.bridges import ChainOfSightConfig, LinearConfig, MlpConfig, PixelShuffleConfig, ResamplerConfig
+from sparsight.settings.bridges import (
+    ChainOfSightConfig,
+    LinearConfig,
+    MlpConfig,
+    PixelShuffleConfig,
+    ResamplerConfig,
+    bridge_settings,
+)
 from sparsight.settings.recipe import ScratchLanguage
 from tiny import BRIDGE, TEXTS, clip_config, conversation, make_image, make_language, make_vlm
 
@@ -272,7 +279,7 @@ def test_tied_embeddings(tied, tmp_path):
     ],
     ids=["gpt2", "opt"],
 )
-def test_language_models_with_learnt_positions(config, tmp_path):
+def test_language_models_with_learned_positions(config, tmp_path):
     """And with their embeddings elsewhere than Llama's (`wte`, `decoder.embed_tokens`), tied to the output layer."""
     model, processor = composed(config)
     assert model.lm_head.weight is model.get_input_embeddings().weight
@@ -414,6 +421,22 @@ def test_public_build():
     assert sparsight.build is build
 
 
+def test_what_the_caller_gives_stays_as_it_is():
+    """Tokenizer, image processor and configurations are copied; the same ones build a second model."""
+    own, images, vision, text = tokenizer(), CLIPImageProcessorPil(), clip_config(), LlamaConfig(**LLAMA)
+    own.chat_template = LLAMA_3
+    given = [part.to_dict() for part in (images, vision, text)]
+    settings = bridge_settings({"kind": "mlp"})
+    for _ in range(2):
+        model, processor = build(
+            vision, text, settings, tokenizer=own, image_processor=images, image_size=48, language_layers=1
+        )
+        assert [part.to_dict() for part in (images, vision, text)] == given
+        assert (own.chat_template, settings) == (LLAMA_3, MlpConfig())
+    assert len(model.model.language_model.layers) == 1 and processor.chat_template == FLATTEN + LLAMA_3
+    assert dict(processor.image_processor.size) == {"height": 48, "width": 48}
+
+
 # --- tokenizers and chat templates ---
 
 
@@ -455,7 +478,7 @@ def test_text_only_templates_take_images():
     assert own.decode(ids[0]).endswith("<|start|>assistant<|stop|>\n\n")
 
 
-def test_chatml_is_marked_with_what_is_learnt():
+def test_chatml_is_marked_with_what_is_supervised():
     language, own = make_language()
     own.chat_template = (
         "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
@@ -487,10 +510,10 @@ def test_a_tokenizer_without_image_token_gets_one():
     language = LlamaForCausalLM(LlamaConfig(**LLAMA | {"vocab_size": 32, "eos_token_id": 1}))
     rows = language.get_input_embeddings().weight.detach().clone()
     model, processor = build(clip_config(), language, BRIDGE, tokenizer=own)
-    assert model.config.image_token_id == 32 == own.convert_tokens_to_ids("<image>")
+    assert model.config.image_token_id == 32 == processor.tokenizer.convert_tokens_to_ids("<image>")
     assert model.get_input_embeddings().weight.shape[0] == model.config.text_config.vocab_size == 33
     assert torch.equal(model.get_input_embeddings().weight[:32], rows)
-    assert own.pad_token == "</s>"
+    assert processor.tokenizer.pad_token == "</s>" and own.pad_token is None
     batch = processor(text="w1 <image> w2", images=make_image(), return_tensors="pt")
     assert int((batch["input_ids"] == 32).sum()) == 8
     assert model(**batch).logits.shape == (1, 10, 33)

@@ -56,7 +56,7 @@ def prompt(processor):
 
 
 def text(report):
-    return {row.part: row.source for row in report.born[:-1]}
+    return {row.part: row.source for row in report.parts[:-1]}
 
 
 def test_a_finer_layout_and_a_larger_image(tmp_path):
@@ -109,7 +109,7 @@ def test_tokens_of_an_unchanged_scale_are_unchanged():
 def test_an_image_size_alone():
     model, processor = make_vlm("linear")
     report = scale_tokens(model, processor, "linear", image_size=128)
-    assert (report.born, report.tokens, report.positions) == ((), (64, 256), "8x8 -> 16x16")
+    assert (report.parts, report.tokens, report.positions) == ((), (64, 256), "8x8 -> 16x16")
     assert (model.config.map_size, processor.num_image_tokens) == ([16, 16], 256)
     assert model(**prompt(processor)).logits.isfinite().all()
 
@@ -119,7 +119,7 @@ def test_the_same_layout_changes_nothing():
     batch, bridge = prompt(processor), model.model.multi_modal_projector
     with torch.no_grad():
         before = model(**batch).logits
-        assert scale_tokens(model, processor, "1:4,2:2").born == ()
+        assert scale_tokens(model, processor, "1:4,2:2").parts == ()
         assert torch.equal(model(**batch).logits, before) and model.model.multi_modal_projector is bridge
 
 
@@ -312,7 +312,7 @@ def test_other_feature_levels(levels):
         after = model.get_image_features(pixels).pooler_output
     assert list(model.config.vision_levels) == levels and len(model.config.level_widths) == len(levels)
     assert torch.equal(before, after) == (levels == [2, 3, 4])  # a level that comes adds nothing at first
-    assert (sum(row.new for row in report.born) > 0) == (levels == [2, 3, 4])
+    assert (sum(row.new for row in report.parts) > 0) == (levels == [2, 3, 4])
 
 
 def test_lora_and_language_model_carry_over_and_an_optimizer_does_not():

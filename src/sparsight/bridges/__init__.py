@@ -1,4 +1,8 @@
-"""Bridges from feature maps to visual tokens."""
+"""Bridges: modules from an encoder's feature levels to visual tokens.
+
+All take the levels, lower first, each (B, H, W, C_level), and give (B, N, E). ``sizes_B2`` holds the rows and columns
+of each image's own map, where maps of several sizes are padded to one.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +11,22 @@ from typing import Any
 
 from torch import nn
 
-from sparsight.bridges.base import Bridge
 from sparsight.bridges.patchwise import PatchwiseBridge
 from sparsight.bridges.windowed import WindowedResampler
-from sparsight.errors import UserError
 from sparsight.settings.bridges import bridge_settings
 
-__all__ = ["Bridge", "PatchwiseBridge", "WindowedResampler", "build_bridge"]
+__all__ = ["PatchwiseBridge", "WindowedResampler", "build_bridge"]
 
 
 def build_bridge(settings: Any, level_widths: Sequence[int], out_width: int) -> nn.Module:
-    """Build a bridge.
+    """A bridge with its start values.
 
     Args:
-        settings: bridge settings, a dict of them, a kind, or a layout (see ``config.bridge_settings``).
-        level_widths: channels of each feature level.
+        settings: bridge settings, or anything that `bridge_settings` takes; it also says which errors are raised.
+        level_widths: channels of each feature level, lower first.
         out_width: width of the language model, E.
-
-    Raises:
-        UserError: the settings are wrong, or there is no feature level.
     """
     bridge = bridge_settings(settings)
-    if not level_widths:
-        raise UserError("a bridge needs at least one feature level, found none")
     if bridge.kind in ("resampler", "chain_of_sight"):
         return WindowedResampler(bridge, level_widths, out_width)
     return PatchwiseBridge(bridge.kind, level_widths, out_width, factor=getattr(bridge, "factor", 1))

@@ -1,4 +1,4 @@
-"""A bridge alone in a file: whole, also where its weights are shards that ranks hold together (FSDP version 2)."""
+"""A bridge alone in a file: whole, also where ranks hold shards of its weights (FSDP version 2)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sparsight.settings.bridges import bridge_settings
 
 
 def save_bridge(model: Any, file: str | Path) -> None:
-    """Write the bridge of a composed model as one safetensors file, its settings with it.
+    """Write the bridge of a composed model, and its settings, as one safetensors file.
 
     Where weights are sharded, all ranks call this together, and the first one writes.
 
@@ -39,24 +39,21 @@ def save_bridge(model: Any, file: str | Path) -> None:
 
 @torch.no_grad()
 def load_bridge(model: Any, file: str | Path) -> None:
-    """Give a composed model the bridge of `save_bridge`, sharded as the model's own is, in place.
+    """Give a composed model the bridge of `save_bridge`, in place, sharded as the model's own is.
 
     Raises:
-        UserError: ``file`` holds no bridge, or one with other settings, or for another encoder or language model.
+        UserError: ``file`` holds no bridge, one with other settings, or one for another encoder or language model.
     """
     bridge, settings = _bridge_of(model)
     with safe_open(Path(file), framework="pt") as tensors:
-        before = json.loads((tensors.metadata() or {}).get("bridge", "null"))
+        found = json.loads((tensors.metadata() or {}).get("bridge", "null"))
         state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-    if before != settings:
-        raise UserError(f"{file} holds the bridge {before}, and the model's is {settings}: expected the same")
+    if found != settings:
+        raise UserError(f"{file} holds the bridge {found}, and the model's is {settings}: expected the same")
     own = bridge.state_dict()
-    sizes = [{name: tuple(tensor.shape) for name, tensor in each.items()} for each in (own, state)]
-    if other := sorted({name for name, _ in sizes[0].items() ^ sizes[1].items()}):
-        raise UserError(
-            f"{file} is for another encoder or language model, these differ (model, file): "
-            f"{ {name: tuple(each.get(name) for each in sizes) for name in other[:3]} }"
-        )
+    if other := [n for n in own.keys() | state if n not in own or n not in state or own[n].shape != state[n].shape]:
+        shapes = {n: [tuple(each[n].shape) if n in each else None for each in (own, state)] for n in sorted(other)[:3]}
+        raise UserError(f"{file} is for another encoder or language model; these differ (model, file): {shapes}")
     for name, tensor in own.items():
         value = state[name].to(tensor.device, tensor.dtype)
         if isinstance(tensor, DTensor):

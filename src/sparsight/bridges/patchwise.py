@@ -1,4 +1,4 @@
-"""Bridges that keep one token per patch, or fold a square of patches into one. They are the usual baselines.
+"""The baselines: one token per patch, or a square of patches folded into one.
 
 Shapes: B images, H x W patches, C channels of all levels together, N tokens, E language width.
 """
@@ -11,8 +11,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sparsight.bridges.base import check_levels
 from sparsight.errors import UserError
+
+
+def check_levels(levels_BHWC: Sequence[torch.Tensor], level_widths: Sequence[int]) -> None:
+    """Fail with the counts when the features are not what a bridge was built for."""
+    found = [tuple(level.shape) for level in levels_BHWC]
+    if [shape[3:] for shape in found] != [(width,) for width in level_widths]:
+        raise UserError(
+            f"the bridge expects {len(level_widths)} levels (B, H, W, C) with C = {list(level_widths)}, found {found}"
+        )
+    if len({shape[:3] for shape in found}) > 1:
+        raise UserError(f"feature levels must have the same batch, height and width, found {found}")
 
 
 def pixel_shuffle(x_BHWC: torch.Tensor, factor: int) -> torch.Tensor:
@@ -20,8 +30,6 @@ def pixel_shuffle(x_BHWC: torch.Tensor, factor: int) -> torch.Tensor:
 
     A map that does not divide is padded with zeros at the bottom and right, never cropped.
     """
-    if factor == 1:
-        return x_BHWC
     height, width = x_BHWC.shape[1:3]
     x_BHWC = F.pad(x_BHWC, (0, 0, 0, -width % factor, 0, -height % factor))
     return x_BHWC.unflatten(2, (-1, factor)).unflatten(1, (-1, factor)).transpose(2, 3).flatten(3)
@@ -36,10 +44,8 @@ class PatchwiseBridge(nn.Module):
         self.factor = factor
         in_width = sum(level_widths) * factor**2
         self.norm = nn.LayerNorm(in_width)
-        if kind == "linear":
-            self.proj: nn.Module = nn.Linear(in_width, out_width)
-        else:
-            self.proj = nn.Sequential(nn.Linear(in_width, out_width), nn.GELU(), nn.Linear(out_width, out_width))
+        first = nn.Linear(in_width, out_width)
+        self.proj = first if kind == "linear" else nn.Sequential(first, nn.GELU(), nn.Linear(out_width, out_width))
 
     def forward(self, levels_BHWC: Sequence[torch.Tensor], sizes_B2: torch.Tensor | None = None) -> torch.Tensor:
         check_levels(levels_BHWC, self.level_widths)
@@ -48,6 +54,6 @@ class PatchwiseBridge(nn.Module):
                 f"a bridge with a token for each patch needs maps of one size, found {sizes_B2.tolist()}: "
                 "use images of one size, or a resampler or chain_of_sight"
             )
-        x_BHWC = pixel_shuffle(torch.cat(list(levels_BHWC), dim=-1), self.factor)
-        x_BNE = self.proj(self.norm(x_BHWC.flatten(1, 2)))
-        return x_BNE
+        x_BHWC = torch.cat(list(levels_BHWC), dim=-1)
+        x_BHWC = x_BHWC if self.factor == 1 else pixel_shuffle(x_BHWC, self.factor)
+        return self.proj(self.norm(x_BHWC.flatten(1, 2)))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 from sparsight.bridges.windowed import WindowedResampler
 from sparsight.errors import UserError
 from sparsight.settings.bridges import check_scaling
 
 
-@dataclass(frozen=True)
-class Born:
-    """Where a part of the new bridge came from: a scale, or the norm and linear map that all scales share.
+@dataclass
+class ScaledPart:
+    """A part of the new bridge, a scale or the norm and linear map that all scales share, and its source in the old.
 
     ``copied``, ``repeated`` (queries given to child windows) and ``new`` count parameters.
     """
@@ -22,9 +24,13 @@ class Born:
     part: str
     source: str
     tokens: int
-    copied: int
-    repeated: int
-    new: int
+    copied: int = 0
+    repeated: int = 0
+    new: int = 0
+
+    def copy(self, source: nn.Module, target: nn.Module) -> None:
+        target.load_state_dict(source.state_dict())
+        self.copied += _count(target)
 
 
 def resize_queries(queries_WQD: torch.Tensor, windows: int) -> torch.Tensor:
@@ -40,14 +46,7 @@ def resize_queries(queries_WQD: torch.Tensor, windows: int) -> torch.Tensor:
     old, grid = round(queries_WQD.shape[0] ** 0.5), round(windows**0.5)
     # The parent of a child window is the one that holds its centre.
     parent = [(2 * index + 1) * old // (2 * grid) for index in range(grid)]
-    flat = torch.tensor([row * old + column for row in parent for column in parent], device=queries_WQD.device)
-    return queries_WQD[flat]
-
-
-def _born_as_identity(name: str, start: torch.Tensor) -> torch.Tensor:
-    """A block for a level that the old bridge did not see: its own start values, and nothing added to the queries."""
-    silent = name.endswith((".out.weight", ".out.bias", ".mlp.2.weight", ".mlp.2.bias"))
-    return torch.zeros_like(start) if silent else start
+    return queries_WQD[[row * old + column for row in parent for column in parent]]
 
 
 @torch.no_grad()
@@ -56,53 +55,49 @@ def scale_bridge(
     target: WindowedResampler,
     sources: Mapping[int, int] | None = None,
     levels: Sequence[Sequence[int]] | None = None,
-) -> list[Born]:
+) -> list[ScaledPart]:
     """Copy a bridge's weights into one of another layout, in place, verbatim but for the queries.
 
     Args:
         bridge: the trained bridge.
         target: a bridge of the layout to reach, of the same width, heads and depth, with its start values.
-        sources: overrides of the lineage, grid of the new scale -> grid of the old one.
+        sources: overrides of the source scales, grid of the new scale -> grid of the old one.
         levels: the encoder's levels that the old and the new bridge see, where they differ. The block of a level
             that goes is left out; the block of a level that comes adds nothing at first (ours).
 
     Returns:
-        What each part was born from, the shared part last.
+        Each part and its source, the shared part last.
 
     Raises:
         UserError: a new scale has no source, or the bridges differ in more than layout and levels.
     """
-    born = check_scaling(bridge.settings, target.settings, sources)
+    parents = check_scaling(bridge.settings, target.settings, sources)
     before, after = levels or ([*range(len(bridge.level_widths))], [*range(len(target.level_widths))])
     if not set(before) & set(after):
         raise UserError(f"the new feature levels {list(after)} share none with the old ones {list(before)}")
-    count = {str(scale.grid): [0, 0, 0] for scale in target.layout.scales} | {"": [0, 0, 0]}
-    state = bridge.state_dict()
-    for name, new in target.state_dict().items():
-        source, grid = name, ""
-        fresh = False
-        if name.startswith("scales."):
-            _, grid, rest = name.split(".", 2)
-            scale = next(s for s in target.layout.scales if s.grid == int(grid))
-            if rest.startswith("blocks."):
-                _, number, leaf = rest.split(".", 2)
-                turn, place = divmod(int(number), len(after))
-                fresh = after[place] not in before
-                old_number = turn * len(before) + (0 if fresh else list(before).index(after[place]))
-                rest = f"blocks.{old_number}.{leaf}"
-            source = f"scales.{born[scale].grid}.{rest}"
-        value = _born_as_identity(name, new) if fresh else state.get(source)
-        if value is not None and name.endswith(".queries"):
-            value = resize_queries(value, new.shape[0])
-        if value is None or value.shape != new.shape:
-            found = "nothing" if value is None else list(value.shape)
-            raise UserError(
-                f"'{name}' of the new bridge is {list(new.shape)}, but '{source}' of the old one is {found}"
-            )
-        kept = 0 if fresh else min(new.numel(), state[source].numel())
-        counts = count[grid]
-        counts[0] += kept
-        counts[1 + fresh] += new.numel() - kept
-        new.copy_(value)
-    rows = [Born(str(s), str(p), s.tokens, *count[str(s.grid)]) for s, p in born.items()]
-    return [*rows, Born("norm, linear", "the same", 0, *count[""])]
+    parts: list[ScaledPart] = []
+    old: Any
+    new: Any
+    for scale, parent in parents.items():
+        part = ScaledPart(str(scale), str(parent), scale.tokens)
+        old, new = bridge.scales[str(parent.grid)], target.scales[str(scale.grid)]
+        new.queries.copy_(resize_queries(old.queries, len(new.queries)))
+        part.copied = min(old.queries.numel(), new.queries.numel())
+        part.repeated = new.queries.numel() - part.copied
+        for number, block in enumerate(new.blocks):
+            turn, index = divmod(number, len(after))
+            if after[index] in before:
+                part.copy(old.blocks[turn * len(before) + list(before).index(after[index])], block)
+            else:
+                for parameter in (*block.out.parameters(), *block.mlp[2].parameters()):
+                    parameter.zero_()
+                part.new += _count(block)
+        parts.append(part)
+    shared = ScaledPart("norm, linear", "the same", 0)
+    shared.copy(bridge.norm, target.norm)
+    shared.copy(bridge.proj, target.proj)
+    return [*parts, shared]
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

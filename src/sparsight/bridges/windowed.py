@@ -7,45 +7,33 @@ D bridge width, A heads of K = D / A, N visual tokens, E language width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from sparsight.bridges.base import check_levels
+from sparsight.bridges.patchwise import check_levels
 from sparsight.layouts import Scale, absorbs, window_bounds
 
 
-def _spans(sides_B: torch.Tensor, longest: int, grid: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The places of each of ``grid`` windows along one side, (B, G, I), and which of them are real."""
-    cuts_BG = sides_B[:, None] * torch.arange(grid + 1, device=sides_B.device) // grid
-    place_BGI = cuts_BG[:, :-1, None] + torch.arange(-(-longest // grid), device=sides_B.device)
-    return place_BGI, place_BGI < cuts_BG[:, 1:, None]
-
-
-def window_index(sizes_B2: torch.Tensor, height: int, width: int, grid: int) -> tuple[torch.Tensor, torch.Tensor]:
+def window_index(x_BLMD: torch.Tensor, grid: int, sizes_B2: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Which patches each window sees: as equal as can be, none dropped, none counted twice (`window_bounds`).
 
-    Args:
-        sizes_B2: rows and columns of each image's own map, at the top left of a map of ``height`` x ``width``.
-
     Returns:
-        index_BWP: patch numbers in the whole map (row-major), 0 on the padding.
+        index_BWP: patch numbers in the whole map (row-major), 0 on the padding; B is 1 where all maps have one size.
         valid_BWP: bool, False on the padding.
     """
-    rows_BGI, real_BGI = _spans(sizes_B2[:, 0], height, grid)
-    columns_BGJ, real_BGJ = _spans(sizes_B2[:, 1], width, grid)
+    spans = []
+    for axis, longest in enumerate(x_BLMD.shape[1:3]):
+        side: Any = longest if sizes_B2 is None else sizes_B2[:, axis, None]
+        cuts_BG = torch.atleast_2d(side * torch.arange(grid + 1, device=x_BLMD.device) // grid)
+        index_BGI = cuts_BG[:, :-1, None] + torch.arange(-(-longest // grid), device=x_BLMD.device)
+        spans.append((index_BGI, index_BGI < cuts_BG[:, 1:, None]))
+    (rows_BGI, real_BGI), (columns_BGJ, real_BGJ) = spans
     valid_BWP = (real_BGI[:, :, None, :, None] & real_BGJ[:, None, :, None, :]).flatten(3).flatten(1, 2)
-    index_BWP = (rows_BGI[:, :, None, :, None] * width + columns_BGJ[:, None, :, None, :]).flatten(3).flatten(1, 2)
-    return index_BWP * valid_BWP, valid_BWP
-
-
-def _one_size(x_BLMC: torch.Tensor) -> torch.Tensor:
-    """Height and width of all maps, (1, 2); filled on the device, as a copy from the host would wait for it."""
-    return torch.stack([torch.full((1,), side, device=x_BLMC.device) for side in x_BLMC.shape[1:3]], dim=1)
+    index_BGGIJ = rows_BGI[:, :, None, :, None] * x_BLMD.shape[2] + columns_BGJ[:, None, :, None, :]
+    return index_BGGIJ.flatten(3).flatten(1, 2) * valid_BWP, valid_BWP
 
 
 def cut_windows(
@@ -58,16 +46,13 @@ def cut_windows(
     """
     batch, height, width = x_BLMD.shape[:3]
     if sizes_B2 is None:
-        window_bounds(height, grid), window_bounds(width, grid)
-        if grid == 1:
-            return x_BLMD.flatten(1, 2)[:, None], None
+        window_bounds(min(height, width), grid)
         if height % grid == 0 and width % grid == 0:
             x_BGIGJD = x_BLMD.unflatten(2, (grid, -1)).unflatten(1, (grid, -1))
             return x_BGIGJD.transpose(2, 3).flatten(3, 4).flatten(1, 2), None
-        sizes_B2 = _one_size(x_BLMD)
-    elif not torch.compiler.is_compiling() and int(sizes_B2.min()) < grid:
+    elif not torch.compiler.is_compiling():
         window_bounds(int(sizes_B2.min()), grid)
-    index_BWP, valid_BWP = (t.expand(batch, -1, -1) for t in window_index(sizes_B2, height, width, grid))
+    index_BWP, valid_BWP = (t.expand(batch, -1, -1) for t in window_index(x_BLMD, grid, sizes_B2))
     first_B = torch.arange(batch, device=x_BLMD.device) * (height * width)
     flat = (index_BWP + first_B[:, None, None]).flatten()
     return x_BLMD.flatten(0, 2).index_select(0, flat).unflatten(0, index_BWP.shape), valid_BWP
@@ -100,27 +85,26 @@ class ResamplerBlock(nn.Module):
         hidden = int(width * mlp_ratio)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
-    def _key_value(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight (F = 2 D, C) and bias (F) that make keys and values of normalised patches."""
-        weight = self.key_value.weight
-        return weight * self.norm_context.weight, (weight * self.norm_context.bias).sum(-1)
+    def _key_value(self, first: int = 0, last: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight (F, C) and bias (F) that make keys (the first D) and values of normalised patches."""
+        weight_FC = self.key_value.weight[first:last]
+        return weight_FC * self.norm_context.weight, (weight_FC * self.norm_context.bias).sum(-1)
 
     def attend(
         self, q_BWQD: torch.Tensor, x_BLMC: torch.Tensor, grid: int, sizes_B2: torch.Tensor | None
     ) -> torch.Tensor:
         """Attention of each window's queries to its patches, (B, W, Q, D)."""
         batch, height, width = x_BLMC.shape[:3]
-        queries, patches = q_BWQD.shape[2], -(-height // grid) * -(-width // grid)
-        weight_FC, bias_F = self._key_value()
-        if absorbs(queries, patches, self.query.out_features // self.heads):
-            weights_BWAQP, x_BWPC = self._weights(q_BWQD, x_BLMC, grid, sizes_B2, weight_FC)
-            value_DC, bias_D = (t[self.query.out_features :] for t in (weight_FC, bias_F))
+        queries, patches, all_D = q_BWQD.shape[2], -(-height // grid) * -(-width // grid), self.query.out_features
+        if absorbs(queries, patches, all_D // self.heads):
+            weights_BWAQP, x_BWPC = self._weights(q_BWQD, x_BLMC, grid, sizes_B2)
+            value_DC, bias_D = self._key_value(all_D)
             value_AKC = value_DC.unflatten(0, (self.heads, -1))
             mixed_BWAQC = (weights_BWAQP.flatten(2, 3) @ x_BWPC).unflatten(2, (self.heads, queries))
             mixed_BWQD = torch.einsum("bwaqc,akc->bwqak", mixed_BWAQC, value_AKC.to(mixed_BWAQC.dtype)).flatten(3)
             return mixed_BWQD + bias_D.to(mixed_BWQD.dtype)  # weights sum to 1
         # Keys and values are made before the windows are cut: one product for the whole map.
-        kv_BWPD, valid_BWP = cut_windows(F.linear(x_BLMC, weight_FC, bias_F), grid, sizes_B2)
+        kv_BWPD, valid_BWP = cut_windows(F.linear(x_BLMC, *self._key_value()), grid, sizes_B2)
         h_BWQD = self.query(self.norm_query(q_BWQD)).expand(batch, grid * grid, -1, -1)
         q_XAQK, k_XAPK, v_XAPK = (
             t.flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (h_BWQD, *kv_BWPD.chunk(2, dim=-1))
@@ -130,19 +114,15 @@ class ResamplerBlock(nn.Module):
         return o_XAQK.transpose(1, 2).flatten(2).unflatten(0, (batch, -1))
 
     def _weights(
-        self,
-        q_BWQD: torch.Tensor,
-        x_BLMC: torch.Tensor,
-        grid: int,
-        sizes_B2: torch.Tensor | None,
-        weight_FC: torch.Tensor,
+        self, q_BWQD: torch.Tensor, x_BLMC: torch.Tensor, grid: int, sizes_B2: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention weights (B, W, A, Q, P) and the patches (B, W, P, C), without making keys: a query goes through the
         key's weights to the patches' width, q . (K x + b) = (K^T q) . x + q . b, of which the last is the same for all
         patches."""
+        key_DC, _ = self._key_value(0, self.query.out_features)
         x_BWPC, valid_BWP = cut_windows(x_BLMC, grid, sizes_B2)
         h_BWQAK = self.query(self.norm_query(q_BWQD)).unflatten(-1, (self.heads, -1))
-        key_AKC = weight_FC[: self.query.out_features].unflatten(0, (self.heads, -1))
+        key_AKC = key_DC.unflatten(0, (self.heads, -1))
         h_BWAQC = torch.einsum("bwqak,akc->bwaqc", h_BWQAK, key_AKC.to(h_BWQAK.dtype)) * h_BWQAK.shape[-1] ** -0.5
         x_BWPC = x_BWPC.to(h_BWAQC.dtype)
         scores_BWAQP = (h_BWAQC.flatten(2, 3) @ x_BWPC.transpose(2, 3)).unflatten(2, h_BWAQC.shape[2:4])
@@ -160,10 +140,9 @@ class ResamplerBlock(nn.Module):
         self, q_BWQD: torch.Tensor, x_BLMC: torch.Tensor, grid: int, sizes_B2: torch.Tensor | None
     ) -> torch.Tensor:
         """Where each query looks: attention weights, mean over the heads, on the whole map, (B, W, Q, L*M)."""
-        weights_BWQP = self._weights(q_BWQD, x_BLMC, grid, sizes_B2, self._key_value()[0])[0].mean(2)
+        weights_BWQP = self._weights(q_BWQD, x_BLMC, grid, sizes_B2)[0].mean(2)
         batch, height, width = x_BLMC.shape[:3]
-        sizes_B2 = _one_size(x_BLMC) if sizes_B2 is None else sizes_B2
-        index_BWP, _ = window_index(sizes_B2, height, width, grid)
+        index_BWP, _ = window_index(x_BLMC, grid, sizes_B2)
         empty = weights_BWQP.new_zeros(*weights_BWQP.shape[:3], height * width)
         return empty.scatter_add_(3, index_BWP[:, :, None].expand(batch, *weights_BWQP.shape[1:]), weights_BWQP)
 
@@ -171,26 +150,18 @@ class ResamplerBlock(nn.Module):
 class ScaleResampler(nn.Module):
     """One scale: a query row for each output token; blocks go over the feature levels, lower level first."""
 
-    gradient_checkpointing = False  # transformers' `gradient_checkpointing_enable` sets both
-    _gradient_checkpointing_func: Any = staticmethod(partial(checkpoint, use_reentrant=False))
+    gradient_checkpointing = False  # transformers' `gradient_checkpointing_enable` sets this, and the function
+    _gradient_checkpointing_func: Any
 
     def __init__(self, scale: Scale, settings: Any, level_widths: Sequence[int]) -> None:
         super().__init__()
         self.grid = scale.grid
-        self.query_std = settings.query_std
         windows = 1 if getattr(settings, "shared_queries", False) else scale.grid**2
         self.queries = nn.Parameter(torch.empty(windows, scale.queries, settings.width))
         self.blocks = nn.ModuleList(
             ResamplerBlock(settings.width, settings.heads, settings.mlp_ratio, level)
             for _ in range(settings.depth)
             for level in level_widths
-        )
-
-    @torch.no_grad()
-    def reset_queries(self) -> None:
-        """Truncated normal of ``query_std``, cut at two of it or at the port's 2, whichever is wider."""
-        nn.init.trunc_normal_(
-            self.queries, std=self.query_std, a=-2 * max(1, self.query_std), b=2 * max(1, self.query_std)
         )
 
     def forward(
@@ -215,12 +186,8 @@ class WindowedResampler(nn.Module):
     """Multi-scale visual resampler (Chain-of-Sight, section 3.1). With the layout ``1:n``, a plain resampler.
 
     Weights are shared by the windows of a scale and differ between scales. Tokens run from coarse to fine, then
-    one LayerNorm and one linear map, shared by all scales, lead to the language model's width.
-
-    Args:
-        settings: ``config.ChainOfSightConfig`` or ``config.Resampler``.
-        level_widths: channels of each feature level, lower first.
-        out_width: width of the language model, E.
+    one LayerNorm and one linear map, shared by all scales, lead to the language model's width. ``settings`` is a
+    `ChainOfSightConfig` or `ResamplerConfig`; the other arguments are those of `build_bridge`.
     """
 
     def __init__(self, settings: Any, level_widths: Sequence[int], out_width: int) -> None:
@@ -240,8 +207,8 @@ class WindowedResampler(nn.Module):
     def reset_parameters(self) -> None:
         """Truncated normal; biases zero (port). The port's std of 0.02 belongs to its width of 1024.
 
-        At other widths it goes with 1 / sqrt(width), so that signals keep the paper's size (ours). That of the queries
-        is ``query_std``.
+        At other widths it goes with 1 / sqrt(width), so that signals keep the paper's size (ours). Queries have the std
+        ``query_std``, and are cut at two of it or at the port's 2, whichever is wider.
         """
         std = 0.02 * (1024 / self.proj.in_features) ** 0.5
         for module in self.modules():
@@ -250,7 +217,8 @@ class WindowedResampler(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, ScaleResampler):
-                module.reset_queries()
+                spread = self.settings.query_std
+                nn.init.trunc_normal_(module.queries, std=spread, a=-2 * max(1, spread), b=2 * max(1, spread))
 
     def forward(self, levels_BLMC: Sequence[torch.Tensor], sizes_B2: torch.Tensor | None = None) -> torch.Tensor:
         levels_BLMC = self._normalised(levels_BLMC)

@@ -1,25 +1,18 @@
 """The composed VLM as a model of transformers.
 
 Names are loaded when asked for: a configuration alone must load no model (see ``sparsight._register``).
+`sparsight.modeling.build` is the module; its function is `sparsight.build`.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sparsight.compat import check_composing
 
-if TYPE_CHECKING:
-    from sparsight.modeling.configuration import EfficientNetLiteConfig, SparsightConfig
-    from sparsight.modeling.efficientnet_lite import EfficientNetLiteModel
-    from sparsight.modeling.encoders import feature_levels
-    from sparsight.modeling.processing import SparsightProcessor
-    from sparsight.modeling.vlm import SparsightForConditionalGeneration, SparsightModel
-
 check_composing()
 
-# `sparsight.modeling.build` is the module; its function is `sparsight.build`.
 _MODULES = {
     "EfficientNetLiteConfig": "configuration",
     "EfficientNetLiteModel": "efficientnet_lite",
@@ -27,17 +20,8 @@ _MODULES = {
     "SparsightForConditionalGeneration": "vlm",
     "SparsightModel": "vlm",
     "SparsightProcessor": "processing",
-    "feature_levels": "encoders",
 }
-__all__ = [
-    "EfficientNetLiteConfig",
-    "EfficientNetLiteModel",
-    "SparsightConfig",
-    "SparsightForConditionalGeneration",
-    "SparsightModel",
-    "SparsightProcessor",
-    "feature_levels",
-]
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,11 @@ from transformers.utils import cached_file
 
 from sparsight import assets
 from sparsight.bridges import build_bridge
-from sparsight.cost.shapes import tell_if_cut
 from sparsight.errors import UserError
-from sparsight.modeling.chat_templates import _template
+from sparsight.modeling.chat_templates import multimodal_template
 from sparsight.modeling.configuration import EfficientNetLiteConfig, SparsightConfig
 from sparsight.modeling.efficientnet_lite import EfficientNetLiteModel
-from sparsight.modeling.encoders import feature_levels, has_own_positions, takes_grids
+from sparsight.modeling.encoders import has_own_positions, probe
 from sparsight.modeling.folders import loading
 from sparsight.modeling.processing import IMAGE_TOKEN, SparsightProcessor
 from sparsight.modeling.vlm import SparsightForConditionalGeneration
@@ -38,8 +37,8 @@ from sparsight.settings.bridges import bridge_settings
 
 
 def build(
-    vision: str | PreTrainedConfig | nn.Module,
-    language: str | PreTrainedConfig | nn.Module,
+    vision: str | Path | PreTrainedConfig | nn.Module,
+    language: str | Path | PreTrainedConfig | nn.Module,
     bridge: Any = "cos-80",
     *,
     tokenizer: Any = None,
@@ -50,6 +49,9 @@ def build(
     resize: str | None = None,
 ) -> tuple[SparsightForConditionalGeneration, SparsightProcessor]:
     """Compose a VLM.
+
+    Modules that are given become its parts, and the language model gets embeddings for the tokens that it lacks.
+    Tokenizer, image processor and configurations are copied: the caller's stay as they are.
 
     Args:
         vision: ``"efficientnet-lite0"``, a hub id, a local folder, a config (random weights), or a module.
@@ -66,60 +68,77 @@ def build(
         The model, in eval mode, and its processor.
 
     Raises:
-        UserError: the encoder has no spatial features, the language model no chat template, or it changes its
-            logits after the output layer, or a layout does not fit the feature map, or the image processor cannot
-            resize in that way, or a part is quantised, cannot be loaded, or has a damaged file.
+        UserError: a part cannot be loaded, or is quantised; the encoder has no spatial features; the language model has
+            no chat template, or changes its logits after the output layer; the layout does not fit the feature map; or
+            the image processor cannot resize in that way.
     """
-    encoder, image_processor, image_size = _vision(vision, image_processor, image_size)
-    lm, tokenizer = _language(language, tokenizer, language_layers)
     settings = bridge_settings(bridge)
-    levels = probe(encoder, image_size, vision_levels)
-    map_size = (levels[0].shape[1], levels[0].shape[2])
-    _add_image_token(lm, tokenizer)
-    base, head = lm.base_model, lm.get_output_embeddings()
-    text_config: Any = base.config
-    vision_config: Any = encoder.config
-    attention = {"vision_config": vision_config._attn_implementation, "text_config": text_config._attn_implementation}
-    config = SparsightConfig(
-        vision_config=vision_config,
-        text_config=text_config,
-        bridge_config=settings.model_dump(),
+    encoder, image_processor, side = _vision(vision, image_processor, image_size)
+    lm, tokenizer = _language(language, tokenizer, language_layers)
+    levels, _ = probe(encoder, side, vision_levels)
+    widths = [level.shape[3] for level in levels]
+    model = _assembled(
+        encoder,
+        lm,
+        build_bridge(settings, widths, lm.base_model.config.hidden_size),
+        bridge_config=settings.model_dump(mode="json"),
         vision_levels=None if vision_levels is None else list(vision_levels),
-        level_widths=[level.shape[3] for level in levels],
-        image_size=image_size,
-        map_size=list(map_size),
+        level_widths=widths,
+        image_size=side,
+        map_size=list(levels[0].shape[1:3]),
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        feature_positions=not has_own_positions(encoder),
-        lm_head_bias=head.bias is not None,
-        tie_word_embeddings=bool(text_config.tie_word_embeddings),
     )
-    with torch.device("meta"):
-        model = SparsightForConditionalGeneration(config)
-    for part, kernel in attention.items():  # the new configuration has put its own default into its parts
-        getattr(config, part)._attn_implementation = kernel
-    model.model.vision_tower = encoder
-    model.model.language_model = base
-    model.lm_head = head
-    model.model.multi_modal_projector = build_bridge(settings, config.level_widths, text_config.hidden_size)
     model.model.multi_modal_projector(levels)  # a layout that does not fit the map fails here, not in training
     _check_logits(lm, model)
-    if getattr(lm, "generation_config", None) is not None:
-        model.generation_config = lm.generation_config
-    return model.eval(), _processor(image_processor, tokenizer, config.num_image_tokens, image_size, resize)
+    return model.eval(), _processor(image_processor, tokenizer, model.config.num_image_tokens, side, resize)
 
 
-@torch.no_grad()
-def probe(encoder: nn.Module, image_size: int, levels: Sequence[int] | None) -> list[torch.Tensor]:
-    """Feature levels of two grey images: the truth about widths and map size, instead of a guess."""
-    patch = getattr(getattr(encoder, "config", None), "patch_size", None)
-    if isinstance(patch, int) and not takes_grids(encoder):  # which refuses such a size by itself
-        tell_if_cut(type(encoder).__name__, image_size, patch, getattr(encoder.config, "image_size", None))
-    parameter = next(encoder.parameters())
-    pixels = torch.zeros(2, 3, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
-    was_training = encoder.training
-    features = feature_levels(encoder.eval(), pixels, levels)
-    encoder.train(was_training)
-    return [level.float() for level in features]
+def build_processor(
+    vision: Any,
+    tokenizer: Any,
+    bridge: Any,
+    *,
+    image_size: int | None = None,
+    vision_levels: Sequence[int] | None = None,
+    resize: str | None = None,
+) -> SparsightProcessor:
+    """The processor that `build` would make, without a language model. Arguments and errors as there."""
+    encoder, image_processor, side = _vision(vision, None, image_size)
+    level = probe(encoder, side, vision_levels)[0][0]
+    tokens = bridge_settings(bridge).visual_tokens((level.shape[1], level.shape[2]))
+    return _processor(image_processor, _multimodal(tokenizer), tokens, side, resize)
+
+
+def own_image_size(vision: str | Path) -> int:
+    """Side in pixels of the images that an encoder was made for, from its configuration alone: `build`'s default.
+
+    Raises:
+        UserError: there is no such encoder.
+    """
+    if vision == "efficientnet-lite0":
+        return EfficientNetLiteConfig().image_size
+    return _native_size(_vision_config(str(vision)), _pil_processor(str(vision)))
+
+
+def load_tokenizer(language: str | Path, own: Any = None) -> tuple[Any, Any]:
+    """A language model's tokenizer (or ``own``) and configuration, from a folder or a hub; no weights are read.
+
+    Raises:
+        UserError: they cannot be loaded.
+    """
+    name = language_folder(language)
+    with loading("language", name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return own or AutoTokenizer.from_pretrained(name, trust_remote_code=False), config
+
+
+def language_folder(language: str | Path) -> str:
+    """The folder or hub id of a language model. Raises ValueError if it is the embedded one, and not installed."""
+    if language != "smollm2-135m":
+        return str(language)
+    if (folder := assets.smollm2_folder()) is None:
+        raise assets.missing("smollm2-135m")
+    return str(folder)
 
 
 def set_image_size(image_processor: Any, side: int, resize: str | None = None) -> None:
@@ -156,31 +175,29 @@ def set_image_size(image_processor: Any, side: int, resize: str | None = None) -
         except Exception as error:
             made = error
         if made != (1, 3, side, side):
-            raise UserError(f"resize: {resize}: {name} makes {made} of a image, expected {(1, 3, side, side)}")
+            raise UserError(f"resize: {resize}: {name} makes {made} of an image, expected {(1, 3, side, side)}")
 
 
 def _vision(vision: Any, image_processor: Any, image_size: int | None) -> tuple[nn.Module, Any, int]:
-    """The encoder, its image processor, and the side of the square image in pixels."""
+    """The encoder, a copy of its image processor, and the side of the square image in pixels."""
     own, random = None, isinstance(vision, PreTrainedConfig)
     name = str(vision) if isinstance(vision, str | Path) else type(vision).__name__
     if vision == "efficientnet-lite0":
-        path = assets.efficientnet_lite0_weights()
-        if path is None:
+        if (path := assets.efficientnet_lite0_weights()) is None:
             raise assets.missing("efficientnet-lite0")
         vision = EfficientNetLiteModel.from_published(path)
         own = _plain_processor(mean=127 / 255, std=128 / 255)
     elif isinstance(vision, str | Path):
+        config = _vision_config(name)
         own = None if image_processor else _pil_processor(name)
-        part = _vision_config(name)
-        with loading("vision", name), _as_a_part(MODEL_MAPPING[type(part)]) as kind:
-            vision = kind.from_pretrained(name, config=part)
-    elif isinstance(vision, PreTrainedConfig):
-        vision = AutoModel.from_config(getattr(vision, "vision_config", vision), trust_remote_code=False)
+        vision = _load_tower(name, config)
+    elif random:
+        vision = AutoModel.from_config(deepcopy(getattr(vision, "vision_config", vision)), trust_remote_code=False)
     if not isinstance(vision, nn.Module):
         raise UserError(f"vision: expected a name, a folder, a config or a module, found {type(vision).__name__}")
     encoder = getattr(vision, "vision_model", vision) if hasattr(vision, "text_model") else vision
     _refuse_quantised("vision", encoder)
-    image_processor = image_processor or own
+    image_processor = deepcopy(image_processor or own)
     side = image_size or _native_size(encoder.config, image_processor)
     if image_processor is None:
         image_processor = _plain_processor(mean=0.5, std=0.5)
@@ -191,18 +208,6 @@ def _vision(vision: Any, image_processor: Any, image_size: int | None) -> tuple[
                 stacklevel=3,
             )
     return encoder, image_processor, side
-
-
-@contextmanager
-def _as_a_part(kind: Any) -> Iterator[Any]:
-    """Within, a class of models loads from a larger one's weights, such as CLIP's two towers, without a report of those
-    that it has no place for; what it lacks is still told."""
-    before = kind._keys_to_ignore_on_load_unexpected
-    kind._keys_to_ignore_on_load_unexpected = [".*"]
-    try:
-        yield kind
-    finally:
-        kind._keys_to_ignore_on_load_unexpected = before
 
 
 def _vision_config(name: str) -> Any:
@@ -216,42 +221,89 @@ def _vision_config(name: str) -> Any:
     return part
 
 
-def _pil_processor(name: str) -> Any:
-    """The image processor of a folder or of a hub's repository; None where there is no file of one.
+def _load_tower(name: str, config: Any) -> nn.Module:
+    """An encoder from its own weights, or from a larger model's such as CLIP's two towers: without a report of those
+    that it has no place for; what it lacks is still told."""
+    kind = MODEL_MAPPING[type(config)]
+    before, kind._keys_to_ignore_on_load_unexpected = kind._keys_to_ignore_on_load_unexpected, [".*"]
+    try:
+        with loading("vision", name):
+            return kind.from_pretrained(name, config=config)
+    finally:
+        kind._keys_to_ignore_on_load_unexpected = before
 
-    Raises:
-        UserError: there is one, but it cannot be read, or transformers does not know it.
-    """
-    absent: dict[str, Any] = {f"_raise_exceptions_for_{why}": False for why in ("missing_entries", "connection_errors")}
+
+def _pil_processor(name: str) -> Any:
+    """The image processor of a folder or of a hub's repository; None where there is no file of one."""
     try:
         with loading("vision", name):
             return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
-    except ValueError as error:
+    except UserError as error:
+        absent = {f"_raise_exceptions_for_{why}": False for why in ("missing_entries", "connection_errors")}
         for file in ("preprocessor_config.json", "processor_config.json"):
-            with loading("vision", name):
-                found = cached_file(name, file, **absent)
-            if found is not None:
+            if (found := cached_file(name, file, **absent)) is not None:
                 raise UserError(f"{found} gives no image processor: {error}") from None
         return None
 
 
-def own_image_size(vision: str) -> int:
-    """Side in pixels of the images that an encoder was made for, from its configuration alone: what `build` takes.
+def _plain_processor(mean: float, std: float) -> Any:
+    return ViTImageProcessorPil(image_mean=[mean] * 3, image_std=[std] * 3, do_convert_rgb=True)
 
-    Raises:
-        UserError: there is no such encoder.
-    """
-    if vision == "efficientnet-lite0":
-        return EfficientNetLiteConfig().image_size
-    return _native_size(_vision_config(vision), _pil_processor(vision))
+
+def _native_size(config: Any, image_processor: Any) -> int:
+    size = getattr(config, "image_size", None) or dict(getattr(image_processor, "size", None) or {}).get("height")
+    return int((size[0] if isinstance(size, list | tuple) else size) or 224)
+
+
+def _language(language: Any, tokenizer: Any, layers: int | None) -> tuple[Any, Any]:
+    """The causal language model, and a copy of its tokenizer that knows images."""
+    if isinstance(language, str | Path):
+        name, extra = language_folder(language), {} if layers is None else {"num_hidden_layers": layers}
+        tokenizer, config = load_tokenizer(name, tokenizer)
+        _refuse_quantised("language", config)
+        with loading("language", name):
+            language = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **extra)
+    elif isinstance(language, PreTrainedConfig):
+        config = deepcopy(language)
+        config.num_hidden_layers = layers or config.num_hidden_layers
+        language = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    elif layers is not None:
+        raise UserError("language_layers goes with a name, a folder or a config, not with a ready module")
+    if not hasattr(language, "get_output_embeddings") or language.get_output_embeddings() is None:
+        raise UserError(f"language: expected a causal language model, found {type(language).__name__}")
+    _refuse_quantised("language", language)
+    (rows, width), hidden = language.get_input_embeddings().weight.shape, language.base_model.config.hidden_size
+    if width != hidden:
+        raise UserError(f"language: its embeddings are {width} wide and its hidden states {hidden}; they must be equal")
+    if tokenizer is None:
+        raise UserError("give tokenizer= too, when the language model is a config or a module")
+    tokenizer = _multimodal(tokenizer)
+    if len(tokenizer) > rows:
+        language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    return language, tokenizer
+
+
+def _multimodal(tokenizer: Any) -> Any:
+    """A copy of a tokenizer with a chat template that takes images, a placeholder for them, and padding."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer has no chat template, so nothing says what a question and an "
+            "answer look like. Set tokenizer.chat_template and give tokenizer="
+        )
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.chat_template = multimodal_template(tokenizer.chat_template)
+    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _refuse_quantised(part: str, given: Any) -> None:
     """Raises UserError for a configuration that is marked as quantised, or weights that are packed."""
-    config = getattr(given, "config", given)
-    marked = getattr(config, "quantization_config", None)
-    method = dict(marked if isinstance(marked, dict) else getattr(marked, "__dict__", {})).get("quant_method", marked)
-    how = getattr(method, "value", method)
+    how = getattr(getattr(given, "config", given), "quantization_config", None)
+    if how is not None:
+        how = (how if isinstance(how, dict) else vars(how)).get("quant_method", how)
     for name, weight in given.named_parameters() if isinstance(given, nn.Module) and how is None else ():
         if not weight.is_floating_point() or weight.element_size() < 2 or type(weight.data) is not torch.Tensor:
             how = f"{name} is {type(weight.data).__name__} of {weight.dtype}"
@@ -264,123 +316,47 @@ def _refuse_quantised(part: str, given: Any) -> None:
         )
 
 
-def _plain_processor(mean: float, std: float) -> Any:
-    return ViTImageProcessorPil(image_mean=[mean] * 3, image_std=[std] * 3, do_convert_rgb=True)
-
-
-def _native_size(config: Any, image_processor: Any) -> int:
-    size = getattr(config, "image_size", None) or dict(getattr(image_processor, "size", None) or {}).get("height")
-    if isinstance(size, list | tuple):
-        size = size[0]
-    return int(size or 224)
-
-
-def _language(language: Any, tokenizer: Any, layers: int | None) -> tuple[Any, Any]:
-    if isinstance(language, str | Path):
-        name = language_folder(str(language))
-        extra = {} if layers is None else {"num_hidden_layers": layers}
-        tokenizer, config = load_tokenizer(name, tokenizer)
-        _refuse_quantised("language", config)
-        with loading("language", name):
-            language = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **extra)
-    elif isinstance(language, PreTrainedConfig):
-        if layers is not None:
-            language.num_hidden_layers = layers
-        language = AutoModelForCausalLM.from_config(language, trust_remote_code=False)
-    elif layers is not None:
-        raise UserError("language_layers goes with a name, a folder or a config, not with a ready module")
-    if not hasattr(language, "get_output_embeddings") or language.get_output_embeddings() is None:
-        raise UserError(f"language: expected a causal language model, found {type(language).__name__}")
-    _refuse_quantised("language", language)
-    width, hidden = language.get_input_embeddings().weight.shape[1], language.base_model.config.hidden_size
-    if width != hidden:
-        raise UserError(f"language: its embeddings are {width} wide and its hidden states {hidden}; they must be equal")
-    if tokenizer is None:
-        raise UserError("give tokenizer= too, when the language model is a config or a module")
-    tokenizer.chat_template = _template(tokenizer)
-    return language, tokenizer
-
-
-def load_tokenizer(language: str, own: Any = None) -> tuple[Any, Any]:
-    """A language model's tokenizer (or ``own``) and configuration, from a folder or a hub; no weights are read.
-
-    Raises:
-        UserError: they cannot be loaded.
-    """
-    name = language_folder(language)
-    with loading("language", name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        return own or AutoTokenizer.from_pretrained(name, trust_remote_code=False), config
-
-
-def build_processor(
-    vision: Any,
-    tokenizer: Any,
-    bridge: Any,
-    *,
-    image_size: int | None = None,
-    vision_levels: Sequence[int] | None = None,
-    resize: str | None = None,
-) -> SparsightProcessor:
-    """The processor that `build` would make, without a language model. Arguments and errors as there."""
-    encoder, image_processor, side = _vision(vision, None, image_size)
-    level = probe(encoder, side, vision_levels)[0]
-    tokenizer.chat_template = _template(tokenizer)
-    _add_image_token(None, tokenizer)
-    tokens = bridge_settings(bridge).visual_tokens((level.shape[1], level.shape[2]))
-    return _processor(image_processor, tokenizer, tokens, side, resize)
+def _assembled(encoder: Any, lm: Any, bridge: nn.Module, **values: Any) -> SparsightForConditionalGeneration:
+    """The model of these parts; ``values`` go to its configuration."""
+    text, head = lm.base_model.config, lm.get_output_embeddings()
+    kernels = [(part, part._attn_implementation) for part in (encoder.config, text)]
+    config = SparsightConfig(
+        vision_config=encoder.config,
+        text_config=text,
+        feature_positions=not has_own_positions(encoder),
+        lm_head_bias=head.bias is not None,
+        tie_word_embeddings=bool(text.tie_word_embeddings),
+        **values,
+    )
+    with torch.device("meta"):
+        model = SparsightForConditionalGeneration(config)
+    for part, kernel in kernels:  # the new configuration has put its own default into its parts
+        part._attn_implementation = kernel
+    model.model.vision_tower, model.model.multi_modal_projector = encoder, bridge
+    model.model.language_model, model.lm_head = lm.base_model, head
+    model.generation_config = getattr(lm, "generation_config", None) or model.generation_config
+    return model
 
 
 def _processor(
     image_processor: Any, tokenizer: Any, tokens: int, image_size: int, resize: str | None
 ) -> SparsightProcessor:
     set_image_size(image_processor, image_size, resize)
-    return SparsightProcessor(
-        image_processor, tokenizer, chat_template=tokenizer.chat_template, num_image_tokens=tokens
-    )
-
-
-def language_folder(language: str) -> str:
-    """Where a named language model lies.
-
-    Raises:
-        UserError: the embedded one is not installed.
-    """
-    if language != "smollm2-135m":
-        return language
-    folder = assets.smollm2_folder()
-    if folder is None:
-        raise assets.missing("smollm2-135m")
-    return str(folder)
-
-
-def _add_image_token(lm: Any, tokenizer: Any) -> None:
-    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if lm is not None and len(tokenizer) > lm.get_input_embeddings().weight.shape[0]:
-        lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    return SparsightProcessor(image_processor, tokenizer, num_image_tokens=tokens)
 
 
 @torch.no_grad()
 def _check_logits(lm: Any, model: SparsightForConditionalGeneration) -> None:
     """A language model that scales or caps its logits behind the output layer would be composed wrongly."""
-    ids = torch.tensor([[1, 2, 3]], device=model.device)
-    was_training = lm.training
-    lm.eval()
-
-    def widen(_: nn.Module, __: Any, logits: torch.Tensor) -> torch.Tensor:
-        # Those of random weights are too small for a cap to show.
-        return logits + torch.linspace(-100, 100, logits.shape[-1]).to(logits)
-
-    hook = model.lm_head.register_forward_hook(widen)
-    try:
-        difference = (lm(input_ids=ids).logits - model.eval()(input_ids=ids).logits).abs().max().item()
-    finally:
-        hook.remove()
+    ids, was_training = torch.tensor([[1, 2, 3]], device=model.device), lm.training
+    # Those of random weights are too small for a cap to show.
+    widen = model.lm_head.register_forward_hook(
+        lambda _, __, logits: logits + torch.linspace(-100, 100, logits.shape[-1]).to(logits)
+    )
+    alone, composed = (each.eval()(input_ids=ids).logits for each in (lm, model))
+    widen.remove()
     lm.train(was_training)
-    if difference > 1e-3:
+    if (difference := (alone - composed).abs().max().item()) > 1e-3:
         raise UserError(
             f"{type(lm).__name__} changes its logits behind the output layer (largest difference {difference:.3g}); "
             "such language models cannot be composed yet"

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sparsight.errors import UserError
 from sparsight.modeling.processing import IMAGE_TOKEN
 
 # Put before a text-only template: contents given as lists of parts become text with image placeholders.
@@ -27,7 +24,7 @@ FLATTEN = """{%- set flat = namespace(messages=[]) -%}
 {%- set messages = flat.messages -%}
 """
 
-# ChatML with marks around what the assistant says, stop token included: only that is learnt.
+# ChatML with marks around what the assistant says, stop token included: only that is supervised.
 CHATML = """{%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
 {%- if message['role'] == 'assistant' -%}
@@ -51,9 +48,9 @@ LEAN = """{%- for message in messages -%}
 
 
 def multimodal_template(template: str) -> str:
-    """A language model's chat template, made to take images; plain ChatML also gets marks of what is learnt.
+    """A language model's chat template, made to take images; plain ChatML also gets marks around what is supervised.
 
-    Plain is what differs from ours in no more than what stands there without a system turn (a default one).
+    Plain ChatML renders a conversation as ours does; where there is no system turn, its default one may differ.
     """
     marked = "generation %}" in template or "generation -%}" in template
     if "<|im_start|>" in template and not marked and _renders_as_chatml(template):
@@ -68,12 +65,3 @@ def _renders_as_chatml(template: str) -> bool:
     except jinja2.TemplateError:
         return False
     return own == ours
-
-
-def _template(tokenizer: Any) -> str:
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{tokenizer.name_or_path}: its tokenizer has no chat template, so nothing says what a question and an "
-            "answer look like. Set tokenizer.chat_template and give tokenizer="
-        )
-    return multimodal_template(tokenizer.chat_template)

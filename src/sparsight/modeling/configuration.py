@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -30,7 +32,7 @@ class SparsightConfig(WithStub, PreTrainedConfig):
     Args:
         vision_config: the encoder's.
         text_config: the language model's.
-        bridge_config: kind and settings of the bridge (see ``sparsight.settings.load``).
+        bridge_config: kind and settings of the bridge (see `bridge_settings`); ``bridge`` holds them parsed.
         vision_levels: indices of the encoder's feature levels, lower first.
         level_widths: channels of each level.
         image_size: side of the square input image in pixels.
@@ -67,13 +69,23 @@ class SparsightConfig(WithStub, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        self.bridge_config = bridge_settings(self.bridge_config or "linear").model_dump()
+        self.bridge_config = (self.bridge if self.bridge_config else bridge_settings("linear")).model_dump(mode="json")
+
+    @property
+    def bridge(self) -> Any:
+        """The bridge's settings, parsed once."""
+        return _parsed(json.dumps(self.bridge_config))
 
     @property
     def num_image_tokens(self) -> int:
-        """Visual tokens an image, from the one function that counts them."""
+        """Visual tokens of an image, from the one function that counts them."""
         height, width = self.map_size
-        return bridge_settings(self.bridge_config).visual_tokens((height, width))
+        return self.bridge.visual_tokens((height, width))
+
+
+@lru_cache(64)
+def _parsed(bridge_config: str) -> Any:
+    return bridge_settings(json.loads(bridge_config))
 
 
 AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig, exist_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +9,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import BackboneOutput
 
 from sparsight.cost.shapes import LITE0
 from sparsight.errors import UserError
 from sparsight.modeling.configuration import EfficientNetLiteConfig
 from sparsight.modeling.stub import Registered
-
-
-@dataclass
-class FeatureMaps(ModelOutput):
-    """``feature_maps``: one (B, C, H, W) for each level."""
-
-    feature_maps: tuple[torch.Tensor, ...] | None = None
 
 
 class _ConvNorm(nn.Sequential):
@@ -33,8 +25,7 @@ class _ConvNorm(nn.Sequential):
 
     def __init__(self, inside: int, outside: int, kernel: int, stride: int, groups: int, act: bool) -> None:
         conv = nn.Conv2d(inside, outside, kernel, stride, groups=groups, bias=False)
-        layers = [conv, nn.BatchNorm2d(outside, eps=1e-3, momentum=0.01), *([nn.ReLU6()] if act else [])]
-        super().__init__(*layers)
+        super().__init__(conv, nn.BatchNorm2d(outside, eps=1e-3, momentum=0.01), *([nn.ReLU6()] if act else []))
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         conv: Any = self[0]
@@ -47,10 +38,9 @@ class _ConvNorm(nn.Sequential):
         for side, kernel, stride in zip(x_BCHW.shape[:1:-1], conv.kernel_size[::-1], conv.stride[::-1], strict=True):
             total = max((-(-side // stride) - 1) * stride + kernel - side, 0)
             pads += [total // 2, total - total // 2]
-        if pads[::2] == pads[1::2]:  # the convolution can do it itself
-            y_BCHW = F.conv2d(x_BCHW, weight, bias_C, conv.stride, pads[::-2], groups=conv.groups)
-        else:
-            y_BCHW = F.conv2d(F.pad(x_BCHW, pads), weight, bias_C, conv.stride, groups=conv.groups)
+        if pads[::2] != pads[1::2]:  # else the convolution can do it itself
+            x_BCHW, pads = F.pad(x_BCHW, pads), [0] * 4
+        y_BCHW = F.conv2d(x_BCHW, weight, bias_C, conv.stride, pads[::-2], groups=conv.groups)
         y_BCHW = norm(y_BCHW) if norm.training else y_BCHW
         return F.relu6(y_BCHW, inplace=True) if len(self) == 3 else y_BCHW
 
@@ -86,8 +76,7 @@ class EfficientNetLiteModel(Registered, PreTrainedModel):
             for repeat in range(repeats):
                 blocks.append(_MbConv(inside, outside, expand, kernel, 1 if repeat else stride))
                 inside = outside
-        wrong = [block for block in config.out_blocks if not 0 <= block < len(blocks)]
-        if wrong:
+        if wrong := [block for block in config.out_blocks if not 0 <= block < len(blocks)]:
             raise UserError(f"out_blocks {wrong}: EfficientNet-lite0 has blocks 0 to {len(blocks) - 1}")
         # Blocks behind the last level would be computed for nothing.
         self.blocks = nn.ModuleList(blocks[: max(config.out_blocks) + 1])
@@ -97,7 +86,7 @@ class EfficientNetLiteModel(Registered, PreTrainedModel):
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
-    def forward(self, pixel_values: torch.Tensor, **_: Any) -> FeatureMaps:
+    def forward(self, pixel_values: torch.Tensor, **_: Any) -> BackboneOutput:
         # Depthwise convolutions run about twice as fast with the channels last, on CPU and CUDA alike.
         x_BCHW = self.stem(pixel_values.contiguous(memory_format=torch.channels_last))
         maps = {}
@@ -112,7 +101,7 @@ class EfficientNetLiteModel(Registered, PreTrainedModel):
                 # Standardised: the channels' constant part would drown what differs between images.
                 scale_C = (variance_C + norm.eps).rsqrt()
                 maps[index] = (x_BCHW - mean_C[:, None, None]) * scale_C[:, None, None]
-        return FeatureMaps(feature_maps=tuple(maps[index] for index in self.config.out_blocks))
+        return BackboneOutput(feature_maps=tuple(maps[index] for index in self.config.out_blocks))
 
     @classmethod
     def from_published(cls, path: str | Path, config: EfficientNetLiteConfig | None = None) -> EfficientNetLiteModel:
@@ -122,20 +111,14 @@ class EfficientNetLiteModel(Registered, PreTrainedModel):
             UserError: the file lacks tensors of the model.
         """
         model = cls(config or EfficientNetLiteConfig())
-        published = torch.load(path, map_location="cpu", weights_only=True)
-        names = {"_conv_stem": "stem.0", "_bn0": "stem.1"}
-        inner = {"_expand_conv": "expand.0", "_bn0": "expand.1", "_depthwise_conv": "depthwise.0"}
-        inner |= {"_bn1": "depthwise.1", "_project_conv": "project.0", "_bn2": "project.1"}
+        names = {"_conv_stem": "stem.0", "_expand_conv": "expand.0", "_depthwise_conv": "depthwise.0"}
+        names |= {"_bn0": "expand.1", "_bn1": "depthwise.1", "_project_conv": "project.0", "_bn2": "project.1"}
         state = {}
-        for key, tensor in published.items():
-            part, _, rest = key.partition(".")
-            if part == "_blocks":
-                number, layer, leaf = rest.split(".")
-                state[f"blocks.{number}.{inner[layer]}.{leaf}"] = tensor
-            elif part in names:
-                state[f"{names[part]}.{rest}"] = tensor
-        missing = sorted(set(model.state_dict()) - set(state))
-        if missing:
+        for key, tensor in torch.load(path, map_location="cpu", weights_only=True).items():
+            *block, layer, leaf = key.split(".")
+            inner = "stem.1" if (block, layer) == ([], "_bn0") else names.get(layer, layer)
+            state[".".join(["blocks", *block[1:], inner, leaf] if block else [inner, leaf])] = tensor
+        if missing := sorted(set(model.state_dict()) - set(state)):
             raise UserError(f"{path}: not EfficientNet-lite0 weights; missing {missing[:3]} ({len(missing)} in all)")
         model.load_state_dict({key: state[key] for key in model.state_dict()})
         return model.eval()

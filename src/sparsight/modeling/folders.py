@@ -1,4 +1,4 @@
-"""What the folder of a model holds, looked at before anything is made of it.
+"""The files of a model's folder, checked before anything is loaded from them.
 
 transformers passes over some damaged files in silence, ends in a traceback at others, and asks on the terminal
 whether to run code that it finds.
@@ -20,30 +20,16 @@ from sparsight.errors import UserError
 
 # As transformers calls them; each holds a mapping.
 _JSON = (
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "chat_template.json",
+    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json"),
     "model.safetensors.index.json",
 )
 
 
-NO_CODE = (
-    "Sparsight runs no code that comes with a model: choose one that transformers itself knows, or load it in Python "
-    "and give it to sparsight.build"
-)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Raises ValueError, with the file's name, if it holds no mapping."""
+def read_json(file: str | Path) -> dict[str, Any]:
+    """The mapping in a JSON file. Raises UserError, with the file's name, if it holds none."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(Path(file).read_text(encoding="utf-8"))
     except ValueError as error:  # also bytes that are no text
         raise UserError(f"{file} is cut short or damaged, no valid JSON: {error}. Get it anew") from None
     if not isinstance(values, dict):
@@ -51,39 +37,28 @@ def read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def check_files(folder: Path) -> None:
-    """Read every small file of a model, and the headers of its weights; nothing where there is no such folder.
-
-    Raises:
-        UserError: one of them is damaged; the message names it.
-    """
+def check_files(folder: str | Path) -> None:
+    """Read a folder's small files and the headers of its weights, those that are there. Raises UserError for a damaged
+    one."""
+    folder = Path(folder)
     for file in (folder / name for name in _JSON):
         if file.is_file():
             read_json(file)
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in (*sorted(folder.glob("*.safetensors")), *folder.glob("chat_template.jinja")):
         try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
+            if file.suffix == ".jinja":
+                render_jinja_template([[]], chat_template=file.read_text(encoding="utf-8"))
+            else:
+                safe_open(file, framework="pt")
+        except (SafetensorError, jinja2.TemplateSyntaxError, UnicodeDecodeError) as error:
             raise UserError(f"{file} is cut short or damaged: {error}. Get it anew") from None
-    template = folder / "chat_template.jinja"
-    if template.is_file():
-        try:
-            talk = [{"role": "user", "content": "?"}]
-            render_jinja_template([talk], chat_template=template.read_text(encoding="utf-8"))
-        except (jinja2.TemplateSyntaxError, UnicodeDecodeError) as error:
-            raise UserError(f"{template} is cut short or damaged, no valid template: {error}. Get it anew") from None
-        except Exception:
+        except Exception:  # a sound template may refuse a conversation without turns
             pass
 
 
-def model_type(folder: Path) -> str | None:
-    """What the folder's config.json says that it is; None where there is none.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    file = folder / "config.json"
+def model_type(folder: str | Path) -> str | None:
+    """``model_type`` of a folder's config.json; None where there is no such file."""
+    file = Path(folder) / "config.json"
     return str(read_json(file).get("model_type")) if file.is_file() else None
 
 
@@ -94,12 +69,15 @@ def loading(part: str, name: str) -> Iterator[None]:
     Raises:
         UserError: ``name`` cannot be loaded, or one of its files is damaged.
     """
-    check_files(Path(name))
+    check_files(name)
     where = "" if Path(name).is_dir() else "there is no such folder here, and from a hub "
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         if "trust_remote_code" in str(error):
-            reason = f"{name} contains custom code. {NO_CODE}"
+            reason = (
+                f"{name} contains custom code. Sparsight runs no code that comes with a model: choose one that "
+                "transformers itself knows, or load it in Python and give it to sparsight.build"
+            )
         raise UserError(f"{part} '{name}': {where}it cannot be loaded: {reason:.500}") from None

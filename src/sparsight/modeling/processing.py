@@ -15,16 +15,16 @@ from sparsight.modeling.configuration import SparsightConfig
 from sparsight.modeling.stub import WithStub
 
 IMAGE_TOKEN = "<image>"
-_THINNEST = 200  # ratio of sides that native resolution takes
+_THINNEST = 200  # the largest ratio of sides that native resolution takes
 
 
 class SparsightProcessor(WithStub, ProcessorMixin):
     """Image processor + tokenizer. ``num_image_tokens`` comes from the model's layout and travels with it.
 
-    Its chat template is the tokenizer's: what is set on one is set on the other.
+    Its chat template is the tokenizer's: setting one sets the other.
 
     Raises:
-        UserError: ``chat_template`` is another one than the tokenizer has, or there is no number of tokens.
+        UserError: ``chat_template`` differs from the tokenizer's, or ``num_image_tokens`` is below 1.
     """
 
     _auto_map = {"AutoProcessor": "SparsightProcessor"}
@@ -63,26 +63,24 @@ class SparsightProcessor(WithStub, ProcessorMixin):
         self.tokenizer.chat_template = template
 
     def pixels(self, images: Sequence[Image.Image]) -> BatchFeature:
-        """What the encoder takes of images in RGB: ``pixel_values``, and grids where their shapes differ."""
+        """The encoder's inputs for images in RGB: ``pixel_values``, and grids where their shapes differ."""
         shaped = [_tamed(image, self.image_processor) for image in images]
         return self.image_processor(shaped, return_tensors="pt")
 
     @property
     def native(self) -> bool:
-        """Whether a image has as many patches as its shape asks for, and their number can be told beforehand."""
+        """Whether an image has as many patches as its shape asks for, and `patches` can count them beforehand."""
         counts = hasattr(self.image_processor, "get_number_of_image_patches")
         return counts and resize_mode(self.image_processor) == "keep"
 
     def patches(self, width: int, height: int) -> int:
-        """Patches that `pixels` makes of a image of that size, at native resolution."""
+        """Patches that `pixels` makes of an image of that size, at native resolution."""
         sides = [max(side, -(-max(width, height) // _THINNEST)) for side in (height, width)]
         return self.image_processor.get_number_of_image_patches(*sides)
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
-        flat = [
-            _tamed(image, self.image_processor) if isinstance(image, Image.Image) else image
-            for image in make_flat_list_of_images(images)
-        ]
+        flat = make_flat_list_of_images(images)
+        flat = [_tamed(each, self.image_processor) if isinstance(each, Image.Image) else each for each in flat]
         return super()._process_images(flat, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **_: Any) -> str:
@@ -104,7 +102,7 @@ def resize_mode(image_processor: Any) -> str:
 
 
 def _tamed(image: Image.Image, image_processor: Any) -> Image.Image:
-    """A image that its image processor can shape: only extreme ratios change.
+    """An image that its image processor can shape: only extreme ratios change.
 
     Padding needs a shorter side that is still 2 pixels when the longer one fits, native resolution a ratio of 200 at
     most: thinner images are made thicker. Cropping takes the middle alone, so the ends of one thinner than 1:256
@@ -115,13 +113,12 @@ def _tamed(image: Image.Image, image_processor: Any) -> Image.Image:
         return image
     wide = image.width == long
     if mode == "crop":
-        most = 256 * short
+        most = min(long, 256 * short)
         start = (long - most) // 2
-        box = (start, 0, start + most, short) if wide else (0, start, short, start + most)
-        return image.crop(box) if long > most else image
+        return image.crop((start, 0, start + most, short) if wide else (0, start, short, start + most))
     side = image_processor.size["max_height"] // 2 if mode == "pad" else _THINNEST
-    thick = -(-long // side)
-    return image.resize((long, thick) if wide else (thick, long)) if thick > short else image
+    thick = max(short, -(-long // side))
+    return image.resize((long, thick) if wide else (thick, long))
 
 
 AutoProcessor.register(SparsightConfig, SparsightProcessor, exist_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -19,45 +19,40 @@ from torch import nn
 from transformers import AutoModel
 
 from sparsight.bridges import WindowedResampler, build_bridge
-from sparsight.bridges.scaling import Born, scale_bridge
+from sparsight.bridges.scaling import ScaledPart, scale_bridge
 from sparsight.errors import UserError
 from sparsight.layouts import window_bounds
-from sparsight.modeling.build import probe, set_image_size
+from sparsight.modeling.build import set_image_size
 from sparsight.modeling.configuration import SparsightConfig
-from sparsight.modeling.encoders import level_numbers
-from sparsight.modeling.folders import check_files, model_type
+from sparsight.modeling.encoders import probe
+from sparsight.modeling.folders import check_files, model_type, read_json
 from sparsight.modeling.processing import SparsightProcessor, resize_mode
 from sparsight.modeling.vlm import SparsightForConditionalGeneration
 from sparsight.settings.bridges import ChainOfSightConfig, bridge_settings, check_scaling
 
 BRIDGE, TOWER = "model.multi_modal_projector.", "model.vision_tower."
-# What a Trainer puts beside a model: it belongs to the old parameters.
+INDEX = "model.safetensors.index.json"
+# Files that a Trainer puts beside a model: they belong to the old parameters.
 _TRAINING = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", "training_args.bin")
 
 
 @dataclass(frozen=True)
 class ScalingReport:
-    """What came from where. ``born`` is empty where the bridge stays as it is; sizes are (old, new)."""
+    """The new bridge's parts and their sources, none where the bridge stays as it is; sizes are (old, new)."""
 
-    born: tuple[Born, ...]
+    parts: tuple[ScaledPart, ...]
     tokens: tuple[int, int]
     image_size: tuple[int, int]
     positions: str
 
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [("scale", "from", "tokens", "copied", "repeated", "new")]
-        rows += [
-            (b.part, b.source, str(b.tokens or ""), *(f"{n:,}" for n in (b.copied, b.repeated, b.new)))
-            for b in self.born
-        ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(t.ljust(w) if n < 2 else t.rjust(w) for n, (t, w) in enumerate(zip(row, widths, strict=True)))
-            for row in rows
-        ]
-        tokens, size = ("{} -> {}".format(*pair) for pair in (self.tokens, self.image_size))
-        head = f"visual tokens {tokens}, images {size} px, encoder positions {self.positions}"
-        return "\n".join([head, *(lines if self.born else [])])
+        (old, new), (before, after) = self.tokens, self.image_size
+        lines = [f"visual tokens {old} -> {new}, images {before} -> {after} px, encoder positions {self.positions}"]
+        if self.parts:
+            lines.append(f"{'scale':14}{'from':10}{'tokens':>6}{'copied':>14}{'repeated':>12}{'new':>14}")
+        for p in self.parts:
+            lines.append(f"{p.part:14}{p.source:10}{p.tokens or '':>6}{p.copied:>14,}{p.repeated:>12,}{p.new:>14,}")
+        return "\n".join(lines)
 
 
 def scale_tokens(
@@ -78,11 +73,11 @@ def scale_tokens(
         layout: such as ``"1:16,2:16,16:1"``, or bridge settings of the same width and heads. A single-scale resampler
             can become Chain-of-Sight: it is the scale ``1:n``. Unchanged if not given.
         image_size: side of the image in pixels; the encoder's table of positions is interpolated by its own code.
-        sources: overrides of the lineage, grid of the new scale -> grid of the old one.
+        sources: overrides of the source scales, grid of the new scale -> grid of the old one.
         vision_levels: the encoder's feature levels to see from now on, some of the old ones among them.
 
     Returns:
-        What came from where; ``print`` shows it as a table.
+        The source of each part; ``print`` shows it as a table.
 
     Raises:
         UserError: the old bridge cannot become the new one, the layout does not fit the feature map, or the encoder
@@ -90,40 +85,28 @@ def scale_tokens(
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     config, encoder, bridge = model.config, model.model.vision_tower, model.model.multi_modal_projector
-    old, side = bridge_settings(config.bridge_config), image_size or config.image_size
-    new = _laid_out(old, layout)
-    wanted = config.vision_levels if vision_levels is None else list(vision_levels)
-    map_size, widths = _maps(encoder, side, wanted, new)
-    numbers = None if vision_levels is None else level_numbers(encoder, side, config.vision_levels, wanted)
-    born: list[Born] = []
-    if new != old or (numbers and numbers[0] != numbers[1]):
+    old, side = config.bridge, image_size or config.image_size
+    new, levels = _laid_out(old, layout), config.vision_levels if vision_levels is None else list(vision_levels)
+    map_size, widths, numbers = _maps(encoder, side, levels, new)
+    before = numbers if vision_levels is None else probe(encoder, side, config.vision_levels)[1]
+    parts: list[ScaledPart] = []
+    if new != old or numbers != before:
         check_scaling(old, new, sources)
         grown = WindowedResampler(new, widths, bridge.proj.out_features).to(bridge.proj.weight)
-        born = scale_bridge(bridge, grown, sources, numbers)
+        parts = scale_bridge(bridge, grown, sources, (before, numbers))
         bridge = grown.train(model.training)
-    table, patches = _position_table(encoder), _patches(encoder, side)
-    positions = (
-        f"{table.side}x{table.side} -> {patches}x{patches}" if table and table.side != patches else "as they are"
-    )
+    found, patches = _position_table(encoder), _patches(encoder, side)
+    own = _side(encoder.get_parameter(found[0])) if found else patches
+    positions = "as they are" if own == patches else f"{own}x{own} -> {patches}x{patches}"
     tokens = config.num_image_tokens, new.visual_tokens(map_size)
-    report = ScalingReport(tuple(born), tokens, (config.image_size, side), positions)
+    report = ScalingReport(tuple(parts), tokens, (config.image_size, side), positions)
     model.model.multi_modal_projector = bridge
     resize_positions(encoder, side)
-    config.bridge_config, config.vision_levels, config.level_widths = new.model_dump(), wanted, widths
+    config.bridge_config, config.vision_levels, config.level_widths = new.model_dump(mode="json"), levels, widths
     config.image_size, config.map_size = side, list(map_size)
     processor.num_image_tokens = config.num_image_tokens
     set_image_size(processor.image_processor, side, resize_mode(processor.image_processor))
     return report
-
-
-def _maps(encoder: Any, side: int, levels: Sequence[int], bridge: Any) -> tuple[tuple[int, int], list[int]]:
-    """Size of the first feature map, and the widths of all, of a image of so many pixels a side; errors as above."""
-    _check_side(encoder, side)
-    maps = probe(encoder, side, levels)
-    map_size = maps[0].shape[1], maps[0].shape[2]
-    for scale in bridge.scales.scales if hasattr(bridge, "scales") else ():
-        window_bounds(min(map_size), scale.grid)  # a layout that does not fit the map fails here
-    return map_size, [level.shape[3] for level in maps]
 
 
 def scaled_processor(
@@ -131,9 +114,9 @@ def scaled_processor(
 ) -> SparsightProcessor:
     """A copy of the processor, as `scale_tokens` would leave it; the model stays as it is. Arguments as there."""
     config, scaled = model.config, copy(processor)
-    side, bridge = image_size or config.image_size, _laid_out(bridge_settings(config.bridge_config), layout)
-    map_size, _ = _maps(model.model.vision_tower, side, config.vision_levels, bridge)
+    side, bridge = image_size or config.image_size, _laid_out(config.bridge, layout)
     scaled.image_processor = deepcopy(processor.image_processor)
+    map_size, *_ = _maps(model.model.vision_tower, side, config.vision_levels, bridge)
     scaled.num_image_tokens = bridge.visual_tokens(map_size)
     set_image_size(scaled.image_processor, side, resize_mode(scaled.image_processor))
     return scaled
@@ -147,31 +130,33 @@ def _laid_out(old: Any, layout: Any) -> Any:
     return new
 
 
-# ------------------------------------------------------------------------------------- positions of the encoder
+def _maps(encoder: Any, side: int, levels: Any, bridge: Any) -> tuple[tuple[int, int], list[int], list[int]]:
+    """Size of the feature maps of images of ``side`` pixels, and the levels' widths and indices. Raises UserError."""
+    if _patches(encoder, side) < 1:
+        raise UserError(
+            f"image_size {side}: {type(encoder).__name__} cuts images into patches of {encoder.config.patch_size} "
+            "pixels, so it takes no smaller ones"
+        )
+    maps, numbers = probe(encoder, side, levels)
+    map_size = maps[0].shape[1], maps[0].shape[2]
+    for scale in bridge.scales.scales if hasattr(bridge, "scales") else ():
+        window_bounds(min(map_size), scale.grid)  # a layout that does not fit the map fails here
+    return map_size, [level.shape[3] for level in maps], numbers
 
 
-@dataclass(frozen=True)
-class _Positions:
-    """A table of learnt positions: its module, the name of the table in it, and its patches per side."""
-
-    path: str
-    module: Any
-    name: str
-    table: nn.Parameter
-    side: int
-
-
-def _position_table(encoder: nn.Module) -> _Positions | None:
+def _position_table(encoder: nn.Module) -> tuple[str, Any] | None:
+    """Name of an encoder's table of learned positions, and the module that interpolates it."""
     for path, module in encoder.named_modules():
-        if not hasattr(module, "interpolate_pos_encoding"):
-            continue
-        for name in ("position_embedding", "position_embeddings"):
-            held = getattr(module, name, None)
-            table = held.weight if isinstance(held, nn.Embedding) else held
-            if isinstance(table, nn.Parameter):
-                name = f"{name}.weight" if isinstance(held, nn.Embedding) else name
-                return _Positions(path, module, name, table, int(table.shape[-2] ** 0.5))
+        if hasattr(module, "interpolate_pos_encoding"):
+            for name, _ in module.named_parameters():
+                if name.removesuffix(".weight") in ("position_embedding", "position_embeddings"):
+                    return f"{path}.{name}".lstrip("."), module
     return None
+
+
+def _side(table: torch.Tensor) -> int:
+    """Patches per side in a table of positions."""
+    return int(table.shape[-2] ** 0.5)
 
 
 def _patches(encoder: nn.Module, side: int) -> int:
@@ -179,51 +164,36 @@ def _patches(encoder: nn.Module, side: int) -> int:
     return side // (patch if isinstance(patch, int) else patch[0])
 
 
-def _check_side(encoder: nn.Module, side: int) -> None:
-    if side < 1 or _patches(encoder, side) < 1:
-        raise UserError(
-            f"image_size {side}: {type(encoder).__name__} cuts images into patches of "
-            f"{getattr(encoder.config, 'patch_size', 1)} pixels, so it takes no smaller ones"
-        )
-
-
 @torch.no_grad()
 def resize_positions(encoder: nn.Module, side: int) -> str | None:
-    """Interpolate an encoder's learnt positions to images of ``side`` pixels, in place, by the encoder's own code.
+    """Interpolate an encoder's learned positions to images of ``side`` pixels, in place, by the encoder's own code.
 
     That code says whether it is antialiased; prefix tokens keep theirs. The encoder's outputs at that size do not
-    change, since it would have interpolated at run time; but each place can now learn its own position.
+    change, since it would have interpolated at run time; but each patch can now learn its own position.
 
     Returns:
         Name of the table that has changed, None where there is none or the size is the same.
     """
-    found = _position_table(encoder)
-    new = _patches(encoder, side)
-    if found is None or found.side == new:
+    found, new = _position_table(encoder), _patches(encoder, side)
+    if found is None or _side(encoder.get_parameter(found[0])) == new:
         return None
-    prefix = found.table.shape[-2] - found.side**2
-    # Only its shape is read.
-    like = found.table.new_zeros(1, prefix + new**2, found.table.shape[-1])
-    table = found.module.interpolate_pos_encoding(like, side, side)
-    owner, _, leaf = found.name.rpartition(".")
-    module = found.module.get_submodule(owner)
-    setattr(module, leaf, nn.Parameter(table.reshape(*found.table.shape[:-2], *table.shape[-2:]).clone()))
-    getattr(module, leaf).requires_grad_(found.table.requires_grad)
-    count = prefix + new**2
-    if isinstance(module, nn.Embedding):
-        module.num_embeddings = count
-        found.module.register_buffer("position_ids", torch.arange(count, device=table.device)[None], persistent=False)
-    for part in (found.module, getattr(found.module, "patch_embeddings", None)):  # what they were built with
+    (name, owner), table = found, encoder.get_parameter(found[0])
+    count = table.shape[-2] - _side(table) ** 2 + new**2
+    # Of the argument only the shape is read.
+    resized = owner.interpolate_pos_encoding(table.new_zeros(1, count, table.shape[-1]), side, side)
+    path, _, leaf = name.rpartition(".")
+    holder: Any = encoder.get_submodule(path)
+    setattr(holder, leaf, nn.Parameter(resized.reshape(*table.shape[:-2], count, -1).clone(), table.requires_grad))
+    if isinstance(holder, nn.Embedding):
+        holder.num_embeddings = count
+        owner.register_buffer("position_ids", torch.arange(count, device=table.device)[None], persistent=False)
+    for part in (owner, getattr(owner, "patch_embeddings", None)):  # what they were built with
         for key, value in {"num_patches": new**2, "num_positions": count, "image_size": side}.items():
             if hasattr(part, key):
-                was = getattr(part, key)
-                setattr(part, key, (side, side) if isinstance(was, tuple) else value)
-    vision: Any = encoder.config
-    vision.image_size = side
-    return f"{found.path}.{found.name}".lstrip(".")
-
-
-# ------------------------------------------------------------------------------------------- checkpoints on disk
+                setattr(part, key, (side, side) if isinstance(getattr(part, key), tuple) else value)
+    config: Any = encoder.config
+    config.image_size = side
+    return name
 
 
 def scale_checkpoint(
@@ -250,32 +220,27 @@ def scale_checkpoint(
     config = SparsightConfig.from_pretrained(folder)
     processor = SparsightProcessor.from_pretrained(folder, trust_remote_code=False)
     encoder = AutoModel.from_config(config.vision_config, trust_remote_code=False)
-    bridge = build_bridge(config.bridge_config, config.level_widths, config.text_config.hidden_size)
-    own = _read(folder, {name: where[name] for name in where if name.startswith(BRIDGE)})
-    wanted = {BRIDGE + name for name in bridge.state_dict()}
-    if wanted != own.keys():
-        raise UserError(f"{folder} lacks {sorted(wanted - own.keys())[:3]} and has {sorted(own.keys() - wanted)[:3]}")
-    bridge.load_state_dict({name.removeprefix(BRIDGE): tensor for name, tensor in own.items()}, assign=True)
-    if (found := _position_table(encoder)) is not None:
-        table = f"{found.path}.{found.name}".lstrip(".")
-        before = found.table.data = _read(folder, {TOWER + table: where[TOWER + table]})[TOWER + table]
+    bridge = build_bridge(config.bridge, config.level_widths, config.text_config.hidden_size)
+    table = found[0] if (found := _position_table(encoder)) else None
+    old = _read(folder, where, [name for name in where if name.startswith(BRIDGE) or name == f"{TOWER}{table}"])
+    if table:
+        encoder.get_parameter(table).data = old[TOWER + table]
+    own = {name.removeprefix(BRIDGE): tensor for name, tensor in old.items() if name.startswith(BRIDGE)}
+    bridge.load_state_dict(own, assign=True)
     with torch.device("meta"):
         model = SparsightForConditionalGeneration(config)
     model.model.vision_tower, model.model.multi_modal_projector = encoder, bridge
     report = scale_tokens(model, processor, layout, image_size, sources, vision_levels)
     config.vision_config = encoder.config
-    removed: dict[str, torch.Tensor] = {}
-    added: dict[str, torch.Tensor] = {}
-    if (grown := model.model.multi_modal_projector) is not bridge:
-        removed = own
-        added = {BRIDGE + name: tensor for name, tensor in grown.state_dict().items()}
-    if found is not None and (after := encoder.get_parameter(table)).shape != before.shape:
-        removed = removed | {TOWER + table: before}
-        added[TOWER + table] = after.detach()
+    new = {BRIDGE + name: tensor for name, tensor in model.model.multi_modal_projector.state_dict().items()}
+    if table:
+        new[TOWER + table] = encoder.get_parameter(table).detach()
+    same = {name for name in old.keys() & new if old[name].data_ptr() == new[name].data_ptr()}
+    old, new = ({name: each[name] for name in each if name not in same} for each in (old, new))
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)  # an error if it is there: then it is somebody's
     try:
-        _write_files(folder, partial, where, removed, added)
+        _write_files(folder, partial, where, old, new)
         config.save_pretrained(partial)
         processor.save_pretrained(partial)
         partial.rename(out)
@@ -290,14 +255,13 @@ def _tensor_files(folder: Path) -> dict[str, str]:
     check_files(folder)
     kind = model_type(folder)
     if kind != SparsightConfig.model_type:
-        what = "no config.json" if kind is None else f"a model of type '{kind}'"
-        raise UserError(f"{folder}: expected a model of Sparsight, found {what}")
+        found = "no config.json" if kind is None else f"a model of type '{kind}'"
+        raise UserError(f"{folder}: expected a model of Sparsight, found {found}")
     where: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             where |= dict.fromkeys(file.keys(), path.name)
-    index = folder / "model.safetensors.index.json"
-    wanted = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
+    wanted = read_json(folder / INDEX)["weight_map"] if (folder / INDEX).is_file() else {}
     missing = sorted(wanted.keys() - where.keys())
     if missing or not where:
         lacks = f"{len(missing)} tensors, such as '{missing[0]}'" if missing else "any *.safetensors"
@@ -305,42 +269,36 @@ def _tensor_files(folder: Path) -> dict[str, str]:
     return where
 
 
-def _read(folder: Path, where: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(set(where.values())):
-        with safe_open(folder / path, framework="pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in where if where[name] == path}
+def _read(folder: Path, where: Mapping[str, str], names: Iterable[str]) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name in names:
+        with safe_open(folder / where[name], framework="pt") as file:
+            tensors[name] = file.get_tensor(name)
     return tensors
 
 
 def _write_files(
-    folder: Path,
-    out: Path,
-    where: Mapping[str, str],
-    removed: Mapping[str, torch.Tensor],
-    added: Mapping[str, torch.Tensor],
+    folder: Path, out: Path, where: Mapping[str, str], old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]
 ) -> None:
-    """Copy a checkpoint; shards that hold tensors which change are written anew, the others copied as they are."""
-    # A tensor that only changes stays in its shard; one that is new goes where the first that goes was.
-    home = where[min(removed)] if removed else ""
-    place = {name: where.get(name, home) for name in added}
-    index: dict[str, str] = {}
+    """Copy a checkpoint with ``new`` tensors in place of ``old`` ones; files in which nothing changes stay as they are.
+
+    A tensor that only changes stays in its file; one that is added goes where the first that goes was.
+    """
+    home = where[min(old)] if old else ""
+    place = {name: file for name, file in where.items() if name not in old} | {n: where.get(n, home) for n in new}
     for path in sorted(entry for entry in folder.iterdir() if entry.is_file()):
-        names = [name for name, file in where.items() if file == path.name]
-        kept = {name: path.name for name in names if name not in removed}
-        here = {name: tensor.contiguous() for name, tensor in added.items() if place[name] == path.name}
-        index |= kept | dict.fromkeys(here, path.name)
-        if len(kept) < len(names) or here:
-            save_file(_read(folder, kept) | here, out / path.name, metadata={"format": "pt"})
+        names = [name for name, file in place.items() if file == path.name]
+        if path.name in {where[name] for name in old}:
+            tensors = _read(folder, where, [name for name in names if name not in new])
+            tensors |= {name: new[name].contiguous() for name in names if name in new}
+            save_file(tensors, out / path.name, metadata={"format": "pt"})
         elif not any(fnmatch(path.name, pattern) for pattern in _TRAINING):
             shutil.copy2(path, out / path.name)
-    assert index.keys() == (where.keys() - removed.keys()) | added.keys()
-    file = folder / "model.safetensors.index.json"
-    if file.is_file():
-        content = json.loads(file.read_text(encoding="utf-8"))
+    if (folder / INDEX).is_file():
+        content = read_json(folder / INDEX)
         sizes = {"total_size": lambda t: t.numel() * t.element_size(), "total_parameters": torch.Tensor.numel}
         for key, size in sizes.items():
             if key in content["metadata"]:
-                content["metadata"][key] += sum(map(size, added.values())) - sum(map(size, removed.values()))
-        content["weight_map"] = dict(sorted(index.items()))
-        (out / file.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+                content["metadata"][key] += sum(map(size, new.values())) - sum(map(size, old.values()))
+        content["weight_map"] = dict(sorted(place.items()))
+        (out / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

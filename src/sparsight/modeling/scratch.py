@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import nn
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from sparsight.modeling.chat_templates import FLATTEN, LEAN
 from sparsight.modeling.processing import IMAGE_TOKEN
@@ -17,14 +13,12 @@ from sparsight.settings.recipe import ScratchLanguage
 
 
 def scratch_tokenizer(settings: ScratchLanguage, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer learnt from ``texts`` (digits apart)."""
+    """A byte-level BPE tokenizer trained on ``texts`` (digits apart)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     special = ["<|pad|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", IMAGE_TOKEN]
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    raw, by_byte = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), by_byte])
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=settings.vocabulary,

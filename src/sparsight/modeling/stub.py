@@ -1,4 +1,4 @@
-"""A module of two imports beside what we save: Auto classes find ours by it, though nothing imported Sparsight."""
+"""A module of one import beside what we save: Auto classes find ours by it, though nothing imported Sparsight."""
 
 from __future__ import annotations
 
@@ -8,19 +8,8 @@ from typing import Any, ClassVar
 MODULE = "modeling_sparsight"
 _TEXT = '''"""Classes of Sparsight, where transformers' Auto classes look for them. They need Sparsight."""
 
-import sparsight
-from sparsight.modeling import {names}
-
-__all__ = ["sparsight", {quoted}]
+from sparsight.modeling import *
 '''
-_NAMES = (
-    "EfficientNetLiteConfig",
-    "EfficientNetLiteModel",
-    "SparsightConfig",
-    "SparsightForConditionalGeneration",
-    "SparsightModel",
-    "SparsightProcessor",
-)
 
 
 class Registered:
@@ -42,5 +31,4 @@ class WithStub(Registered):
     def to_json_file(self, json_file_path: Any, *args: Any, **kwargs: Any) -> None:
         self.auto_map = {auto: f"{MODULE}.{name}" for auto, name in self._auto_map.items()}
         super().to_json_file(json_file_path, *args, **kwargs)  # type: ignore[misc]
-        text = _TEXT.format(names=", ".join(_NAMES), quoted=", ".join(f'"{name}"' for name in _NAMES))
-        Path(json_file_path).with_name(f"{MODULE}.py").write_text(text, encoding="utf-8")
+        Path(json_file_path).with_name(f"{MODULE}.py").write_text(_TEXT, encoding="utf-8")

@@ -6,19 +6,18 @@ V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForImageTextToText, Cache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 from transformers.utils import can_return_tuple, torch_compilable_check
 
 from sparsight.bridges import WindowedResampler, build_bridge
-from sparsight.bridges.windowed import ScaleResampler
 from sparsight.compat import CACHE
 from sparsight.devices.ranks import several_ranks, touched
 from sparsight.errors import UserError
@@ -27,20 +26,6 @@ from sparsight.modeling.configuration import EfficientNetLiteConfig, SparsightCo
 from sparsight.modeling.efficientnet_lite import EfficientNetLiteModel
 from sparsight.modeling.encoders import encode, sincos_2d
 from sparsight.modeling.stub import Registered
-
-
-@dataclass
-class SparsightCausalLMOutput(CausalLMOutputWithPast):
-    """``image_hidden_states``: visual tokens (I, N, E); ``logits`` is None when only the loss was asked for."""
-
-    image_hidden_states: torch.Tensor | None = None
-
-
-@dataclass
-class SparsightModelOutput(BaseModelOutputWithPast):
-    """``image_hidden_states``: visual tokens (I, N, E)."""
-
-    image_hidden_states: torch.Tensor | None = None
 
 
 class SparsightPreTrainedModel(Registered, PreTrainedModel):
@@ -68,8 +53,6 @@ class SparsightPreTrainedModel(Registered, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, WindowedResampler):
             module.reset_parameters()
-        elif isinstance(module, ScaleResampler):
-            module.reset_queries()
         else:
             super()._init_weights(module)
 
@@ -80,18 +63,10 @@ class SparsightModel(SparsightPreTrainedModel):
     def __init__(self, config: SparsightConfig) -> None:
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
-        self.multi_modal_projector = build_bridge(
-            config.bridge_config, config.level_widths, config.text_config.hidden_size
-        )
+        self.multi_modal_projector = build_bridge(config.bridge, config.level_widths, config.text_config.hidden_size)
         self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         self._can_compile_fullgraph = self.language_model._can_compile_fullgraph
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
 
     @property
     def tokens_on_grid(self) -> bool:
@@ -111,26 +86,26 @@ class SparsightModel(SparsightPreTrainedModel):
         self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None, **asked: bool
     ) -> tuple[tuple[torch.Tensor, ...], Any]:
         """Feature levels, and all that the encoder gave."""
-        tower, levels = self.vision_tower, self.config.vision_levels
-        frozen = not any(p.requires_grad for p in tower.parameters())
+        tower, frozen = self.vision_tower, not any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            levels_IHWC, output = encode(tower, pixel_values, levels, image_grid_thw, **asked)
+            levels_IHWC, output, _ = encode(tower, pixel_values, self.config.vision_levels, image_grid_thw, **asked)
         return tuple(levels_IHWC), output
 
     def bridge_features(
         self, levels_IHWC: tuple[torch.Tensor, ...], image_grid_thw: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Visual tokens (I, N, E) from feature levels."""
-        sizes_I2 = None if image_grid_thw is None else image_grid_thw[:, 1:]
-        return self.multi_modal_projector(self._with_positions(levels_IHWC), sizes_I2)
+        return self.multi_modal_projector(*self._bridge_inputs(levels_IHWC, image_grid_thw))
 
-    def _with_positions(self, levels_IHWC: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        if not self.config.feature_positions:
-            return levels_IHWC
-        return tuple(
-            F.layer_norm(x, x.shape[-1:]) + sincos_2d(*x.shape[1:], x.device, x.dtype)  # type: ignore[call-arg]
-            for x in levels_IHWC
-        )
+    def _bridge_inputs(
+        self, levels_IHWC: tuple[torch.Tensor, ...], image_grid_thw: torch.Tensor | None
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+        if self.config.feature_positions:
+            levels_IHWC = tuple(
+                F.layer_norm(x, x.shape[-1:]) + sincos_2d(*x.shape[1:], x.device, x.dtype)  # type: ignore[call-arg]
+                for x in levels_IHWC
+            )
+        return levels_IHWC, None if image_grid_thw is None else image_grid_thw[:, 1:]
 
     @torch.no_grad()
     def attention_maps(
@@ -143,10 +118,10 @@ class SparsightModel(SparsightPreTrainedModel):
         """
         bridge = self.multi_modal_projector
         if not isinstance(bridge, WindowedResampler):
-            kind = (self.config.bridge_config or {}).get("kind")
+            kind = self.config.bridge.kind
             raise UserError(f"a bridge of kind {kind} has no queries; expected resampler or chain_of_sight")
-        sizes_I2 = None if image_grid_thw is None else image_grid_thw[:, 1:]
-        return bridge.attention_maps(self._with_positions(self.encode_images(pixel_values, image_grid_thw)), sizes_I2)
+        levels_IHWC = self.encode_images(pixel_values, image_grid_thw)
+        return bridge.attention_maps(*self._bridge_inputs(levels_IHWC, image_grid_thw))
 
     @can_return_tuple
     def get_image_features(
@@ -195,12 +170,6 @@ class SparsightModel(SparsightPreTrainedModel):
         )
         return mask_BT[..., None]
 
-    def _refuse_placeholders(self, input_ids: torch.Tensor | None) -> None:
-        """Raises UserError for placeholders in a prompt that has no images: training on them would be on nothing."""
-        if input_ids is not None and input_ids.shape[1] > 1 and (input_ids == self.config.image_token_id).any():
-            count = (input_ids == self.config.image_token_id).sum(1).tolist()
-            raise UserError(f"the samples hold {count} image placeholders, but there are no images")
-
     def _without_images(self, embeds_BTE: torch.Tensor) -> torch.Tensor:
         """A batch of text alone: every trainable parameter that it leaves out gets a gradient of zero.
 
@@ -212,24 +181,21 @@ class SparsightModel(SparsightPreTrainedModel):
             side = self.config.image_size
             blank = self.get_image_features(embeds_BTE.new_zeros(1, 3, side, side), return_dict=True).pooler_output
             embeds_BTE = embeds_BTE + 0.0 * blank.sum().to(embeds_BTE.dtype)
-        left_out = (*self.multi_modal_projector.parameters(), *self.vision_tower.parameters())
-        return touched(embeds_BTE, left_out)
+        return touched(embeds_BTE, (*self.multi_modal_projector.parameters(), *self.vision_tower.parameters()))
 
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_grid_thw: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
-    ) -> SparsightModelOutput:
-        """See [`SparsightForConditionalGeneration.forward`]."""
+    ) -> LlavaModelOutputWithPast:
+        """See [`SparsightForConditionalGeneration.forward`]; ``kwargs`` go to the language model."""
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("give exactly one of input_ids and inputs_embeds")
         if pixel_values is not None and mm_encoder_outputs is not None:
@@ -249,19 +215,16 @@ class SparsightModel(SparsightPreTrainedModel):
             mask_BT1 = self.get_placeholder_mask(input_ids, inputs_embeds, visual_INE)
             inputs_embeds = inputs_embeds.masked_scatter(mask_BT1, visual_INE.to(inputs_embeds.dtype))
         elif self.training:  # in eval mode placeholders without images are words, as in other families
-            self._refuse_placeholders(input_ids)
+            if input_ids is not None and input_ids.shape[1] > 1 and (input_ids == self.config.image_token_id).any():
+                count = (input_ids == self.config.image_token_id).sum(1).tolist()
+                raise UserError(f"the samples hold {count} image placeholders, but there are no images")
             inputs_embeds = self._without_images(inputs_embeds)
         if encoded is not None and self.training and several_ranks():
             # Blocks above the last feature level get no gradient otherwise.
             inputs_embeds = touched(inputs_embeds, self.vision_tower.parameters())
-        outputs = self.language_model(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **{CACHE: past_key_values if cache is None else cache},
-            **kwargs,
-        )
-        return SparsightModelOutput(
+        kwargs[CACHE] = past_key_values if cache is None else cache
+        outputs = self.language_model(inputs_embeds=inputs_embeds, **kwargs)
+        return LlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
@@ -287,15 +250,6 @@ class SparsightForConditionalGeneration(SparsightPreTrainedModel, GenerationMixi
         self._tied_weights_keys = {"lm_head.weight": f"model.{path}.weight"}
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
-
-    def get_decoder(self) -> nn.Module:
-        return self.model.language_model
-
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See [`SparsightModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
@@ -316,7 +270,7 @@ class SparsightForConditionalGeneration(SparsightPreTrainedModel, GenerationMixi
         loss_only: bool = False,
         cache: Cache | None = None,
         **kwargs: Any,
-    ) -> SparsightCausalLMOutput:
+    ) -> LlavaCausalLMOutputWithPast:
         """Predict the next token.
 
         Args:
@@ -324,7 +278,7 @@ class SparsightForConditionalGeneration(SparsightPreTrainedModel, GenerationMixi
             image_grid_thw: (I, 3), when the pixels are the patches of a native-resolution encoder's own processor.
             mm_encoder_outputs: ``{"image": output}`` instead of pixels: visual tokens in ``pooler_output``, or
                 feature levels (I, H, W, C) in ``hidden_states``.
-            labels: (B, T); -100 is not learnt.
+            labels: (B, T); -100 is not supervised.
             loss_only: project only the positions with a label on the vocabulary, and return no logits.
             cache: the same as ``past_key_values``, which transformers calls so from 5.24 on.
 
@@ -342,35 +296,25 @@ class SparsightForConditionalGeneration(SparsightPreTrainedModel, GenerationMixi
             image_grid_thw=image_grid_thw,
             **kwargs,
         )
-        hidden_BTE = outputs.last_hidden_state
-        loss = logits = None
+        hidden_BTE, loss, logits = outputs.last_hidden_state, None, None
         if loss_only:
             loss = self._sparse_loss(hidden_BTE, labels, kwargs.get("num_items_in_batch"))
         else:
             logits = self.lm_head(slice_logits_to_keep(hidden_BTE, logits_to_keep))
             if labels is not None:
-                vocabulary = self.config.text_config.vocab_size
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **kwargs)
-        return SparsightCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            **{CACHE: getattr(outputs, CACHE)},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-        )
+                loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
+        rest = {key: value for key, value in outputs.items() if key != "last_hidden_state"}
+        return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
-    def _sparse_loss(
-        self, hidden_BTE: torch.Tensor, labels: torch.Tensor | None, items: torch.Tensor | int | None
-    ) -> torch.Tensor:
+    def _sparse_loss(self, hidden_BTE: torch.Tensor, labels: Any, items: torch.Tensor | int | None) -> torch.Tensor:
         """The causal loss, with the vocabulary projection paid only where there is a label."""
         if labels is None:
             raise UserError("loss_only needs labels")
         target_BT = F.pad(labels[:, 1:], (0, 1), value=-100)
-        learnt_BT = target_BT != -100
-        logits_MV = self.lm_head(hidden_BTE[learnt_BT]).float()
-        total = F.cross_entropy(logits_MV, target_BT[learnt_BT], reduction="sum")
-        return total / (items if items is not None else learnt_BT.sum())
+        supervised_BT = target_BT != -100
+        logits_MV = self.lm_head(hidden_BTE[supervised_BT]).float()
+        total = F.cross_entropy(logits_MV, target_BT[supervised_BT], reduction="sum")
+        return total / (items if items is not None else supervised_BT.sum())
 
 
 AutoModelForImageTextToText.register(SparsightConfig, SparsightForConditionalGeneration, exist_ok=True)

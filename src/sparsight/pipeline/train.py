@@ -188,7 +188,7 @@ def enter_stage(
     """Build the model for the first stage, or take it to the next one's layout and image size."""
     if model is not None and processor is not None:
         report = scale_tokens(model, processor, stage.bridge, stage.image_size)
-        if report.born or report.image_size[0] != report.image_size[1]:
+        if report.parts or report.image_size[0] != report.image_size[1]:
             console.print(Text(str(report)))
         return model, processor
     torch.manual_seed(recipe.seed)

@@ -1,4 +1,4 @@
-"""Weights of the authors' port of Chain-of-Sight (its ``CosResampler``), by their names there, both ways.
+"""Weights of the authors' port of Chain-of-Sight (its ``CosResampler``), by their names there, both ways: to import.
 
 The port counts windows in patches: ``cls_token_w4_q64`` are the 64 queries of the scale whose windows are 4 x 4
 patches; ``attn_0_w4_l15_q64`` is that scale's attention to the encoder's block 15 (from 0: the output of the 16th),
@@ -115,9 +115,9 @@ def _names(bridge: WindowedResampler, side: int, levels: Sequence[int]) -> dict[
             names[name] = f"cls_token_w{window}_q{scale.tokens}"
             continue
         _, number, inner = rest.split(".", 2)
-        turn, place = divmod(int(number), len(levels))
+        turn, index = divmod(int(number), len(levels))
         module, leaf = inner.rsplit(".", 1)
         kind, _, deeper = back[module].partition(".")
-        where = f"{kind}_{turn}_w{window}_l{levels[place]}_q{scale.tokens}"
+        where = f"{kind}_{turn}_w{window}_l{levels[index]}_q{scale.tokens}"
         names[name] = ".".join(filter(None, (where, deeper, leaf)))
     return names

@@ -1,12 +1,17 @@
 """The port's names and its published formula, said again here with plain products and a softmax."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from sparsight.bridges import build_bridge
-from sparsight.bridges.port import from_port, to_port
-from sparsight.settings.bridges import ChainOfSightConfig, ResamplerConfig
+from sparsight.settings.bridges import ChainOfSightConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from convert_port import from_port, to_port
 
 WIDTH, CONTEXT, OUT, HEADS = 128, 48, 40, 2
 
@@ -137,11 +142,6 @@ def test_what_is_not_the_ports():
 def test_what_the_port_does_not_have(settings, message):
     with pytest.raises(ValueError, match=message):
         to_port(build_bridge(settings, [CONTEXT], OUT), 16, [22])
-
-
-def test_a_resampler_of_ours_can_be_given_to_the_port():
-    bridge = build_bridge(ResamplerConfig(tokens=3, width=128, heads=2), [CONTEXT], OUT)
-    assert to_port(bridge, 16, [22])["cls_token_w16_q3"].shape == (1, 3, 128)
 
 
 def test_F15_levels_of_different_width_go_there_and_back():
