@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsight.errors import UserError
 
 
-def check_levels(levels_BHWC: Sequence[torch.Tensor], level_widths: Sequence[int]) -> None:
+def check_levels(levels_BHWC: Sequence[Tensor], level_widths: Sequence[int]) -> None:
     """Fail with the counts when the features are not what a bridge was built for."""
     found = [tuple(level.shape) for level in levels_BHWC]
     if [shape[3:] for shape in found] != [(width,) for width in level_widths]:
@@ -25,7 +25,7 @@ def check_levels(levels_BHWC: Sequence[torch.Tensor], level_widths: Sequence[int
         raise UserError(f"feature levels must have the same batch, height and width, found {found}")
 
 
-def pixel_shuffle(x_BHWC: torch.Tensor, factor: int) -> torch.Tensor:
+def pixel_shuffle(x_BHWC: Tensor, factor: int) -> Tensor:
     """Fold ``factor`` x ``factor`` patches into the channels: (B, H, W, C) -> (B, H/f, W/f, C*f*f).
 
     A map that does not divide is padded with zeros at the bottom and right, never cropped.
@@ -47,7 +47,7 @@ class PatchwiseBridge(nn.Module):
         first = nn.Linear(in_width, out_width)
         self.proj = first if kind == "linear" else nn.Sequential(first, nn.GELU(), nn.Linear(out_width, out_width))
 
-    def forward(self, levels_BHWC: Sequence[torch.Tensor], sizes_B2: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, levels_BHWC: Sequence[Tensor], sizes_B2: Tensor | None = None) -> Tensor:
         check_levels(levels_BHWC, self.level_widths)
         if sizes_B2 is not None and (sizes_B2 != sizes_B2.new_tensor(levels_BHWC[0].shape[1:3])).any():
             raise UserError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsight.bridges.windowed import WindowedResampler
 from sparsight.errors import UserError
@@ -33,7 +33,7 @@ class ScaledPart:
         self.copied += _count(target)
 
 
-def resize_queries(queries_WQD: torch.Tensor, windows: int) -> torch.Tensor:
+def resize_queries(queries_WQD: Tensor, windows: int) -> Tensor:
     """Nearest neighbour over the window grid: a child window starts with exactly its parent's queries.
 
     Args:

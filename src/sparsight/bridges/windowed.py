@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsight.bridges.patchwise import check_levels
 from sparsight.layouts import Scale, absorbs, window_bounds
 
 
-def window_index(x_BLMD: torch.Tensor, grid: int, sizes_B2: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def window_index(x_BLMD: Tensor, grid: int, sizes_B2: Tensor | None) -> tuple[Tensor, Tensor]:
     """Which patches each window sees: as equal as can be, none dropped, none counted twice (`window_bounds`).
 
     Returns:
@@ -36,9 +36,7 @@ def window_index(x_BLMD: torch.Tensor, grid: int, sizes_B2: torch.Tensor | None)
     return index_BGGIJ.flatten(3).flatten(1, 2) * valid_BWP, valid_BWP
 
 
-def cut_windows(
-    x_BLMD: torch.Tensor, grid: int, sizes_B2: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def cut_windows(x_BLMD: Tensor, grid: int, sizes_B2: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Cut a map into grid x grid windows: (B, L, M, D) -> (B, W, P, D), and a mask (B, W, P) of real patches, or None.
 
     Raises:
@@ -58,19 +56,12 @@ def cut_windows(
     return x_BLMD.flatten(0, 2).index_select(0, flat).unflatten(0, index_BWP.shape), valid_BWP
 
 
-def normalised(x_BLMC: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Each patch with mean 0 and variance 1, in the precision that ``weight`` is worked with."""
-    x_BLMC = F.layer_norm(x_BLMC, x_BLMC.shape[-1:])
-    device = x_BLMC.device.type
-    return x_BLMC.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype)
-
-
 class ResamplerBlock(nn.Module):
     """Pre-norm cross-attention of a window's queries to its patches, then an MLP; both residual.
 
-    q and kv without bias, output with bias, no attention among queries (Chain-of-Sight, port). Patches come normalised
-    (`normalised`): the norm's weight and bias act through those of keys and values. So all scales share one map, and no
-    gradient has to go through it for their sake (ours).
+    q and kv without bias, output with bias, no attention among queries (Chain-of-Sight, port). Patches come normalised:
+    the norm's weight and bias act through those of keys and values. So all scales share one map, and no gradient has to
+    go through it for their sake (ours).
     """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, context_width: int) -> None:
@@ -85,14 +76,12 @@ class ResamplerBlock(nn.Module):
         hidden = int(width * mlp_ratio)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
-    def _key_value(self, first: int = 0, last: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _key_value(self, first: int = 0, last: int | None = None) -> tuple[Tensor, Tensor]:
         """Weight (F, C) and bias (F) that make keys (the first D) and values of normalised patches."""
         weight_FC = self.key_value.weight[first:last]
         return weight_FC * self.norm_context.weight, (weight_FC * self.norm_context.bias).sum(-1)
 
-    def attend(
-        self, q_BWQD: torch.Tensor, x_BLMC: torch.Tensor, grid: int, sizes_B2: torch.Tensor | None
-    ) -> torch.Tensor:
+    def attend(self, q_BWQD: Tensor, x_BLMC: Tensor, grid: int, sizes_B2: Tensor | None) -> Tensor:
         """Attention of each window's queries to its patches, (B, W, Q, D)."""
         batch, height, width = x_BLMC.shape[:3]
         queries, patches, all_D = q_BWQD.shape[2], -(-height // grid) * -(-width // grid), self.query.out_features
@@ -113,9 +102,7 @@ class ResamplerBlock(nn.Module):
         o_XAQK = F.scaled_dot_product_attention(q_XAQK, k_XAPK, v_XAPK, attn_mask=mask_X11P)
         return o_XAQK.transpose(1, 2).flatten(2).unflatten(0, (batch, -1))
 
-    def _weights(
-        self, q_BWQD: torch.Tensor, x_BLMC: torch.Tensor, grid: int, sizes_B2: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _weights(self, q_BWQD: Tensor, x_BLMC: Tensor, grid: int, sizes_B2: Tensor | None) -> tuple[Tensor, Tensor]:
         """Attention weights (B, W, A, Q, P) and the patches (B, W, P, C), without making keys: a query goes through the
         key's weights to the patches' width, q . (K x + b) = (K^T q) . x + q . b, of which the last is the same for all
         patches."""
@@ -130,15 +117,11 @@ class ResamplerBlock(nn.Module):
             scores_BWAQP = scores_BWAQP.masked_fill(~valid_BWP[:, :, None, None], float("-inf"))
         return scores_BWAQP.softmax(-1).to(x_BWPC.dtype), x_BWPC
 
-    def forward(
-        self, q_BWQD: torch.Tensor, x_BLMC: torch.Tensor, grid: int, sizes_B2: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, q_BWQD: Tensor, x_BLMC: Tensor, grid: int, sizes_B2: Tensor | None = None) -> Tensor:
         q_BWQD = q_BWQD + self.out(self.attend(q_BWQD, x_BLMC, grid, sizes_B2))
         return q_BWQD + self.mlp(self.norm_mlp(q_BWQD))
 
-    def look(
-        self, q_BWQD: torch.Tensor, x_BLMC: torch.Tensor, grid: int, sizes_B2: torch.Tensor | None
-    ) -> torch.Tensor:
+    def look(self, q_BWQD: Tensor, x_BLMC: Tensor, grid: int, sizes_B2: Tensor | None) -> Tensor:
         """Where each query looks: attention weights, mean over the heads, on the whole map, (B, W, Q, L*M)."""
         weights_BWQP = self._weights(q_BWQD, x_BLMC, grid, sizes_B2)[0].mean(2)
         batch, height, width = x_BLMC.shape[:3]
@@ -164,9 +147,7 @@ class ScaleResampler(nn.Module):
             for level in level_widths
         )
 
-    def forward(
-        self, levels_BLMC: Sequence[torch.Tensor], sizes_B2: torch.Tensor | None = None, look: bool = False
-    ) -> torch.Tensor:
+    def forward(self, levels_BLMC: Sequence[Tensor], sizes_B2: Tensor | None = None, look: bool = False) -> Tensor:
         """Tokens (B, W*Q, D) of normalised levels; with ``look``, where the last block's queries look instead,
         (B, W*Q, L, M)."""
         q_BWQD = self.queries[None].expand(-1, self.grid**2, -1, -1)
@@ -220,7 +201,7 @@ class WindowedResampler(nn.Module):
                 spread = self.settings.query_std
                 nn.init.trunc_normal_(module.queries, std=spread, a=-2 * max(1, spread), b=2 * max(1, spread))
 
-    def forward(self, levels_BLMC: Sequence[torch.Tensor], sizes_B2: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, levels_BLMC: Sequence[Tensor], sizes_B2: Tensor | None = None) -> Tensor:
         levels_BLMC = self._normalised(levels_BLMC)
         scales = list(self.scales.values())
         if getattr(self.settings, "order", "coarse_to_fine") == "fine_to_coarse":
@@ -229,14 +210,15 @@ class WindowedResampler(nn.Module):
         assert x_BND.shape[1] == self.layout.tokens
         return self.proj(self.norm(x_BND))
 
-    def _normalised(self, levels_BLMC: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _normalised(self, levels_BLMC: Sequence[Tensor]) -> list[Tensor]:
+        """Each patch with mean 0 and variance 1, in the precision that the weights are worked with."""
         check_levels(levels_BLMC, self.level_widths)
-        return [normalised(x_BLMC, self.proj.weight) for x_BLMC in levels_BLMC]
+        device, weight = levels_BLMC[0].device.type, self.proj.weight
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        return [F.layer_norm(x_BLMC, x_BLMC.shape[-1:]).to(dtype) for x_BLMC in levels_BLMC]
 
     @torch.no_grad()
-    def attention_maps(
-        self, levels_BLMC: Sequence[torch.Tensor], sizes_B2: torch.Tensor | None = None
-    ) -> dict[Scale, torch.Tensor]:
+    def attention_maps(self, levels_BLMC: Sequence[Tensor], sizes_B2: Tensor | None = None) -> dict[Scale, Tensor]:
         """Where each query of each scale looks in the last level, (B, W*Q, L, M), summing to 1 over its window."""
         levels_BLMC = self._normalised(levels_BLMC)
         modules = zip(self.layout.scales, self.scales.values(), strict=True)

@@ -110,22 +110,14 @@ def build_processor(
 
 
 def own_image_size(vision: str | Path) -> int:
-    """Side in pixels of the images that an encoder was made for, from its configuration alone: `build`'s default.
-
-    Raises:
-        UserError: there is no such encoder.
-    """
+    """Side in pixels of the images that an encoder was made for, from its configuration alone: `build`'s default."""
     if vision == "efficientnet-lite0":
         return EfficientNetLiteConfig().image_size
     return _native_size(_vision_config(str(vision)), _pil_processor(str(vision)))
 
 
 def load_tokenizer(language: str | Path, own: Any = None) -> tuple[Any, Any]:
-    """A language model's tokenizer (or ``own``) and configuration, from a folder or a hub; no weights are read.
-
-    Raises:
-        UserError: they cannot be loaded.
-    """
+    """A language model's tokenizer (or ``own``) and configuration, from a folder or a hub; no weights are read."""
     name = language_folder(language)
     with loading("language", name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -151,8 +143,7 @@ def set_image_size(image_processor: Any, side: int, resize: str | None = None) -
             most that of the square.
 
     Raises:
-        UserError: ``keep`` with an encoder of one size, or another mode with one of native resolution, or the image
-            processor does not do what it is set to.
+        UserError: the encoder cannot take such images, or the image processor does not make them.
     """
     name, native = type(image_processor).__name__, hasattr(image_processor, "merge_size")
     resize = resize or ("keep" if native else "square")

@@ -11,12 +11,9 @@ from sparsight.modeling.processing import IMAGE_TOKEN
 FLATTEN = """{%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
 {%- set content -%}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
+{%- if message['content'] is string -%}{{- message['content'] -}}
 {%- else -%}
-{%- for part in message['content'] -%}
-{{- '<image>\\n' if part['type'] == 'image' else part['text'] -}}
-{%- endfor -%}
+{%- for part in message['content'] -%}{{- '<image>\\n' if part['type'] == 'image' else part['text'] -}}{%- endfor -%}
 {%- endif -%}
 {%- endset -%}
 {%- set flat.messages = flat.messages + [dict(message, content=content)] -%}
@@ -29,9 +26,7 @@ CHATML = """{%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
 {%- if message['role'] == 'assistant' -%}
 {%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}{{- '\\n' -}}
-{%- else -%}
-{{- message['content'] + '<|im_end|>\\n' -}}
-{%- endif -%}
+{%- else -%}{{- message['content'] + '<|im_end|>\\n' -}}{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
 
@@ -40,9 +35,7 @@ LEAN = """{%- for message in messages -%}
 {{- '<|' + message['role'] + '|>' -}}
 {%- if message['role'] == 'assistant' -%}
 {%- generation -%}{{- message['content'] + '<|end|>' -}}{%- endgeneration -%}
-{%- else -%}
-{{- message['content'] -}}
-{%- endif -%}
+{%- else -%}{{- message['content'] -}}{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"""
 

@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BackboneOutput
 
 from sparsight.cost.shapes import LITE0
 from sparsight.errors import UserError
-from sparsight.modeling.configuration import EfficientNetLiteConfig
-from sparsight.modeling.stub import Registered
+from sparsight.modeling.configuration import EfficientNetLiteConfig, Registered
 
 
 class _ConvNorm(nn.Sequential):
@@ -27,7 +26,7 @@ class _ConvNorm(nn.Sequential):
         conv = nn.Conv2d(inside, outside, kernel, stride, groups=groups, bias=False)
         super().__init__(conv, nn.BatchNorm2d(outside, eps=1e-3, momentum=0.01), *([nn.ReLU6()] if act else []))
 
-    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_BCHW: Tensor) -> Tensor:
         conv: Any = self[0]
         norm: Any = self[1]
         weight, bias_C = conv.weight, None
@@ -54,7 +53,7 @@ class _MbConv(nn.Module):
         self.project = _ConvNorm(middle, outside, 1, 1, 1, False)
         self.residual = stride == 1 and inside == outside
 
-    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_BCHW: Tensor) -> Tensor:
         y_BCHW = self.project(self.depthwise(self.expand(x_BCHW)))
         return x_BCHW + y_BCHW if self.residual else y_BCHW
 
@@ -86,7 +85,7 @@ class EfficientNetLiteModel(Registered, PreTrainedModel):
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
-    def forward(self, pixel_values: torch.Tensor, **_: Any) -> BackboneOutput:
+    def forward(self, pixel_values: Tensor, **_: Any) -> BackboneOutput:
         # Depthwise convolutions run about twice as fast with the channels last, on CPU and CUDA alike.
         x_BCHW = self.stem(pixel_values.contiguous(memory_format=torch.channels_last))
         maps = {}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -24,11 +24,13 @@ _POSITIONS = re.compile(r"position|rotary|pos_emb|\brope")
 
 def feature_levels(
     encoder: nn.Module,
-    pixel_values: torch.Tensor,
+    pixel_values: Tensor,
     levels: Sequence[int] | None = None,
-    image_grid_thw: torch.Tensor | None = None,
-) -> list[torch.Tensor]:
-    """Feature levels of any vision encoder, lower level first, all on the grid of the finest.
+    image_grid_thw: Tensor | None = None,
+) -> list[Tensor]:
+    """Feature levels (I, H, W, C_level) of any vision encoder, lower level first, all on the grid of the finest.
+
+    Prefix tokens (CLS, registers) are dropped. Raises UserError where there are no spatial features, or no such level.
 
     Args:
         encoder: gives ``feature_maps`` (I, C, H, W), or ``hidden_states`` as (I, S, C) or (I, C, H, W).
@@ -37,23 +39,17 @@ def feature_levels(
             two: two thirds up and next to last (Chain-of-Sight: 16 and 23 of 24), or the last two maps.
         image_grid_thw: (I, 3), when ``pixel_values`` are the patches that a native-resolution encoder's own
             processor makes. Maps of several sizes are padded with zeros at the bottom and right.
-
-    Returns:
-        One (I, H, W, C_level) for each level. Prefix tokens (CLS, registers) are dropped.
-
-    Raises:
-        UserError: the encoder gives no spatial features, or has no such level.
     """
     return encode(encoder, pixel_values, levels, image_grid_thw)[0]
 
 
 def encode(
     encoder: nn.Module,
-    pixel_values: torch.Tensor,
+    pixel_values: Tensor,
     levels: Sequence[int] | None = None,
-    image_grid_thw: torch.Tensor | None = None,
+    image_grid_thw: Tensor | None = None,
     **asked: bool,
-) -> tuple[list[torch.Tensor], Any, list[int]]:
+) -> tuple[list[Tensor], Any, list[int]]:
     """`feature_levels`, the encoder's whole output, and the levels' indices from 0; ``asked`` is what else the encoder
     is to give (output_attentions)."""
     name, native = type(encoder).__name__, takes_grids(encoder)
@@ -75,7 +71,7 @@ def encode(
 
 
 @torch.no_grad()
-def probe(encoder: nn.Module, image_size: int, levels: Sequence[int] | None) -> tuple[list[torch.Tensor], list[int]]:
+def probe(encoder: nn.Module, image_size: int, levels: Sequence[int] | None) -> tuple[list[Tensor], list[int]]:
     """Feature levels of two grey images, the truth about widths and map size, and their indices from 0."""
     patch = getattr(getattr(encoder, "config", None), "patch_size", None)
     if isinstance(patch, int) and not takes_grids(encoder):  # which refuses such a size by itself
@@ -87,9 +83,8 @@ def probe(encoder: nn.Module, image_size: int, levels: Sequence[int] | None) -> 
 
 
 def count_flops(encoder: Any, image_size: int | tuple[int, int], levels: Sequence[int] | None = None) -> float:
-    """FLOPs of one image's pass, counted on the real modules (attention in full).
+    """FLOPs of the pass of an image, counted on the real modules (attention in full); sides in pixels.
 
-    ``image_size``: the side of a square image, or height and width, in pixels.
     The backward pass is in it if parameters of the encoder train: it runs only below the last feature level.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -111,7 +106,7 @@ def has_own_positions(encoder: nn.Module) -> bool:
     return any(_POSITIONS.search(name) for name in [n for n, _ in encoder.named_modules()] + list(encoder.state_dict()))
 
 
-def sincos_2d(height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def sincos_2d(height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Fixed 2-D sine-cosine positions in units of the side, (H, W, C): the same point at any resolution."""
     wave = torch.pi * 2.0 ** torch.linspace(0, 4, -(-channels // 4), device=device)
     rows, columns = (((torch.arange(side, device=device) + 0.5) / side)[:, None] * wave for side in (height, width))
@@ -120,12 +115,12 @@ def sincos_2d(height: int, width: int, channels: int, device: torch.device, dtyp
     return torch.cat([rows_HWC, columns_HWC], -1)[..., :channels].to(dtype)
 
 
-def _grey(encoder: nn.Module, height: int, width: int, images: int) -> torch.Tensor:
+def _grey(encoder: nn.Module, height: int, width: int, images: int) -> Tensor:
     like = next(encoder.parameters())
     return torch.zeros(images, 3, height, width, dtype=like.dtype, device=like.device)
 
 
-def _run(encoder: Any, pixel_values: torch.Tensor, **asked: bool) -> Any:
+def _run(encoder: Any, pixel_values: Tensor, **asked: bool) -> Any:
     accepted = inspect.signature(encoder.forward).parameters
     if isinstance(encoder, PreTrainedModel) and "pixel_values" not in accepted:
         raise UserError(f"{type(encoder).__name__} gives no spatial features: it takes {list(accepted)}, no pixels")
@@ -140,7 +135,7 @@ def _run(encoder: Any, pixel_values: torch.Tensor, **asked: bool) -> Any:
     return encoder(pixel_values, **extra)
 
 
-def _patchify(pixel_values: torch.Tensor, patch: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _patchify(pixel_values: Tensor, patch: int) -> tuple[Tensor, Tensor]:
     """(I, C, h, w) -> patches (I, H*W, P*P*C) and their grid (I, 2), as SigLIP2 takes them."""
     if any(side % patch for side in pixel_values.shape[2:]):
         raise UserError(f"images of {tuple(pixel_values.shape[2:])} pixels do not divide into patches of {patch}")
@@ -150,8 +145,8 @@ def _patchify(pixel_values: torch.Tensor, patch: int) -> tuple[torch.Tensor, tor
 
 
 def _native_maps(
-    encoder: Any, pixel_values: torch.Tensor, grids_I3: torch.Tensor | None, **asked: bool
-) -> tuple[list[torch.Tensor], Any]:
+    encoder: Any, pixel_values: Tensor, grids_I3: Tensor | None, **asked: bool
+) -> tuple[list[Tensor], Any]:
     """Hidden states of a native-resolution encoder as maps (I, H, W, C), padded with zeros at the bottom and right, and
     its whole output."""
     config, merge = encoder.config, encoder.config.spatial_merge_size
@@ -180,7 +175,7 @@ def _native_maps(
     return maps, output
 
 
-def _native_patches(pixel_values: torch.Tensor, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _native_patches(pixel_values: Tensor, config: Any) -> tuple[Tensor, Tensor]:
     """Images of one size (I, 3, h, w) as the patches and grids (I, 3) that a native encoder's own processor makes."""
     patch, merge, (images, _, height, width) = config.patch_size, config.spatial_merge_size, pixel_values.shape
     if height % (patch * merge) or width % (patch * merge):
@@ -194,7 +189,7 @@ def _native_patches(pixel_values: torch.Tensor, config: Any) -> tuple[torch.Tens
     return x.flatten(5).flatten(0, 4), grids_I3
 
 
-def _spatial(x: torch.Tensor, encoder: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+def _spatial(x: Tensor, encoder: nn.Module, pixel_values: Tensor) -> Tensor:
     """A state (I, S, C) or (I, C, H, W) as a map (I, H, W, C)."""
     name, images = type(encoder).__name__, len(pixel_values)
     if len(x) != images:
@@ -216,7 +211,7 @@ def _spatial(x: torch.Tensor, encoder: nn.Module, pixel_values: torch.Tensor) ->
     return x[:, -height * width :].unflatten(1, (height, width))
 
 
-def _stretch(x_IHWC: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def _stretch(x_IHWC: Tensor, height: int, width: int) -> Tensor:
     if x_IHWC.shape[1:3] == (height, width):
         return x_IHWC
     return F.interpolate(x_IHWC.permute(0, 3, 1, 2), size=(height, width), mode="nearest").permute(0, 2, 3, 1)

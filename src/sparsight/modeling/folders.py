@@ -38,8 +38,7 @@ def read_json(file: str | Path) -> dict[str, Any]:
 
 
 def check_files(folder: str | Path) -> None:
-    """Read a folder's small files and the headers of its weights, those that are there. Raises UserError for a damaged
-    one."""
+    """Read a folder's small files and the headers of its weights; UserError names a damaged one."""
     folder = Path(folder)
     for file in (folder / name for name in _JSON):
         if file.is_file():
@@ -64,11 +63,7 @@ def model_type(folder: str | Path) -> str | None:
 
 @contextmanager
 def loading(part: str, name: str) -> Iterator[None]:
-    """Around what transformers loads: its errors say neither which part they are about, nor what to do.
-
-    Raises:
-        UserError: ``name`` cannot be loaded, or one of its files is damaged.
-    """
+    """Around what transformers loads: its errors say neither which part they are about, nor what to do."""
     check_files(name)
     where = "" if Path(name).is_dir() else "there is no such folder here, and from a hub "
     try:

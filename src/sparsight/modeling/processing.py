@@ -11,8 +11,7 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from sparsight.errors import UserError
-from sparsight.modeling.configuration import SparsightConfig
-from sparsight.modeling.stub import WithStub
+from sparsight.modeling.configuration import SparsightConfig, WithStub
 
 IMAGE_TOKEN = "<image>"
 _THINNEST = 200  # the largest ratio of sides that native resolution takes
@@ -21,10 +20,8 @@ _THINNEST = 200  # the largest ratio of sides that native resolution takes
 class SparsightProcessor(WithStub, ProcessorMixin):
     """Image processor + tokenizer. ``num_image_tokens`` comes from the model's layout and travels with it.
 
-    Its chat template is the tokenizer's: setting one sets the other.
-
-    Raises:
-        UserError: ``chat_template`` differs from the tokenizer's, or ``num_image_tokens`` is below 1.
+    Its chat template is the tokenizer's: setting one, here or later, sets the other. Raises UserError where
+    ``num_image_tokens`` is below 1.
     """
 
     _auto_map = {"AutoProcessor": "SparsightProcessor"}
@@ -43,15 +40,8 @@ class SparsightProcessor(WithStub, ProcessorMixin):
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        own = tokenizer.chat_template
-        if None not in (chat_template, own) and chat_template != own:
-            raise UserError(
-                "two chat templates, and a model trained on one would be asked in the other: expected one. "
-                f"chat_template is\n{chat_template}\nand tokenizer.chat_template is\n{own}\n"
-                "Give none of the two, or the same"
-            )
         self.tokenizer = tokenizer  # before the template, which is kept there
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or own)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     @property
     def chat_template(self) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModel
 
 from sparsight.bridges import WindowedResampler, build_bridge
@@ -154,7 +154,7 @@ def _position_table(encoder: nn.Module) -> tuple[str, Any] | None:
     return None
 
 
-def _side(table: torch.Tensor) -> int:
+def _side(table: Tensor) -> int:
     """Patches per side in a table of positions."""
     return int(table.shape[-2] ** 0.5)
 
@@ -269,7 +269,7 @@ def _tensor_files(folder: Path) -> dict[str, str]:
     return where
 
 
-def _read(folder: Path, where: Mapping[str, str], names: Iterable[str]) -> dict[str, torch.Tensor]:
+def _read(folder: Path, where: Mapping[str, str], names: Iterable[str]) -> dict[str, Tensor]:
     tensors = {}
     for name in names:
         with safe_open(folder / where[name], framework="pt") as file:
@@ -278,7 +278,7 @@ def _read(folder: Path, where: Mapping[str, str], names: Iterable[str]) -> dict[
 
 
 def _write_files(
-    folder: Path, out: Path, where: Mapping[str, str], old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]
+    folder: Path, out: Path, where: Mapping[str, str], old: Mapping[str, Tensor], new: Mapping[str, Tensor]
 ) -> None:
     """Copy a checkpoint with ``new`` tensors in place of ``old`` ones; files in which nothing changes stay as they are.
 
@@ -296,7 +296,7 @@ def _write_files(
             shutil.copy2(path, out / path.name)
     if (folder / INDEX).is_file():
         content = read_json(folder / INDEX)
-        sizes = {"total_size": lambda t: t.numel() * t.element_size(), "total_parameters": torch.Tensor.numel}
+        sizes = {"total_size": lambda t: t.numel() * t.element_size(), "total_parameters": Tensor.numel}
         for key, size in sizes.items():
             if key in content["metadata"]:
                 content["metadata"][key] += sum(map(size, new.values())) - sum(map(size, old.values()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForImageTextToText, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -22,10 +22,9 @@ from sparsight.compat import CACHE
 from sparsight.devices.ranks import several_ranks, touched
 from sparsight.errors import UserError
 from sparsight.layouts import Scale
-from sparsight.modeling.configuration import EfficientNetLiteConfig, SparsightConfig
+from sparsight.modeling.configuration import EfficientNetLiteConfig, Registered, SparsightConfig
 from sparsight.modeling.efficientnet_lite import EfficientNetLiteModel
 from sparsight.modeling.encoders import encode, sincos_2d
-from sparsight.modeling.stub import Registered
 
 
 class SparsightPreTrainedModel(Registered, PreTrainedModel):
@@ -73,9 +72,7 @@ class SparsightModel(SparsightPreTrainedModel):
         """Whether visual tokens stand in a grid as the patches do, and are no answers to queries."""
         return not isinstance(self.multi_modal_projector, WindowedResampler)
 
-    def encode_images(
-        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, ...]:
+    def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None) -> tuple[Tensor, ...]:
         """Feature levels of images (I, 3, h, w), each (I, H, W, C). What a feature cache holds.
 
         A native-resolution encoder also takes its own patches with ``image_grid_thw`` (I, 3); maps are then padded.
@@ -83,23 +80,21 @@ class SparsightModel(SparsightPreTrainedModel):
         return self._encode(pixel_values, image_grid_thw)[0]
 
     def _encode(
-        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None, **asked: bool
-    ) -> tuple[tuple[torch.Tensor, ...], Any]:
+        self, pixel_values: Tensor, image_grid_thw: Tensor | None, **asked: bool
+    ) -> tuple[tuple[Tensor, ...], Any]:
         """Feature levels, and all that the encoder gave."""
         tower, frozen = self.vision_tower, not any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             levels_IHWC, output, _ = encode(tower, pixel_values, self.config.vision_levels, image_grid_thw, **asked)
         return tuple(levels_IHWC), output
 
-    def bridge_features(
-        self, levels_IHWC: tuple[torch.Tensor, ...], image_grid_thw: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def bridge_features(self, levels_IHWC: tuple[Tensor, ...], image_grid_thw: Tensor | None = None) -> Tensor:
         """Visual tokens (I, N, E) from feature levels."""
         return self.multi_modal_projector(*self._bridge_inputs(levels_IHWC, image_grid_thw))
 
     def _bridge_inputs(
-        self, levels_IHWC: tuple[torch.Tensor, ...], image_grid_thw: torch.Tensor | None
-    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+        self, levels_IHWC: tuple[Tensor, ...], image_grid_thw: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
         if self.config.feature_positions:
             levels_IHWC = tuple(
                 F.layer_norm(x, x.shape[-1:]) + sincos_2d(*x.shape[1:], x.device, x.dtype)  # type: ignore[call-arg]
@@ -108,9 +103,7 @@ class SparsightModel(SparsightPreTrainedModel):
         return levels_IHWC, None if image_grid_thw is None else image_grid_thw[:, 1:]
 
     @torch.no_grad()
-    def attention_maps(
-        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None
-    ) -> dict[Scale, torch.Tensor]:
+    def attention_maps(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None) -> dict[Scale, Tensor]:
         """Where the queries of each scale look, (I, tokens of the scale, H, W): see `WindowedResampler`.
 
         Raises:
@@ -125,7 +118,7 @@ class SparsightModel(SparsightPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None, **kwargs: Any
+        self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """Visual tokens (I, N, E) in ``pooler_output``. The rest is the encoder's own: ``last_hidden_state``, and all
         ``hidden_states`` and ``attentions`` where they are asked for (``output_hidden_states``, ``output_attentions``),
@@ -144,9 +137,7 @@ class SparsightModel(SparsightPreTrainedModel):
             attentions=getattr(output, "attentions", None),
         )
 
-    def get_placeholder_mask(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
-    ) -> torch.Tensor:
+    def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
         """Where the visual tokens go, (B, T, 1).
 
         Raises:
@@ -170,7 +161,7 @@ class SparsightModel(SparsightPreTrainedModel):
         )
         return mask_BT[..., None]
 
-    def _without_images(self, embeds_BTE: torch.Tensor) -> torch.Tensor:
+    def _without_images(self, embeds_BTE: Tensor) -> Tensor:
         """A batch of text alone: every trainable parameter that it leaves out gets a gradient of zero.
 
         So it has a backward pass when only the bridge trains, and all ranks reduce the same gradients. Where there are
@@ -187,10 +178,10 @@ class SparsightModel(SparsightPreTrainedModel):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        image_grid_thw: torch.Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
@@ -250,7 +241,7 @@ class SparsightForConditionalGeneration(SparsightPreTrainedModel, GenerationMixi
         self._tied_weights_keys = {"lm_head.weight": f"model.{path}.weight"}
         self.post_init()
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See [`SparsightModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
@@ -258,15 +249,15 @@ class SparsightForConditionalGeneration(SparsightPreTrainedModel, GenerationMixi
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        image_grid_thw: torch.Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
         loss_only: bool = False,
         cache: Cache | None = None,
         **kwargs: Any,
@@ -306,7 +297,7 @@ class SparsightForConditionalGeneration(SparsightPreTrainedModel, GenerationMixi
         rest = {key: value for key, value in outputs.items() if key != "last_hidden_state"}
         return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
-    def _sparse_loss(self, hidden_BTE: torch.Tensor, labels: Any, items: torch.Tensor | int | None) -> torch.Tensor:
+    def _sparse_loss(self, hidden_BTE: Tensor, labels: Any, items: Tensor | int | None) -> Tensor:
         """The causal loss, with the vocabulary projection paid only where there is a label."""
         if labels is None:
             raise UserError("loss_only needs labels")
