@@ -16,7 +16,7 @@ from transformers import (
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
 from sparsight.modeling.configuration import EfficientNetLiteConfig
-from sparsight.modeling.scaling import resize_positions, scale_checkpoint, scale_tokens
+from sparsight.modeling.scaling import scale_checkpoint, scale_tokens
 from sparsight.settings.bridges import ChainOfSightConfig, ResamplerConfig
 from tiny import clip_config, conversation, make_image, make_language, make_vlm
 
@@ -40,12 +40,6 @@ ENCODERS = {
         64, 128, 8, 16,
     ),
 }  # fmt: skip
-LEARNT = {
-    "clip": "embeddings.position_embedding.weight",
-    "siglip, 27x27": "embeddings.position_embedding.weight",
-    "dinov2 with registers": "embeddings.position_embeddings",
-    "vit": "embeddings.position_embeddings",
-}
 
 
 def prompt(processor):
@@ -76,9 +70,7 @@ def test_a_finer_layout_and_a_larger_image(tmp_path):
         out = model(**batch).logits
     assert out.isfinite().all()
     after = model.state_dict()
-    table = "model.vision_tower.embeddings.position_embedding.weight"
-    assert after[table].shape == (257, 32) and torch.equal(after[table][0], before[table][0])  # the CLS part is kept
-    kept = [name for name in after if "scales" not in name and name != table]
+    kept = [name for name in after if "scales" not in name]
     assert all(torch.equal(after[name], before[name]) for name in kept)
     one, other = (f"model.multi_modal_projector.scales.{grid}.blocks.0.out.weight" for grid in (8, 2))
     assert torch.equal(after[one], before[other])
@@ -109,7 +101,7 @@ def test_tokens_of_an_unchanged_scale_are_unchanged():
 def test_an_image_size_alone():
     model, processor = make_vlm("linear")
     report = scale_tokens(model, processor, "linear", image_size=128)
-    assert (report.parts, report.tokens, report.positions) == ((), (64, 256), "8x8 -> 16x16")
+    assert (report.parts, report.tokens) == ((), (64, 256))
     assert (model.config.map_size, processor.num_image_tokens) == ([16, 16], 256)
     assert model(**prompt(processor)).logits.isfinite().all()
 
@@ -188,8 +180,6 @@ def test_any_encoder_can_be_scaled_in_memory_and_on_disk(name, tmp_path):
     report = scale_tokens(model, processor, "1:4,2:4,4:2", image_size=large)
     assert list(model.config.map_size) == [after, after]
     assert report.tokens == (12, 52) and report.image_size == (small, large)
-    wanted = f"{before}x{before} -> {after}x{after}" if name in LEARNT else "as they are"
-    assert report.positions == wanted and wanted in str(report)
 
     assert scale_checkpoint(tmp_path / "small", tmp_path / "large", "1:4,2:4,4:2", image_size=large) == report
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "large")
@@ -201,30 +191,6 @@ def test_any_encoder_can_be_scaled_in_memory_and_on_disk(name, tmp_path):
     with torch.no_grad():
         error = loaded.get_image_features(pixels).pooler_output - model.get_image_features(pixels).pooler_output
     assert error.abs().max() <= 1e-5  # measured 5e-7: after loading, another kernel of attention
-
-
-@pytest.mark.parametrize("name", LEARNT)
-def test_positions_are_interpolated_as_the_encoder_would(name):
-    """The encoder interpolates at run time: its outputs at the new size are the same before and after."""
-    config, small, large, _, _ = ENCODERS[name]
-    model, _ = make_vlm(SMALL, vision=deepcopy(config), image_size=small)
-    tower = model.model.vision_tower
-    table = tower.get_parameter(LEARNT[name])
-    torch.nn.init.normal_(table)
-    old = table.detach().clone()
-    pixels = torch.randn(1, 3, large, large)
-    with torch.no_grad():
-        wanted = model.model.encode_images(pixels)
-        assert resize_positions(tower, large) == LEARNT[name]
-        found = model.model.encode_images(pixels)
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    new = tower.get_parameter(LEARNT[name])
-    assert new.shape[-2] > old.shape[-2] and new.requires_grad
-    prefix = 0 if "siglip" in name else 1
-    assert torch.equal(new.flatten(0, -2)[:prefix], old.flatten(0, -2)[:prefix])
-    assert resize_positions(tower, large) is None  # nothing left to do
-    tower.train()(pixels).last_hidden_state.sum().backward()
-    assert new.grad.abs().sum() > 0  # a place of its own for every patch
 
 
 def test_images_of_several_sizes_at_native_resolution():
@@ -409,4 +375,4 @@ def test_without_a_layout_for_a_scratch_language_model_all_else_is_kept(tmp_path
     """The report of a size alone has no rows, and says so in one line."""
     model, processor = make_vlm(SMALL, language=make_language()[0])
     report = scale_tokens(model, processor, image_size=128)
-    assert str(report) == "visual tokens 12 -> 12, images 64 -> 128 px, encoder positions 8x8 -> 16x16"
+    assert str(report) == "visual tokens 12 -> 12, images 64 -> 128 px"

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from sparsight.devices.ranks import several_ranks
 from sparsight.errors import UserError
@@ -26,18 +26,14 @@ def save_bridge(model: Any, file: str | Path) -> None:
         UserError: the model has no bridge.
     """
     file, (bridge, settings) = Path(file), _bridge_of(model)
-    state = {
-        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().contiguous()
-        for name, tensor in bridge.state_dict().items()
-    }
-    if not several_ranks() or torch.distributed.get_rank() == 0:
+    state = get_model_state_dict(bridge, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if state:  # the first rank's alone
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(state, file, metadata={"format": "pt", "bridge": json.dumps(settings)})
     if several_ranks():
         torch.distributed.barrier()
 
 
-@torch.no_grad()
 def load_bridge(model: Any, file: str | Path) -> None:
     """Give a composed model the bridge of `save_bridge`, in place, sharded as the model's own is.
 
@@ -54,11 +50,7 @@ def load_bridge(model: Any, file: str | Path) -> None:
     if other := [n for n in own.keys() | state if n not in own or n not in state or own[n].shape != state[n].shape]:
         shapes = {n: [tuple(each[n].shape) if n in each else None for each in (own, state)] for n in sorted(other)[:3]}
         raise UserError(f"{file} is for another encoder or language model; these differ (model, file): {shapes}")
-    for name, tensor in own.items():
-        value = state[name].to(tensor.device, tensor.dtype)
-        if isinstance(tensor, DTensor):
-            value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
-        tensor.copy_(value)
+    set_model_state_dict(bridge, state, options=StateDictOptions(full_state_dict=True))
 
 
 def _bridge_of(model: Any) -> tuple[nn.Module, dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModel
 
 from sparsight.bridges import WindowedResampler, build_bridge
@@ -30,8 +30,7 @@ from sparsight.modeling.processing import SparsightProcessor, resize_mode
 from sparsight.modeling.vlm import SparsightForConditionalGeneration
 from sparsight.settings.bridges import ChainOfSightConfig, bridge_settings, check_scaling
 
-BRIDGE, TOWER = "model.multi_modal_projector.", "model.vision_tower."
-INDEX = "model.safetensors.index.json"
+BRIDGE, INDEX = "model.multi_modal_projector.", "model.safetensors.index.json"
 # Files that a Trainer puts beside a model: they belong to the old parameters.
 _TRAINING = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", "training_args.bin")
 
@@ -43,11 +42,9 @@ class ScalingReport:
     parts: tuple[ScaledPart, ...]
     tokens: tuple[int, int]
     image_size: tuple[int, int]
-    positions: str
 
     def __str__(self) -> str:
-        (old, new), (before, after) = self.tokens, self.image_size
-        lines = [f"visual tokens {old} -> {new}, images {before} -> {after} px, encoder positions {self.positions}"]
+        lines = ["visual tokens {} -> {}, images {} -> {} px".format(*self.tokens, *self.image_size)]
         if self.parts:
             lines.append(f"{'scale':14}{'from':10}{'tokens':>6}{'copied':>14}{'repeated':>12}{'new':>14}")
         for p in self.parts:
@@ -72,7 +69,7 @@ def scale_tokens(
         model: ours, or a peft model around it.
         layout: such as ``"1:16,2:16,16:1"``, or bridge settings of the same width and heads. A single-scale resampler
             can become Chain-of-Sight: it is the scale ``1:n``. Unchanged if not given.
-        image_size: side of the image in pixels; the encoder's table of positions is interpolated by its own code.
+        image_size: side of the image in pixels; the encoder interpolates its learned positions itself, at run time.
         sources: overrides of the source scales, grid of the new scale -> grid of the old one.
         vision_levels: the encoder's feature levels to see from now on, some of the old ones among them.
 
@@ -95,13 +92,9 @@ def scale_tokens(
         grown = WindowedResampler(new, widths, bridge.proj.out_features).to(bridge.proj.weight)
         parts = scale_bridge(bridge, grown, sources, (before, numbers))
         bridge = grown.train(model.training)
-    found, patches = _position_table(encoder), _patches(encoder, side)
-    own = _side(encoder.get_parameter(found[0])) if found else patches
-    positions = "as they are" if own == patches else f"{own}x{own} -> {patches}x{patches}"
     tokens = config.num_image_tokens, new.visual_tokens(map_size)
-    report = ScalingReport(tuple(parts), tokens, (config.image_size, side), positions)
+    report = ScalingReport(tuple(parts), tokens, (config.image_size, side))
     model.model.multi_modal_projector = bridge
-    resize_positions(encoder, side)
     config.bridge_config, config.vision_levels, config.level_widths = new.model_dump(mode="json"), levels, widths
     config.image_size, config.map_size = side, list(map_size)
     processor.num_image_tokens = config.num_image_tokens
@@ -132,68 +125,17 @@ def _laid_out(old: Any, layout: Any) -> Any:
 
 def _maps(encoder: Any, side: int, levels: Any, bridge: Any) -> tuple[tuple[int, int], list[int], list[int]]:
     """Size of the feature maps of images of ``side`` pixels, and the levels' widths and indices. Raises UserError."""
-    if _patches(encoder, side) < 1:
+    patch: Any = getattr(encoder.config, "patch_size", None) or 1
+    if side < (patch if isinstance(patch, int) else max(patch)):
         raise UserError(
-            f"image_size {side}: {type(encoder).__name__} cuts images into patches of {encoder.config.patch_size} "
-            "pixels, so it takes no smaller ones"
+            f"image_size {side}: {type(encoder).__name__} cuts images into patches of {patch} pixels, so it takes no "
+            "smaller ones"
         )
     maps, numbers = probe(encoder, side, levels)
     map_size = maps[0].shape[1], maps[0].shape[2]
     for scale in bridge.scales.scales if hasattr(bridge, "scales") else ():
         window_bounds(min(map_size), scale.grid)  # a layout that does not fit the map fails here
     return map_size, [level.shape[3] for level in maps], numbers
-
-
-def _position_table(encoder: nn.Module) -> tuple[str, Any] | None:
-    """Name of an encoder's table of learned positions, and the module that interpolates it."""
-    for path, module in encoder.named_modules():
-        if hasattr(module, "interpolate_pos_encoding"):
-            for name, _ in module.named_parameters():
-                if name.removesuffix(".weight") in ("position_embedding", "position_embeddings"):
-                    return f"{path}.{name}".lstrip("."), module
-    return None
-
-
-def _side(table: Tensor) -> int:
-    """Patches per side in a table of positions."""
-    return int(table.shape[-2] ** 0.5)
-
-
-def _patches(encoder: nn.Module, side: int) -> int:
-    patch: Any = getattr(encoder.config, "patch_size", None) or 1
-    return side // (patch if isinstance(patch, int) else patch[0])
-
-
-@torch.no_grad()
-def resize_positions(encoder: nn.Module, side: int) -> str | None:
-    """Interpolate an encoder's learned positions to images of ``side`` pixels, in place, by the encoder's own code.
-
-    That code says whether it is antialiased; prefix tokens keep theirs. The encoder's outputs at that size do not
-    change, since it would have interpolated at run time; but each patch can now learn its own position.
-
-    Returns:
-        Name of the table that has changed, None where there is none or the size is the same.
-    """
-    found, new = _position_table(encoder), _patches(encoder, side)
-    if found is None or _side(encoder.get_parameter(found[0])) == new:
-        return None
-    (name, owner), table = found, encoder.get_parameter(found[0])
-    count = table.shape[-2] - _side(table) ** 2 + new**2
-    # Of the argument only the shape is read.
-    resized = owner.interpolate_pos_encoding(table.new_zeros(1, count, table.shape[-1]), side, side)
-    path, _, leaf = name.rpartition(".")
-    holder: Any = encoder.get_submodule(path)
-    setattr(holder, leaf, nn.Parameter(resized.reshape(*table.shape[:-2], count, -1).clone(), table.requires_grad))
-    if isinstance(holder, nn.Embedding):
-        holder.num_embeddings = count
-        owner.register_buffer("position_ids", torch.arange(count, device=table.device)[None], persistent=False)
-    for part in (owner, getattr(owner, "patch_embeddings", None)):  # what they were built with
-        for key, value in {"num_patches": new**2, "num_positions": count, "image_size": side}.items():
-            if hasattr(part, key):
-                setattr(part, key, (side, side) if isinstance(getattr(part, key), tuple) else value)
-    config: Any = encoder.config
-    config.image_size = side
-    return name
 
 
 def scale_checkpoint(
@@ -219,24 +161,17 @@ def scale_checkpoint(
     where = _tensor_files(folder)
     config = SparsightConfig.from_pretrained(folder)
     processor = SparsightProcessor.from_pretrained(folder, trust_remote_code=False)
-    encoder = AutoModel.from_config(config.vision_config, trust_remote_code=False)
     bridge = build_bridge(config.bridge, config.level_widths, config.text_config.hidden_size)
-    table = found[0] if (found := _position_table(encoder)) else None
-    old = _read(folder, where, [name for name in where if name.startswith(BRIDGE) or name == f"{TOWER}{table}"])
-    if table:
-        encoder.get_parameter(table).data = old[TOWER + table]
-    own = {name.removeprefix(BRIDGE): tensor for name, tensor in old.items() if name.startswith(BRIDGE)}
-    bridge.load_state_dict(own, assign=True)
+    old = _read(folder, where, [name for name in where if name.startswith(BRIDGE)])
+    bridge.load_state_dict({name.removeprefix(BRIDGE): tensor for name, tensor in old.items()}, assign=True)
     with torch.device("meta"):
         model = SparsightForConditionalGeneration(config)
-    model.model.vision_tower, model.model.multi_modal_projector = encoder, bridge
+    model.model.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)  # for its shapes
+    model.model.multi_modal_projector = bridge
     report = scale_tokens(model, processor, layout, image_size, sources, vision_levels)
-    config.vision_config = encoder.config
     new = {BRIDGE + name: tensor for name, tensor in model.model.multi_modal_projector.state_dict().items()}
-    if table:
-        new[TOWER + table] = encoder.get_parameter(table).detach()
-    same = {name for name in old.keys() & new if old[name].data_ptr() == new[name].data_ptr()}
-    old, new = ({name: each[name] for name in each if name not in same} for each in (old, new))
+    if model.model.multi_modal_projector is bridge:
+        old = new = {}
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)  # an error if it is there: then it is somebody's
     try:
@@ -284,11 +219,11 @@ def _write_files(
 
     A tensor that only changes stays in its file; one that is added goes where the first that goes was.
     """
-    home = where[min(old)] if old else ""
-    place = {name: file for name, file in where.items() if name not in old} | {n: where.get(n, home) for n in new}
+    place = {name: file for name, file in where.items() if name not in old}
+    place |= {name: where.get(name, where[min(old)]) for name in new}
     for path in sorted(entry for entry in folder.iterdir() if entry.is_file()):
-        names = [name for name, file in place.items() if file == path.name]
         if path.name in {where[name] for name in old}:
+            names = [name for name, file in place.items() if file == path.name]
             tensors = _read(folder, where, [name for name in names if name not in new])
             tensors |= {name: new[name].contiguous() for name in names if name in new}
             save_file(tensors, out / path.name, metadata={"format": "pt"})
@@ -297,8 +232,7 @@ def _write_files(
     if (folder / INDEX).is_file():
         content = read_json(folder / INDEX)
         sizes = {"total_size": lambda t: t.numel() * t.element_size(), "total_parameters": Tensor.numel}
-        for key, size in sizes.items():
-            if key in content["metadata"]:
-                content["metadata"][key] += sum(map(size, new.values())) - sum(map(size, old.values()))
+        for key in sizes.keys() & content["metadata"]:
+            content["metadata"][key] += sum(map(sizes[key], new.values())) - sum(map(sizes[key], old.values()))
         content["weight_map"] = dict(sorted(place.items()))
         (out / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
