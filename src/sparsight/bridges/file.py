@@ -49,7 +49,7 @@ def load_bridge(model: Any, file: str | Path) -> None:
     own = bridge.state_dict()
     if other := [n for n in own.keys() | state if n not in own or n not in state or own[n].shape != state[n].shape]:
         shapes = {n: [tuple(each[n].shape) if n in each else None for each in (own, state)] for n in sorted(other)[:3]}
-        raise UserError(f"{file} is for another encoder or language model; these differ (model, file): {shapes}")
+        raise UserError(f"{file} is for another encoder or language model, these differ (model, file): {shapes}")
     set_model_state_dict(bridge, state, options=StateDictOptions(full_state_dict=True))
 
 
