@@ -26,7 +26,7 @@ def save_bridge(model: Any, file: str | Path) -> None:
         UserError: the model has no bridge.
     """
     file, (bridge, settings) = Path(file), _bridge_of(model)
-    state = get_model_state_dict(bridge, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state: dict[str, Any] = get_model_state_dict(bridge, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if state:  # the first rank's alone
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(state, file, metadata={"format": "pt", "bridge": json.dumps(settings)})
