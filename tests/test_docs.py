@@ -80,7 +80,14 @@ def test_F15_every_page_with_code_is_run_by_a_test() -> None:
     cards = {f"docs/methods/{card}.md" for card in ("compressor", "skipper")}
     assert with_code - run == cards | {"docs/tutorials/own-data.md"}
     fences = [line for page in pages for line in (ROOT / page).read_text(encoding="utf-8").splitlines()]
-    assert {line for line in fences if line.startswith("```")} == {"```", "```bash", "```json", "```python", "```text", "```yaml"}
+    assert {line for line in fences if line.startswith("```")} == {
+        "```",
+        "```bash",
+        "```json",
+        "```python",
+        "```text",
+        "```yaml",
+    }
 
 
 def test_F15_the_exceptions_are_still_needed() -> None:

@@ -26,9 +26,8 @@ def save_bridge(model: Any, file: str | Path) -> None:
         UserError: the model has no bridge.
     """
     file, (bridge, settings) = Path(file), _bridge_of(model)
-    state: dict[str, Any] = get_model_state_dict(
-        bridge, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: dict[str, Any] = get_model_state_dict(bridge, options=options)
     if state:  # the first rank's alone
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(state, file, metadata={"format": "pt", "bridge": json.dumps(settings)})
