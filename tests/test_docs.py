@@ -12,7 +12,6 @@ from pathlib import Path
 
 import families
 import pytest
-import torch
 import yaml
 from transformers import Trainer, TrainingArguments
 
