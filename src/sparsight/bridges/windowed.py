@@ -18,7 +18,7 @@ from sparsight.layouts import Scale, absorbs, window_bounds
 
 
 def window_index(x_BLMD: Tensor, grid: int, sizes_B2: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Which patches each window sees: as equal as can be, none dropped, none counted twice (`window_bounds`).
+    """The patches that each window sees: as equal as possible, none dropped, none counted twice (`window_bounds`).
 
     Returns:
         index_BWP: patch numbers in the whole map (row-major), 0 on the padding; B is 1 where all maps have one size.
