@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.attach import attach
+from sparsight.sparse.parts import find_parts
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 WORDS, VOCABULARY, WIDTH, SIDE, PATCH = 60, 128, 64, 64, 8
@@ -349,10 +350,10 @@ def gradients(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor,
 
 
 def skipper_for(model: Any) -> tuple[SkipperConfig | None, str]:
-    """Half of the layers off, or None and the reason if this family's layers cannot be skipped."""
+    """Half of the layers skipped, or None and the reason if this family's layers cannot be skipped."""
     skipper = SkipperConfig(alpha=0.5, epsilon=0.0, schedule="constant")
     try:
-        attach(model, skipper=skipper, plan=True)
+        attach(model, skipper=skipper).detach()
     except ValueError as error:
         return None, one_line(error)
     return skipper, ""
@@ -436,7 +437,7 @@ def outcome_of(name: str) -> Outcome:
     except Exception as error:
         return Outcome(name, "not tried", f"does not build from a tiny config: {one_line(error)}")
     try:
-        attach(model, plan=True)
+        find_parts(model, needs_vision=True)
     except ValueError as error:
         return Outcome(name, "refused", one_line(error))
     try:

@@ -643,9 +643,13 @@ def test_F13_data_that_are_not_there_are_told_before_anything_is_written(
 @pytest.mark.parametrize(
     "own, late, message",
     [
-        (True, {}, "stage 'finetune': sample 'long-7': .* expected 512 .max_length. at most"),
-        (True, {"micro_batch_size": 2}, "stage 'finetune': sample 'long-7': .* expected 512 .max_length. at most"),
-        (False, {"max_length": 40}, "stage 'finetune': sample 'scenes/train/.*': .* 24 of them visual; expected 40"),
+        (True, {}, "stage 'finetune': sample 'long-7': .* expected at most 512 .max_length."),
+        (True, {"micro_batch_size": 2}, "stage 'finetune': sample 'long-7': .* expected at most 512 .max_length."),
+        (
+            False,
+            {"max_length": 40},
+            "stage 'finetune': sample 'scenes/train/.*': .* 24 of them visual; expected at most 40",
+        ),
         (
             False,
             {"bridge": BRIDGE | {"layout": "1:4,2:1,9:1"}},

@@ -160,7 +160,7 @@ class ConversationSource(RowSource):
             for path in sample.images:
                 if isinstance(path, str):
                     first.setdefault(path, f"row {number} (id {sample.id})")
-        missing = [path for path in first if not find_file(self.folder, path).is_file()]
+        missing = [path for path in first if not os.path.isfile(find_file(self.folder, path))]
         if missing:
             raise UserError(
                 f"{self.path}, {first[missing[0]]}: {self.folder}/{missing[0]:.200}: there is no such file "
