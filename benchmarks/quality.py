@@ -201,7 +201,7 @@ def recipe_of(row: Row, seed: int, settings: dict[str, Any], data: str = "scenes
 
 
 def write_easy_vqa(folder: Path) -> None:
-    """easy-VQA as conversations: up to five of a image's questions in a training one, one in others. Of the training
+    """easy-VQA as conversations: up to five of an image's questions in a training one, one in others. Of the training
     images, the last 400 are for validation."""
     import easy_vqa
 

@@ -149,7 +149,7 @@ class Bench:
             torch.cuda.empty_cache()
 
     def inputs(self, tokens: int, image_id: int, rows: int) -> dict[str, Any]:
-        """Random words around a image of so many visual tokens; those behind it are learnt."""
+        """Random words around an image of so many visual tokens; those behind it are learnt."""
         words = torch.randint(10, 290, (rows, TEXT), device=self.device)
         image = torch.full((rows, tokens), image_id, device=self.device)
         ids = torch.cat([words[:, : TEXT // 2], image, words[:, TEXT // 2 :]], 1)

@@ -131,7 +131,7 @@ STYLES = {"works": "green", "compressor only": "cyan", "refused": "yellow", "not
 HEADING = """# Families
 
 What `sparsight.attach` does with each of the {all} image-text families of transformers {version}, tried by
-`python scripts/try_families.py` on tiny models with random weights, a image and a few words a sample, on a CPU:
+`python scripts/try_families.py` on tiny models with random weights, an image and a few words a sample, on a CPU:
 {told}.
 
 - **works**: with keep 1.0 and alpha 0, loss and gradients are bit by bit those of the plain model. With keep 0.5 and
@@ -316,7 +316,7 @@ def features_of(model: Any) -> tuple[dict[str, torch.Tensor], list[int]]:
 
 
 def batch_of(model: Any) -> dict[str, torch.Tensor]:
-    """Two samples of unequal length with a image and words each; the words at the end are learnt."""
+    """Two samples of unequal length with an image and words each; the words at the end are learnt."""
     pixels, counts = features_of(model)
     config, generator = model.config, torch.Generator().manual_seed(1)
     image = getattr(config, "image_token_id", getattr(config, "image_token_index", None))

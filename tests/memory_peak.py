@@ -37,7 +37,7 @@ def measured(stage: dict, precision: str, folder: Path) -> dict[str, float]:
         "image_size": 224,
         "batch_size": 6,
         "samples": 12,
-        "conversation": {"text": 64, "learnt": 32},
+        "conversation": {"text": 64, "supervised": 32},
     }
     recipe = Recipe.model_validate(
         {

@@ -376,7 +376,7 @@ def test_analyze_measures_any_model(
 ) -> None:
     model = checkpoint if kind == "ours" else llava(tmp_path / "llava")
     rows = json.loads((images / "data.json").read_text())
-    del rows[1]["image"]  # a conversation without a image
+    del rows[1]["image"]  # a conversation without an image
     rows[1]["conversations"][0]["value"] = "Which colours are there?"
     (images / "data.json").write_text(json.dumps(rows))
     options = "--data", images / "data.json", "--images", images / "images", "--samples", 3

@@ -54,12 +54,12 @@ def make_vlm(bridge: Any = BRIDGE, **options: Any) -> tuple[SparsightForConditio
 
 
 def make_image(seed: int = 0, side: int = 80) -> Image.Image:
-    """A image of coloured noise."""
+    """An image of coloured noise."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
 class ListSource:
-    """Samples in memory; a image's key is its seed."""
+    """Samples in memory; an image's key is its seed."""
 
     def __init__(self, *samples: Sample) -> None:
         self.samples = samples

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from sparsight.errors import UserError
+
 
 def assets_dir() -> Path:
     """Unpacked assets: `$SPARSIGHT_ASSETS`, else `./assets` if it exists, else `~/.cache/sparsight`."""
@@ -69,12 +71,12 @@ class Asset:
     command: str
 
 
-def missing(name: str) -> ValueError:
+def missing(name: str) -> UserError:
     """The error of an asset, by its name in `inventory`, that is needed and was not found."""
     command = next(asset.command for asset in inventory() if asset.name == name)
     if not command.startswith("make"):
-        return ValueError(f"{name}: not found on this computer; run\n  {command}")
-    return ValueError(
+        return UserError(f"{name}: not found on this computer; run\n  {command}")
+    return UserError(
         f"{name}: not found in {assets_dir()}; in a checkout of Sparsight, run\n  {command}\nElsewhere, set "
         "SPARSIGHT_ASSETS to the folder that it made, or name another model: a folder, or an id of the hub such as "
         "HuggingFaceTB/SmolLM2-135M-Instruct"

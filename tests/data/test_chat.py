@@ -16,7 +16,7 @@ from tiny import make_image, make_language
 
 
 def user(*parts: str | None) -> dict[str, Any]:
-    """A question; None stands for a image."""
+    """A question; None stands for an image."""
     content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
     return {"role": "user", "content": content}
 

@@ -203,7 +203,7 @@ def test_what_is_kept_of_a_row_is_what_was_read(
 
 
 def test_places_of_the_tokens_to_come() -> None:
-    """Visual tokens (9) spread over the span of the last layout; text behind a image stands behind the whole span."""
+    """Visual tokens (9) spread over the span of the last layout; text behind an image stands behind the whole span."""
     items = [
         {"id": "a", "input_ids": [1, 9, 9, 2, 9, 9, 3], "labels": [-100] * 6 + [3]},
         {"id": "b", "input_ids": [1, 2], "labels": [-100, 2]},

@@ -289,3 +289,10 @@ def test_F31_data_check_counts_fields_that_are_not_used(folder: Path, tiny_vlm: 
     found = check_rows(TrainingSet(source, tiny_vlm()[1], len(source)))
     assert found.record(None)["unused_fields"] == {"bbox": 1}
     assert [len(found.rows), len(found.bad), "unused" in found.rows[0]] == [2, 1, False]
+
+
+@pytest.mark.parametrize("row", [{"instruction": 7, "input": "x"}, {"instruction": "Add.", "input": 7}])
+def test_an_instruction_that_is_no_text_is_refused(tmp_path: Path, row: dict[str, Any]) -> None:
+    (tmp_path / "data.json").write_text(json.dumps([row | {"output": "8"}]))
+    with pytest.raises(ValueError, match="expected (a )?text.*found 7"):
+        ConversationSource(ConversationData(path=str(tmp_path / "data.json")))[0]

@@ -224,7 +224,7 @@ def test_a_broken_file_is_refused_wherever_it_is_broken(tmp_path: Path, kind: st
         file.write_bytes(whole[:length])
         with pytest.raises(ValueError, match="broken.jpg"):
             load_image(file)
-    for _ in range(60):  # with wrong bytes in it, a file may still be a image; it may not raise anything else
+    for _ in range(60):  # with wrong bytes in it, a file may still be an image; it may not raise anything else
         damaged = bytearray(whole)
         for place in rng.integers(0, len(whole), 3):
             damaged[place] = rng.integers(256)

@@ -143,7 +143,7 @@ def test_drawn_permutations_come_near_to_all_of_them() -> None:
 
 
 def test_p_values_are_uniform_where_models_are_alike() -> None:
-    """And where items that share a image are taken for independent, they are too small."""
+    """And where items that share an image are taken for independent, they are too small."""
     rng = np.random.default_rng(5)
     found, naive = [], []
     for _ in range(400):

@@ -162,7 +162,7 @@ def test_maps_of_convolutional_encoders_are_in_reading_order(name, place):
 
 
 class Pooled(nn.Module):
-    """Gives one vector a image."""
+    """Gives one vector an image."""
 
     def forward(self, pixel_values):
         pooled = pixel_values.mean((2, 3))

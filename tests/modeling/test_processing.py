@@ -57,7 +57,7 @@ def test_text_alone(processor):
 
 
 def test_counts_for_serving(processor):
-    """What vLLM and others ask for without a image at hand."""
+    """What vLLM and others ask for without an image at hand."""
     counts = processor._get_num_multimodal_tokens(image_sizes=[(80, 80), (10, 300)])
     assert (counts["num_image_tokens"], counts["num_image_patches"]) == ([8, 8], [1, 1])
     assert "num_image_tokens" not in processor._get_num_multimodal_tokens()

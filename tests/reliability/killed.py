@@ -56,7 +56,7 @@ class Recorder(TrainerCallback):
 
 
 class Images(torch.utils.data.Dataset):
-    """24 samples, each with a image of its own."""
+    """24 samples, each with an image of its own."""
 
     def __init__(self, name: str, model: Any) -> None:
         self.rows = [{k: v[0] for k, v in batch_of(name, model, (1,), seed).items()} for seed in range(24)]

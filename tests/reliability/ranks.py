@@ -43,7 +43,7 @@ def batches(name: str, model: Any, step: int) -> list[dict[str, Any]]:
 
 
 def with_video(name: str, model: Any) -> list[dict[str, Any]]:
-    """What each rank sees: a image and a video of one frame on the first, images alone on the second."""
+    """What each rank sees: an image and a video of one frame on the first, images alone on the second."""
     both = [batch_of(name, model, (1, 1), seed=step) for step in (0, 1)]
     batch, ids = both[0], both[0]["input_ids"]
     ids[1][ids[1] == IMAGE] = WORDS + 3

@@ -105,7 +105,7 @@ def test_r24_resumed_in_shards_is_the_run_that_was_never_interrupted(tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_r02_a_blank_image_fits_every_family(name):
-    """And reaches every parameter of the vision tower that a image reaches."""
+    """And reaches every parameter of the vision tower that an image reaches."""
     model = made(name)
     handle = attach(model, CompressorConfig(keep=1.0))
     owner = model.model

@@ -25,7 +25,7 @@ SKIPPER = SkipperConfig(alpha=0.6, epsilon=0.3)
 
 
 class Images(torch.utils.data.Dataset):
-    """24 samples, each with a image of its own."""
+    """24 samples, each with an image of its own."""
 
     def __init__(self, model):
         self.rows = [{k: v[0] for k, v in batch_of(NAME, model, (1,), seed).items()} for seed in range(24)]

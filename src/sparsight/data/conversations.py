@@ -111,7 +111,9 @@ def _turns(row: dict[str, Any], where: str) -> tuple[tuple[str, ...], list[tuple
     for question, answer in _PAIRS:
         if question in row and answer in row:
             more, history = row.get("input") if question == "instruction" else None, row.get("history", [])
-            asked = f"{row[question]}\n{more}" if more else row[question]
+            if more and not isinstance(more, str):
+                raise UserError(f"{where}, field 'input': expected text, found {more!r:.80}")
+            asked = f"{row[question]}\n{more}" if more and isinstance(row[question], str) else row[question]
             if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
                 at = f"{where}, field 'history'"
                 raise UserError(f"{at}: expected a list of [question, answer], found {history!r:.80}")

@@ -42,7 +42,7 @@ class Shard:
         content = np.load(index, mmap_mode="r").view(np.ndarray)  # a plain array gives single items faster
         self.samples, size, modified, _ = content[0].item()
         if (size, modified) != (state.st_size, state.st_mtime_ns):
-            raise ValueError(f"{tar} has changed since ({size:,} bytes then, {state.st_size:,} now)")
+            raise UserError(f"{tar} has changed since ({size:,} bytes then, {state.st_size:,} now)")
         self.file, self.members = File(tar), content[1:]
 
     def __len__(self) -> int:

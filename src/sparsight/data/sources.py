@@ -182,18 +182,23 @@ class TableSource(RowSource):
 
     def __init__(self, data: ConversationData, strict: bool = True) -> None:
         table = _open_table(data)
-        super().__init__(data, table.with_format("arrow"))  # as stored: images are not decoded
         columns = table.column_names
+        used = [name for name in columns if name in FIELDS]
+        super().__init__(data, table.select_columns(used).with_format("arrow"))  # as stored: images are not decoded
         if not has_conversation(columns):
             raise UserError(
                 f"{self.path}: expected a column 'conversations' (LLaVA) or 'messages', found the columns {columns}"
             )
-        unused = dict.fromkeys((name for name in columns if name not in FIELDS | METADATA), len(table))
-        if strict and unused:
-            warnings.warn(unused_fields(self.path, unused, len(table)), stacklevel=2)
+        self.unused = tuple(name for name in columns if name not in FIELDS | METADATA)
+        if strict and self.unused:
+            warnings.warn(unused_fields(self.path, dict.fromkeys(self.unused, len(table)), len(table)), stacklevel=2)
 
     def _row(self, number: int) -> Any:
         return self.rows[number].to_pylist()[0]
+
+    def __getitem__(self, number: int) -> Sample:
+        sample = super().__getitem__(number)
+        return replace(sample, unused=sample.unused + self.unused)
 
 
 def _open_table(data: ConversationData) -> Any:

@@ -11,12 +11,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from pydantic import ValidationError
 
 from sparsight.console import Console, Progress
 from sparsight.data.sources import scene_config
 from sparsight.devices.precision import default_device, precision_on
-from sparsight.errors import UserError
 from sparsight.evaluation.ask import Item, Questions, Scores, ask
 from sparsight.evaluation.questions import guess, held_out_questions, scene_questions
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
@@ -25,7 +23,6 @@ from sparsight.modeling.folders import model_type
 from sparsight.pipeline.files import Session, load, load_any, own_scenes, trained_by
 from sparsight.reporting.tables import percent, table
 from sparsight.scenes.questions import ScenesDataset, chance
-from sparsight.settings.base import readable
 from sparsight.settings.data import SceneData
 from sparsight.settings.recipe import Evaluation, HeldOut, Recipe
 
@@ -130,10 +127,7 @@ def evaluate_checkpoint(
     Raises:
         UserError: no model in ``folder``, no such split, or conversations that cannot be asked.
     """
-    try:
-        settings = Evaluation.model_validate({"items": items, "split": split})
-    except ValidationError as error:
-        raise UserError(f"--{readable(error)}") from None
+    settings = Evaluation.read({"items": items, "split": split}, "eval")
     if Path(folder).is_dir() and model_type(Path(folder)) in (None, SparsightConfig.model_type):
         model, processor = load(folder)
         model.to(default_device())

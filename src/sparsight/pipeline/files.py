@@ -27,7 +27,6 @@ from sparsight.modeling.build import own_image_size
 from sparsight.modeling.configuration import SparsightConfig
 from sparsight.modeling.folders import loading, model_type, read_json
 from sparsight.reporting import RunLog, environment, read_run, write_card
-from sparsight.settings.base import readable
 from sparsight.settings.data import SceneData
 from sparsight.settings.recipe import Recipe
 
@@ -279,10 +278,7 @@ def trained_by(folder: str | Path) -> Recipe | None:
     file = Path(folder) / RECIPE_FILE
     if not file.is_file():
         return None
-    try:
-        return Recipe.model_validate(read_json(file))
-    except ValidationError as error:
-        raise UserError(f"{file}: {readable(error)}") from None
+    return Recipe.read(read_json(file), file)
 
 
 def own_scenes(folder: str | Path) -> SceneData:

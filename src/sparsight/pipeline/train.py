@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from rich.text import Text
 from transformers import PreTrainedConfig
 
@@ -37,7 +36,6 @@ from sparsight.reporting.runlog import step_seconds
 from sparsight.reporting.tables import human
 from sparsight.scenes.questions import TASKS
 from sparsight.schedules import skip_probabilities
-from sparsight.settings.base import readable
 from sparsight.settings.load import load_recipe
 from sparsight.settings.recipe import Recipe, ScratchLanguage, Stage
 from sparsight.training.counter import StepCounter, resident_now
@@ -357,8 +355,5 @@ def train(recipe: Recipe | str | Path | Mapping[str, Any], output_dir: str | Pat
         FileExistsError: ``output_dir`` holds a run and ``resume`` is off.
     """
     if isinstance(recipe, Mapping):
-        try:
-            recipe = Recipe.model_validate(recipe)
-        except ValidationError as error:
-            raise UserError(readable(error)) from None
+        recipe = Recipe.read(recipe, "recipe")
     return run(recipe if isinstance(recipe, Recipe) else load_recipe(recipe), output_dir, Console(), resume)

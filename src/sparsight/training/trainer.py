@@ -128,9 +128,9 @@ class SparsightTrainer(Trainer):
         self.counter.seconds["optimizer"] += time.perf_counter() - start  # on a GPU, it was waited for
         return norm
 
-    def _not_finite(self, found: str, ids: Sequence[str]) -> ValueError:
+    def _not_finite(self, found: str, ids: Sequence[str]) -> UserError:
         step = self.state.global_step + 1
-        return ValueError(f"step {step}: the {found}; training stops here. Its samples: " + ", ".join(ids))
+        return UserError(f"step {step}: the {found}; training stops here. Its samples: " + ", ".join(ids))
 
 
 @dataclass(eq=False)
@@ -223,14 +223,14 @@ def plan_stage(data: TrainingSet, stage: Stage, seed: int, folder: Path, console
     ranks, sizes = process_state().num_processes, None
     alike = _alike(data)  # where they need not be dealt out, sizes need not be known
     cut = stage.model_dump(include={"batch_size", "micro_batch_size", "batch_tokens"})
-    if ranks * micro_batches(ranks, **cut) > 1 or stage.packing or stage.batch_tokens or not alike:
-        with process_state().main_process_first(), Progress(console=console) as bar:
-            task = bar.add_task("measuring samples", total=len(data))
-            sizes = data.sizes(folder / "sizes.npy", lambda done: bar.update(task, completed=done))
-            bar.update(task, completed=len(data))
     try:
+        if ranks * micro_batches(ranks, **cut) > 1 or stage.packing or stage.batch_tokens or not alike:
+            with process_state().main_process_first(), Progress(console=console) as bar:
+                task = bar.add_task("measuring samples", total=len(data))
+                sizes = data.sizes(folder / "sizes.npy", lambda done: bar.update(task, completed=done))
+                bar.update(task, completed=len(data))
         return plan_steps(len(data), seed, ranks, sizes, packing=stage.packing, largest_first=not alike, **cut)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"stage '{stage.name}': {error}") from None
 
 
