@@ -414,7 +414,6 @@ def check_alone(model: Any, batch: dict[str, torch.Tensor]) -> None:
 
 def tried(model: Any, batch: dict[str, torch.Tensor]) -> tuple[str, str]:
     """Status and detail; raises AssertionError where a promise is broken, ValueError if attach refuses."""
-    attach(model, CompressorConfig(keep=0.5), plan=True)
     skipper, reason = skipper_for(model)
     check_dense(model, batch, skipper)
     detail = check_sparse(model, batch, skipper)
