@@ -11,7 +11,7 @@ from typing import Any
 from sparsight.reporting.inspection import RAMP
 from sparsight.reporting.page import examples as shown_examples
 from sparsight.reporting.page import folded, plot, plots, section, shown_table, write_page
-from sparsight.reporting.tables import Cell, Column, Table, decimals, share, table
+from sparsight.reporting.tables import Column, Table, decimals, share, table
 
 SHOWN = 500  # bad samples on the page; check.json has all
 _ADVICE = (
@@ -77,10 +77,7 @@ def write_check(record: Mapping[str, Any], examples: Sequence[Mapping[str, str]]
         more = f" The first {SHOWN} of {len(found)}; check.json has all." if len(found) > SHOWN else ""
         if rows:
             sections.append(section(title, more, shown_table(table("", heads, rows, left=len(heads)))))
-    shown = [
-        {"image": each["image"], "tag": each["id"], "text": "", "lines": [("", Cell(each["text"]))]}
-        for each in examples
-    ]
+    shown = [{"image": each["image"], "tag": each["id"], "text": each["text"], "lines": []} for each in examples]
     sections += [section("Examples", "The first good samples with images.", shown_examples(shown))] if shown else []
     lead = f"{record['samples']} samples, as stage {record['stage']} of {record['recipe']} sees them. "
     lead += f"Bad: {len(bad)}." if bad else "None is bad."
