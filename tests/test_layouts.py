@@ -75,7 +75,7 @@ def test_a_scale_needs_windows_and_queries(text):
 
 @pytest.mark.parametrize("text", ["4:4,1:16", "1:16,4:4,4:1", "1:2,1:2"])
 def test_scales_go_from_coarse_to_fine(text):
-    with pytest.raises(ValueError, match=f"layout '{text}': expected each grid once, from coarse to fine"):
+    with pytest.raises(ValueError, match=f"layout '{text}': expected windows per side that grow from scale to scale"):
         Layout.parse(text)
 
 

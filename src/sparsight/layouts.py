@@ -61,7 +61,10 @@ class Layout:
         if not grids:
             raise UserError("a layout needs at least one scale, such as '1:16'")
         if any(finer <= coarser for coarser, finer in pairwise(grids)):
-            raise UserError(f"layout '{self}': expected each grid once, from coarse to fine; found the grids {grids}")
+            raise UserError(
+                f"layout '{self}': expected windows per side that grow from scale to scale; found {grids}. Put coarse "
+                "scales first, each once"
+            )
 
     @classmethod
     def parse(cls, text: str | Layout) -> Layout:
@@ -95,7 +98,7 @@ class Layout:
         return ",".join(map(str, self.scales))
 
     def source_scales(self, target: Layout, sources: Mapping[int, int] | None = None) -> dict[Scale, Scale]:
-        """Scale of ``target`` -> the scale of this layout that its weights come from (Chain-of-Sight, section 3.3).
+        """For each scale of ``target``, the scale of this layout that it takes its weights from (section 3.3).
 
         The source has the same queries per window. Among several, the same grid comes first, then the nearest coarser
         one, then (scaling down) the nearest finer one.

@@ -53,7 +53,8 @@ class SparsightProcessor(WithStub, ProcessorMixin):
         self.tokenizer.chat_template = template
 
     def pixels(self, images: Sequence[Image.Image]) -> BatchFeature:
-        """The encoder's inputs for images in RGB: ``pixel_values``, and grids where their shapes differ."""
+        """The encoder's inputs for images in RGB: ``pixel_values``, and the images' grids of patches where
+        these differ."""
         shaped = [_tamed(image, self.image_processor) for image in images]
         return self.image_processor(shaped, return_tensors="pt")
 

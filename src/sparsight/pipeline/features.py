@@ -78,7 +78,8 @@ def cached_features(
     _tell_whether_it_pays(cache, list(rows), stage, session)
     if not session.main:
         return cache, Encoding(0.0, 0.0)
-    # Every run pays once for its cache, also when another run has built it: alone, it would have to.
+    # Seconds and FLOPs of building the cache count in every run once, also where another run has built it: by itself,
+    # each would have to build it.
     others = {name: cache["folder"] for name, cache in log.run().caches.items() if name != stage.name}
     paid = str(folder) in others.values()
     cost = Encoding(0.0, 0.0) if paid else Encoding(cache.seconds, encoder_flops * images)

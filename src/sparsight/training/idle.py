@@ -1,4 +1,4 @@
-"""Parameters that train but never get a gradient: they take the optimizer's memory, and weight decay shrinks them."""
+"""Trainable parameters whose gradients are zero in every step: they take memory, and weight decay shrinks them."""
 
 from __future__ import annotations
 
