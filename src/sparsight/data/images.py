@@ -77,5 +77,5 @@ def _eight_bits(image: Image.Image, file_format: str | None) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
         return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise UserError("32 bits a channel do not say which value is white; save the image with 8 or 16")
+        raise UserError("32-bit channels do not say which value is white; save the image with 8 or 16 bits")
     return image
