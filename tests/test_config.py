@@ -1,4 +1,6 @@
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -546,6 +548,12 @@ def test_old_keys_warn_and_mean_the_new_ones(recipe_file: Path, tmp_path: Path) 
     with pytest.warns(FutureWarning, match="'places_of' is now called 'position_layout'"):
         found = load_recipe(recipe_file, override).stages[0].position_layout
     assert found == Layout.parse("cos-336-from-32")
+    keys = {key: f"stages.pretrain.{key}=cos-528-from-32" for key in ("position_layout", "places_of")}
+    late = "stages.finetune.bridge.layout=cos-528-from-32"
+    new = load_recipe(recipe_file, [keys["position_layout"], late], "scale")
+    assert str(new.stages[0].position_layout) == "1:16,4:16,16:1"
+    with pytest.warns(FutureWarning, match="'places_of' is now called 'position_layout'"):
+        assert load_recipe(recipe_file, [keys["places_of"], late], "scale") == new
     values["stages"][0] |= {"places_of": "cos-80", "position_layout": "cos-80"}
     old_file.write_text(yaml.safe_dump(values))
     with pytest.raises(UserError, match="has both 'position_layout' and 'places_of', its old name"):
@@ -563,3 +571,13 @@ def test_scores_of_scenes_are_for_recipes_of_scenes(tmp_path: Path, recipe_file:
     assert Recipe.model_validate(values | {"data": {"kind": "scenes"}}).evaluation.kind == "scenes"
     again = Recipe.model_validate(Recipe.model_validate(values).model_dump(mode="json"))
     assert again == Recipe.model_validate(values)
+
+
+def test_a_renamed_key_is_told_once_and_readably_in_the_terminal(recipe_file: Path) -> None:
+    recipe_file.write_text(
+        recipe_file.read_text().replace("    samples:", "    conversation: {learnt: 9}\n    samples:")
+    )
+    code = f"import sys; from sparsight import cli; sys.argv[1:] = ['plan', {str(recipe_file)!r}]; cli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    told = "warning: 'learnt' is now called 'supervised'; the old name goes with the next release\n"
+    assert (done.returncode, done.stderr) == (0, told)

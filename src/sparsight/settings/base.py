@@ -29,7 +29,7 @@ class Settings(BaseModel):
                 raise UserError(f"{cls.__name__} has both '{new}' and '{old}', its old name: give '{new}' alone")
             warn_renamed(f"'{old}'", f"'{new}'")
             values = {new if key == old else key: value for key, value in values.items()}
-        for key in values.keys() - cls.model_fields.keys():
+        for key in (key for key in values if key not in cls.model_fields):  # the first one
             near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else "."
             raise UserError(f"unknown key '{key}' in {cls.__name__}{hint} Known keys: {', '.join(cls.model_fields)}")
