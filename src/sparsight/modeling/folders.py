@@ -48,7 +48,8 @@ def check_files(folder: str | Path) -> None:
             if file.suffix == ".jinja":
                 render_jinja_template([[]], chat_template=file.read_text(encoding="utf-8"))
             else:
-                safe_open(file, framework="pt")
+                with safe_open(file, framework="pt"):
+                    pass
         except (SafetensorError, jinja2.TemplateSyntaxError, UnicodeDecodeError) as error:
             raise UserError(f"{file} is cut short or damaged: {error}. Get it anew") from None
         except Exception:  # a sound template may refuse a conversation without turns

@@ -374,14 +374,23 @@ class Records:
             return
         try:
             raw = json.loads(line.decode(errors="replace"), parse_constant=lambda _: None)
+        except (ValueError, RecursionError):
+            self.left_out.append(f"line {self.lines}: cut, or not JSON")
+        else:
+            self._check(raw)
+
+    def written(self, raw: dict[str, Any]) -> None:
+        """Take a record that has just been written, as a reader would find it."""
+        self.lines += 1
+        self._check(raw)
+
+    def _check(self, raw: Any) -> None:
+        try:
             record = Record.model_validate(raw).model_dump(exclude_unset=True)
         except ValidationError as error:
             fault = error.errors()[0]
-            self.left_out.append(
-                f"line {self.lines}: {'.'.join(map(str, fault['loc']))} {fault['msg']}".replace(":  ", ": ")
-            )
-        except (ValueError, RecursionError):
-            self.left_out.append(f"line {self.lines}: cut, or not JSON")
+            where = ".".join(map(str, fault["loc"]))
+            self.left_out.append(f"line {self.lines}: {where} {fault['msg']}".replace(":  ", ": "))
         else:
             self.nonfinite.update(record.get("nonfinite", ()))
             self._apply(record["type"], record)
@@ -494,10 +503,9 @@ class RunLog:
         nonfinite: list[str] = []
         record = {"type": type} | {name: _plain(value, name, nonfinite) for name, value in fields.items()}
         record |= {"nonfinite": nonfinite} if nonfinite else {}
-        line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        self._file.write(line)
+        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
         self._file.flush()
-        self._records.take(line)
+        self._records.written(record)
 
     def run(self) -> Run:
         """The run as far as it is logged. Raises `UserError` before its header is."""

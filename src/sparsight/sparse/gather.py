@@ -138,7 +138,7 @@ def _packed(segment_BK: torch.Tensor, kept: Kept, config: Any, dtype: torch.dtyp
         cut = {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
         return cut | {"attention_mask": None}
     window = getattr(config, "sliding_window", None)
-    if backend not in ("sdpa", "eager", "sparsight_short") or (window or length) < length:
+    if backend not in ("sdpa", "eager") or (window or length) < length:
         raise UserError(
             f"packed samples cannot be compressed under attention '{backend}' with a sliding window of {window}: "
             "use sdpa, eager or flash attention without a window"
