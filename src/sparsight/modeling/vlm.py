@@ -6,15 +6,15 @@ V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForImageTextToText, Cache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 from transformers.utils import can_return_tuple, torch_compilable_check
 
 from sparsight.bridges import WindowedResampler, build_bridge
@@ -25,6 +25,20 @@ from sparsight.layouts import Scale
 from sparsight.modeling.configuration import EfficientNetLiteConfig, Registered, SparsightConfig
 from sparsight.modeling.efficientnet_lite import EfficientNetLiteModel
 from sparsight.modeling.encoders import encode, sincos_2d
+
+
+@dataclass
+class SparsightCausalLMOutput(CausalLMOutputWithPast):
+    """``image_hidden_states``: visual tokens (I, N, E); ``logits`` is None when only the loss was asked for."""
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class SparsightModelOutput(BaseModelOutputWithPast):
+    """``image_hidden_states``: visual tokens (I, N, E)."""
+
+    image_hidden_states: torch.Tensor | None = None
 
 
 class SparsightPreTrainedModel(Registered, PreTrainedModel):
@@ -187,7 +201,7 @@ class SparsightModel(SparsightPreTrainedModel):
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
-    ) -> LlavaModelOutputWithPast:
+    ) -> SparsightModelOutput:
         """See [`SparsightForConditionalGeneration.forward`]; ``kwargs`` go to the language model."""
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("give exactly one of input_ids and inputs_embeds")
@@ -217,7 +231,7 @@ class SparsightModel(SparsightPreTrainedModel):
             inputs_embeds = touched(inputs_embeds, self.vision_tower.parameters())
         kwargs[CACHE] = past_key_values if cache is None else cache
         outputs = self.language_model(inputs_embeds=inputs_embeds, **kwargs)
-        return LlavaModelOutputWithPast(
+        return SparsightModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
@@ -264,7 +278,7 @@ class SparsightForConditionalGeneration(SparsightPreTrainedModel, GenerationMixi
         loss_only: bool = False,
         cache: Cache | None = None,
         **kwargs: Any,
-    ) -> LlavaCausalLMOutputWithPast:
+    ) -> SparsightCausalLMOutput:
         """Predict the next token.
 
         Args:
@@ -298,7 +312,7 @@ class SparsightForConditionalGeneration(SparsightPreTrainedModel, GenerationMixi
             if labels is not None:
                 loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
         rest = {key: value for key, value in outputs.items() if key != "last_hidden_state"}
-        return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, **rest)
+        return SparsightCausalLMOutput(loss=loss, logits=logits, **rest)
 
     def _sparse_loss(self, hidden_BTE: Tensor, labels: Any, items: Tensor | int | None) -> Tensor:
         """The causal loss, with the vocabulary projection paid only where there is a label."""
