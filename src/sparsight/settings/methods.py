@@ -54,3 +54,12 @@ class SkipperConfig(Settings):
         if min(self.protected) < 0:
             raise UserError(f"protected {self.protected}: expected numbers of first and last layers")
         return self
+
+
+class CallbackConfig(Settings):
+    """What `SparsightCallback` attaches, and how often it compares dense and sparse."""
+
+    compressor: CompressorConfig | None = None
+    skipper: SkipperConfig | None = None
+    seed: int = 0
+    dense_probe: int | None = Field(None, ge=1)

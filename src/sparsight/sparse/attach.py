@@ -94,6 +94,7 @@ class SparseHandle:
     attached: bool = _read("_forwards.attached")
     active: Callable[[], bool] = _read("_forwards.active")  # whether the methods act in a forward pass now
     pixel_flops: dict[str, float] = _read("_forwards.pixel_flops")
+    passes_in_step: int = _read("_forwards.in_step")  # with gradients, since the last `step`
     encoder_calls: dict[str, Any] = _read("_forwards.encoder_calls")
 
     def __init__(self, model: nn.Module, parts: Parts, state: State) -> None:
@@ -128,8 +129,12 @@ class SparseHandle:
                 "step of the optimizer, as SparsightCallback does, else weight decay and moments change these layers",
                 UserWarning,
             )
-        self._forwards.uncleared = False
+        self._forwards.uncleared, self._forwards.in_step = False, 0
         self._state.step(step, progress)
+
+    def expect_step(self, within: int) -> None:
+        """Warn, once, when more passes than this have gone through with gradients since the last `step`."""
+        self._forwards.patience = within
 
     def set_skipped(self, skipped: Sequence[bool]) -> None:
         """Skip these layers until the next `step`, in place of those drawn. Raises UserError for a wrong number."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, extract_model_from_parallel
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -21,15 +24,26 @@ from transformers.trainer import TRAINER_STATE_NAME
 from sparsight.devices.peaks import peak_flops
 from sparsight.devices.precision import device_name
 from sparsight.errors import UserError
-from sparsight.sparse.attach import Pass, SparseHandle
+from sparsight.settings.methods import CallbackConfig, CompressorConfig, SkipperConfig
+from sparsight.sparse.attach import NoEffectWarning, Pass, SparseHandle, attach
 from sparsight.sparse.executed import figures
 
 _SAME = ("compressor", "skipper", "seed")  # two handles that share them see the same tokens and layers
 STATE_FILE = "sparsight_sparse.json"
+_IDLE = 3  # optimizer steps without a pass before the user is told
+_PASSES = 8  # for each micro-batch of an optimizer step, before the user is told that it does not end
+# What callbacks have attached, and the state of that training: one that failed leaves it behind.
+_ATTACHED: WeakKeyDictionary[SparseHandle, TrainerState] = WeakKeyDictionary()
 
 
 class SparsightCallback(TrainerCallback):
-    """Tells an attached model where training stands, and logs what was executed.
+    """Attaches the methods for as long as training lasts, tells them where it stands, and logs what was executed.
+
+        Trainer(model, ..., callbacks=[SparsightCallback(compressor=CompressorConfig(keep=0.25))])
+
+    The model that the Trainer hands over is attached to when it begins, wrapped as it then is, and a plain one again at
+    its end. So is a reference model that the trainer holds as ``ref_model`` (TRL), for it to see the same tokens and
+    layers. Given a handle instead, nothing is attached or detached.
 
     Logged beside the loss, over the steps since the last log: ``keep``, ``visual_tokens_in`` and ``visual_tokens_out``,
     ``layers_run`` (share of all), ``language_flops`` (executed by the language model), ``language_flops_ratio`` (to the
@@ -37,41 +51,77 @@ class SparsightCallback(TrainerCallback):
     ``dense_probe`` also ``loss_dense`` and ``loss_sparse`` of one batch in eval mode.
 
     Args:
-        handle: from `attach`; or several: that of the model that is trained, then those of models that are to
-            see the same tokens and layers at each step, as the reference model of DPO.
+        handle: from `attach`, in place of compressor, skipper and seed; or several: that of the model that is trained,
+            then those of models that are to see the same tokens and layers at each step, as the reference model of DPO.
         dense_probe: every so many steps; never if not given.
+        compressor, skipper: either or both, as settings or as a mapping of a recipe's keys.
+        seed: of the methods' draws.
+
+    Attributes:
+        handle: that of the model that is trained; None before training, if the callback attaches by itself.
+
+    Raises:
+        UserError: neither a handle nor a method is given, or both, or a setting is wrong.
     """
 
-    def __init__(self, handle: SparseHandle | Sequence[SparseHandle], dense_probe: int | None = None) -> None:
-        if dense_probe is not None and dense_probe < 1:
-            raise UserError(f"dense_probe {dense_probe}: expected a number of steps of at least 1")
-        self.handles = (handle,) if isinstance(handle, SparseHandle) else tuple(handle)
-        if not self.handles or not all(isinstance(each, SparseHandle) for each in self.handles):
-            raise UserError(f"handle {handle!r}: expected what sparsight.attach returned, or a list of such")
-        self.handle, self.dense_probe = self.handles[0], dense_probe
+    def __init__(
+        self,
+        handle: SparseHandle | Sequence[SparseHandle] | None = None,
+        dense_probe: int | None = None,
+        *,
+        compressor: CompressorConfig | Mapping[str, Any] | None = None,
+        skipper: SkipperConfig | Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.methods: CallbackConfig | None = None
+        self.handles: tuple[SparseHandle, ...] = ()
+        if handle is None:
+            if compressor is None and skipper is None:
+                raise UserError(
+                    "SparsightCallback was given nothing to attach: write SparsightCallback(compressor="
+                    "CompressorConfig(...), skipper=SkipperConfig(...)), or one of them; or give it a handle"
+                )
+            given = {"compressor": compressor, "skipper": skipper, "seed": seed, "dense_probe": dense_probe}
+            self.methods = CallbackConfig.read(given, "SparsightCallback")
+        else:
+            if not (compressor is None and skipper is None):
+                raise UserError("SparsightCallback was given a handle and methods: give one or the other")
+            if dense_probe is not None and dense_probe < 1:
+                raise UserError(f"dense_probe {dense_probe}: expected a number of steps of at least 1")
+            self.handles = (handle,) if isinstance(handle, SparseHandle) else tuple(handle)
+            if not self.handles or not all(isinstance(each, SparseHandle) for each in self.handles):
+                raise UserError(f"handle {handle!r}: expected what sparsight.attach returned, or a list of such")
+        self.dense_probe = dense_probe
+        self.idle = 0  # optimizer steps, one after the other, without a pass
         self.probe: dict[str, float] = {}
         self.since = time.perf_counter()
         self.peak: float | None = None
         self.told = False  # that executed FLOPs are left out
 
+    @property
+    def handle(self) -> SparseHandle | None:
+        return self.handles[0] if self.handles else None
+
     def settings(self) -> dict[str, Any]:
         """The state that a resumed run must share with the one before."""
-        methods = {name: getattr(self.handle, name) for name in ("compressor", "skipper")}
+        source: Any = self.methods or self.handle
+        methods = {name: getattr(source, name) for name in ("compressor", "skipper")}
         dumped = {name: method and method.model_dump(mode="json") for name, method in methods.items()}
-        return dumped | {"seed": self.handle.seed}
+        return dumped | {"seed": source.seed}
 
     def floating_point_ops(self, inputs: Any) -> float:
         """FLOPs of the last pass. The Trainer's own count, which ends up in ``total_flos``, sees neither dropped tokens
         nor skipped layers: set ``trainer.floating_point_ops = callback.floating_point_ops``."""
-        found = self._figures(self.handle.passes[-1:])
+        found = self._figures(self.handle.passes[-1:]) if self.handle else {}
         return found.get("flops", found.get("language_flops", 0.0))
 
     def _figures(self, passes: Sequence[Pass]) -> dict[str, float]:
         """Executed figures; none, and one warning, where they cannot be counted: training goes on."""
+        handle = self.handles[0]
         try:
-            return figures(self.handle, passes)
+            return figures(handle, passes)
         except Exception as error:
-            model, why, told = type(self.handle.model).__name__, f"{type(error).__name__}: {error}", self.told
+            model, why, told = type(handle.model).__name__, f"{type(error).__name__}: {error}", self.told
             self.told = True
             if not told:
                 warnings.warn(
@@ -79,25 +129,45 @@ class SparsightCallback(TrainerCallback):
                 )
             return {}
 
+    def _attach(self, methods: CallbackConfig, model: nn.Module, args: TrainingArguments, state: TrainerState) -> None:
+        """Attach to the model, as wrapped as the Trainer hands it over, and to the reference that the Trainer holds."""
+        if getattr(args, "precompute_ref_log_probs", None):
+            raise UserError(
+                f"{type(args).__name__} has precompute_ref_log_probs=True: a reference that has seen all tokens and "
+                "layers beforehand does not fit a policy that does not; set precompute_ref_log_probs=False"
+            )
+        reference = getattr(_caller("callback_handler"), "ref_model", None)
+        self.handles = ()
+        for each in (model,) if reference is None else (model, reference):
+            _detach_leftover(each, state)
+            inside, train_only = extract_model_from_parallel(each, keep_torch_compile=False), each is model
+            handle = attach(inside, methods.compressor, methods.skipper, seed=methods.seed, train_only=train_only)
+            _ATTACHED[handle] = state
+            self.handles += (handle,)
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **given: Any) -> None:
-        """Check what methods are attached to, and what is resumed.
+        """Attach, or check what methods are attached to; and check what is resumed.
 
         Raises:
-            UserError: an engine that cannot skip; a model to which nothing is attached; other settings than those of
-                the run that is resumed, or no checkpoint that tells them.
+            UserError: an engine that cannot skip; a model that cannot be attached to, or to which nothing is attached;
+                other settings than those of the run that is resumed, or no checkpoint that tells them.
         """
-        self.since = time.perf_counter()
-        if self.handle.skipper is not None:
-            _refuse_engine(self.handle.model)
+        self.since, self.idle = time.perf_counter(), 0
+        model: Any = given.get("model")
+        if (self.methods or self.handles[0]).skipper is not None:
+            _refuse_engine(self.handles[0].model if model is None else model)
         if args.n_gpu > 1:
             raise UserError(
                 f"{args.n_gpu} GPUs in one process: nn.DataParallel runs copies of the model, to which nothing is "
                 "attached; start with torchrun, or let CUDA_VISIBLE_DEVICES show one GPU"
             )
-        if (model := given.get("model")) is not None:
+        if self.methods is not None:
+            self._attach(self.methods, model, args, state)
+        if model is not None:
             _check_handles(self.handles, model)
             _tell_of_plain_reference(self.handles, model, args)
         self.peak = peak_flops(device_name(args.device), "bf16" if args.bf16 else "fp32")
+        self.handles[0].expect_step(within=_PASSES * args.gradient_accumulation_steps)
         self.on_step_begin(args, state)
         if not state.global_step:
             return
@@ -109,9 +179,19 @@ class SparsightCallback(TrainerCallback):
                 raise UserError(f"{file} was written with other settings; these differ (then, now): {changed}")
         # These engines keep weights in files of their own, by the model's own names, and have loaded them.
         if args.distributed_state.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            _reload_if_renamed(self.handle.model, folder)
+            _reload_if_renamed(self.handles[0].model, folder)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        if (first := self.handles[0]).global_step < state.global_step:
+            self.idle = 0 if first.passes_in_step else self.idle + 1
+            if self.idle == _IDLE:
+                warnings.warn(
+                    f"the methods had no effect in {_IDLE} steps: nothing was trained on in the "
+                    f"{type(first.model).__name__} that the trainer handed over, so it trains another object, to which "
+                    "nothing is attached. Attach to that one, and give SparsightCallback the handle",
+                    NoEffectWarning,
+                    stacklevel=2,
+                )
         for handle in self.handles:
             handle.step(state.global_step, min(1.0, state.global_step / max(1, state.max_steps)))
 
@@ -121,7 +201,7 @@ class SparsightCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         if self.dense_probe and state.global_step % self.dense_probe == 0:
-            self.probe = self.handle.dense_probe()
+            self.probe = self.handles[0].dense_probe()
 
     def on_log(self, args: Any, state: TrainerState, control: Any, *, logs: dict[str, Any], **_: Any) -> None:
         if "loss" not in logs:  # an evaluation, or the end
@@ -140,11 +220,31 @@ class SparsightCallback(TrainerCallback):
     def on_train_end(self, *_: Any, **__: Any) -> None:
         for handle in self.handles:
             handle.release()
+            if self.methods is not None and handle.attached:
+                try:
+                    handle.detach()
+                except UserError as error:  # the weights are trained, and not saved yet
+                    warnings.warn(f"{error}. It stays attached; in eval mode it is the plain model", stacklevel=2)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if args.should_save and folder.is_dir():
             (folder / STATE_FILE).write_text(json.dumps(self.settings(), indent=2), encoding="utf-8")
+
+
+def _caller(attribute: str) -> Any:
+    """The object that has called us, by what it has: a Trainer tells callbacks neither itself nor its reference."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not hasattr(frame.f_locals.get("self"), attribute):
+        frame = frame.f_back
+    return frame and frame.f_locals["self"]
+
+
+def _detach_leftover(model: nn.Module, state: TrainerState) -> None:
+    """Take off what the callback of a training that failed has left behind."""
+    for handle in [handle for handle, since in _ATTACHED.items() if handle.attached and since is not state]:
+        if handle.model in set(model.modules()):
+            handle.detach()
 
 
 def _check_handles(handles: Sequence[SparseHandle], model: nn.Module) -> None:

@@ -42,6 +42,11 @@ _WAITS = (
     "callbacks=[SparsightCallback(handle)], or call handle.step() before each optimizer step and "
     "handle.clear_gradients() before the optimizer"
 )
+_SAME_STEP = (
+    "{} passes were trained on, and all in optimizer step {}: schedules stand still, and all of them skip the same "
+    "layers. The trainer's loop does not call on_step_begin of its callbacks: call handle.step(step, progress) "
+    "before each optimizer step, and handle.clear_gradients() before the optimizer"
+)
 
 
 class NoEffectWarning(UserWarning):
@@ -134,6 +139,7 @@ class Forwards:
         self.last: tuple[Any, dict[str, Any]] | None = None  # arguments of the last batch that was trained on
         self.probing = False  # whether dense and sparse are compared at present
         self.uncleared = False  # whether skipped layers were given gradients of zero
+        self.in_step, self.patience = 0, 0  # passes with gradients since the last step; after so many it is overdue
         # FLOPs for each value of an encoder's input, and its first arguments with their values, to be measured on.
         self.pixel_flops: dict[str, float] = {}
         self.encoder_calls: dict[str, tuple[Any, dict[str, Any], int]] = {}
@@ -275,6 +281,10 @@ class Forwards:
         state, batch, embeds = self.state, self.batch, kwargs.get("inputs_embeds")
         renumbered = state.compressor is not None and state.compressor.positions == "renumbered"
         check_cache(kwargs.get(CACHE), given=batch.inputs.get("position_ids") is not None)
+        if torch.is_grad_enabled():
+            self.in_step += 1
+            if self.in_step - 1 == self.patience > 0:
+                self.tell("steps", _SAME_STEP.format(self.in_step, state.global_step))
         if not self.active():
             return self._watch_dense(plain(*args, **kwargs))
         seen = next((x for x in (embeds, kwargs.get("input_ids"), *args) if x is not None), None)
