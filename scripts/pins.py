@@ -28,7 +28,9 @@ def dry_run(*wanted: str) -> tuple[list[dict[str, Any]], str]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "report.json")
         options = ["--dry-run", "--ignore-installed", "--quiet", "--disable-pip-version-check", "--report", str(file)]
-        done = subprocess.run([sys.executable, "-m", "pip", "install", *options, *wanted], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "install", *options, *wanted], capture_output=True, text=True
+        )
         if done.returncode == 0:
             return [each["metadata"] for each in json.loads(file.read_text())["install"]], ""
     errors = [line for line in done.stderr.splitlines() if "ERROR" in line or "conflict" in line.lower()]

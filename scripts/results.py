@@ -143,6 +143,31 @@ def shards_table(name: str, result: dict) -> str:
     )
 
 
+def pins_table(name: str, result: dict) -> str:
+    """Which versions pip finds together with this package, one trainer or engine at a time."""
+    lines = [
+        f"What `pip install --dry-run` finds beside this package (commit {result['commit']}, {result['date']}, Python "
+        f"{result['python']}; `benchmarks/results/{result['file']}`, made by `scripts/pins.py`)",
+        "",
+        "| package | its pin | resolves | with transformers | with torch |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        pin = f"`{row['pin']}`" if row.get("pin") else ""
+        found = "yes" if row["resolves"] else f"no: {row['reason']}"
+        if row.get("left_out"):
+            found += f" (without {', '.join(row['left_out'])}, which its own command cannot build here either)"
+        cells = (
+            f"{row['package']} {row.get('version', '')}",
+            pin,
+            found,
+            row.get("transformers", ""),
+            row.get("torch", ""),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 # The core rows, and the other ordinary bridge, in words that need no key.
 SHOWN = {
     "standard": "*standard*: resampler, 336 tokens",
@@ -400,6 +425,7 @@ PAGES: dict[str, list[tuple[str, Show]]] = {
     "docs/methods/chain-of-sight.md": [("quality", core), ("scenes-60min", table)],
     "docs/methods/compressor.md": [("speed-", methods), ("sparse-scenes", table)],
     "docs/methods/skipper.md": [("speed-", methods), ("sparse-scenes", table)],
+    "docs/trainers/README.md": [("pins", pins_table)],
     "docs/tutorials/choosing-a-layout.md": [("quality", quality_table)],
 }
 
