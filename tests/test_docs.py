@@ -184,6 +184,11 @@ def test_F15_the_page_on_quality_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     run_page("docs/quality.md", {}, monkeypatch)
 
 
+def test_the_page_on_trainers_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_page("docs/trainers/README.md", names := {}, monkeypatch)
+    assert names["callback"].settings()["compressor"]["keep"] == 0.25
+
+
 @pytest.mark.parametrize("card", ["compressor", "skipper"])
 def test_snippets_of_the_method_cards_run(card: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = families.made("llava, clip + llama")
