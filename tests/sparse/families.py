@@ -11,6 +11,7 @@ from transformers import (
     Idefics3Config,
     InternVLConfig,
     LlavaConfig,
+    LlavaNextVideoConfig,
     LlavaOnevisionConfig,
     PaliGemmaConfig,
     Qwen2_5_VLConfig,
@@ -21,6 +22,7 @@ from transformers import (
 
 from sparsight.settings.methods import CompressorConfig
 from sparsight.sparse.attach import attach
+from sparsight.sparse.compress import compress_batch
 from sparsight.sparse.gather import gather_inputs
 from tiny import make_vlm
 
@@ -54,6 +56,17 @@ def _llava(vision: str, text: str) -> Any:
     return LlavaConfig(**parts, image_token_id=IMAGE, vision_feature_layer=-2, vision_feature_select_strategy=strategy)
 
 
+def _next_video() -> Any:
+    return LlavaNextVideoConfig(
+        vision_config=VISION | {"model_type": "clip_vision_model"},
+        text_config=TEXT | {"model_type": "llama"},
+        image_token_id=IMAGE,
+        video_token_id=WORDS + 3,
+        image_grid_pinpoints=[[SIDE, SIDE]],
+        image_seq_length=16,
+    )
+
+
 def _onevision() -> Any:
     return LlavaOnevisionConfig(
         vision_config=VISION | {"model_type": "siglip_vision_model"},
@@ -76,6 +89,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "llava, clip + llama": lambda: _llava("clip_vision_model", "llama"),
     "llava, siglip + qwen2": lambda: _llava("siglip_vision_model", "qwen2"),
     "llava_onevision": _onevision,
+    "llava_next_video": _next_video,
     "smolvlm": lambda: SmolVLMConfig(
         vision_config=VISION, text_config=TEXT | {"model_type": "llama"}, image_token_id=IMAGE, scale_factor=2
     ),
@@ -117,6 +131,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
 }
 FAMILIES = [*CONFIGS, "sparsight"]
+TILED = ("llava_onevision", "llava_next_video")
 
 
 def made(name: str) -> Any:
@@ -142,8 +157,8 @@ def batch_of(name: str, model: Any, images: tuple[int, ...] = (1, 1), seed: int 
     """Samples with so many images each, and words around them; those at the end are learnt."""
     generator = torch.Generator().manual_seed(seed)
     image = model.config.image_token_id if name == "sparsight" else IMAGE
-    # LLaVA-OneVision: one tile, the whole image, and an end of line for each row.
-    count = 36 if name == "llava_onevision" else tokens_of_an_image(name)
+    # One tile, the whole image, and an end of line for each row.
+    count = 36 if name in TILED else tokens_of_an_image(name)
     rows, labels = [], []
     for number in images:
         row: list[int] = []
@@ -175,7 +190,7 @@ def _pixels(name: str, images: int, generator: torch.Generator) -> dict[str, Any
         return {"pixel_values": torch.randn(rows, 3 * 2 * PATCH * PATCH, generator=generator), "image_grid_thw": grid}
     side = 64 if name == "sparsight" else SIDE
     pixels = torch.randn(images, 3, side, side, generator=generator)
-    if name == "llava_onevision":
+    if name in TILED:
         return {
             "pixel_values": pixels[:, None].repeat(1, 2, 1, 1, 1),
             "image_sizes": torch.tensor([[SIDE, SIDE]] * images),
@@ -186,8 +201,8 @@ def _pixels(name: str, images: int, generator: torch.Generator) -> dict[str, Any
 def masked_reference(
     model: Any, batch: dict[str, Any], method: str, monkeypatch: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits of the short pass, those of the full model where dropped positions are hidden from every other one, and
-    which positions were kept."""
+    """Logits of the short pass, those of the full model where dropped positions are hidden from every other one and
+    kept ones hold what they stand for, and which positions were kept."""
     batch = {key: value for key, value in batch.items() if key != "labels"}
     handle = attach(model, CompressorConfig(keep=0.5, method=method), train_only=False)
     seen = {}
@@ -196,6 +211,12 @@ def masked_reference(
         seen.update(keep=keep_BT)
         return gather_inputs(kwargs, kept, keep_BT, *options)
 
+    def compressed(*args, **options):
+        found = compress_batch(*args, **options)
+        seen.update(embeds=found[0])
+        return found
+
+    monkeypatch.setattr("sparsight.sparse.forward.compress_batch", compressed)
     monkeypatch.setattr("sparsight.sparse.forward.gather_inputs", spy)
     with torch.no_grad():
         short = model(**batch).logits
@@ -205,6 +226,8 @@ def masked_reference(
 
     def hide(plain, *args, **kwargs):
         mask = kwargs["attention_mask"]
+        if method in ("pool", "merge"):
+            kwargs["inputs_embeds"] = seen["embeds"]
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
             kwargs["attention_mask"] = mask * keep
         else:

@@ -1,23 +1,19 @@
-"""Visual tokens in batches of every shape: without an image, of videos, with labels, on several devices."""
+"""Visual tokens in batches of every shape: without an image, with labels, on several devices."""
 
 import inspect
 import warnings
 
 import pytest
 import torch
-from families import IMAGE, WORDS, batch_of, made, masked_reference
+from families import IMAGE, batch_of, made, masked_reference
 from test_attach import gradients, sizes_seen
 from test_families import script
 
 from sparsight.settings.methods import CompressorConfig
 from sparsight.sparse.attach import attach
-from sparsight.sparse.compress import compress, redundancy
-from sparsight.sparse.executed import figures
 from sparsight.sparse.gather import Kept
-from sparsight.sparse.visual import Run, runs
 
 LLAVA = "llava, clip + llama"
-VIDEO = WORDS + 3
 
 
 def as_the_processor_gives(batch, images):
@@ -67,95 +63,6 @@ def test_F36_padding_goes_where_each_kind_of_layer_has_a_mask_of_its_own():
     pixels = batch.pop("pixel_values")
     model(ids, pixels, mask, **batch)
     assert handle.take_passes() == [done]
-
-
-def videos(name, frames=4, side=4):
-    """A sample with one video of so many frames (after temporal patches) of side x side patches, and some words."""
-    model = made(name)
-    count = frames * (side // 2) ** 2
-    row = [5, 6, *[VIDEO] * count, 7, 8, 9]
-    ids = torch.tensor([row])
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(frames * side * side, 3 * 2 * 8 * 8, generator=generator)
-    batch = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "labels": ids.masked_fill(ids == VIDEO, -100),
-        "pixel_values_videos": pixels,
-        "video_grid_thw": torch.tensor([[frames, side, side]]),
-        "mm_token_type_ids": 2 * (ids == VIDEO).long(),
-    }
-    return model, batch
-
-
-def grids_of(model, batch, monkeypatch):
-    seen = []
-
-    def spy(tokens_IND, keep, method, grid, **options):
-        seen.append((len(tokens_IND), grid))
-        return compress(tokens_IND, keep, method, grid=grid, **options)
-
-    monkeypatch.setattr("sparsight.sparse.compress.compress", spy)
-    handle = attach(model, CompressorConfig(keep=0.5, method="pool"))
-    model(**batch)
-    (done,) = handle.take_passes()
-    found = figures(handle, [done])
-    handle.detach()
-    return sorted(seen), done, found
-
-
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
-def test_F35_a_video_has_the_grid_that_the_model_was_given(name, monkeypatch):
-    model, batch = videos(name)
-    seen, done, found = grids_of(model, batch, monkeypatch)
-    assert seen == [(1, (4, 2, 2))]
-    assert done.pixels == {"video": batch["pixel_values_videos"].numel()}
-    assert found["flops"] > found["language_flops"]
-
-
-def test_F35_frames_between_which_something_stands_are_compressed_one_by_one(monkeypatch):
-    model, batch = videos("qwen3_vl", frames=2)
-    ids = torch.tensor([[5, WORDS + 2, *[VIDEO] * 4, WORDS + 1, 6, WORDS + 2, *[VIDEO] * 4, WORDS + 1, 7, 8]])
-    batch |= {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "labels": ids.masked_fill(ids >= WORDS, -100),
-        "mm_token_type_ids": 2 * (ids == VIDEO).long(),
-    }
-    seen, done, _ = grids_of(model, batch, monkeypatch)
-    assert seen == [(2, (2, 2))] and done.pixels == {"video": batch["pixel_values_videos"].numel()}
-
-
-def test_F35_images_beside_videos_keep_their_own(monkeypatch):
-    model, batch = videos("qwen2_5_vl")
-    images = batch_of("qwen2_5_vl", model, (1,))
-    for key in ("input_ids", "attention_mask", "labels", "mm_token_type_ids"):
-        batch[key] = torch.cat([batch[key], images[key], batch[key][:, -2:]], 1)
-    batch |= {key: images[key] for key in ("pixel_values", "image_grid_thw")}
-    seen, done, found = grids_of(model, batch, monkeypatch)
-    assert seen == [(1, (2, 2)), (1, (4, 2, 2))]
-    assert done.pixels == {"image": images["pixel_values"].numel(), "video": batch["pixel_values_videos"].numel()}
-    assert found["flops"] > found["language_flops"]
-
-
-def test_F35_no_grid_is_taken_for_granted_of_videos():
-    """16 tokens of a video whose grid is not known are no square; those of an image are."""
-    places = torch.tensor([(row, position) for row in (0, 1) for position in range(16)])
-    config = made(LLAVA).config
-    found = runs(places, places[:, 0] == 1, {"image": [16], "video": [16]}, {}, config, on_grid=True)
-    assert found == [Run(0, 16, (4, 4)), Run(16, 16, None)]
-
-
-def test_F35_methods_do_not_mix_frames():
-    x = torch.eye(16)[None]
-    kept, _ = compress(x, 0.5, "pool", grid=(4, 2, 2))
-    frames_K = (kept[0].unflatten(1, (4, 4)) > 0).any(2).sum(1)
-    assert frames_K.tolist() == [1] * 8
-    few, _ = compress(x, 2 / 16, "pool", grid=(4, 2, 2))  # fewer than frames: here it is meant
-    assert (few[0].unflatten(1, (4, 4)) > 0).any(2).tolist() == [[True, True, False, False], [False, False, True, True]]
-    x = torch.randn(1, 16, 8)
-    each = torch.cat([redundancy(frame, (2, 2)) for frame in x.split(4, 1)], 1)
-    assert torch.allclose(redundancy(x, (4, 2, 2)), each)
 
 
 def decoded(model, batch, cached):

@@ -59,6 +59,8 @@ def compress_batch(
                 owner_BT = packed_BT.expand(len(keep_BT), -1)
                 text_IT = text_IT & (owner_BT[row_I] == owner_BT[row_I, position_IN[:, 0]][:, None])
             options |= {"text_BTD": embeds_BTD[row_I].detach(), "text_mask_BT": text_IT}
+        if method == "similarity":
+            options["follows"] = [runs[number].follows for number in members]
         few_IKD, index_IK = compress(tokens_IND, keep, method, grid=grid, **options)
         # The last position of an image predicts the token behind it: that one stays.
         index_IK = torch.cat([index_IK[:, :-1], torch.full_like(index_IK[:, :1], length - 1)], 1)
@@ -80,15 +82,18 @@ def compress(
     text_BTD: torch.Tensor | None = None,
     text_mask_BT: torch.Tensor | None = None,
     generators: Sequence[torch.Generator] | None = None,
+    follows: Sequence[bool] | None = None,
 ) -> Compressed:
     """Keep a share of the visual tokens of each image, in their order.
 
     Args:
         method: "uniform", "random", "text" (Sparse Training Scheme, figure); "pool", "similarity", "merge" (ours).
         grid: rows and columns of the tokens, or frames, rows and columns, for "pool" and "similarity"; without it they
-            go along the sequence. Frames are not mixed, unless "pool" keeps fewer tokens than there are frames.
+            go along the sequence. "pool" does not mix frames, unless it keeps fewer tokens than there are frames;
+            "similarity" looks at the frame before too.
         text_BTD, text_mask_BT: the text's embeddings, for "text", and which of them are text; all if not given.
         generators: for "random", one for each image.
+        follows: for "similarity", of each image, whether it is the frame behind the image before; of none if not given.
 
     Returns:
         Tokens (B, K, D) and, for each, the position (B, K) that it had, or for a token made of several, that of one of
@@ -101,7 +106,7 @@ def compress(
     kept = kept_tokens(tokens, keep)
     if kept == tokens:
         return tokens_BND, torch.arange(tokens, device=tokens_BND.device).expand(batch, -1)
-    given: dict[str, Any] = {"text": text_BTD, "mask": text_mask_BT, "generators": generators}
+    given: dict[str, Any] = {"text": text_BTD, "mask": text_mask_BT, "generators": generators, "follows": follows}
     return METHODS[method](tokens_BND, kept, grid=grid or (1, tokens), **given)
 
 
@@ -172,9 +177,9 @@ def _pool(tokens_BND: torch.Tensor, kept: int, grid: tuple[int, ...], **_: Any) 
 
 
 @torch.no_grad()
-def redundancy(tokens_BND: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
-    """How well a token's neighbours on the grid of its frame (above, below, left, right) say what it says: their mean
-    cosine similarity to it, (B, N)."""
+def redundancy(tokens_BND: torch.Tensor, grid: tuple[int, ...], follows: Sequence[bool] | None = None) -> torch.Tensor:
+    """How well others say what a token says, (B, N): the mean cosine similarity of its neighbours on the grid of its
+    frame (above, below, left, right), or that of the same position of the frame before, if it is higher."""
     *outer, rows, columns = grid
     unit_XHWD = F.normalize(tokens_BND.float(), dim=-1).reshape(-1, rows, columns, tokens_BND.shape[2])
     total_XHW = unit_XHWD.new_zeros(unit_XHWD.shape[:3])
@@ -184,11 +189,19 @@ def redundancy(tokens_BND: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
         for start in (0, 1):
             total_XHW.narrow(axis, start, size - 1).add_(similar)
             count_XHW.narrow(axis, start, size - 1).add_(1)
-    return (total_XHW / count_XHW.clamp(min=1)).view(len(tokens_BND), -1)
+    found_XHW = total_XHW / count_XHW.clamp(min=1)
+    behind_X = [frame > 0 or first for first in follows or [False] * len(tokens_BND) for frame in range(prod(outer))]
+    if any(behind_X):
+        number_Y = torch.tensor(behind_X).nonzero()[:, 0].to(tokens_BND.device)
+        before_YHW = (unit_XHWD[number_Y] * unit_XHWD[number_Y - 1]).sum(-1)
+        found_XHW[number_Y] = found_XHW[number_Y].maximum(before_YHW)
+    return found_XHW.view(len(tokens_BND), -1)
 
 
-def _similarity(tokens_BND: torch.Tensor, kept: int, grid: tuple[int, ...], **_: Any) -> Compressed:
-    return _best(tokens_BND, -redundancy(tokens_BND, grid), kept)
+def _similarity(
+    tokens_BND: torch.Tensor, kept: int, grid: tuple[int, ...], follows: Sequence[bool] | None, **_: Any
+) -> Compressed:
+    return _best(tokens_BND, -redundancy(tokens_BND, grid, follows), kept)
 
 
 def _merge(tokens_BND: torch.Tensor, kept: int, **_: Any) -> Compressed:
@@ -228,3 +241,4 @@ METHODS: dict[str, Callable[..., Compressed]] = {
     "similarity": _similarity,
     "merge": _merge,
 }
+ON_GRID = ("pool", "similarity")  # methods that go by rows and columns

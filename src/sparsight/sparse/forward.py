@@ -27,7 +27,7 @@ from sparsight.errors import UserError
 from sparsight.schedules import anneal, skip_probabilities, skipped_layers
 from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.blank import blank_features
-from sparsight.sparse.compress import compress_batch
+from sparsight.sparse.compress import ON_GRID, compress_batch
 from sparsight.sparse.gather import Kept, check_cache, gather_inputs, mark_cache, packed_samples
 from sparsight.sparse.parts import Parts, find_splicer
 from sparsight.sparse.patches import Held, hook
@@ -333,8 +333,13 @@ class Forwards:
                 valid_BT &= mask.to(valid_BT.device).bool()
         on_grid = getattr(self.splicer, "tokens_on_grid", not hasattr(config, "image_grid_pinpoints"))
         video_M = batch.video_BT.to(visual_BT.device)[visual_BT]
-        found = runs(visual_BT.nonzero(), video_M, batch.sizes, batch.inputs, config, on_grid)
-        method = state.compressor.method
+        newline, method = hasattr(self.splicer, "image_newline"), state.compressor.method
+        found = runs(visual_BT.nonzero(), video_M, batch.sizes, batch.inputs, config, on_grid=on_grid, newline=newline)
+        if method in ON_GRID and any(run.grid is None and video_M[run.start] for run in found):
+            raise UserError(
+                f"{type(self.model).__name__}: the rows and columns of a video's frames are not known, and method "
+                f"'{method}' goes by them. Take 'uniform', 'random', 'text' or 'merge'"
+            )
         generators = state.generators(len(found)) if method == "random" else []
         packed_BT = packed_samples(dict(inputs), visual_BT)
         return compress_batch(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from math import prod
+from math import isqrt, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +19,13 @@ Grid = tuple[int, ...]
 
 class Run(NamedTuple):
     """The visual tokens of an image, of a video, or of one of its frames: the first one's number among all of the
-    batch, how many, and their grid (rows and columns, or frames, rows and columns), if they stand in one."""
+    batch, how many, their grid (rows and columns, or frames, rows and columns), if they stand in one, and whether it is
+    the frame behind that of the run before."""
 
     start: int
     length: int
     grid: Grid | None
+    follows: bool = False
 
 
 def named(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,47 +86,67 @@ def runs(
     sizes: Mapping[str, list[int]],
     inputs: Mapping[str, Any],
     config: Any,
+    *,
     on_grid: bool,
+    newline: bool = False,
 ) -> list[Run]:
     """The runs of a batch, in reading order.
 
     Args:
         video_M: which tokens are those of videos.
         sizes: tokens of each "image" and each "video", as their features say.
-        inputs: of the model; ``image_grid_thw``, ``image_merge_sizes`` (also of videos), ``image_sizes`` give grids.
-        on_grid: whether tokens stand in grids at all: not queries, nor tiles.
+        inputs: of the model; ``image_grid_thw``, ``image_merge_sizes`` (also of videos), ``image_sizes``, and the
+            frames of ``pixel_values_videos`` give grids.
+        on_grid: whether tokens of images stand in grids at all: not queries, nor tiles.
+        newline: whether the model may put a token for the end of a line behind a video.
     """
     found = []
     for kind, of_kind_M in (("image", ~video_M), ("video", video_M)):
         starts = of_kind_M.nonzero().flatten()
-        grids = _grids(kind, unbroken(positions_M2[starts]), sizes.get(kind, []), inputs, config)
-        firsts = accumulate((length for length, _ in grids), initial=0)
-        for (length, grid), first in zip(grids, firsts, strict=False):
-            fits = on_grid and grid is not None and prod(grid) == length
-            found.append(Run(int(starts[first]), length, grid if fits else None))
+        grids = _grids(kind, unbroken(positions_M2[starts]), sizes.get(kind, []), inputs, config, newline)
+        firsts = accumulate((length for length, *_ in grids), initial=0)
+        for (length, grid, follows), first in zip(grids, firsts, strict=False):
+            fits = (on_grid or kind == "video") and grid is not None and prod(grid) == length
+            found.append(Run(int(starts[first]), length, grid if fits else None, follows))
     return sorted(found, key=lambda run: run.start)
 
 
 def _grids(
-    kind: str, pieces: list[int], sizes: list[int], inputs: Mapping[str, Any], config: Any
-) -> list[tuple[int, Grid | None]]:
-    """Length and grid of each run of a kind. A square is taken for granted of images alone."""
+    kind: str, pieces: list[int], sizes: list[int], inputs: Mapping[str, Any], config: Any, newline: bool
+) -> list[tuple[int, Grid | None, bool]]:
+    """Length and grid of each run of a kind, and whether it follows the one before. A square is taken for granted of
+    images, and of frames whose number is known."""
     count, vision = sum(pieces), getattr(config, "vision_config", None)
     patches, given = inputs.get(f"{kind}_grid_thw"), inputs.get("image_sizes")
     if patches is not None:
         merge = inputs.get(f"{kind}_merge_sizes")
         merges = [getattr(vision, "spatial_merge_size", 1)] * len(patches) if merge is None else merge.tolist()
         grids = [(t, h // m, w // m) for (t, h, w), m in zip(patches.tolist(), merges, strict=True)]
-        frames = [grid[1:] for grid in grids for _ in range(grid[0])]
-        if pieces == [prod(frame) for frame in frames]:  # Qwen3-VL: something stands between frames
-            return list(zip(pieces, frames, strict=True))
+        frames = [(h * w, (h, w), frame > 0) for t, h, w in grids for frame in range(t)]
+        if pieces == [length for length, *_ in frames]:  # Qwen3-VL: something stands between frames
+            return list(frames)
         if count == sum(map(prod, grids)):
-            return [(prod(grid), grid if grid[0] > 1 else grid[1:]) for grid in grids]
+            return [(prod(grid), grid if grid[0] > 1 else grid[1:], False) for grid in grids]
     lengths = sizes if sum(sizes) == count else pieces
-    if kind == "video" or patches is not None:
-        return [(length, None) for length in lengths]
+    if kind == "video" and patches is None:
+        pixels = inputs.get("pixel_values_videos")
+        known = isinstance(pixels, torch.Tensor) and pixels.ndim == 5 and len(pixels) == len(lengths)
+        frames_of_each = pixels.shape[1] if known else 0  # type: ignore[union-attr]
+        return [run for length in lengths for run in _video(length, frames_of_each, newline)]
+    if patches is not None:
+        return [(length, None, False) for length in lengths]
     if given is not None and len(given) == len(lengths) and hasattr(config, "spatial_merge_size"):
         pixels = vision.patch_size * config.spatial_merge_size  # type: ignore[union-attr]
         tall = torch.as_tensor(given).tolist()
-        return [(length, (h // pixels, w // pixels)) for length, (h, w) in zip(lengths, tall, strict=True)]
-    return [(length, (round(length**0.5),) * 2) for length in lengths]
+        return [(length, (h // pixels, w // pixels), False) for length, (h, w) in zip(lengths, tall, strict=True)]
+    return [(length, (round(length**0.5),) * 2, False) for length in lengths]
+
+
+def _video(length: int, frames: int, newline: bool) -> list[tuple[int, Grid | None, bool]]:
+    """The runs of a video of so many square frames (0: not known) and, where the model puts one (LLaVA-OneVision), a
+    token for the end of a line behind them."""
+    side = isqrt(length // frames) if frames else 0
+    ends = newline and length == frames * side**2 + 1
+    if not side or length != frames * side**2 + ends:
+        return [(length, None, False)]
+    return [(length - ends, (frames, side, side), False), *[(1, (1, 1), False)] * ends]
