@@ -618,7 +618,7 @@ def conversations(folder: Path, name: str = "own", words: int = 1, images: int =
         ),
         ({"evaluation": {"held_out": {"own": {"data": {"images": "none"}}}}}, "none/0.png: there is no such file"),
         ({"late": {"data": {"kind": "json", "path": "none.json"}}}, "none.json: there is no such file"),
-        ({"late": {"data": {"images": "none"}}}, "none/0.png: there is no such file .8 of 8 images are missing"),
+        ({"late": {"data": {"images": "none"}}}, "none/0.png: there is no such file .8 of 8 files are missing"),
         ({"late": {"tasks": {"cuont": 1}}}, "cuont"),
     ],
 )

@@ -193,9 +193,9 @@ def sizes_seen(monkeypatch):
     """Gets the visual tokens of each image, of each pass."""
     seen = []
 
-    def spy(positions_M2, video_M, sizes, *options):
+    def spy(positions_M2, video_M, sizes, *inputs, **options):
         seen.append(dict(sizes))
-        return runs(positions_M2, video_M, sizes, *options)
+        return runs(positions_M2, video_M, sizes, *inputs, **options)
 
     monkeypatch.setattr("sparsight.sparse.forward.runs", spy)
     return seen

@@ -1,4 +1,7 @@
-"""From a row, in any of the common forms, to one conversation: turns of parts, and the keys of its images."""
+"""From a row, in any of the common forms, to one conversation: turns of parts, and the keys of its images.
+
+A video becomes its frames here, one image after the other: whatever comes behind knows images alone.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsight.data.cells import CELL_KEYS, read_cell
+from sparsight.data.videos import frames_of
 from sparsight.errors import UserError
 
 IMAGE_TAG = "<image>"
@@ -17,8 +21,8 @@ EXAMPLE = (
 )
 # Fields that a conversation stands in: one of the lists, or else both of a pair.
 _LISTS, _PAIRS = ("conversations", "messages"), (("query", "response"), ("instruction", "output"))
-_NOT_TRAINED = ("video", "videos", "audio", "audios", "tools")
-FIELDS = frozenset({*_LISTS, *sum(_PAIRS, ()), "input", "history", "system", "id", "image", "images", *_NOT_TRAINED})
+_MEDIA, _NOT_TRAINED = ("image", "images", "video", "videos"), ("audio", "audios", "tools")
+FIELDS = frozenset({*_LISTS, *sum(_PAIRS, ()), "input", "history", "system", "id", *_MEDIA, *_NOT_TRAINED})
 # Fields that say where a row is from: training does without them, and nobody expects otherwise.
 _ORIGIN = (
     "source data_source dataset dataset_name origin category subcategory task task_type type split subset license "
@@ -29,13 +33,14 @@ METADATA = frozenset(_ORIGIN.split())
 _SPEAKERS = ("user", "assistant")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _IMAGE_PARTS, _TEXT_PARTS = ("image", "image_url", "input_image"), ("text", "input_text", "output_text")
+_VIDEO_PARTS = ("video", "video_url", "input_video")
 _EMPTY: tuple[Any, ...] = (None, "", [], {}, "[]")  # tables write all columns in every row
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation. ``images``: of its image parts, in their order, keys of a source, or paths and bytes as the row
-    names them; ``unused``: fields of its row that training does not use and that are no metadata."""
+    """One conversation. ``images``: of its image parts, in their order, keys of a source, or paths, bytes and frames as
+    the row names them; ``unused``: fields of its row that training does not use and that are no metadata."""
 
     id: str
     messages: list[dict[str, Any]]
@@ -56,13 +61,14 @@ def unused_fields(path: Any, counts: dict[str, int], rows: int) -> str:
     return f"{path}: fields of rows that training does not use: {listed}"
 
 
-def read_row(row: Any, name: str, where: str, members: list[str] | None = None) -> Sample:
-    """One conversation from its row, with its images as paths and bytes.
+def read_row(row: Any, name: str, where: str, members: list[str] | None = None, frames: int = 8) -> Sample:
+    """One conversation from its row, with its images as paths, bytes and frames of videos.
 
     Args:
         name: the sample's id if the row has none.
         where: the row, for messages.
-        members: the only images that it may name; these if it names none.
+        members: the only images that it may name; these if it names none. Then it has no videos.
+        frames: of a video.
 
     Raises:
         UserError: the row is in none of the forms, or not whole.
@@ -74,7 +80,7 @@ def read_row(row: Any, name: str, where: str, members: list[str] | None = None) 
     where = f"{where} (id {name})"
     for field in _NOT_TRAINED:
         if row.get(field) not in _EMPTY:
-            raise UserError(f"{where}, field '{field}': video, audio and tools are not trained on here; leave it out")
+            raise UserError(f"{where}, field '{field}': audio and tools are not trained on here; leave it out")
     fields, turns = _turns(row, where)
     stated = [content for role, content, _ in turns if role == "system"]
     if (system := row.get("system")) not in _EMPTY and stated != [system]:
@@ -84,16 +90,18 @@ def read_row(row: Any, name: str, where: str, members: list[str] | None = None) 
             )
         turns.insert(0, ("system", system, "system"))
     messages = [_message(role, content, f"{where}, field '{field}'") for role, content, field in turns]
-    parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
-    field = "images" if row.get("images") not in _EMPTY or "image" not in row else "image"
-    own = [part.pop("image", None) for part in parts]
-    images = _named(row.get(field), own, f"{where}, field '{field}'", f"{where}, field '{fields[0]}'")
+    at = f"{where}, field '{fields[0]}'"
+    videos = _named(row, messages, "video", where, at)
+    images = _named(row, messages, "image", where, at)
     if members is not None:
-        images = _members(images, members, f"{where}, field '{field}'")
-    _check(messages, images or [], f"{where}, field '{fields[0]}'")
-    used = METADATA.union(fields, ("id", "system", "image", "images"))
+        if videos:
+            raise UserError(f"{where}: videos in shards are not read; write rows of .json beside video files")
+        images = _members(images, members, f"{where}, field 'images'")
+    _check(messages, {"image": images or [], "video": videos or []}, at)
+    shown = _as_images(messages, images or [], [frames_of(video, frames) for video in videos or []])
+    used = METADATA.union(fields, ("id", "system"), _MEDIA)
     unused = tuple(key for key, value in row.items() if key not in used and value not in _EMPTY)
-    return Sample(name, messages, tuple(images or ()), unused)
+    return Sample(name, messages, shown, unused)
 
 
 def _turns(row: dict[str, Any], where: str) -> tuple[tuple[str, ...], list[tuple[Any, Any, str]]]:
@@ -126,19 +134,53 @@ def _turns(row: dict[str, Any], where: str) -> tuple[tuple[str, ...], list[tuple
     )
 
 
-def _named(value: Any, own: list[Any], field: str, turns: str) -> list[Any] | None:
-    """The images that a row names, in a field (``value``) or each in its part of a turn (``own``); None: none."""
-    cells = [read_cell(cell, field) for cell in (value if isinstance(value, list) else [value])]
-    named = [image for image in cells if image is not None]
+def _named(row: dict[str, Any], messages: list[dict[str, Any]], kind: str, where: str, turns: str) -> list[Any] | None:
+    """The images, or the videos, that a row names, in a field or each in its part of a turn; None: none."""
+    field = f"{kind}s" if row.get(f"{kind}s") not in _EMPTY or kind not in row else kind
+    value, at, read = row.get(field), f"{where}, field '{field}'", read_cell if kind == "image" else _video
+    listed = isinstance(value, list) and field != "video"  # that one is a list of frames
+    named = [cell for each in (value if listed else [value]) if (cell := read(each, at)) is not None]
+    parts = [part for message in messages for part in message["content"]]
+    images = row.get("image"), row.get("images"), *(part["type"] == "video" or None for part in parts)
+    if kind == "video" and named and all(each in _EMPTY for each in images):
+        for part in parts:  # LLaVA-Video writes <image> for its videos
+            part |= {"type": "video"} if part == {"type": "image"} else {}
+    own = [part.pop(kind, None) for part in parts if part["type"] == kind]
     if not any(own):
         return None if value is None else named
-    mine = [read_cell(cell, turns) for cell in own]
+    mine = [read(cell, turns) for cell in own]
     if None in mine or named not in ([], mine):
         raise UserError(
-            f"{turns}: {len(own)} {IMAGE_TAG} and image parts, {len(mine) - mine.count(None)} of them with an image of "
-            f"their own; {field}: {named!s:.200}; expected all images in one of the two"
+            f"{turns}: {len(own)} <{kind}> and {kind} parts, {len(mine) - mine.count(None)} of them with one of "
+            f"their own; {at}: {named!s:.200}; expected all {kind}s in one of the two"
         )
     return mine
+
+
+def _video(cell: Any, where: str) -> str | bytes | tuple[str | bytes, ...] | None:
+    """A video's path or bytes, or those of its frames."""
+    if not isinstance(cell, list) or not cell:
+        return read_cell(cell or None, where)
+    frames = [read_cell(each, where) for each in cell]
+    if None in frames:
+        raise UserError(f"{where}: expected a video, or a list of its frames, found {cell!s:.200}")
+    return tuple(frame for frame in frames if frame is not None)
+
+
+def _as_images(messages: list[dict[str, Any]], images: list[Any], videos: list[list[Any]]) -> tuple[Any, ...]:
+    """All images and frames in the order of their parts; a part that is a video becomes one part for each frame."""
+    shown: list[Any] = []
+    found = {"image": iter([[image] for image in images]), "video": iter(videos)}
+    for message in messages:
+        parts, message["content"] = message["content"], []
+        for part in parts:
+            if part["type"] == "text":
+                message["content"].append(part)
+            else:
+                seen = next(found[part["type"]])
+                message["content"] += [{"type": "image"} for _ in seen]
+                shown += seen
+    return tuple(shown)
 
 
 def _members(named: list[Any] | None, members: list[str], where: str) -> list[str]:
@@ -163,35 +205,41 @@ def _message(role: Any, content: Any, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: {_expected_text(content)}")
     parts = [piece for part in content for piece in _part(part, role, where)]
     if role == "assistant":
-        if any(part["type"] == "image" for part in parts):
-            raise UserError(f"{where} holds {IMAGE_TAG}; expected text")
+        if media := [part["type"] for part in parts if part["type"] != "text"]:
+            raise UserError(f"{where} holds <{media[0]}>; expected text")
         if not any(part["text"].strip() for part in parts):
             raise UserError(f"{where} is empty; expected text")
     return {"role": role, "content": parts}
 
 
 def _part(part: Any, role: str, where: str) -> list[dict[str, Any]]:
-    """A part of a turn as parts of text and images; under "image" is what the part says of its own image."""
+    """A part of a turn as parts of text, images and videos; under its type is what the part says of its own image."""
     values = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
     image = {key: values[key] for key in CELL_KEYS if values.get(key) not in _EMPTY}
-    text, kind = values.get("text"), values.get("type", "text" if "text" in values else "image" if image else None)
-    if media := re.search("video|audio", f"{kind} {' '.join(values)}"):
-        raise UserError(f"{where}: {media[0]} is not trained on here; expected parts of type 'image' or 'text'")
-    if kind in _IMAGE_PARTS:
+    video = next((values[key] for key in _VIDEO_PARTS if values.get(key) not in _EMPTY), None)
+    guess = "text" if "text" in values else "video" if video else "image" if image else None
+    text, kind = values.get("text"), values.get("type", guess)
+    if re.search("audio", f"{kind} {' '.join(values)}"):
+        raise UserError(f"{where}: audio is not trained on here; expected parts of type 'image', 'video' or 'text'")
+    if kind in _VIDEO_PARTS:
+        return [{"type": "video", "video": video or image or None}]
+    if kind in _IMAGE_PARTS and not video:
         return [{"type": "image", "image": image or None}]
-    if kind not in _TEXT_PARTS or text is None or (image and "type" not in values):
-        raise UserError(f"{where}: expected parts of type 'image' or 'text', found {part!r:.80}")
+    if kind not in _TEXT_PARTS or text is None or video or (image and "type" not in values):
+        raise UserError(f"{where}: expected parts of type 'image', 'video' or 'text', found {part!r:.80}")
     if not isinstance(text, str):
         raise UserError(f"{where}: {_expected_text(text)}")
     if half := re.search("[\ud800-\udfff]", text):
         raise UserError(f"{where} holds half of a character, {half[0]!a}: {text!a:.80}")
-    tag = re.search(r"<(video|audio)>", text) if role == "user" else None
-    if tag and f"</{tag[1]}>" not in text:  # else it is HTML
-        raise UserError(f"{where} holds {tag[0]}: {tag[1]} is not trained on here; leave the row out")
+    if role == "user" and "<audio>" in text and "</audio>" not in text:  # else it is HTML
+        raise UserError(f"{where} holds <audio>: audio is not trained on here; leave the row out")
+    tags = "<(image|video)>" if role == "user" and "</video>" not in text else "<(image)>"
     parts: list[dict[str, Any]] = []
-    for number, piece in enumerate(text.replace("\r\n", "\n").split(IMAGE_TAG)):
-        piece = piece.strip("\n") if IMAGE_TAG in text else piece
-        parts += [{"type": "image"}] * bool(number) + [{"type": "text", "text": piece}] * bool(piece)
+    for number, piece in enumerate(pieces := re.split(tags, text.replace("\r\n", "\n"))):
+        if number % 2:
+            parts.append({"type": piece})
+        elif piece := piece.strip("\n") if len(pieces) > 1 else piece:
+            parts.append({"type": "text", "text": piece})
     return parts
 
 
@@ -200,16 +248,17 @@ def _expected_text(found: Any) -> str:
     return f"expected text, found {found!r:.80}" + (f'; write it as text, "{found}"' if number else "")
 
 
-def _check(messages: list[dict[str, Any]], images: list[Any], where: str) -> None:
+def _check(messages: list[dict[str, Any]], media: dict[str, list[Any]], where: str) -> None:
     roles = [message["role"] for message in messages if message["role"] != "system"]
     if roles[-1:] != ["assistant"]:
         raise UserError(f"{where}: the last turn must be an answer of the assistant, found {roles or 'no turns'}")
-    shown = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if shown == 0 and images and "user" in roles:
-        # As LLaVA does: an image that no turn mentions stands before the first question.
-        first = next(message for message in messages if message["role"] == "user")
-        first["content"][:0] = [{"type": "image"} for _ in images]
-    elif shown != len(images):
-        raise UserError(
-            f"{where}: the text has {shown} {IMAGE_TAG}, but there are {len(images)} images: {images!s:.200}"
-        )
+    for kind, found in media.items():
+        shown = sum(part["type"] == kind for message in messages for part in message["content"])
+        if shown == 0 and found and "user" in roles:
+            # As LLaVA does: an image that no turn mentions stands before the first question.
+            first = next(message for message in messages if message["role"] == "user")
+            first["content"][:0] = [{"type": kind} for _ in found]
+        elif shown != len(found):
+            raise UserError(
+                f"{where}: the text has {shown} <{kind}>, but there are {len(found)} {kind}s: {found!s:.200}"
+            )

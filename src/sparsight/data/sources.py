@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import replace
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +32,7 @@ from sparsight.data.images import load_image, size_of_image
 from sparsight.data.mixture import Quotas
 from sparsight.data.rows import Rows, decode, parse
 from sparsight.data.shards import IMAGES, Shard, open_shards, stem
+from sparsight.data.videos import Frame, library, load_frame, size_of_video
 from sparsight.errors import UserError
 from sparsight.scenes.questions import ScenesDataset
 from sparsight.scenes.world import SceneConfig
@@ -86,7 +88,7 @@ def scene_config(data: SceneData, image_size: int = 256) -> SceneConfig:
 
 class RowSource:
     """Rows with one conversation each, read when they are asked for. Keys of their images are paths inside the image
-    folder, or (row, number among its images) where the row holds the image itself.
+    folder, frames of a video there, or (row, number among its images) where the row holds the image itself.
 
     Raises:
         UserError: a row is not as expected; the message names the file, the row, the field, what was found and what
@@ -94,7 +96,7 @@ class RowSource:
     """
 
     def __init__(self, data: ConversationData, rows: Any = ()) -> None:
-        self.path, self.rows = Path(data.path), rows
+        self.path, self.rows, self.frames = Path(data.path), rows, data.video_frames
         own = self.path if self.path.is_dir() else self.path.parent
         self.folder = Path(data.images) if data.images else own
 
@@ -105,32 +107,50 @@ class RowSource:
         return self.rows[number]
 
     def _read(self, number: int) -> Sample:
-        return read_row(self._row(number), str(number), f"{self.path}, row {number}")
+        return read_row(self._row(number), str(number), f"{self.path}, row {number}", frames=self.frames)
 
     def __getitem__(self, number: int) -> Sample:
         sample = self._read(number)
-        keys = (image if isinstance(image, str) else (number, nth) for nth, image in enumerate(sample.images))
+        keys = (image if _path(image) else (number, nth) for nth, image in enumerate(sample.images))
         return replace(sample, images=tuple(keys))
 
-    def stored(self, key: Any) -> tuple[Path | bytes, str]:
-        """An image's file or its content, and its name in messages."""
-        if isinstance(key, str):
-            path = find_file(self.folder, key)
-            return path, str(path)
-        number, nth = key
-        return self._read(number).images[nth], f"{self.path}, row {number}, image {nth}"
+    def stored(self, key: Any) -> tuple[Path | bytes, str, Frame | None]:
+        """The file or the content of an image, or of the video that it is a frame of; its name in messages."""
+        image, name = key, ""
+        if not isinstance(key, str | Frame):
+            number, nth = key
+            image, name = self._read(number).images[nth], f"{self.path}, row {number}, image {nth}"
+        frame = image if isinstance(image, Frame) else None
+        if path := _path(image):
+            found = find_file(self.folder, path)
+            return found, str(found), frame
+        return frame.video if frame else image, name, frame  # type: ignore[return-value]
 
     def image(self, key: Any) -> Image.Image:
-        return load_image(*self.stored(key))
+        source, name, frame = self.stored(key)
+        return load_frame(source, name, frame) if frame else load_image(source, name)
 
     def size(self, key: Any) -> tuple[int, int]:
-        return size_of_image(*self.stored(key))
+        source, name, frame = self.stored(key)
+        return (size_of_video if frame else size_of_image)(source, name)
 
     def fingerprints(self) -> dict[Hashable, str]:
+        @lru_cache(maxsize=1)  # frames of a video come one after the other
+        def digest(source: Path | bytes) -> str:
+            return hashlib.sha256(source if isinstance(source, bytes) else source.read_bytes()).hexdigest()
+
         keys = dict.fromkeys(key for number in range(len(self)) for key in self[number].images)
-        stored = ((key, self.stored(key)[0]) for key in keys)
-        contents = ((key, found if isinstance(found, bytes) else found.read_bytes()) for key, found in stored)
-        return {key: hashlib.sha256(content).hexdigest() for key, content in contents}
+        stored = ((key, self.stored(key)) for key in keys)
+        return {
+            key: digest(source) + (f" {frame.number} of {frame.count}" if frame else "")
+            for key, (source, _, frame) in stored
+        }
+
+
+def _path(image: Any) -> str | None:
+    """The path of an image, or of the video that it is a frame of; None for bytes."""
+    named = image.video if isinstance(image, Frame) else image
+    return named if isinstance(named, str) else None
 
 
 class ConversationSource(RowSource):
@@ -157,14 +177,16 @@ class ConversationSource(RowSource):
         for number in range(len(self)):
             sample = self._read(number)
             unused.update(sample.unused)
-            for path in sample.images:
-                if isinstance(path, str):
+            for image in sample.images:
+                if isinstance(image, Frame):
+                    library(f"{self.path}, row {number} (id {sample.id})")
+                if path := _path(image):
                     first.setdefault(path, f"row {number} (id {sample.id})")
         missing = [path for path in first if not os.path.isfile(find_file(self.folder, path))]
         if missing:
             raise UserError(
                 f"{self.path}, {first[missing[0]]}: {self.folder}/{missing[0]:.200}: there is no such file "
-                f"({len(missing)} of {len(first)} images are missing)"
+                f"({len(missing)} of {len(first)} files are missing)"
             )
         if unused:
             warnings.warn(unused_fields(self.path, unused, len(self)), stacklevel=3)
@@ -260,9 +282,9 @@ class ShardSource(RowSource):
         sample = read_row(_shard_row(shard, members, len(images), where), name, where, images)
         return replace(sample, images=tuple((part, members[image]) for image in sample.images))
 
-    def stored(self, key: tuple[int, int]) -> tuple[bytes, str]:
+    def stored(self, key: tuple[int, int]) -> tuple[bytes, str, None]:
         part, member = key
-        return self.shards[part].read(member), self.shards[part].where(member)
+        return self.shards[part].read(member), self.shards[part].where(member), None
 
 
 def _kind(name: str) -> str:

@@ -31,12 +31,13 @@ class SceneData(Settings):
 
 
 class ConversationData(Settings):
-    """Conversations with ``conversations`` (LLaVA) or ``messages``, and ``image`` or ``images``: .json or .jsonl,
-    parquet, a Dataset of Hugging Face saved on disk, or tar shards (WebDataset)."""
+    """Conversations with ``conversations`` (LLaVA) or ``messages``, and ``image``, ``images``, ``video`` or ``videos``:
+    .json or .jsonl, parquet, a Dataset of Hugging Face saved on disk, or tar shards (WebDataset; without videos)."""
 
     kind: Literal["json", "parquet", "datasets", "shards"] = "json"
     path: str = Field(description="a file; for datasets a folder; for parquet and shards a file, a folder or a pattern")
-    images: str | None = Field(None, description="folder of the images; the file's own folder if not given")
+    images: str | None = Field(None, description="folder of the images and videos; the file's own folder if not given")
+    video_frames: int = Field(8, ge=1, description="frames of a video, evenly spread over it; each is an image")
     index_folder: str | None = Field(None, description="where indices of shards lie; beside the shards if not given")
 
     @model_validator(mode="after")
