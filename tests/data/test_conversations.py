@@ -164,8 +164,8 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "history": ({"query": "?", "response": "A", "history": ["x"]}, ["'history'", "[question, answer]", "'x'"]),
     "one part with, one without": (parts({"image": PATH}, {"type": "image"}, ASK), ["2 <image>", "1"]),
     "parts and a field that disagree": (parts({"image": PATH}, ASK) | {"images": ["a.png"]}, ["'images'", "a.png"]),
-    "two in one part": (parts({"image": PATH, "text": "What?"}), ["'image' or 'text'"]),
-    "kind that is no word": (parts({"type": ["image"]}), ["'image' or 'text'"]),
+    "two in one part": (parts({"image": PATH, "text": "What?"}), ["'video' or 'text'"]),
+    "kind that is no word": (parts({"type": ["image"]}), ["'video' or 'text'"]),
     "tools": ({"tools": '[{"name": "f"}]', "conversations": [TEXT, ANSWER]}, ["'tools'", "not trained on"]),
     "two systems": (
         {"system": "Be brief.", "conversations": [{"from": "system", "value": "Be long."}, TEXT, ANSWER]},
@@ -173,17 +173,26 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "system not text": ({"system": ["x"], "conversations": [TEXT, ANSWER]}, ["system", "'x'"]),
 }
-for _kind in ("video", "audio"):
-    REFUSED |= {
-        _kind: ({_kind: "a.mp4", "conversations": [TEXT, ANSWER]}, [f"'{_kind}'", "not trained on"]),
-        f"{_kind}s": ({f"{_kind}s": ["a.mp4"], "conversations": [TEXT, ANSWER]}, [f"'{_kind}s'", "not trained on"]),
-        f"<{_kind}>": (
-            {"conversations": [{"from": "human", "value": f"<{_kind}>\nWhat?"}, ANSWER]},
-            [f"<{_kind}>", "not trained on"],
-        ),
-        f"{_kind} part": (parts({"type": f"{_kind}_url", f"{_kind}_url": "a"}, ASK), [_kind, "not trained on"]),
-        f"{_kind} part without a type": (parts({_kind: "a"}, ASK), [_kind, "not trained on"]),
-    }
+REFUSED |= {
+    "audio": ({"audio": "a.mp3", "conversations": [TEXT, ANSWER]}, ["'audio'", "not trained on"]),
+    "audios": ({"audios": ["a.mp3"], "conversations": [TEXT, ANSWER]}, ["'audios'", "not trained on"]),
+    "<audio>": (
+        {"conversations": [{"from": "human", "value": "<audio>\nWhat?"}, ANSWER]},
+        ["<audio>", "not trained on"],
+    ),
+    "audio part": (parts({"type": "audio_url", "audio_url": "a"}, ASK), ["audio", "not trained on"]),
+    "audio part without a type": (parts({"audio": "a"}, ASK), ["audio", "not trained on"]),
+    "no video": ({"conversations": [{"from": "human", "value": "<video>\nWhat?"}, ANSWER]}, ["1 <video>", "0 videos"]),
+    "no video in a part": (parts({"type": "video"}, ASK), ["1 <video>", "0 videos"]),
+    "two videos in one list": (
+        {"videos": ["a.mp4", "b.mp4"], "conversations": [{"from": "human", "value": "<video>\nWhat?"}, ANSWER]},
+        ["1 <video>", "2 videos"],
+    ),
+    "a frame that is none": ({"video": ["a.png", ""], "conversations": [TEXT, ANSWER]}, ["'video'", "its frames"]),
+    "video on the web": (parts({"type": "video", "video": "https://x/a.mp4"}, ASK), ["is a URL", "x/a.mp4"]),
+    "video outside": ({"video": "../a.mp4", "conversations": [TEXT, ANSWER]}, ["inside", "../a.mp4"]),
+    "image and video in one part": (parts({"type": "image", "image": PATH, "video": "a.mp4"}), ["'video' or 'text'"]),
+}
 
 
 @pytest.mark.parametrize("form", REFUSED)

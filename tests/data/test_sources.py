@@ -141,8 +141,8 @@ FAULTS: dict[str, tuple[Any, list[str]]] = {
     "images a number": (row(image=5), ["id s-1", "'image'", "int"]),
     "images of numbers": (row(image=[5]), ["id s-1", "'image'", "int"]),
     "unknown part": (
-        row(conversations=None, messages=[{"role": "user", "content": [{"type": "video"}]}]),
-        ["id s-1", "messages", "'image' or 'text'", "video"],
+        row(conversations=None, messages=[{"role": "user", "content": [{"type": "point"}]}]),
+        ["id s-1", "messages", "'video' or 'text'", "point"],
     ),
     "text part without text": (
         row(conversations=None, messages=[{"role": "user", "content": [{"type": "text", "text": None}]}]),

@@ -43,7 +43,7 @@ def read_cell(cell: Any, where: str) -> str | bytes | None:
             raise UserError(f"{where}: expected an image as 'data:image/png;base64,...', found no base64") from None
     if _REMOTE.match(cell):
         raise UserError(
-            f"{where}: '{cell:.200}' is a URL, and images are never fetched in training. Download it into the image "
+            f"{where}: '{cell:.200}' is a URL, and files are never fetched in training. Download it into the image "
             "folder first, and write its path in that folder here"
         )
     path = cell.removeprefix("file://")

@@ -96,7 +96,7 @@ def read_row(row: Any, name: str, where: str, members: list[str] | None = None, 
     if members is not None:
         if videos:
             raise UserError(f"{where}: videos in shards are not read; write rows of .json beside video files")
-        images = _members(images, members, f"{where}, field 'images'")
+        images = _members(images, members, f"{where}, field '{_field(row, 'image')}'")
     _check(messages, {"image": images or [], "video": videos or []}, at)
     shown = _as_images(messages, images or [], [frames_of(video, frames) for video in videos or []])
     used = METADATA.union(fields, ("id", "system"), _MEDIA)
@@ -134,12 +134,17 @@ def _turns(row: dict[str, Any], where: str) -> tuple[tuple[str, ...], list[tuple
     )
 
 
+def _field(row: dict[str, Any], kind: str) -> str:
+    return f"{kind}s" if row.get(f"{kind}s") not in _EMPTY or kind not in row else kind
+
+
 def _named(row: dict[str, Any], messages: list[dict[str, Any]], kind: str, where: str, turns: str) -> list[Any] | None:
     """The images, or the videos, that a row names, in a field or each in its part of a turn; None: none."""
-    field = f"{kind}s" if row.get(f"{kind}s") not in _EMPTY or kind not in row else kind
-    value, at, read = row.get(field), f"{where}, field '{field}'", read_cell if kind == "image" else _video
-    listed = isinstance(value, list) and field != "video"  # that one is a list of frames
-    named = [cell for each in (value if listed else [value]) if (cell := read(each, at)) is not None]
+    field, read = _field(row, kind), read_cell if kind == "image" else _video
+    value, at = row.get(field), f"{where}, field '{field}'"
+    listed = field != "video"  # a list there is one of frames
+    cells: list[Any] = [read(each, at) for each in (value if isinstance(value, list) and listed else [value])]
+    named = [cell for cell in cells if cell is not None]
     parts = [part for message in messages for part in message["content"]]
     images = row.get("image"), row.get("images"), *(part["type"] == "video" or None for part in parts)
     if kind == "video" and named and all(each in _EMPTY for each in images):
