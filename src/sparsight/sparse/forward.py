@@ -136,6 +136,7 @@ class Forwards:
         self.embeddings = model.get_input_embeddings()
         self.splicer = find_splicer(model, parts.vision)
         self.attached, self.batch, self.passes = True, Batch(), deque[Pass](maxlen=_PASSES)
+        self.given: dict[str, Any] = {}  # what the model was called with
         self.last: tuple[Any, dict[str, Any]] | None = None  # arguments of the last batch that was trained on
         self.probing = False  # whether dense and sparse are compared at present
         self.uncleared = False  # whether skipped layers were given gradients of zero
@@ -148,6 +149,7 @@ class Forwards:
         self._idle: Counter[str] = Counter()
         self._patched: list[tuple[Any, str, Any, Any]] = []  # owner, attribute, ours, what stood on the instance
         self._hooks = [
+            model.register_forward_pre_hook(hook(self._called), with_kwargs=True, prepend=True),
             model.register_forward_pre_hook(hook(self._before), with_kwargs=True),
             model.register_forward_hook(hook(self._after), always_call=True),
             self.embeddings.register_forward_hook(hook(self._embedded)),
@@ -190,14 +192,19 @@ class Forwards:
         training = self.model.training and not self._generating and not self.batch.cached
         return self.attached and self.state.enabled and (training or not self.state.train_only)
 
-    def _before(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        inputs, config = named(self.model, args, kwargs), self.model.config
-        cached = any(inputs.get(name) is not None for name in (CACHE, "past_key_values"))
-        batch = self.batch = Batch(inputs, cached, embeds_due=True)
+    def _called(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Before all other hooks: that of a trainer may put embeddings in place of ids and images (ms-swift)."""
+        self.given = named(self.model, args, kwargs)
+        cached = any(self.given.get(name) is not None for name in (CACHE, "past_key_values"))
         if self.model.training and torch.is_grad_enabled() and not cached:
             # Without the graph behind what is given: it would live until the next batch.
             self.last = args, {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
-        if not isinstance(ids := inputs.get("input_ids"), torch.Tensor):
+
+    def _before(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        inputs, config = named(self.model, args, kwargs), self.model.config
+        cached = any(inputs.get(name) is not None for name in (CACHE, "past_key_values"))
+        batch = self.batch = Batch(self.given | inputs, cached, embeds_due=True)
+        if not isinstance(ids := batch.inputs.get("input_ids"), torch.Tensor):
             return None
         batch.visual_BT = torch.isin(ids, ids.new_tensor(self.parts.visual_token_ids))
         image, video = (getattr(config, f"{kind}_token_id", None) for kind in ("image", "video"))
@@ -262,6 +269,17 @@ class Forwards:
                 self.encoder_calls.setdefault(kind, (args, kwargs, given.numel()))
         return found
 
+    def _count_encoded(self) -> None:
+        """Note what encoders were given that a trainer's hook has called, not the model."""
+        for kind, key in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            method = getattr(self.splicer, f"get_{kind}_features", None)
+            if method is not None and isinstance(pixels := self.batch.inputs.get(key), torch.Tensor):
+                taken = inspect.signature(method).parameters
+                args = {name: value for name, value in self.batch.inputs.items() if name in taken}
+                self.batch.pixels[kind] += pixels.numel()
+                if kind not in self.pixel_flops:
+                    self.encoder_calls.setdefault(kind, ((), args, pixels.numel()))
+
     def _layer(self, number: int, plain: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not (self.state.skipped[number] and self.active()):
             return plain(hidden, *args, **kwargs)
@@ -294,6 +312,8 @@ class Forwards:
         if visual_BT is None or visual_BT.shape != seen.shape[:2]:  # then it is not known where they stand
             visual_BT = torch.zeros(seen.shape[:2], dtype=torch.bool)
         visual, visual_BT = int(visual_BT.sum()), visual_BT.to(seen.device)
+        if visual and not batch.pixels:
+            self._count_encoded()
         self._watch_methods(visual)
         (rows, length), layers = seen.shape[:2], self.parts.layers - sum(state.skipped)
         if state.keep == 1.0 or visual == 0 or embeds is None:
