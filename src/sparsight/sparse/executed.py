@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from sparsight.cost import LanguageShape, Trains, language_flops
 from sparsight.devices.flops import flop_counter
@@ -70,13 +74,28 @@ def _encoder_flops(handle: SparseHandle, kind: str) -> float:
     inside = tuple(f"{path}." for path in (handle.parts.decoder, handle.parts.head))
     trained = [p for name, p in handle.model.named_parameters() if p.requires_grad and not name.startswith(inside)]
     tower = handle.model.get_submodule(handle.parts.vision)
-    with handle.disabled(), flop_counter(tower) as counter, torch.set_grad_enabled(bool(trained)):
+    counting = flop_counter(tower)
+    with handle.disabled(), _differentiable(tower), counting as counter, torch.set_grad_enabled(bool(trained)):
         found = getattr(handle.splicer, f"get_{kind}_features")(*args, **kwargs)
         parts = [getattr(found, key, None) for key in ("pooler_output", "deepstack_features")]
         outputs = tensors([found] if parts == [None, None] else parts)
         if trained:
             torch.autograd.grad([x.sum() for x in outputs if x.requires_grad], trained, allow_unused=True)
     return counter.get_total_flops() / pixels
+
+
+@contextmanager
+def _differentiable(tower: nn.Module) -> Iterator[None]:
+    """Recomputation in the form that `torch.autograd.grad` takes, where a trainer (ms-swift) has set the other one."""
+    name = "_gradient_checkpointing_func"
+    before = [(module, module.__dict__[name]) for module in tower.modules() if name in module.__dict__]
+    for module, _ in before:
+        setattr(module, name, partial(checkpoint, use_reentrant=False))
+    try:
+        yield
+    finally:
+        for module, function in before:
+            setattr(module, name, function)
 
 
 def _trains(handle: SparseHandle) -> Trains:
