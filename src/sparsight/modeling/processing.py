@@ -14,6 +14,7 @@ from sparsight.errors import UserError
 from sparsight.modeling.configuration import SparsightConfig, WithStub
 
 IMAGE_TOKEN = "<image>"
+_NO_VIDEOS = "this processor takes a video as its frames: give them as images, in their order, as training data does"
 _THINNEST = 200  # the largest ratio of sides that native resolution takes
 
 
@@ -68,6 +69,20 @@ class SparsightProcessor(WithStub, ProcessorMixin):
         """Patches that `pixels` makes of an image of that size, at native resolution."""
         sides = [max(side, -(-max(width, height) // _THINNEST)) for side in (height, width)]
         return self.image_processor.get_number_of_image_patches(*sides)
+
+    def validate_inputs(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> None:
+        """Raises UserError for videos, which would be left out else."""
+        if videos is not None:
+            raise UserError(_NO_VIDEOS)
+        super().validate_inputs(images=images, text=text, videos=videos, **kwargs)
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. Raises UserError for parts of type video, which would be left out else."""
+        for turn in (turn for each in conversation for turn in (each if isinstance(each, list) else [each])):
+            content = turn.get("content")
+            if isinstance(content, list) and any("video" in str(part.get("type")) for part in content):
+                raise UserError(_NO_VIDEOS)
+        return super().apply_chat_template(conversation, *args, **kwargs)
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
         flat = make_flat_list_of_images(images)
