@@ -165,11 +165,11 @@ def test_what_cannot_be_decoded_is_told_with_its_name(tmp_path: Path, fault: str
         "image": b"no video",
         "playlist": PLAYLIST.format(other=whole).encode(),  # would have another file opened
     }
-    path = tmp_path / "a.mp4"
+    path = tmp_path / ("a.m3u8" if fault == "playlist" else "a.mp4")
     if fault in content:
         path.write_bytes(content[fault])
     said = "there is no such file" if fault == "missing" else "cannot be read as a video"
-    with pytest.raises(ValueError, match=rf"a\.mp4: {said}"):
+    with pytest.raises(ValueError, match=rf"{path.name}: {said}"):
         load_frame(path, str(path), Frame("a.mp4", 0, 2))
     if fault == "missing":
         with pytest.raises(ValueError, match=r"row 0 \(id 0\): .*a\.mp4: there is no such file \(1 of 1 files"):

@@ -177,8 +177,8 @@ def test_F42_training_encodes_by_the_template_set_on_the_processor():
 def test_videos_are_refused_and_not_left_out(tiny_vlm) -> None:
     _, processor = tiny_vlm()
     turns = [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "What?"}]}]
-    for conversation in (turns, [turns]):
+    for each in (turns, [turns]):
         with pytest.raises(ValueError, match="takes a video as its frames: give them as images"):
-            processor.apply_chat_template(conversation, tokenize=False)
+            processor.apply_chat_template(each, tokenize=False)
     with pytest.raises(ValueError, match="takes a video as its frames"):
         processor(text="What?", videos=[[]])
