@@ -29,12 +29,14 @@ FSDP = {
 }
 
 
-def trained(folder: Path, resume: Path | None = None) -> dict[str, torch.Tensor]:
+def trained(folder: Path, resume: Path | None = None, itself: bool = False) -> dict[str, torch.Tensor]:
+    """Parameters at the end; attached by hand, or by the callback itself, behind FSDP2's wrapping."""
     model = made(NAME)
-    handle = attach(model, CompressorConfig(keep=0.25), SkipperConfig(alpha=0.6, epsilon=0.3), seed=3)
+    methods: Any = {"compressor": CompressorConfig(keep=0.25), "skipper": SkipperConfig(alpha=0.6, epsilon=0.3)}
     arguments: dict[str, Any] = COMMON | {"max_steps": 4, "fsdp": True, "fsdp_config": FSDP}
     data = Images(NAME, model)
-    callbacks = [SparsightCallback(handle)]
+    methods["seed"] = 3
+    callbacks = [SparsightCallback(**methods) if itself else SparsightCallback(attach(model, **methods))]
     trainer = Trainer(model, TrainingArguments(str(folder), **arguments), train_dataset=data, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume and str(resume))
     return {name: parameter.full_tensor() for name, parameter in trainer.model.named_parameters()}
@@ -57,7 +59,8 @@ def main() -> None:
     pretend()
     whole = trained(folder / "run")
     resumed = trained(folder / "run", folder / "run" / "checkpoint-2")
-    torch.save([whole, resumed], folder / f"rank{torch.distributed.get_rank()}.pt")
+    itself = trained(folder / "itself", itself=True)
+    torch.save([whole, resumed, itself], folder / f"rank{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()
 
 

@@ -98,9 +98,10 @@ def test_F07_on_two_ranks_a_skipped_layer_is_not_updated(tmp_path, kind):
 
 @pytest.mark.slow
 def test_r24_resumed_in_shards_is_the_run_that_was_never_interrupted(tmp_path):
-    for whole, resumed in two_ranks(sharded.__file__, tmp_path):
+    for whole, resumed, itself in two_ranks(sharded.__file__, tmp_path):
         assert (tmp_path / "run" / "checkpoint-2" / "model.safetensors").is_file()  # that has the other names
         assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+        assert all(torch.equal(tensor, itself[name]) for name, tensor in whole.items())
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -92,7 +92,9 @@ class SparsightCallback(TrainerCallback):
             if not self.handles or not all(isinstance(each, SparseHandle) for each in self.handles):
                 raise UserError(f"handle {handle!r}: expected what sparsight.attach returned, or a list of such")
         self.dense_probe = dense_probe
+        self.step = 0
         self.idle = 0  # optimizer steps, one after the other, without a pass
+        self.rollouts = 1, 0  # steps that share their draws, and the first step; see `_rollouts`
         self.probe: dict[str, float] = {}
         self.since = time.perf_counter()
         self.peak: float | None = None
@@ -152,7 +154,7 @@ class SparsightCallback(TrainerCallback):
             UserError: an engine that cannot skip; a model that cannot be attached to, or to which nothing is attached;
                 other settings than those of the run that is resumed, or no checkpoint that tells them.
         """
-        self.since, self.idle = time.perf_counter(), 0
+        self.since, self.idle, self.step = time.perf_counter(), 0, state.global_step
         model: Any = given.get("model")
         if (self.methods or self.handles[0]).skipper is not None:
             _refuse_engine(self.handles[0].model if model is None else model)
@@ -167,6 +169,7 @@ class SparsightCallback(TrainerCallback):
             _check_handles(self.handles, model)
             _tell_of_plain_reference(self.handles, model, args)
         self.peak = peak_flops(device_name(args.device), "bf16" if args.bf16 else "fp32")
+        self.rollouts = _rollouts(self.handles[0], args, state)
         self.handles[0].expect_step(within=_PASSES * args.gradient_accumulation_steps)
         self.on_step_begin(args, state)
         if not state.global_step:
@@ -182,7 +185,8 @@ class SparsightCallback(TrainerCallback):
             _reload_if_renamed(self.handles[0].model, folder)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        if (first := self.handles[0]).global_step < state.global_step:
+        if state.global_step > self.step:
+            self.step, first = state.global_step, self.handles[0]
             self.idle = 0 if first.passes_in_step else self.idle + 1
             if self.idle == _IDLE:
                 warnings.warn(
@@ -192,8 +196,10 @@ class SparsightCallback(TrainerCallback):
                     NoEffectWarning,
                     stacklevel=2,
                 )
+        share, begin = self.rollouts
+        step = state.global_step - (state.global_step - begin) % share
         for handle in self.handles:
-            handle.step(state.global_step, min(1.0, state.global_step / max(1, state.max_steps)))
+            handle.step(step, min(1.0, step / max(1, state.max_steps)))
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         for handle in self.handles:
@@ -238,6 +244,39 @@ def _caller(attribute: str) -> Any:
     while frame is not None and not hasattr(frame.f_locals.get("self"), attribute):
         frame = frame.f_back
     return frame and frame.f_locals["self"]
+
+
+def _rollouts(handle: SparseHandle, args: TrainingArguments, state: TrainerState) -> tuple[int, int]:
+    """How many optimizer steps are trained on the same rollouts (TRL's GRPO and RLOO), and the step that the first of
+    these began with. All of them skip and keep the same, so that log-probabilities of the policy, of the policy before
+    and of the reference can be compared.
+
+    Raises:
+        UserError: they could not be.
+    """
+    if (slices := getattr(args, "steps_per_generation", None)) is None:
+        return 1, 0
+    every, accumulate = slices * getattr(args, "num_iterations", 1), args.gradient_accumulation_steps
+    compressor, beforehand = handle.compressor, accumulate % every != 0
+    scheduled = compressor is not None and (compressor.final is not None or compressor.dense_every is not None)
+    scored = beforehand or getattr(args, "beta", 0.0) or getattr(args, "use_vllm", False)
+    if compressor is not None and compressor.method == "random" and scored:
+        raise UserError(
+            f"{type(args).__name__} scores its rollouts, shuffles them, and trains on them: method random would keep "
+            "other tokens each time. Use another method, as uniform; or, without vLLM, set beta=0 and "
+            "steps_per_generation and num_iterations so that gradient_accumulation_steps is a multiple of both together"
+        )
+    if not beforehand:
+        return 1, 0
+    if every % accumulate and (scheduled or handle.skipper is not None):
+        raise UserError(
+            f"{type(args).__name__} trains on its rollouts for {every} micro-batches, which is no multiple of "
+            f"gradient_accumulation_steps={accumulate}: they are scored in a step that skips other layers, or keeps "
+            "other tokens, than those that train on them. Make steps_per_generation * num_iterations a multiple, or "
+            "use a compressor with a constant keep"
+        )
+    done = getattr(_caller("callback_handler"), "_step", 0) // accumulate  # TRL counts on, over several train()
+    return max(1, every // accumulate), state.global_step - done
 
 
 def _detach_leftover(model: nn.Module, state: TrainerState) -> None:
