@@ -55,7 +55,7 @@ def test_F11_a_transformers_too_old_for_composed_models_works_as_without_us(save
     """Its Auto classes import and load, attach imports, and who asks for a composed model is told what to install."""
     code = f"""
 import pytest, transformers
-transformers.__version__ = "5.20.0"
+transformers.__version__ = "5.9.0"
 import sparsight
 from transformers import AutoModelForImageTextToText, AutoConfig, AutoProcessor, Trainer
 assert sparsight.attach and sparsight.SparsightCallback
@@ -66,7 +66,7 @@ asked = [
     lambda: AutoProcessor.from_pretrained({str(saved)!r}),
 ]
 for ask in asked:
-    with pytest.raises(ImportError, match='5.20.0 is installed, but .* need .*>=5.21,<6.*pip install'):
+    with pytest.raises(ImportError, match='5.9.0 is installed, but .* need .*>=5.10,<6.*pip install'):
         ask()
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -10,13 +10,64 @@ from typing import Any, NoReturn
 import transformers
 from packaging.version import Version
 
+from sparsight.errors import UserError
+
 FOUND = Version(transformers.__version__).release
 
 # 5.24 renamed `past_key_values` to `cache`: in outputs, and in the arguments of forward.
 CACHE = "cache" if FOUND >= (5, 24) else "past_key_values"
 
-# 5.21 brought `slice_logits_to_keep`, and an earlier one `SubConfigSpec`: composed models are made of both.
-COMPOSING = ">=5.21,<6"
+# 5.10 brought the processors' hooks that composed models fill: `_process_images` and `replace_image_token`.
+COMPOSING = ">=5.10,<6"
+_IMAGES = ("pixel_values", "image_grid_thw", "mm_encoder_outputs")  # arguments of the composed model's forward
+
+
+def part_specs(kinds: dict[str, str]) -> dict[str, Any]:
+    """What a configuration's parts are when they name no kind: ``sub_configs_defaults``, which 5.20 brought."""
+    if FOUND < (5, 20):
+        return {}
+    from transformers.configuration_utils import SubConfigSpec
+
+    return {part: SubConfigSpec(config_class=transformers.AutoConfig, model_type=kind) for part, kind in kinds.items()}
+
+
+def make_parts(config: Any, kinds: dict[str, str]) -> None:
+    """Before 5.20, a configuration makes its parts itself."""
+    for part, kind in kinds.items() if FOUND < (5, 20) else ():
+        if not isinstance(given := getattr(config, part), transformers.PreTrainedConfig):
+            setattr(config, part, transformers.AutoConfig.for_model(**({"model_type": kind} | (given or {}))))
+
+
+def slice_logits_to_keep(hidden_BTE: Any, keep: Any) -> Any:
+    """5.21 brought it, with positions of each sample; before, there are the last ones (an int), or the same for all."""
+    if FOUND < (5, 21):
+        return hidden_BTE[:, slice(-keep, None) if isinstance(keep, int) else keep]
+    from transformers.modeling_utils import slice_logits_to_keep as theirs
+
+    return theirs(hidden_BTE, keep)
+
+
+class Generates:
+    """Before 5.18, `generate` does not encode the images beforehand, and shares them out itself."""
+
+    if FOUND < (5, 18):
+
+        def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> Any:
+            """Images go in with the prompt alone: they are in the cache afterwards."""
+            inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+                *args, is_first_iteration=is_first_iteration, **kwargs
+            )
+            cached = not is_first_iteration and kwargs.get("use_cache", True)
+            return {key: value for key, value in inputs.items() if not cached or key not in _IMAGES}
+
+        def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> Any:
+            """Repeated image by image, not sample by sample, images would stand before another's text."""
+            if expand_size > 1 and any(kwargs.get(key) is not None for key in _IMAGES):
+                raise UserError(
+                    f"num_beams, num_return_sequences: {expand_size} sequences of a sample with images need "
+                    f"transformers>=5.18, found {transformers.__version__}; ask for 1, or install a newer one"
+                )
+            return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)  # type: ignore[misc]
 
 
 def check_composing() -> None:
@@ -25,7 +76,7 @@ def check_composing() -> None:
     Raises:
         ImportError: it is too old; the message says what to install.
     """
-    if FOUND < (5, 21):
+    if FOUND < (5, 10):
         raise ImportError(
             f"transformers {transformers.__version__} is installed, but the models that Sparsight composes need "
             f'transformers{COMPOSING} (sparsight.attach does not): pip install "transformers{COMPOSING}"'

@@ -11,8 +11,10 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
+from sparsight.compat import FOUND
+from sparsight.errors import UserError
 from sparsight.modeling import SparsightForConditionalGeneration
-from tiny import make_vlm
+from tiny import ask, make_image, make_vlm
 
 SIDE = 64
 
@@ -381,3 +383,11 @@ def test_F10_outputs_name_the_cache_as_transformers_does(model):
         for argument in ("past_key_values", "cache"):
             going_on = model(ids[None, -1:], **{argument: copy.deepcopy(start[name])})
             assert (going_on.logits[0, -1] - whole).abs().max() < 1e-4  # 4e-7 measured
+
+
+@pytest.mark.skipif(FOUND >= (5, 18), reason="from 5.18 on, generate repeats visual tokens sample by sample")
+def test_F11_several_sequences_of_a_sample_with_images_are_refused_before_5_18():
+    """They would get each other's images."""
+    model, processor = make_vlm()
+    with pytest.raises(UserError, match="num_beams, num_return_sequences: 2 sequences .* need transformers>=5.18"):
+        model.generate(**ask(processor, make_image(), "How many?"), num_beams=2, max_new_tokens=2)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
+from sparsight.compat import FOUND
 from sparsight.data.chat import render
 from sparsight.data.collate import TrainingSet
 from sparsight.data.sources import Sample
@@ -70,6 +71,8 @@ def test_token_types(processor):
 
 @pytest.mark.parametrize("images", [0, 1, 2])
 def test_the_mask_covers_the_answer_and_its_stop_token(processor, images):
+    if images and FOUND < (5, 18):
+        pytest.skip("before 5.18, transformers' own mask is empty where there are images")
     talk = conversation("How many apples?", "There are 12.", images)
     talk += [{"role": "user", "content": "And dogs?"}, {"role": "assistant", "content": "A small dog."}]
     batch = processor.apply_chat_template(
@@ -117,6 +120,7 @@ def test_the_number_of_tokens_is_saved(processor, tmp_path):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.skipif(FOUND < (5, 21), reason="before 5.21, transformers does not compare them; the model refuses them")
 def test_images_and_placeholders_that_differ(processor):
     with pytest.raises(ValueError, match="total 0 <image> tokens and 1 images"):
         processor(text="no placeholder", images=[make_image()])

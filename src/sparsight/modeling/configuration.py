@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
+from sparsight.compat import make_parts, part_specs
 from sparsight.settings.bridges import bridge_settings
 
 MODULE = "modeling_sparsight"
+_KINDS = {"vision_config": "clip_vision_model", "text_config": "llama"}  # of parts that name none
 _TEXT = '''"""Classes of Sparsight, where transformers' Auto classes look for them. They need Sparsight."""
 
 from sparsight.modeling import *
@@ -80,10 +81,8 @@ class SparsightConfig(WithStub, PreTrainedConfig):
         "AutoModelForImageTextToText": "SparsightForConditionalGeneration",
         "AutoProcessor": "SparsightProcessor",
     }
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
-    }
+    sub_configs: ClassVar = dict.fromkeys(_KINDS, AutoConfig)
+    sub_configs_defaults: ClassVar = part_specs(_KINDS)
 
     # Any in place of PreTrainedConfig: the parts have fields of their own.
     vision_config: Any = None
@@ -99,6 +98,7 @@ class SparsightConfig(WithStub, PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        make_parts(self, _KINDS)
         super().__post_init__(**kwargs)
         self.bridge_config = (self.bridge if self.bridge_config else bridge_settings("linear")).model_dump(mode="json")
 

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForImageTextToText, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple, torch_compilable_check
 
 from sparsight.bridges import WindowedResampler, build_bridge
-from sparsight.compat import CACHE
+from sparsight.compat import CACHE, Generates, slice_logits_to_keep
 from sparsight.devices.ranks import several_ranks, touched
 from sparsight.errors import UserError
 from sparsight.layouts import Scale
@@ -240,7 +239,7 @@ class SparsightModel(SparsightPreTrainedModel):
         )
 
 
-class SparsightForConditionalGeneration(SparsightPreTrainedModel, GenerationMixin):
+class SparsightForConditionalGeneration(Generates, SparsightPreTrainedModel, GenerationMixin):
     """A VLM from any vision encoder and any causal LM; `sparsight.build` makes one."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
