@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from sparsight.compat import image_encoder
 from sparsight.errors import UserError
 
 
@@ -55,10 +56,7 @@ def find_parts(model: Any, needs_vision: bool = False) -> Parts:
         raise UserError(f"{name}: its decoder {type(decoder).__name__} has no list of layers")
     if any("cross" in child for layer in layers for child, _ in layer.named_children()):
         raise UserError(f"{name} looks at images by cross-attention: there are no visual tokens in its sequence")
-    try:
-        vision: Any = model.get_encoder(modality="image")
-    except (TypeError, AttributeError, ValueError):
-        vision = None
+    vision = image_encoder(model)
     paths = {module: path for path, module in model.named_modules()}
     if vision not in paths or any(module is decoder for module in vision.modules()):
         vision = None
@@ -90,6 +88,8 @@ def check_skippable(model: Any, layers: Sequence[nn.Module]) -> None:
     """Raises UserError if layers hand more to one another than hidden states: then none of them can be left out."""
     name, taken = type(model).__name__, inspect.signature(type(layers[0]).forward).parameters
     shared = any(getattr(module, "is_kv_shared_layer", False) for layer in layers for module in layer.modules())
-    if shared or "prev_topk_indices" in taken:
+    handed = [key for key in taken if key.startswith("prev_")]
+    if shared or handed:
         what = "keys and values" if shared else "the choice of what is attended to"
+        what = "the routing of experts" if "prev_router_hidden_states" in handed else what
         raise UserError(f"{name}: layers share {what}, so none can be skipped: attach the compressor alone")
