@@ -22,7 +22,10 @@ ATTACHING = ">=4.57,<6"  # as in pyproject.toml; 4.56 lacks families that the te
 CACHE = "cache" if FOUND >= (5, 24) else "past_key_values"
 
 # 5.0 renamed the base of configurations.
-_CONFIG = getattr(transformers, "PreTrainedConfig", None) or transformers.PretrainedConfig
+BASE_CONFIG = getattr(transformers, "PreTrainedConfig", None) or transformers.PretrainedConfig
+
+# Up to 5.3 `generate` tells decoders where tokens stand in the cache; not told, they count for themselves.
+COUNTED = "cache_position"
 
 # 5.21 brought `slice_logits_to_keep`, and an earlier one `SubConfigSpec`: composed models are made of both.
 COMPOSING = ">=5.21,<6"
@@ -90,7 +93,7 @@ def refuse_composed(reason: Exception, theirs: str) -> None:
 
     if theirs.endswith("configuration_auto"):
         methods = {"model_type": "sparsight", "from_dict": refuse}
-        refused = type("Refused", (_CONFIG,), methods)
+        refused = type("Refused", (BASE_CONFIG,), methods)
         transformers.AutoConfig.register("sparsight", refused, exist_ok=True)
         return
     # Ours or the refused one: transformers registers nothing of others under a configuration of its own.

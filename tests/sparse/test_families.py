@@ -15,6 +15,15 @@ spec = importlib.util.spec_from_file_location("try_families", SCRIPT)
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
 
+
+
+def made(name):
+    """A tiny model of a family, if this transformers has it."""
+    if name not in script.CONFIG_MAPPING:
+        pytest.skip(f"transformers {__version__} has no {name}")
+    return script.made(name)
+
+
 WORKS = """
 aria aya_vision blip-2 cohere2_vision cohere_compass cosmos3_edge cosmos3_omni deepseek_ocr2 deepseek_vl
 deepseek_vl_hybrid dots3_note ernie4_5_vl_moe exaone4_5 gemma3 glm46v glm4v glm4v_moe glm_ocr glmga got_ocr2
@@ -57,14 +66,15 @@ def test_the_page_counts_what_was_found():
 @pytest.mark.parametrize("name", ["gemma4", "mistral_large4"])
 def test_layers_that_hand_more_on_are_not_skipped(name):
     """Keys, values or choices of one layer are used by later ones: the compressor works, the skipper is refused."""
-    model = script.made(name)
+    model = made(name)
     with pytest.raises(ValueError, match="none can be skipped: attach the compressor alone"):
         attach(model, skipper=SkipperConfig(alpha=0.5))
     attach(model, CompressorConfig(keep=0.5))
 
 
 def test_the_loss_that_balances_experts_is_refused_with_dropped_tokens():
-    model = script.made("qwen3_vl_moe")
+    model = made("qwen3_vl_moe")
+    model.config.text_config.router_aux_loss_coef = 0.001  # 5.0 to 5.2 have none
     batch = script.batch_of(model)
     plain = model(**batch, output_router_logits=True).aux_loss
     handle = attach(model, CompressorConfig(keep=1.0))
@@ -77,7 +87,7 @@ def test_the_loss_that_balances_experts_is_refused_with_dropped_tokens():
 
 def test_features_of_deeper_layers_go_with_their_tokens():
     """granite4_vision: what is added in a deeper layer is that of the kept positions, as if the others were hidden."""
-    model = script.made("granite4_vision")
+    model = made("granite4_vision")
     batch = script.batch_of(model)
     decoder, seen = model.get_decoder(), []
     plain = decoder.forward
