@@ -16,7 +16,7 @@ from packaging.version import Version
 from torch import nn
 
 FOUND = Version(transformers.__version__).release
-ATTACHING = ">=4.57,<6"  # as in pyproject.toml; 4.56 lacks families that the tests know (Qwen3-VL)
+ATTACHING = ">=5.0,<6"  # as in pyproject.toml; 4.57 has no get_encoder(modality=...)
 
 # 5.24 renamed `past_key_values` to `cache`: in outputs, and in the arguments of forward.
 CACHE = "cache" if FOUND >= (5, 24) else "past_key_values"
@@ -30,9 +30,6 @@ COUNTED = "cache_position"
 # 5.21 brought `slice_logits_to_keep`, and an earlier one `SubConfigSpec`: composed models are made of both.
 COMPOSING = ">=5.21,<6"
 
-
-# What finds a vision tower since 5.0, `get_encoder(modality="image")`, looks for these names.
-_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower")
 
 
 def check_attaching() -> None:
@@ -56,16 +53,6 @@ def _check(who: str, wanted: str, more: str = "") -> None:
             f"transformers {transformers.__version__} is installed, but {who} transformers{wanted}{more}: "
             f'pip install "transformers{wanted}"'
         )
-
-
-def image_encoder(model: Any) -> Any:
-    """The vision tower as transformers finds it, something else or None where there is none."""
-    if FOUND < (5,):
-        return next((m for path, m in model.named_modules() if path.rpartition(".")[2] in _TOWERS), None)
-    try:
-        return model.get_encoder(modality="image")
-    except (TypeError, AttributeError, ValueError):
-        return None
 
 
 def returns_tuple(layer: nn.Module) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from sparsight.compat import image_encoder
 from sparsight.errors import UserError
 
 
@@ -56,7 +55,10 @@ def find_parts(model: Any, needs_vision: bool = False) -> Parts:
         raise UserError(f"{name}: its decoder {type(decoder).__name__} has no list of layers")
     if any("cross" in child for layer in layers for child, _ in layer.named_children()):
         raise UserError(f"{name} looks at images by cross-attention: there are no visual tokens in its sequence")
-    vision = image_encoder(model)
+    try:
+        vision: Any = model.get_encoder(modality="image")
+    except (TypeError, AttributeError, ValueError):
+        vision = None
     paths = {module: path for path, module in model.named_modules()}
     if vision not in paths or any(module is decoder for module in vision.modules()):
         vision = None
