@@ -133,7 +133,9 @@ def main() -> int:
         result |= {"python": ".".join(map(str, sys.version_info[:2])), "tests": tests}
         (ROOT / "benchmarks" / "results" / result["file"]).write_text(json.dumps(result, indent=1) + "\n")
         write(result)
-    each = [why for results in tests.values() for found in results.values() for o in found.values() for why in o.values()]
+    each = [
+        why for results in tests.values() for found in results.values() for o in found.values() for why in o.values()
+    ]
     return int(any(why.startswith("failed") for why in each) or not each)
 
 

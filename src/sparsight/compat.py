@@ -31,7 +31,6 @@ COUNTED = "cache_position"
 COMPOSING = ">=5.21,<6"
 
 
-
 def check_attaching() -> None:
     """Raises ImportError if `attach` does not run with the transformers that is installed; says what to install."""
     _check("sparsight.attach needs", ATTACHING)

@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import __version__
+from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
+from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1DecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from sparsight.compat import returns_tuple
 from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.attach import attach
 
@@ -14,7 +18,6 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "try_families.py"
 spec = importlib.util.spec_from_file_location("try_families", SCRIPT)
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
-
 
 
 def made(name):
@@ -61,6 +64,12 @@ def test_the_page_counts_what_was_found():
     told = script.page(found)
     assert f"each of the 2 image-text families of transformers {__version__}" in told
     assert "1 works, 1 refused." in told and "| a | works | x\\|y |" in told
+
+
+def test_the_form_of_what_layers_return_is_read_from_their_source():
+    """What skipped ones return in their stead: a bare tensor for a tuple would lose all samples but the first."""
+    for layer, expected in ((FalconDecoderLayer, True), (FalconH1DecoderLayer, True), (LlamaDecoderLayer, False)):
+        assert returns_tuple(layer.__new__(layer)) is expected
 
 
 @pytest.mark.parametrize("name", ["gemma4", "mistral_large4"])
