@@ -129,7 +129,7 @@ def main() -> int:
         import torch
 
         now = datetime.now().strftime("%Y-%m-%dT%H%M")
-        result = {"file": f"versions-{now}.json", "date": now, "torch": torch.__version__.partition("+")[0]}
+        result: dict = {"file": f"versions-{now}.json", "date": now, "torch": torch.__version__.partition("+")[0]}
         result |= {"python": ".".join(map(str, sys.version_info[:2])), "tests": tests}
         (ROOT / "benchmarks" / "results" / result["file"]).write_text(json.dumps(result, indent=1) + "\n")
         write(result)
