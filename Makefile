@@ -23,7 +23,7 @@ export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup assets emoji demo test test-newest bench bench-gpu quality lint format clean clean-all
+.PHONY: help setup assets emoji demo test test-newest test-matrix bench bench-gpu quality lint format clean clean-all
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -94,6 +94,9 @@ test-newest: setup assets ## run README's and the tutorials' code with the newes
 	@OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest tests/test_docs.py -k 'snippets or tutorial' -q
 	@OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest tests/sparse/test_attach.py tests/modeling/test_modeling.py -q
 
+test-matrix: setup ## run attach's tests on many transformers, for example: ARGS='--only oldest newest', ARGS=--write
+	@OMP_NUM_THREADS=1 $(PY) scripts/test_matrix.py $(ARGS)
+
 bench: setup assets ## time the bridge, and training steps way by way, on the CPU; writes to benchmarks/results
 	@$(PY) benchmarks/bridge.py --device cpu $(ARGS)
 	@$(PY) benchmarks/speed.py --device cpu $(ARGS)
@@ -123,4 +126,4 @@ clean: ## remove caches and build products; keeps .venv, assets and runs
 	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-all: clean ## the same, and .venv and ./assets too
-	rm -rf $(VENV) $(NEWEST) assets
+	rm -rf $(VENV) $(NEWEST) .matrix assets

@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoModelForImageTextToText, PreTrainedConfig
+from transformers import AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from sparsight.compat import BASE_CONFIG
 from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.attach import attach
 from sparsight.sparse.parts import find_parts
@@ -161,12 +162,12 @@ class Outcome(NamedTuple):
 # ------------------------------------------------------------------------------------------------- tiny models
 
 
-def shrunk(config: PreTrainedConfig) -> dict[str, Any]:
+def shrunk(config: Any) -> dict[str, Any]:
     """Arguments that make a tiny one of this kind of config: every size is cut, parts too."""
     small: dict[str, Any] = {"model_type": config.model_type} if config.model_type else {}
     usual = vars(type(config)())  # a part may differ from it, as the whole wants it
     for key, value in vars(config).items():
-        if isinstance(value, PreTrainedConfig):
+        if isinstance(value, BASE_CONFIG):
             small[key] = shrunk(value)
         elif key == "rope_parameters" and isinstance(value, dict):
             small[key] = rope(value, vars(config).get("head_dim") or config.hidden_size // config.num_attention_heads)
@@ -205,7 +206,7 @@ def rope(parameters: dict[str, Any], head: int) -> dict[str, Any]:
 def tokens(settings: dict[str, Any], config: Any, known: dict[str, int]) -> None:
     """Ids of special tokens that lie outside the small vocabulary, or that are unset, put at its end, parts too."""
     for key, value in vars(config).items():
-        if isinstance(value, PreTrainedConfig):
+        if isinstance(value, BASE_CONFIG):
             tokens(settings.setdefault(key, {}), value, known)
             continue
         outside = isinstance(value, int) and value >= WORDS

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import sparsight
+from sparsight.compat import ATTACHING
 
 ROOT = Path(__file__).parent.parent
 LIGHT = (
@@ -85,6 +86,10 @@ def test_installed_versions_are_the_pinned_ones() -> None:
         if installed.public != str(pinned):
             different[name] = (str(pinned), str(installed))
     assert different == {}
+
+
+def test_attach_says_the_range_that_is_declared() -> None:
+    assert f'"transformers{ATTACHING}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def test_pins_lie_within_the_declared_ranges() -> None:

@@ -73,6 +73,22 @@ for ask in asked:
     assert result.returncode == 0, result.stderr[-2000:]
 
 
+@pytest.mark.parametrize("found", ["4.40.2", "6.0.0"])
+def test_a_transformers_that_attach_cannot_take_is_told_in_one_sentence(found):
+    """transformers itself works as without us."""
+    code = f"""
+import pytest, transformers
+transformers.__version__ = "{found}"
+import sparsight
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Trainer
+for name in ("attach", "find_parts", "SparsightCallback", "build"):
+    with pytest.raises(ImportError, match='^transformers {found} is installed, but .* need.*,<6: pip install "[^"]*"$'):
+        getattr(sparsight, name)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
 @pytest.mark.parametrize(
     "broken, autos", [("encoders", "AutoModel, AutoModelForImageTextToText"), ("processing", "AutoProcessor,")]
 )

@@ -9,6 +9,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -26,9 +27,10 @@ def _register_with(theirs: str) -> None:
     try:
         importlib.import_module(_OURS[theirs])
     except Exception as error:
-        from sparsight import compat
+        with suppress(Exception):
+            from sparsight import compat
 
-        compat.refuse_composed(error, theirs)  # told to whoever loads one of our models
+            compat.refuse_composed(error, theirs)  # told to whoever loads one of our models
 
 
 class _Loader(importlib.abc.Loader):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -178,7 +179,7 @@ def batch_of(name: str, model: Any, images: tuple[int, ...] = (1, 1), seed: int 
         batch |= _pixels(name, total, generator)
     if name == "paligemma":
         batch["token_type_ids"] = (batch["labels"] != -100).long()
-    if name.startswith("qwen"):
+    if name.startswith("qwen") and "mm_token_type_ids" in inspect.signature(model.forward).parameters:  # from 5.3 on
         batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE).long()
     return batch
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from families import FAMILIES, batch_of, made
 from peft import LoraConfig, get_peft_model
+from test_families import made as family_made
 from test_families import script
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Trainer, TrainerState, TrainingArguments
@@ -237,7 +238,7 @@ def model_and_data(name):
     if name in FAMILIES:
         model = made(name)
         return model, batch_of(name, model)
-    model = script.made(name)
+    model = family_made(name)
     return model, script.batch_of(model)
 
 

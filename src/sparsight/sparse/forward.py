@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparsight.compat import CACHE
+from sparsight.compat import CACHE, returns_tuple
 from sparsight.devices.ranks import largest, several_ranks, touched
 from sparsight.errors import UserError
 from sparsight.schedules import anneal, skip_probabilities, skipped_layers
@@ -157,7 +157,7 @@ class Forwards:
         self._patch(self.decoder, "forward", self._decode)
         self._patch(self.head, "forward", self._project)
         for number, layer in enumerate(self.layers):
-            self._patch(layer, "forward", partial(self._layer, number))
+            self._patch(layer, "forward", partial(self._layer, number, returns_tuple(layer)))
         for kind in ("image", "video", "audio"):
             if hasattr(self.splicer, f"get_{kind}_features"):
                 self._patch(self.splicer, f"get_{kind}_features", partial(self._encode, kind))
@@ -280,13 +280,13 @@ class Forwards:
                 if kind not in self.pixel_flops:
                     self.encoder_calls.setdefault(kind, ((), args, pixels.numel()))
 
-    def _layer(self, number: int, plain: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _layer(self, number: int, as_tuple: bool, plain: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not (self.state.skipped[number] and self.active()):
             return plain(hidden, *args, **kwargs)
         # Ranks wait for a gradient of every parameter: a zero, which `clear_gradients` takes away again.
         if torch.is_grad_enabled() and several_ranks():
             hidden, self.uncleared = touched(hidden, self.layers[number].parameters()), True
-        return hidden
+        return (hidden, None) if as_tuple else hidden  # no attention weights
 
     def _project(self, plain: Any, hidden: torch.Tensor) -> torch.Tensor:
         """The vocabulary's projection, paid for kept positions alone."""

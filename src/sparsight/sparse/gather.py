@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from sparsight.compat import COUNTED
 from sparsight.errors import UserError
 
 
@@ -80,7 +81,7 @@ def gather_inputs(
     Raises:
         UserError: the mask, or packed samples, in a form that cannot be cut.
     """
-    inputs = dict(inputs)
+    inputs = {key: value for key, value in inputs.items() if key != COUNTED}
     for key, value in inputs.items():
         if key not in _KNOWN and isinstance(value, torch.Tensor) and value.shape[:2] == keep_BT.shape:
             inputs[key] = kept.gather(value, 1)

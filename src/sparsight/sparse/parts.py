@@ -90,6 +90,8 @@ def check_skippable(model: Any, layers: Sequence[nn.Module]) -> None:
     """Raises UserError if layers hand more to one another than hidden states: then none of them can be left out."""
     name, taken = type(model).__name__, inspect.signature(type(layers[0]).forward).parameters
     shared = any(getattr(module, "is_kv_shared_layer", False) for layer in layers for module in layer.modules())
-    if shared or "prev_topk_indices" in taken:
+    handed = [key for key in taken if key.startswith("prev_")]
+    if shared or handed:
         what = "keys and values" if shared else "the choice of what is attended to"
+        what = "the routing of experts" if "prev_router_hidden_states" in handed else what
         raise UserError(f"{name}: layers share {what}, so none can be skipped: attach the compressor alone")
