@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 
+import audio_families
+import audio_ranks
 import pytest
 import ranks
 import sharded
@@ -79,6 +81,24 @@ def test_r01_gradients_of_two_ranks_are_those_of_one_process(tmp_path, kind):
             calls, gradients = found["video", name]
             assert calls == 2  # R04: the second one has images alone
             check_gradients(gradients, wanted, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_rank_without_audio(tmp_path, kind):
+    """Under DDP as one process; where the encoder's shards have to be gathered by all ranks, all are told why not."""
+    both = two_ranks(audio_ranks.__file__, tmp_path, kind)
+    for second in (1, 0):
+        model = audio_families.made(audio_ranks.NAME)
+        attach(model, CompressorConfig(keep=0.5))
+        batches = audio_ranks.batches(model, second)
+        for batch in batches:
+            ranks.loss_of(model, batch, ranks.labels_in(batches), 1).backward()
+        for found in both:
+            if kind == "fsdp" and not second:
+                assert "some ranks' batches have audio, others none" in found["0"]
+            else:
+                check_gradients(found[str(second)], ranks.gradients(model), second)
 
 
 @pytest.mark.slow

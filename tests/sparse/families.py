@@ -200,12 +200,12 @@ def _pixels(name: str, images: int, generator: torch.Generator) -> dict[str, Any
 
 
 def masked_reference(
-    model: Any, batch: dict[str, Any], method: str, monkeypatch: Any
+    model: Any, batch: dict[str, Any], method: str, monkeypatch: Any, share: float = 0.5
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits of the short pass, those of the full model where dropped positions are hidden from every other one and
     kept ones hold what they stand for, and which positions were kept."""
     batch = {key: value for key, value in batch.items() if key != "labels"}
-    handle = attach(model, CompressorConfig(keep=0.5, method=method), train_only=False)
+    handle = attach(model, CompressorConfig(keep=share, method=method), train_only=False)
     seen = {}
 
     def spy(kwargs, kept, keep_BT, *options):

@@ -18,6 +18,10 @@ def recomputes(module: torch.nn.Module) -> bool:
     return any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
 
 
+class _Whole(nullcontext[None]):
+    parents = ("Global",)
+
+
 @contextmanager
 def flop_counter(encoder: Any) -> Iterator[FlopCounterMode]:
     """Count what runs within, and leave no trace of it in ``encoder`` or in the random generators. The encoder is in
@@ -30,7 +34,10 @@ def flop_counter(encoder: Any) -> Iterator[FlopCounterMode]:
         encoder.set_attn_implementation("eager" if on_cpu else "sdpa")
     try:
         unfused = sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()
-        with forked_rng(), unfused, FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False)
+        # Sums by module are not wanted, and torch's tracker cannot bear a parameter as a module's input.
+        counter.mod_tracker = _Whole()  # type: ignore[assignment]
+        with forked_rng(), unfused, counter:
             yield counter
     finally:
         if foreign:

@@ -76,6 +76,8 @@ def measure(model: Any, batches: Iterable[Mapping[str, Any]]) -> Analysis:
         UserError: `find_parts` refuses the model, there are no visual tokens or no text, or an output is not finite.
     """
     parts = find_parts(model, needs_vision=True)
+    if not parts.vision:
+        raise UserError(f"{type(model).__name__} has no vision tower: redundancy is measured of visual tokens alone")
     decoder = model.get_submodule(parts.decoder)
     sums, hooks = _Sums(parts.layers), []
     for number, layer in enumerate(decoder.layers):

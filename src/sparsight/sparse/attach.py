@@ -30,7 +30,7 @@ def attach(
     train_only: bool = True,
     plan: bool = False,
 ) -> SparseHandle:
-    """Compress visual tokens and skip layers of any VLM in training; layers also of models without vision.
+    """Compress visual and audio tokens and skip layers of any VLM in training; layers also of models with text alone.
 
     A skipper, and a compressor whose ``keep`` follows a schedule, wait for `SparseHandle.step`, which
     `SparsightCallback` calls: until then all is dense. `find_parts` shows what would be touched.

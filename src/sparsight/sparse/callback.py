@@ -45,9 +45,10 @@ class SparsightCallback(TrainerCallback):
     its end. So is a reference model that the trainer holds as ``ref_model`` (TRL), for it to see the same tokens and
     layers. Given a handle instead, nothing is attached or detached.
 
-    Logged beside the loss, over the steps since the last log: ``keep``, ``visual_tokens_in`` and ``visual_tokens_out``,
-    ``layers_run`` (share of all), ``language_flops`` (executed by the language model), ``language_flops_ratio`` (to the
-    plain model's), ``flops`` (all parts) and ``mfu`` (share of the device's peak, where that is known). With
+    Logged beside the loss, over the steps since the last log: ``keep``, ``visual_tokens_in`` and ``visual_tokens_out``
+    (``audio_tokens_in`` and ``audio_tokens_out`` of a model that hears), ``layers_run`` (share of all),
+    ``language_flops`` (executed by the language model), ``language_flops_ratio`` (to the plain model's), ``flops`` (all
+    parts) and ``mfu`` (share of the device's peak, where that is known). With
     ``dense_probe`` also ``loss_dense`` and ``loss_sparse`` of one batch in eval mode.
 
     Args:

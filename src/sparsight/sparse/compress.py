@@ -1,7 +1,7 @@
 """Visual Token Compressor (Sparse Training Scheme, stage I): pure functions from many visual tokens to few.
 
-Shapes: B samples or images, I images, N visual tokens of one, K kept ones, D width, T positions, M visual tokens of the
-whole batch, H x W grid of the tokens, F frames.
+Shapes: B samples or images, I images (or audio clips), N visual (or audio) tokens of one, K kept ones, D width, T
+positions, M visual and audio tokens of the whole batch, H x W grid of the tokens, F frames.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Compressed = tuple[torch.Tensor, torch.Tensor]
 def compress_batch(
     embeds_BTD: torch.Tensor,
     keep_BT: torch.Tensor,
-    visual_BT: torch.Tensor,
+    position_M2: torch.Tensor,
     runs: Sequence[Run],
     keep: float,
     method: str,
@@ -37,11 +37,13 @@ def compress_batch(
 
     Args:
         keep_BT: which positions are no padding.
-        runs: visual tokens of each image, by number among those of ``visual_BT``.
+        position_M2: sample and position of each visual, then of each audio token.
+        runs: tokens of each image or audio clip, by number among these.
         generators: for "random", one for each run.
         packed_BT: the packed sample that a position belongs to, (B, T) or (1, T), if there are any.
     """
-    text_BT, keep_BT, position_M2 = keep_BT & ~visual_BT, keep_BT.clone(), visual_BT.nonzero()
+    text_BT, keep_BT = keep_BT.clone(), keep_BT.clone()
+    text_BT[position_M2.unbind(1)] = False
     alike: dict[tuple[int, tuple[int, ...]], list[int]] = defaultdict(list)
     for number, run in enumerate(runs):
         alike[run.length, run.grid or (1, run.length)].append(number)

@@ -41,7 +41,7 @@ def pass_flops(
 
 def figures(handle: SparseHandle, passes: Sequence[Pass]) -> dict[str, float]:
     """Executed FLOPs, tokens and layers of passes, as they are logged. ``flops`` is left out where encoders cannot be
-    measured: on several ranks, which would have to measure together."""
+    measured: on several ranks, which would have to measure together, and without a function of their own."""
     config: Any = handle.model.config
     shapes, trains, layers = language_shapes(config.get_text_config()), _trains(handle), handle.parts.layers
 
@@ -58,11 +58,15 @@ def figures(handle: SparseHandle, passes: Sequence[Pass]) -> dict[str, float]:
         "language_flops": executed,
         "language_flops_ratio": executed / plain if plain else 1.0,
     }
+    if handle.parts.audio:
+        found["audio_tokens_in"] = sum(done.audio_in for done in passes)
+        found["audio_tokens_out"] = sum(done.audio_out for done in passes)
     values = [(kind, count) for done in passes for kind, count in done.pixels.items()]
     for kind in set() if several_ranks() else {kind for kind, _ in values} - handle.pixel_flops.keys():
         handle.pixel_flops[kind] = _encoder_flops(handle, kind)
         del handle.encoder_calls[kind]  # its pixels are no longer needed
-    if all(kind in handle.pixel_flops for kind, _ in values):
+    seen = all("audio" in done.pixels for done in passes if done.audio_in)  # Qwen2-Audio has no get_audio_features
+    if seen and all(kind in handle.pixel_flops for kind, _ in values):
         found["flops"] = executed + sum(count * handle.pixel_flops[kind] for kind, count in values)
     return found
 
@@ -73,7 +77,7 @@ def _encoder_flops(handle: SparseHandle, kind: str) -> float:
     args, kwargs, pixels = handle.encoder_calls[kind]
     inside = tuple(f"{path}." for path in (handle.parts.decoder, handle.parts.head))
     trained = [p for name, p in handle.model.named_parameters() if p.requires_grad and not name.startswith(inside)]
-    tower = handle.model.get_submodule(handle.parts.vision)
+    tower = handle.model.get_submodule(handle.parts.audio if kind == "audio" else handle.parts.vision)
     counting = flop_counter(tower)
     with handle.disabled(), _differentiable(tower), counting as counter, torch.set_grad_enabled(bool(trained)):
         found = getattr(handle.splicer, f"get_{kind}_features")(*args, **kwargs)
@@ -104,7 +108,8 @@ def _trains(handle: SparseHandle) -> Trains:
     for name, parameter in handle.model.named_parameters():
         if parameter.requires_grad:
             language = name.startswith((f"{parts.decoder}.", parts.head))
-            found.add("vision" if name.startswith(f"{parts.vision}.") else "language" if language else "bridge")
+            encoder = name.startswith((f"{parts.vision}.", f"{parts.audio}."))
+            found.add("vision" if encoder else "language" if language else "bridge")
             rank = parameter.shape[0] if language and "lora_A" in name else rank
     recompute = bool(getattr(handle.layers[0], "gradient_checkpointing", False))
     return Trains("vision" in found, "bridge" in found, "language" in found, rank, recompute)

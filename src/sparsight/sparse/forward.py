@@ -13,13 +13,14 @@ import inspect
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from sparsight.compat import CACHE, returns_tuple
 from sparsight.devices.ranks import largest, several_ranks, touched
@@ -31,12 +32,12 @@ from sparsight.sparse.compress import ON_GRID, compress_batch
 from sparsight.sparse.gather import Kept, check_cache, gather_inputs, mark_cache, packed_samples
 from sparsight.sparse.parts import Parts, find_splicer
 from sparsight.sparse.patches import Held, hook
-from sparsight.sparse.visual import named, runs, sizes_of, without_visual_labels
+from sparsight.sparse.visual import audio_runs, named, runs, sizes_of, without_visual_labels
 
 _IDLE = 50  # passes without an effect before the user is told
 _DENSE = 3  # the same, where it is known that no pass can have one
 _PASSES = 2**15  # kept at most, where nobody takes them
-_NO_VISUAL = "no input_ids of a batch had visual tokens, at as many positions as the decoder was given"
+_NO_TOKENS = "no input_ids of a batch had {} tokens, at as many positions as the decoder was given"
 _WAITS = (
     "nobody has called handle.step(step, progress), which says where training stands. Give the Trainer "
     "callbacks=[SparsightCallback(handle)], or call handle.step() before each optimizer step and "
@@ -56,7 +57,8 @@ class NoEffectWarning(UserWarning):
 @dataclass(frozen=True)
 class Pass:
     """One forward pass in which the methods acted: rows, their length before and after, layers run, visual tokens, and
-    values of the inputs of each encoder (``pixel_values`` of "image", ``pixel_values_videos`` of "video", ...)."""
+    values of the inputs of each encoder (``pixel_values`` of "image", ``pixel_values_videos`` of "video", ...), and
+    audio tokens, which are none of the visual ones."""
 
     rows: int
     length_in: int
@@ -65,6 +67,8 @@ class Pass:
     visual_in: int
     visual_out: int
     pixels: Mapping[str, int] = field(default_factory=dict)
+    audio_in: int = 0
+    audio_out: int = 0
 
 
 class State:
@@ -121,6 +125,7 @@ class Batch:
     embeds_due: bool = False  # whether its embeddings are still to come
     visual_BT: torch.Tensor | None = None  # where visual tokens stand; None where that is not known
     video_BT: torch.Tensor | None = None  # those of videos
+    audio_BT: torch.Tensor | None = None  # where audio tokens stand
     sizes: dict[str, list[int]] = field(default_factory=dict)  # visual tokens of each image, and of each video
     pixels: Counter[str] = field(default_factory=Counter)  # see `Pass`
     kept: Kept | None = None  # the positions that the decoder got; None if all
@@ -134,7 +139,7 @@ class Forwards:
         self.decoder = model.get_submodule(parts.decoder)
         self.head, self.layers = model.get_submodule(parts.head), list(self.decoder.layers)
         self.embeddings = model.get_input_embeddings()
-        self.splicer = find_splicer(model, parts.vision)
+        self.splicer = find_splicer(model, parts.vision or parts.audio)
         self.attached, self.batch, self.passes = True, Batch(), deque[Pass](maxlen=_PASSES)
         self.given: dict[str, Any] = {}  # what the model was called with
         self.last: tuple[Any, dict[str, Any]] | None = None  # arguments of the last batch that was trained on
@@ -207,13 +212,14 @@ class Forwards:
         if not isinstance(ids := batch.inputs.get("input_ids"), torch.Tensor):
             return None
         batch.visual_BT = torch.isin(ids, ids.new_tensor(self.parts.visual_token_ids))
+        batch.audio_BT = torch.isin(ids, ids.new_tensor(self.parts.audio_token_ids))
         image, video = (getattr(config, f"{kind}_token_id", None) for kind in ("image", "video"))
         batch.video_BT = ids == video if video not in (None, image) else torch.zeros_like(batch.visual_BT)
         if inputs.get("pixel_values_videos") is not None and not bool(batch.video_BT.any()):
             batch.video_BT = batch.visual_BT  # GLM-4V: frames stand at the positions of images
-        # In training, and where dense and sparse are compared, no loss is taken on visual tokens.
+        # In training, and where dense and sparse are compared, no loss is taken on visual or audio tokens.
         if self.probing or (self.model.training and self.state.enabled):
-            inputs, text = without_visual_labels(inputs, batch.visual_BT)
+            inputs, text = without_visual_labels(inputs, batch.visual_BT | batch.audio_BT, self.parts.kinds)
             if text:
                 self.tell("labels", text, UserWarning)
                 return (), inputs
@@ -229,6 +235,8 @@ class Forwards:
         due, batch.embeds_due = batch.embeds_due, False
         if not due or not several_ranks() or not (self.probing or (training and torch.is_grad_enabled())):
             return embeds
+        if self.parts.audio:
+            self._refuse_some_without_audio(embeds.device)
         if self.parts.vision and not (training and getattr(self.splicer, "encodes_blank_images", False)):
             given = sum(batch.inputs.get(key) is not None for key in ("pixel_values", "pixel_values_videos"))
             calls = max(given, int(batch.visual_BT is None or bool(batch.visual_BT.any())))
@@ -240,6 +248,17 @@ class Forwards:
             batch.sizes.pop("image", None)  # blank ones are none of this batch
         inside = self.parts.decoder + ".", self.parts.head + "."
         return touched(embeds, (p for name, p in self.model.named_parameters() if not name.startswith(inside)))
+
+    def _refuse_some_without_audio(self, device: torch.device) -> None:
+        """Raises UserError, on all ranks, if some have audio, others none, and shards of the encoder are to be
+        gathered together. Without shards, zeros for gradients do."""
+        sharded = any(isinstance(p, DTensor) for p in self.model.get_submodule(self.parts.audio).parameters())
+        given = int(self.batch.audio_BT is not None and bool(self.batch.audio_BT.any()))
+        if sharded and largest(given, device) and largest(1 - given, device):
+            raise UserError(
+                f"{type(self.model).__name__}: some ranks' batches have audio, others none, and all ranks must gather "
+                "the shards of the audio encoder together: put one clip into every rank's batch, or use DDP"
+            )
 
     def _after(self, *_: Any) -> None:
         self.batch = Batch()
@@ -308,21 +327,23 @@ class Forwards:
         seen = next((x for x in (embeds, kwargs.get("input_ids"), *args) if x is not None), None)
         if seen is None:
             return plain(*args, **kwargs)
-        visual_BT = batch.visual_BT
-        if visual_BT is None or visual_BT.shape != seen.shape[:2]:  # then it is not known where they stand
-            visual_BT = torch.zeros(seen.shape[:2], dtype=torch.bool)
-        visual, visual_BT = int(visual_BT.sum()), visual_BT.to(seen.device)
+        visual_BT, audio_BT = batch.visual_BT, batch.audio_BT
+        if visual_BT is None or audio_BT is None or visual_BT.shape != seen.shape[:2]:  # not known where they stand
+            visual_BT = audio_BT = torch.zeros(seen.shape[:2], dtype=torch.bool)
+        visual_BT, audio_BT = visual_BT.to(seen.device), audio_BT.to(seen.device)
+        visual, audio = int(visual_BT.sum()), int(audio_BT.sum()) if self.parts.audio else 0
         if visual and not batch.pixels:
             self._count_encoded()
-        self._watch_methods(visual)
+        self._watch_methods(visual + audio)
         (rows, length), layers = seen.shape[:2], self.parts.layers - sum(state.skipped)
-        if state.keep == 1.0 or visual == 0 or embeds is None:
-            self.passes.append(Pass(rows, length, length, layers, visual, visual, dict(batch.pixels)))
+        done = Pass(rows, length, length, layers, visual, visual, dict(batch.pixels), audio, audio)
+        if state.keep == 1.0 or visual + audio == 0 or embeds is None:
+            self.passes.append(done)
             return plain(*args, **kwargs)
-        embeds, keep_BT = self._compress(embeds, visual_BT, kwargs)
+        embeds, keep_BT = self._compress(embeds, visual_BT, audio_BT, kwargs)
         kept = batch.kept = Kept.of(keep_BT)
-        after, left = kept.index_BK.shape[1], int((keep_BT & visual_BT).sum())
-        self.passes.append(Pass(rows, length, after, layers, visual, left, dict(batch.pixels)))
+        left, heard = (int((keep_BT & each_BT).sum()) for each_BT in (visual_BT, audio_BT))
+        self.passes.append(replace(done, length=kept.index_BK.shape[1], visual_out=left, audio_out=heard))
         kwargs = gather_inputs(kwargs, kept, keep_BT, renumbered, self.decoder.config)
         output = plain(*args, **(kwargs | {"inputs_embeds": kept.gather(embeds, 1)}))
         if getattr(output, "router_logits", None) is not None:
@@ -330,7 +351,7 @@ class Forwards:
                 f"{type(self.model).__name__} was asked for router_logits, whose loss balances experts over all "
                 "positions: with a compressor, set output_router_logits=False"
             )
-        even = bool(keep_BT[~visual_BT].all() and kept.valid_BK.all())
+        even = bool(keep_BT[~(visual_BT | audio_BT)].all() and kept.valid_BK.all())
         mark_cache(getattr(output, CACHE, None), even and not renumbered)
         for key in ("last_hidden_state", "hidden_states"):
             value = getattr(output, key, None)
@@ -341,7 +362,7 @@ class Forwards:
         return output
 
     def _compress(
-        self, embeds: torch.Tensor, visual_BT: torch.Tensor, inputs: Mapping[str, Any]
+        self, embeds: torch.Tensor, visual_BT: torch.Tensor, audio_BT: torch.Tensor, inputs: Mapping[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings in which kept positions hold what they now stand for, and which positions are kept, (B, T)."""
         batch, state, config = self.batch, self.state, self.model.config
@@ -354,16 +375,18 @@ class Forwards:
         on_grid = getattr(self.splicer, "tokens_on_grid", not hasattr(config, "image_grid_pinpoints"))
         video_M = batch.video_BT.to(visual_BT.device)[visual_BT]
         newline, method = hasattr(self.splicer, "image_newline"), state.compressor.method
-        found = runs(visual_BT.nonzero(), video_M, batch.sizes, batch.inputs, config, on_grid=on_grid, newline=newline)
+        seen_M2, heard_M2 = visual_BT.nonzero(), audio_BT.nonzero()
+        found = runs(seen_M2, video_M, batch.sizes, batch.inputs, config, on_grid=on_grid, newline=newline)
         if method in ON_GRID and any(run.grid is None and video_M[run.start] for run in found):
             raise UserError(
                 f"{type(self.model).__name__}: the rows and columns of a video's frames are not known, and method "
                 f"'{method}' goes by them. Take 'uniform', 'random', 'text' or 'merge'"
             )
+        found, at_M2 = found + audio_runs(heard_M2, len(seen_M2)), torch.cat([seen_M2, heard_M2])
         generators = state.generators(len(found)) if method == "random" else []
         packed_BT = packed_samples(dict(inputs), visual_BT)
         return compress_batch(
-            embeds, valid_BT, visual_BT, found, state.keep, method, generators=generators, packed_BT=packed_BT
+            embeds, valid_BT, at_M2, found, state.keep, method, generators=generators, packed_BT=packed_BT
         )
 
     def tell(self, topic: str, text: str, category: type[Warning] = NoEffectWarning) -> None:
@@ -383,9 +406,9 @@ class Forwards:
             hidden.register_hook(lambda _: self._watch("methods", True, why, _DENSE))
         return output
 
-    def _watch_methods(self, visual: int) -> None:
+    def _watch_methods(self, tokens: int) -> None:
         state = self.state
-        self._watch("compressor", state.compressor is not None and visual == 0, _NO_VISUAL)
+        self._watch("compressor", state.compressor is not None and tokens == 0, _NO_TOKENS.format(self.parts.kinds))
         if state.waits:
             self._watch("compressor's schedule" if state.skipper is None else "skipper", True, _WAITS, _DENSE)
         else:

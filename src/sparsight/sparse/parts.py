@@ -1,4 +1,4 @@
-"""The decoder, layers, head and vision tower of any VLM of transformers."""
+"""The decoder, layers, head, vision tower and audio encoder of any multimodal model of transformers."""
 
 from __future__ import annotations
 
@@ -14,30 +14,40 @@ from sparsight.errors import UserError
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a model: the paths of its parts, the number of layers, and the ids of visual tokens. ``vision``
-    and the ids may be empty: a skipper needs neither."""
+    """The parts of a model: the paths of its parts, the number of layers, and the ids of visual and audio tokens.
+    ``vision``, ``audio`` and the ids may be empty: a skipper needs none of them."""
 
     decoder: str
     layers: int
     head: str
     vision: str
     visual_token_ids: tuple[int, ...]
+    audio: str = ""
+    audio_token_ids: tuple[int, ...] = ()
+
+    @property
+    def kinds(self) -> str:
+        """What a compressor drops, in words: "visual", "audio", or "visual or audio" tokens."""
+        kinds = {"visual": self.visual_token_ids, "audio": self.audio_token_ids}
+        return " or ".join(kind for kind, ids in kinds.items() if ids) or "visual"
 
     def __str__(self) -> str:
-        ids = ", ".join(map(str, self.visual_token_ids))
+        ids, heard = (", ".join(map(str, ids)) for ids in (self.visual_token_ids, self.audio_token_ids))
+        none = "none" if heard else "none: only a skipper can be attached"
         return (
             f"decoder              {self.decoder or 'the model itself'}, {self.layers} layers\n"
             f"output layer         {self.head}\n"
-            f"vision tower         {self.vision or 'none: only a skipper can be attached'}\n"
-            f"ids of visual tokens {ids or 'none: only a skipper can be attached'}"
-        )
+            f"vision tower         {self.vision or none}\n"
+            f"ids of visual tokens {ids or none}"
+        ) + (f"\naudio encoder        {self.audio}\nids of audio tokens  {heard}" if heard else "")
 
 
 def find_parts(model: Any, needs_vision: bool = False) -> Parts:
     """The parts that `attach` would touch. Nothing is changed; ``print`` shows it, a part to a line.
 
     Args:
-        needs_vision: refuse a model without a vision tower or ids of visual tokens, as `attach` does with a compressor.
+        needs_vision: refuse a model without visual or audio tokens that can be found, as `attach` does with a
+            compressor: it needs a vision tower or an audio encoder, and ids.
 
     Raises:
         UserError: the model lacks a part, or is built so that nothing can be attached; the message says which.
@@ -46,7 +56,7 @@ def find_parts(model: Any, needs_vision: bool = False) -> Parts:
     if not hasattr(model, "get_decoder") or config is None:
         raise UserError(f"{name}: expected a model of transformers with get_decoder() and a config")
     if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"{name} is an encoder-decoder: its visual tokens do not stand in the decoder's sequence")
+        raise UserError(f"{name} is an encoder-decoder: what it encodes does not stand in the decoder's sequence")
     language = decoder = model.get_decoder()
     for inner in ("model", "decoder"):  # a causal language model inside (llama4), a decoder in its wrapping (OPT)
         decoder = decoder if hasattr(decoder, "layers") else getattr(decoder, inner, decoder)
@@ -55,33 +65,51 @@ def find_parts(model: Any, needs_vision: bool = False) -> Parts:
         raise UserError(f"{name}: its decoder {type(decoder).__name__} has no list of layers")
     if any("cross" in child for layer in layers for child, _ in layer.named_children()):
         raise UserError(f"{name} looks at images by cross-attention: there are no visual tokens in its sequence")
-    try:
-        vision: Any = model.get_encoder(modality="image")
-    except (TypeError, AttributeError, ValueError):
-        vision = None
     paths = {module: path for path, module in model.named_modules()}
-    if vision not in paths or any(module is decoder for module in vision.modules()):
-        vision = None
-    if needs_vision and vision is None:
-        raise UserError(f"{name} has no vision tower: expected a model that encodes images before its decoder")
-    ids = {getattr(config, key, None) for key in ("image_token_id", "image_token_index", "video_token_id")}
-    known = tuple(sorted(i for i in ids if isinstance(i, int)))
-    if needs_vision and not known:
-        raise UserError(f"{name} has no id of a visual token in its config, so its visual tokens cannot be found")
+    speaks = hasattr(config, "diffusion_head_config")  # VibeVoice
+    if needs_vision and speaks:
+        raise UserError(f"{name} learns to speak: its loss is taken on audio tokens, so none of them can be dropped")
+    vision, audio = _encoder(model, decoder, "image"), None if speaks else _encoder(model, decoder, "audio")
+    if needs_vision and vision is None and audio is None:
+        expected = "a model that encodes images or audio before its decoder"
+        raise UserError(f"{name} has no vision tower and no audio encoder: expected {expected}")
+    known = _ids(config, "image_token_id", "image_token_index", "video_token_id")
+    heard = () if audio is None else _ids(config, "audio_token_id", "audio_token_index")
+    if needs_vision and not (heard if vision is None else known):
+        kind, its = ("an audio", "audio") if vision is None else ("a visual", "visual")
+        raise UserError(f"{name} has no id of {kind} token in its config, so its {its} tokens cannot be found")
     head = model.get_output_embeddings() or getattr(language, "get_output_embeddings", lambda: None)()
     if head is None:
         raise UserError(f"{name} has no output layer: attach to the model that computes the loss")
     if decoder not in paths or head not in paths:
         raise UserError(f"{name}: its parts are not its own modules")
-    return Parts(paths[decoder], len(layers), paths[head], paths.get(vision, ""), known)
+    found = paths[decoder], len(layers), paths[head], paths.get(vision, ""), known
+    return Parts(*found, paths[audio] if heard else "", heard)
 
 
-def find_splicer(model: nn.Module, vision: str) -> Any:
-    """The module that puts visual tokens into the sequence: the innermost one around the vision tower that has them,
-    also inside of adapters."""
-    while vision:
-        vision = vision.rpartition(".")[0]
-        if hasattr(type(owner := model.get_submodule(vision)), "get_image_features"):
+def _encoder(model: Any, decoder: nn.Module, kind: str) -> Any:
+    """The vision tower, or the audio encoder; None if there is none."""
+    for modality in (kind, None) if kind == "audio" else (kind,):  # Granite-Speech has one that is of no kind
+        try:
+            found: Any = model.get_encoder(modality=modality)
+        except (TypeError, AttributeError, ValueError):
+            continue
+        if isinstance(found, nn.Module) and found in set(model.modules()) and decoder not in set(found.modules()):
+            return found
+    return None
+
+
+def _ids(config: Any, *keys: str) -> tuple[int, ...]:
+    return tuple(sorted({i for key in keys if isinstance(i := getattr(config, key, None), int)}))
+
+
+def find_splicer(model: nn.Module, encoder: str) -> Any:
+    """The module that puts visual or audio tokens into the sequence: the innermost one around the encoder that has
+    them, also inside of adapters."""
+    while encoder:
+        encoder = encoder.rpartition(".")[0]
+        owner = model.get_submodule(encoder)
+        if any(hasattr(type(owner), f"get_{kind}_features") for kind in ("image", "audio")):
             return owner
     return model
 

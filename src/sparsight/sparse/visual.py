@@ -33,8 +33,8 @@ def named(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[st
     return dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | dict(kwargs)
 
 
-def without_visual_labels(inputs: dict[str, Any], visual_BT: torch.Tensor) -> tuple[dict[str, Any], str]:
-    """A batch whose visual positions carry no label, and a warning; "" where none did.
+def without_visual_labels(inputs: dict[str, Any], visual_BT: torch.Tensor, kinds: str) -> tuple[dict[str, Any], str]:
+    """A batch whose visual (and audio) positions carry no label, and a warning; "" where none did.
 
     ``num_items_in_batch``, which the Trainer has counted over all micro-batches before, goes down in proportion to this
     batch's labels, so that the loss is a mean over the labels that are left.
@@ -53,7 +53,7 @@ def without_visual_labels(inputs: dict[str, Any], visual_BT: torch.Tensor) -> tu
     if inputs.get("num_items_in_batch") is not None and visual < count:
         inputs["num_items_in_batch"] = inputs["num_items_in_batch"] * ((count - visual) / count)
     return inputs, (
-        f"{visual} of the {count} labels of this batch stood on visual tokens (image placeholders), and were masked: "
+        f"{visual} of the {count} labels of this batch stood on {kinds} tokens (placeholders), and were masked: "
         "they are no text, and the compressor drops most of them. Data of the form prompt / completion, or "
         "assistant-only labels, have none"
     )
@@ -78,6 +78,14 @@ def unbroken(positions_M2: torch.Tensor) -> list[int]:
     flat_M = positions_M2[:, 0] * 2**32 + positions_M2[:, 1]
     offset_M = flat_M - torch.arange(len(flat_M), device=flat_M.device)
     return offset_M.unique_consecutive(return_counts=True)[1].tolist()
+
+
+def audio_runs(positions_M2: torch.Tensor, first: int) -> list[Run]:
+    """The clips of a batch, or their pieces where a video's tokens stand between; the first token is number ``first``.
+    Clips with nothing between them are one."""
+    lengths = unbroken(positions_M2)
+    starts = accumulate(lengths, initial=first)
+    return [Run(start, length, None) for start, length in zip(starts, lengths, strict=False)]
 
 
 def runs(
