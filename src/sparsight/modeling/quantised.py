@@ -105,7 +105,10 @@ def without_adapters(model: Any) -> Iterator[None]:
 def save_model(model: Any, folder: Path) -> None:
     """`save_pretrained`; of a model that keeps adapters, these (as peft does) and the weights below them, side by side:
     then the folder is found whole by ``from_pretrained``."""
+    adapted = getattr(model, "_hf_peft_config_loaded", False)
+    if adapted or getattr(model, "is_quantized", False):
+        vars(model).pop("_weight_conversions", None)  # how they were loaded: transformers cannot undo it to pack again
     model.save_pretrained(folder)  # with adapters, of these alone
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if adapted:
         with without_adapters(model):
             model.save_pretrained(folder)

@@ -131,7 +131,7 @@ def check_inputs(recipe: Recipe, done: Collection[str] = ()) -> dict[str, Source
         The source of each other stage, by its name.
 
     Raises:
-        UserError: a tracker or another package that is not installed, scores of the same name, or data that are not there or not as
+        UserError: a package that is not installed, scores of the same name, or data that are not there or not as
             expected, as far as that can be told without decoding images.
     """
     if missing := [name for name in recipe.report_to if importlib.util.find_spec(name) is None]:
