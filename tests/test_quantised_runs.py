@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from small_runs import FINER, Crash, quiet, recipe_values, save_encoder, stage_values
@@ -138,3 +136,67 @@ def test_resume_is_the_straight_run(
     for file in ("model.safetensors", "adapter_model.safetensors"):
         one, other = (load_file(folder / file) for folder in (straight, resumed))
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@needs_bitsandbytes
+def test_figures_and_scores_are_those_of_any_run(
+    tmp_path: Path, parts: tuple[Path, Path], values: Callable[..., dict[str, Any]]
+) -> None:
+    """Executed FLOPs and parameters of the plain twin, and `sparsight eval` on the folder."""
+    for held in ("none", "nf4"):
+        run(Recipe.model_validate(values(held)), tmp_path / held, quiet())
+    assert flops(tmp_path / "nf4") == flops(tmp_path / "none")
+    records = [[json.loads(line) for line in (tmp_path / held / "run.jsonl").open()] for held in ("none", "nf4")]
+    plain, quantised = ([each["total_parameters"] for each in found if each["type"] == "stage"] for found in records)
+    assert plain == quantised
+    (scores,) = evaluate_checkpoint(tmp_path / "nf4" / "finer" / "model", 2, "test", quiet())
+    assert scores.scores
+
+
+def test_what_would_train_or_merge_packed_weights_is_refused(values: Callable[..., dict[str, Any]]) -> None:
+    def read(stage: dict[str, Any], quantization: str = "nf4") -> Recipe:
+        made = values(quantization)
+        made["stages"][2] |= stage
+        return Recipe.read(made, "recipe")
+
+    read({})
+    read({"lora": None, "learning_rate": {"bridge": 1e-3}})
+    for stage in ({"lora": None}, {"lora": LORA | {"keep": False}}):
+        with pytest.raises(UserError, match="stage 'finer': .*quantised \\(nf4\\).*LoRA alone"):
+            read(stage)
+    for stage in ({"lora": None}, {"lora": LORA | {"keep": True, "rank": 2}}):
+        with pytest.raises(UserError, match="stage 'tune' keeps its adapters.*the same lora"):
+            read(stage, "none")
+
+
+def test_lora_sits_where_it_is_told(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    lora = LORA | {"targets": ["q_proj", "v_proj"], "scaling": "rslora", "keep": True}
+    stage = stage_values(lora=lora, samples=4)
+    made = recipe_values(parts[0], language=str(parts[1]), stages=[stage], evaluation=NO_SCORES)
+    model, _ = load(run(Recipe.model_validate(made), tmp_path / "r", quiet()))
+    adapted = {name: each for name, each in model.named_modules() if hasattr(each, "lora_A")}
+    assert {name.rpartition(".")[2] for name in adapted} == {"q_proj", "v_proj"} and len(adapted) == 4
+    assert {each.scaling["default"] for each in adapted.values()} == {32.0 / 4**0.5}
+    made["stages"][0]["lora"]["targets"] = ["query"]
+    with pytest.raises(UserError, match="no \\['query'\\].*q_proj"):
+        run(Recipe.model_validate(made), tmp_path / "s", quiet())
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("held", ["nf4", "int8"])
+def test_a_plan_knows_the_bytes_of_packed_weights(parts: tuple[Path, Path], held: str, tmp_path: Path) -> None:
+    """Those of the weights that lie in the file, but for norms and the quantizer's tables."""
+    stage = stage_values(learning_rate={"bridge": 1e-3}, samples=4)
+    language = {"path": str(parts[1]), "quantization": held}
+    recipe = Recipe.model_validate(
+        recipe_values(parts[0], language=language, stages=[stage], evaluation=NO_SCORES, precision="bf16")
+    )
+    shape = forecast(recipe)[0].shapes[1]
+    found = load_file(run(recipe, tmp_path / "r", quiet()) / "model.safetensors")
+    parts_of = ("weight", "absmax", "SCB")
+    stored = sum(
+        tensor.nbytes
+        for name, tensor in found.items()
+        if name.startswith(("model.language_model.", "lm_head")) and name.endswith(parts_of)
+    )
+    assert shape.frozen_bytes == pytest.approx(stored, rel=0.05)
