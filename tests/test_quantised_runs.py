@@ -146,7 +146,10 @@ def test_figures_and_scores_are_those_of_any_run(
     for held in ("none", "nf4"):
         run(Recipe.model_validate(values(held)), tmp_path / held, quiet())
     assert flops(tmp_path / "nf4") == flops(tmp_path / "none")
-    records = [[json.loads(line) for line in (tmp_path / held / "run.jsonl").open()] for held in ("none", "nf4")]
+    records = [
+        [json.loads(line) for line in (tmp_path / held / "run.jsonl").read_text().splitlines()]
+        for held in ("none", "nf4")
+    ]
     plain, quantised = ([each["total_parameters"] for each in found if each["type"] == "stage"] for found in records)
     assert plain == quantised
     (scores,) = evaluate_checkpoint(tmp_path / "nf4" / "finer" / "model", 2, "test", quiet())
