@@ -112,8 +112,22 @@ def language_folder(tmp_path_factory):
     return folder, tokenizer
 
 
-@pytest.mark.parametrize("config", QUANTIZERS)
-def test_F38_a_quantised_language_model_is_refused(language_folder, config):
+@pytest.mark.parametrize("config", QUANTIZERS[:2])
+def test_F38_a_language_model_of_bitsandbytes_composes_saves_and_loads(language_folder, config, tmp_path):
+    folder, tokenizer = language_folder
+    language = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config(), dtype=torch.float32)
+    model, processor = build(clip_config(), language, BRIDGE, tokenizer=tokenizer)
+    inputs = prompt(processor, make_image(), "How many apples?")
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    assert kinds == {name: type(module) for name, module in again.named_modules()}
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("config", QUANTIZERS[2:])
+def test_F38_another_quantised_language_model_is_refused(language_folder, config):
     folder, tokenizer = language_folder
     language = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config())
     with pytest.raises(ValueError, match="language: .*" + REFUSED):

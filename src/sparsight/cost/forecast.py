@@ -157,7 +157,7 @@ class StageCost:
             self.stage.bridge, self.level_widths, language.hidden, self.map_size, images, bf16
         ) + labels * language.vocabulary * (10 if bf16 else 8)
         if bf16 and language.weight_bytes == 4 and trains.flows_back:
-            kept += 2.0 * language.parameters  # copies of the weights in bf16
+            kept += 2.0 * language.unpacked  # copies of the weights in bf16
         one = replace(language, layers=1), rows, positions, replace(trains, recompute=False), bf16
         return step_memory(self.parts, kept, tower, language_activations(*one), count < self.batch)
 

@@ -21,8 +21,8 @@ class Parts:
 
     total: dict[str, int]
     trains: dict[str, int]
-    weights: int
-    trained_bytes: int
+    weights: float
+    trained_bytes: float
 
     @classmethod
     def of(
@@ -34,18 +34,20 @@ class Parts:
         trains: Trains,
     ) -> Parts:
         rank = trains.lora_rank * trains.language
+        joined = bridge_parameters(bridge, encoder.level_widths(levels), language.hidden)
+        adapters = language.lora_parameters(rank)
         weights = (
-            ("vision", encoder.parameters, encoder.weight_bytes, trains.vision),
-            ("bridge", bridge_parameters(bridge, encoder.level_widths(levels), language.hidden), 4, trains.bridge),
-            ("language", language.parameters, language.weight_bytes, trains.language and not rank),
-            ("language", language.lora_parameters(rank), 4, True),
+            ("vision", encoder.parameters, encoder.parameters * encoder.weight_bytes, trains.vision),
+            ("bridge", joined, joined * 4, trains.bridge),
+            ("language", language.parameters, language.frozen_bytes, trains.language and not rank),
+            ("language", adapters, adapters * 4, True),
         )
         total, trained = Counter[str](), Counter[str]()
         for part, count, _, active in weights:
             total[part] += count
             trained[part] += count * active
-        stored = sum(count * size for _, count, size, _ in weights)
-        return cls(total, trained, stored, sum(count * size * active for _, count, size, active in weights))
+        stored = sum(size for _, _, size, _ in weights)
+        return cls(total, trained, stored, sum(size * active for _, _, size, active in weights))
 
 
 def language_activations(shape: LanguageShape, batch: float, positions: float, trains: Trains, bf16: bool) -> float:

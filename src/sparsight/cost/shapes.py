@@ -15,7 +15,7 @@ from typing import Any
 
 from sparsight.errors import UserError
 from sparsight.settings.bridges import BridgeSettings, LinearConfig, WindowedSettings
-from sparsight.settings.recipe import ScratchLanguage, Stage
+from sparsight.settings.recipe import PretrainedLanguage, ScratchLanguage, Stage
 
 Maps = list[tuple[int, int]]  # (in, out) of linear maps
 
@@ -65,7 +65,7 @@ class LanguageShape:
     """Sizes of a decoder-only language model.
 
     ``intermediate``: that of all experts that a token goes through; ``stored``: of all that there are, if that is more;
-    ``weight_bytes``: of one weight while it is frozen.
+    ``weight_bytes``: of one weight while it is frozen; ``packed_bytes``: of one in the layers, if they are quantised.
     """
 
     layers: int
@@ -79,6 +79,7 @@ class LanguageShape:
     tied: bool = False
     weight_bytes: int = 4
     stored: int = 0
+    packed_bytes: float = 0.0
 
     @classmethod
     def from_config(cls, config: Any) -> LanguageShape:
@@ -131,7 +132,21 @@ class LanguageShape:
     def parameters(self) -> int:
         layer = sum(a * b for a, b in self.linear_maps())
         layer += max(0, self.stored - self.intermediate) * self.hidden * (2 + self.gated)
-        return self.layers * layer + (1 if self.tied else 2) * self.vocabulary * self.hidden
+        return self.layers * layer + self._tables
+
+    @property
+    def _tables(self) -> int:
+        return (1 if self.tied else 2) * self.vocabulary * self.hidden
+
+    @property
+    def unpacked(self) -> int:
+        """Parameters that are not quantised."""
+        return self._tables if self.packed_bytes else self.parameters
+
+    @property
+    def frozen_bytes(self) -> float:
+        """Of all weights while they are frozen."""
+        return self.unpacked * self.weight_bytes + (self.parameters - self.unpacked) * self.packed_bytes
 
     def lora_parameters(self, rank: int) -> int:
         return self.layers * rank * sum(a + b for a, b in self.linear_maps())
@@ -297,7 +312,11 @@ def _read(name: str, part: str) -> dict[str, Any]:
     return values.get("vision_config" if part == "vision" else "text_config", values)
 
 
-def language_shape(language: str | ScratchLanguage, layers: int | None = None) -> LanguageShape:
+# Bytes of a quantised weight: 4 bits and an fp32 scale for every 64, or 8 bits (a scale for each row is nothing).
+_PACKED = {"none": 0.0, "nf4": 0.5 + 4 / 64, "int8": 1.0}
+
+
+def language_shape(language: str | PretrainedLanguage | ScratchLanguage, layers: int | None = None) -> LanguageShape:
     """Sizes of a language model by its name, its local folder, or its settings; ``layers``: the first ones alone.
 
     Raises:
@@ -308,7 +327,10 @@ def language_shape(language: str | ScratchLanguage, layers: int | None = None) -
         sizes = (s.layers, s.hidden, s.heads, s.heads, head_dim, s.intermediate, s.vocabulary)
         shape = LanguageShape(*sizes)  # a Qwen3
     else:
-        shape = LanguageShape.from_config(SimpleNamespace(**_read(language, "language")))
+        named = PretrainedLanguage(path=language) if isinstance(language, str) else language
+        shape = LanguageShape.from_config(SimpleNamespace(**_read(named.path, "language")))
+        if packed := _PACKED[named.quantization]:  # all else is then loaded in bf16
+            shape = replace(shape, packed_bytes=packed, weight_bytes=2)
     return shape if layers is None else replace(shape, layers=min(layers, shape.layers))
 
 

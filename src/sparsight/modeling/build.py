@@ -32,6 +32,7 @@ from sparsight.modeling.efficientnet_lite import EfficientNetLiteModel
 from sparsight.modeling.encoders import has_own_positions, probe
 from sparsight.modeling.folders import loading
 from sparsight.modeling.processing import IMAGE_TOKEN, SparsightProcessor
+from sparsight.modeling.quantised import take_packing
 from sparsight.modeling.vlm import SparsightForConditionalGeneration
 from sparsight.settings.bridges import bridge_settings
 
@@ -68,7 +69,8 @@ def build(
         The model, in eval mode, and its processor.
 
     Raises:
-        UserError: a part cannot be loaded, or is quantised; the encoder has no spatial features; the language model has
+        UserError: a part cannot be loaded, or is quantised (but for a language model that bitsandbytes has packed as
+            it was loaded); the encoder has no spatial features; the language model has
             no chat template, or changes its logits after the output layer; the layout does not fit the feature map; or
             the image processor cannot resize in that way.
     """
@@ -291,7 +293,10 @@ def _multimodal(tokenizer: Any) -> Any:
 
 
 def _refuse_quantised(part: str, given: Any) -> None:
-    """Raises UserError for a configuration that is marked as quantised, or weights that are packed."""
+    """Raises UserError for a configuration that is marked as quantised, or weights that are packed: all but those of
+    a language model that transformers has loaded by bitsandbytes."""
+    if part == "language" and getattr(given, "quantization_method", None) == "bitsandbytes":
+        return
     how = getattr(getattr(given, "config", given), "quantization_config", None)
     if how is not None:
         how = (how if isinstance(how, dict) else vars(how)).get("quant_method", how)
@@ -303,7 +308,8 @@ def _refuse_quantised(part: str, given: Any) -> None:
         raise UserError(
             f"{part}: its weights are quantised ({how}), and a model composed of them could not be saved and loaded "
             "again. Give it in full precision, save the composed model, and load that with quantization_config=...: "
-            "vision and bridge then stay as they are"
+            "vision and bridge then stay as they are. A language model may be given as a module that transformers has "
+            "loaded with a BitsAndBytesConfig"
         )
 
 
@@ -325,6 +331,7 @@ def _assembled(encoder: Any, lm: Any, bridge: nn.Module, **values: Any) -> Spars
         part._attn_implementation = kernel
     model.model.vision_tower, model.model.multi_modal_projector = encoder, bridge
     model.model.language_model, model.lm_head = lm.base_model, head
+    take_packing(model, lm)
     model.generation_config = getattr(lm, "generation_config", None) or model.generation_config
     return model
 

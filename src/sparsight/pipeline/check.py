@@ -90,7 +90,7 @@ def _tokenizer(recipe: Recipe, stage: Stage) -> tuple[Any, int | None]:
     language = recipe.language
     if isinstance(language, ScratchLanguage):
         return scratch_tokenizer(language, texts(recipe, stage)), language.context
-    tokenizer, config = load_tokenizer(language)
+    tokenizer, config = load_tokenizer(language if isinstance(language, str) else language.path)
     return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None)
 
 

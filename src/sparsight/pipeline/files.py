@@ -26,6 +26,7 @@ from sparsight.modeling import SparsightForConditionalGeneration, SparsightProce
 from sparsight.modeling.build import own_image_size
 from sparsight.modeling.configuration import SparsightConfig
 from sparsight.modeling.folders import loading, model_type, read_json
+from sparsight.modeling.quantised import check_packages, save_model
 from sparsight.reporting import RunLog, environment, read_run, write_card
 from sparsight.settings.data import SceneData
 from sparsight.settings.recipe import Recipe
@@ -206,7 +207,7 @@ def save(
     """Whole or not at all."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    save_model(model, partial)
     processor.save_pretrained(partial)
     (partial / RECIPE_FILE).write_text(with_cutouts(session.recipe).model_dump_json(indent=2), encoding="utf-8")
     write_card(partial, session.recipe, session.log.run())
@@ -223,13 +224,14 @@ def load(folder: str | Path) -> tuple[SparsightForConditionalGeneration, Sparsig
     if (kind := model_type(folder)) != SparsightConfig.model_type:
         found = "no model there; expected a folder with config.json" if kind is None else f"a model of type '{kind}'"
         raise UserError(f"{folder}: {found}. Expected one that sparsight.build or `sparsight train` has made")
+    check_packages(folder)
     # transformers gives all weights one dtype; here a frozen part may be in bf16, beside a trained one in fp32.
     with loading("model", str(folder)):
         model = SparsightForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         processor = SparsightProcessor.from_pretrained(folder, trust_remote_code=False)
     narrow = _in_bf16(folder)
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if name in narrow:
+        if name.replace(".base_layer", "") in narrow:
             tensor.data = tensor.data.bfloat16()
     return model, processor
 

@@ -20,12 +20,14 @@ from sparsight.data.chat import stop_tokens
 from sparsight.data.collate import TrainingSet
 from sparsight.data.sources import Source, open_source
 from sparsight.devices.flops import recomputes
+from sparsight.devices.precision import default_device
 from sparsight.devices.ranks import process_state
 from sparsight.errors import UserError
 from sparsight.evaluation.questions import held_out_questions
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
-from sparsight.modeling.build import build
+from sparsight.modeling.build import build, language_folder
 from sparsight.modeling.encoders import count_flops
+from sparsight.modeling.quantised import check_installed, quantised_language
 from sparsight.modeling.scaling import scale_tokens, scaled_processor
 from sparsight.modeling.scratch import scratch_language
 from sparsight.pipeline.evaluate import score_run
@@ -129,11 +131,16 @@ def check_inputs(recipe: Recipe, done: Collection[str] = ()) -> dict[str, Source
         The source of each other stage, by its name.
 
     Raises:
-        UserError: a tracker that is not installed, scores of the same name, or data that are not there or not as
+        UserError: a package that is not installed, scores of the same name, or data that are not there or not as
             expected, as far as that can be told without decoding images.
     """
     if missing := [name for name in recipe.report_to if importlib.util.find_spec(name) is None]:
         raise UserError(f"report_to: {missing} cannot be imported; pip install {' '.join(missing)}, or take it out")
+    if recipe.quantization != "none":
+        check_installed("bitsandbytes", "quant", f"language.quantization: {recipe.quantization}")
+    for stage in recipe.stages:
+        if stage.lora is not None:
+            check_installed("peft", "lora", f"stage '{stage.name}': lora")
     if recipe.evaluation.kind == "scenes" and (twice := set(TASKS) & set(recipe.evaluation.held_out)):
         raise UserError(f"evaluation.held_out: {sorted(twice)} are tasks of scenes, which are asked too; rename them")
     for name, settings in recipe.evaluation.held_out.items():
@@ -194,6 +201,12 @@ def enter_stage(
     tokenizer = None
     if isinstance(language, ScratchLanguage):
         language, tokenizer = scratch_language(language, texts(recipe, stage))
+    elif recipe.pretrained is not None:
+        language = recipe.pretrained.path
+    packed, layers = recipe.quantization != "none", recipe.language_layers
+    if packed:
+        language = language_folder(language), recipe.quantization, recipe.precision, layers
+        (language, tokenizer), layers = quantised_language(*language), None
     model, processor = build(
         recipe.vision,
         language,
@@ -201,13 +214,15 @@ def enter_stage(
         tokenizer=tokenizer,
         image_size=stage.image_size,
         vision_levels=recipe.vision_levels,
-        language_layers=recipe.language_layers,
+        language_layers=layers,
         resize=recipe.resize,
     )
     # Weights that were stored in 16 bits: none in an fp32 run, and bf16's autocast does not take fp16 beside it.
     for tensor in chain(model.parameters(), model.buffers()):
         if tensor.dtype == torch.float16 or (recipe.precision == "fp32" and tensor.dtype == torch.bfloat16):
             tensor.data = tensor.data.float()
+    if packed:
+        model.to(default_device())  # bitsandbytes packs where it computes, and the Trainer moves no such model
     stops = stop_tokens(processor.tokenizer, model.generation_config.eos_token_id)
     model.generation_config.eos_token_id = stops  # so that `generate` ends where training did
     return model, processor
@@ -249,7 +264,7 @@ def _run_stage(
     source: Source,
 ) -> None:
     recipe, log, console = session.recipe, session.log, session.console
-    lora = add_lora(model, stage.lora, recipe.seed)
+    lora = add_lora(model, stage.lora, recipe.seed, recipe.keeps_adapters(stage))
     plan = select_trainable(model, stage)
     config = model.config
     _print_stage(stage, plan, config.num_image_tokens, console)

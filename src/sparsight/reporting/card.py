@@ -25,7 +25,7 @@ def write_card(folder: str | Path, recipe: Recipe, run: Run) -> None:
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    names = [name for name in (recipe.vision, recipe.language) if isinstance(name, str)]
+    names = [recipe.vision] + ([] if recipe.pretrained is None else [recipe.pretrained.path])
     ids = [_HUB.get(name, name) for name in names]
     data = ModelCardData(
         library_name="transformers",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from sparsight.errors import UserError
 from sparsight.settings.base import Settings
@@ -26,12 +26,46 @@ class ScratchLanguage(Settings):
     context: int = Field(2048, ge=64)
 
 
+class PretrainedLanguage(Settings):
+    """A language model that is loaded, as by its name alone, and how its weights are held while they are frozen."""
+
+    path: str = Field(description="a known name, a hub id, or a local folder")
+    quantization: Literal["none", "nf4", "int8"] = Field(
+        "none", description="nf4, int8: its linear maps in 4 or 8 bits (bitsandbytes); it then trains by LoRA alone"
+    )
+
+
+def _kind_of_language(given: Any) -> str:
+    if isinstance(given, str | PretrainedLanguage):
+        return "name" if isinstance(given, str) else "pretrained"
+    return "pretrained" if isinstance(given, dict) and {"path", "quantization"} & given.keys() else "scratch"
+
+
+Language = Annotated[
+    Annotated[str, Tag("name")]
+    | Annotated[PretrainedLanguage, Tag("pretrained")]
+    | Annotated[ScratchLanguage, Tag("scratch")],
+    Discriminator(_kind_of_language),
+]
+
+
 class Lora(Settings):
-    """LoRA on all linear maps of the language model (peft). Merged when the stage ends."""
+    """LoRA on linear maps of the language model's layers (peft). Merged when the stage ends, or kept."""
 
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
+    targets: tuple[str, ...] | None = Field(
+        None, min_length=1, description="names of the linear maps, such as q_proj and v_proj; all if not given"
+    )
+    scaling: Literal["standard", "rslora"] = Field(
+        "standard", description="of what adapters give: alpha / rank, or alpha / sqrt(rank)"
+    )
+    keep: bool | None = Field(
+        None,
+        description="adapters stay beside the weights and go on in later stages, in place of being merged when the "
+        "stage ends; a quantised language model must keep them, others merge if this is not given",
+    )
 
 
 class LearningRates(Settings):
@@ -188,7 +222,7 @@ class Recipe(Settings):
     seed: int = 0
     vision: str = "efficientnet-lite0"
     vision_levels: tuple[int, ...] | None = Field(None, description="feature levels, lower first; else the encoder's")
-    language: str | ScratchLanguage = "smollm2-135m"
+    language: Language = "smollm2-135m"
     language_layers: int | None = Field(None, ge=1, description="keep only the first layers of the language model")
     resize: Literal["square", "pad", "crop", "keep"] | None = Field(
         None, description="how images come to image_size; square if not given, keep for a native-resolution encoder"
@@ -227,9 +261,49 @@ class Recipe(Settings):
                     check_scaling(old.bridge, new.bridge)
             except UserError as error:
                 raise UserError(f"stages '{old.name}' -> '{new.name}': {error}") from None
+        self._check_adapters()
         if self.scenes() is None and "kind" not in self.evaluation.model_fields_set:
             self.__dict__["evaluation"] = self.evaluation.model_copy(update={"kind": "none"})  # frozen for others
         return self
+
+    def _check_adapters(self) -> None:
+        """Raises UserError where weights would train that are quantised, or that adapters stand on."""
+        kept = None
+        for stage in self.stages:
+            trains, lora = stage.learning_rate.language is not None, stage.lora
+            if self.quantization != "none" and ((trains and lora is None) or (lora is not None and lora.keep is False)):
+                raise UserError(
+                    f"stage '{stage.name}': the language model is quantised ({self.quantization}), so it trains by "
+                    "LoRA alone, and adapters are never merged into it: give the stage lora, without keep: false, or "
+                    "take out learning_rate.language"
+                )
+            if kept is not None and trains and lora != kept.lora:
+                raise UserError(
+                    f"stage '{stage.name}': stage '{kept.name}' keeps its adapters, so the language model trains by "
+                    "them from there on: give the stage the same lora, or take out learning_rate.language"
+                )
+            kept = stage if self.keeps_adapters(stage) else kept
+
+    @property
+    def pretrained(self) -> PretrainedLanguage | None:
+        """The language model that is loaded; None for one from scratch."""
+        given = self.language
+        return (
+            given
+            if isinstance(given, PretrainedLanguage)
+            else None
+            if isinstance(given, ScratchLanguage)
+            else (PretrainedLanguage(path=given))
+        )
+
+    @property
+    def quantization(self) -> str:
+        """How the language model's frozen weights are held; "none": as they are."""
+        return self.pretrained.quantization if self.pretrained is not None else "none"
+
+    def keeps_adapters(self, stage: Stage) -> bool:
+        """Whether the stage's adapters stay beside the weights when it ends."""
+        return stage.lora is not None and bool(stage.lora.keep or self.quantization != "none")
 
     def source_of(self, stage: Stage) -> Data:
         """The stage's own data, or else the recipe's."""

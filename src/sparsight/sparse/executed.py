@@ -78,7 +78,7 @@ def _encoder_flops(handle: SparseHandle, kind: str) -> float:
     inside = tuple(f"{path}." for path in (handle.parts.decoder, handle.parts.head))
     trained = [p for name, p in handle.model.named_parameters() if p.requires_grad and not name.startswith(inside)]
     tower = handle.model.get_submodule(handle.parts.audio if kind == "audio" else handle.parts.vision)
-    counting = flop_counter(tower)
+    counting = flop_counter(tower, handle.model)
     with handle.disabled(), _differentiable(tower), counting as counter, torch.set_grad_enabled(bool(trained)):
         found = getattr(handle.splicer, f"get_{kind}_features")(*args, **kwargs)
         parts = [getattr(found, key, None) for key in ("pooler_output", "deepstack_features")]

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from sparsight.devices.precision import forked_rng
+from sparsight.errors import UserError
 from sparsight.modeling import SparsightForConditionalGeneration
+from sparsight.modeling.quantised import count
 from sparsight.settings.recipe import Lora, Stage
 
 PARTS: dict[str, tuple[str, ...]] = {
@@ -44,8 +46,8 @@ def select_trainable(model: SparsightForConditionalGeneration, stage: Stage) -> 
         parameter.requires_grad_(trains)
         if adapter:
             parameter.data = parameter.data.float()
-        trainable[part] += parameter.numel() * trains
-        total[part] += parameter.numel()
+        trainable[part] += count(parameter) * trains
+        total[part] += count(parameter)
     return {part: (trainable[part], total[part]) for part in PARTS}
 
 
@@ -74,18 +76,34 @@ def parameter_groups(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
     ]
 
 
-def add_lora(model: SparsightForConditionalGeneration, lora: Lora | None, seed: int) -> Any:
-    """Put adapters on all linear maps of the language model's layers, and nowhere else. Undone by `merge_lora`."""
-    if lora is None:
+def add_lora(model: SparsightForConditionalGeneration, lora: Lora | None, seed: int, keep: bool = False) -> Any:
+    """Put adapters on linear maps of the language model's layers, and nowhere else. Undone by `merge_lora`, unless
+    they are to ``keep``; those of an earlier stage go on.
+
+    Raises:
+        UserError: there is no linear map of a name in ``lora.targets``.
+    """
+    if lora is None or getattr(model, "_hf_peft_config_loaded", False):
         return None
     from peft import LoraConfig, LoraModel
 
     inside = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     inside = [name for name in inside if name.startswith("model.language_model.")]
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=inside)
+    named = {name.rpartition(".")[2] for name in inside}
+    if lacks := set(lora.targets or ()) - named:
+        raise UserError(f"lora.targets: the language model has no {sorted(lacks)}; its linear maps are {sorted(named)}")
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=[name for name in inside if name.rpartition(".")[2] in (lora.targets or named)],
+        use_rslora=lora.scaling == "rslora",
+    )
     with forked_rng():
         torch.manual_seed(seed)
-        return LoraModel(model, config, "default")
+        adapted = LoraModel(model, config, "default")
+    model._hf_peft_config_loaded = keep  # as after transformers' own `add_adapter`: it saves them apart
+    return None if keep else adapted
 
 
 def merge_lora(lora: Any) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from accelerate.utils import gather_object
 from rich.text import Text
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -36,7 +37,7 @@ from sparsight.training import idle
 from sparsight.training.counter import StepCounter
 from sparsight.training.optimizer import MuonAdamW, optimizer_flops
 from sparsight.training.quarantine import Quarantine
-from sparsight.training.stages import parameter_groups
+from sparsight.training.stages import parameter_groups, part_of
 
 
 class StepLog(Protocol):
@@ -56,8 +57,30 @@ class SparsightTrainer(Trainer):
         self, *args: Any, stage: Stage, plan: Sequence[Step], counter: StepCounter, handle: Any = None, **kwargs: Any
     ) -> None:
         self.stage, self.plan, self.counter, self.handle = stage, plan, counter, handle
+        model, adapted = args[0], getattr(args[0], "_hf_peft_config_loaded", False)
+        self.frozen_base = adapted or getattr(model, "is_quantized", False)
+        model._hf_peft_config_loaded = self.frozen_base  # a bridge may train on a packed base that has no adapters
         super().__init__(*args, **kwargs)
+        model._hf_peft_config_loaded = adapted
         self.remove_callback(PrinterCallback)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """With packed weights, or adapters beside them, a checkpoint has the parts that train, and adapters alone of
+        the language model: what is frozen is there when the stage begins."""
+        if not self.frozen_base:
+            return super()._save(output_dir, state_dict)
+        folder, parts = Path(output_dir or self.args.output_dir), self.stage.learning_rate.parts()
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = {
+            name: tensor.contiguous()
+            for name, tensor in self.model.state_dict().items()
+            if part_of(name) in parts and (part_of(name) != "language" or ".lora_" in name)
+        }
+        save_file(trained, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if not self.frozen_base:  # else most weights are not in a checkpoint
+            super()._issue_warnings_after_load(load_result)
 
     def track(self, record: Mapping[str, Any]) -> None:
         """To the trackers alone, as ``seconds/data``: `Trainer.log` would keep all records in every checkpoint."""
