@@ -1,7 +1,7 @@
 """Sparsight in Axolotl: its class in ``plugins``, its settings under ``sparsight``. Only Axolotl loads this module.
 
-    plugins: [sparsight.integrations.axolotl.SparsightPlugin]
-    sparsight: {compressor: {keep: 0.25}, skipper: {alpha: 0.6}}
+plugins: [sparsight.integrations.axolotl.SparsightPlugin]
+sparsight: {compressor: {keep: 0.25}, skipper: {alpha: 0.6}}
 """
 
 from __future__ import annotations
@@ -60,5 +60,7 @@ class SparsightPlugin(BasePlugin):  # type: ignore[misc]
         compresses = callback.settings()["compressor"] is not None
         for key, why in _REFUSED.items():
             if compresses and int(cfg.get(key) or 0) > (key != "sample_packing"):
-                raise UserError(f"sparsight.compressor cannot work with {key}: {cfg[key]} ({why}); leave one of them out")
+                raise UserError(
+                    f"sparsight.compressor cannot work with {key}: {cfg[key]} ({why}); leave one of them out"
+                )
         return [callback]

@@ -33,12 +33,16 @@ def take_callback(args: Mapping[str, Any] | list[str]) -> tuple[dict[str, Any], 
         UserError: no file was given, it has no such key, a setting is wrong, or the run is of a kind that cannot take it.
     """
     if not isinstance(args, Mapping):
-        raise UserError("expected a YAML or JSON file of LLaMA-Factory with a key 'sparsight', then overrides key=value")
+        raise UserError(
+            "expected a YAML or JSON file of LLaMA-Factory with a key 'sparsight', then overrides key=value"
+        )
     rest = dict(args)
     if (settings := rest.pop("sparsight", None)) is None:
         raise UserError("no key 'sparsight' in the arguments: add sparsight: {compressor: {keep: 0.25}}")
     if rest.get("stage") == "ppo":
-        raise UserError("stage: ppo cannot be trained with sparsight: rollouts see all tokens and layers, the policy not")
+        raise UserError(
+            "stage: ppo cannot be trained with sparsight: rollouts see all tokens and layers, the policy not"
+        )
     if os.environ.get("USE_V1", "").lower() in ("1", "true", "y"):
         raise UserError("USE_V1: LLaMA-Factory's second trainer takes no callbacks; unset it")
     callback = callback_from(settings)
