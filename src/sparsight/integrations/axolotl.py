@@ -44,7 +44,7 @@ class SparsightArgs(BaseModel):
         return value
 
 
-class SparsightPlugin(BasePlugin):  # type: ignore[misc]
+class SparsightPlugin(BasePlugin):
     """Gives the trainer a callback that attaches when training begins."""
 
     def get_input_args(self) -> str:

@@ -1,6 +1,6 @@
 """Sparsight in LLaMA-Factory, whose command line takes no callback:
 
-    python -m sparsight.integrations.llamafactory x.yaml learning_rate=1e-5      # else: llamafactory-cli train x.yaml ...
+    python -m sparsight.integrations.llamafactory x.yaml learning_rate=1e-5    # else: llamafactory-cli train x.yaml ...
     torchrun --nproc-per-node 8 -m sparsight.integrations.llamafactory x.yaml
 
 The same file and overrides, with one key more: ``sparsight: {compressor: {keep: 0.25}, skipper: {alpha: 0.6}}``.
@@ -30,7 +30,7 @@ def take_callback(args: Mapping[str, Any] | list[str]) -> tuple[dict[str, Any], 
     """What LLaMA-Factory is to get, and the callback of the key ``sparsight``.
 
     Raises:
-        UserError: no file was given, it has no such key, a setting is wrong, or the run is of a kind that cannot take it.
+        UserError: no file was given, it has no such key, a setting is wrong, or the run is of a kind that takes none.
     """
     if not isinstance(args, Mapping):
         raise UserError(
