@@ -1,4 +1,4 @@
-"""Axolotl's plug-in; the trainer itself is tried by hand, docs/trainers/axolotl.md says how."""
+"""Axolotl's plug-in; the trainer itself is tried by hand, docs/trainers/README.md says how."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's launcher; the trainer itself is tried by hand, docs/trainers/llama-factory.md says how."""
+"""LLaMA-Factory's launcher; the trainer itself is tried by hand, docs/trainers/README.md says how."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NeMo AutoModel's recipe: what it reads and refuses. Its training is tried by scripts/try_swift_nemo.sh."""
+"""NeMo AutoModel's recipe: what it reads and refuses. Its training is tried by hand, docs/trainers/README.md says how."""
 
 import importlib.util
 from types import SimpleNamespace
@@ -50,6 +50,7 @@ def test_it_attaches_goes_on_at_the_step_of_the_recipe_and_logs():
     [
         (None, {}, "no key 'sparsight'"),
         ({"compresor": {}}, {}, "did you mean 'compressor'"),
+        ({"compressor": {}, "dense_probe": 4}, {}, "dense_probe 4"),
         ({"compressor": {}}, {"pp_size": 2}, "pp_size 2"),
         ({"compressor": {}}, {"cp_size": 2}, "cp_size 2"),
         ({"compressor": {}}, {"tp_size": 2}, "tp_size 2"),

@@ -31,10 +31,11 @@ class Sparse:
         """Raises UserError for wrong settings, and for parallelism under which nothing can be attached."""
         methods = callback_from(_plain(self.cfg.get("sparsight", None)), "sparsight").methods
         assert methods is not None
+        if methods.dense_probe is not None:
+            raise UserError(f"sparsight.dense_probe {methods.dense_probe}: this recipe has no probe; leave it out")
         super().setup()  # type: ignore[misc]
-        model = self.model_parts[0]
         _refuse(getattr(self, "mesh_context", None), self.model_parts, methods.skipper is not None)
-        model = getattr(model, "module", model)  # of DistributedDataParallel
+        model = getattr(self.model_parts[0], "module", self.model_parts[0])  # of DistributedDataParallel
         model = getattr(model, "_orig_mod", model)  # of torch.compile
         self.handle = attach(model, methods.compressor, methods.skipper, seed=methods.seed)
         follow(self.handle, self.optimizer, self.step_scheduler.max_steps, start=self.step_scheduler.step)
