@@ -1,4 +1,4 @@
-"""NeMo AutoModel's recipe: what it reads and refuses. Its training is tried by hand, docs/trainers/README.md says how."""
+"""NeMo AutoModel's recipe: what it reads and refuses. Its training is tried by hand: docs/trainers/README.md."""
 
 import importlib.util
 from types import SimpleNamespace
