@@ -44,7 +44,7 @@ $(SETUP_DONE): pyproject.toml constraints.txt
 	@echo "setup: installing torch (the large one)"
 	@$(PIP) install -c constraints.txt torch==2.13.0
 	@echo "setup: installing Sparsight and its tools"
-	@$(PIP) install -c constraints.txt -e '.[lora,gguf,trl,video,dev]'
+	@$(PIP) install -c constraints.txt -e '.[lora,gguf,trl,video,quant,dev]'
 	@touch $@
 	@echo "setup: done"
 
