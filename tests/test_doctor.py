@@ -105,7 +105,7 @@ def test_render_shows_remedies_unchanged() -> None:
 
 def test_F11_a_transformers_too_old_for_composing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "composing" not in {check.name for check in diagnose()}
-    monkeypatch.setattr("transformers.__version__", "5.9.0")
+    monkeypatch.setattr("sparsight.compat.transformers.__version__", "5.9.0")
     (check,) = [check for check in diagnose() if check.name == "composing"]
     assert check.status == "warning" and "need >=5.10" in check.found
     assert check.remedy == 'pip install "transformers>=5.10,<6"'
