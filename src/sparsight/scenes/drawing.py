@@ -1,4 +1,4 @@
-"""Drawing: named cut-outs (emoji or shapes), cards with a number, grounds."""
+"""Drawing: named cut-outs (emoji, shapes or photographs), cards with a number, grounds."""
 
 from __future__ import annotations
 
@@ -28,19 +28,29 @@ _SHAPES = ("circle", "star", "square", "heart", "triangle", "cross", "ring", "mo
 # each block of eight shows every colour and every shape once
 SHAPE_KINDS = tuple(f"{c} {_SHAPES[(i + 3 * b) % 8]}" for b in range(8) for i, c in enumerate(_COLOURS))
 
-# Set -> kind -> its group, then its images. The first 16, 24 and 32 emoji look as different as possible, and groups are
-# of like size there, so that the name in an adversarial question does not give the answer away.
+# Set -> kind -> its group (of photographs "group folder"), then its images. The first 16, 24 and 32 emoji and 12 kinds
+# of photographs look as different as possible, and groups are of like size there, so that the name in an adversarial
+# question does not give the answer away.
 _FILES: dict[str, dict[str, list[str]]] = json.loads(Path(__file__).with_name("kinds.json").read_text())
+LANDSCAPES = _FILES.pop("landscapes")  # by split; the photographs that those of things stand on
+
+
+def _paths(group: str, *images: str) -> tuple[str, ...]:
+    """Paths of a kind's images below `cutout_folder`."""
+    _, _, folder = group.partition(" ")
+    return tuple(f"stamps/{folder}/{image}.png" if folder else f"{image}.webp" for image in images)
+
+
 # Set -> kind -> its images, and the traits that it shares with others: a group, or its colour and its shape.
-IMAGES = {name: {kind: tuple(images) for kind, (_, *images) in kinds.items()} for name, kinds in _FILES.items()}
-TRAITS = {name: {kind: {group} for kind, (group, *_) in kinds.items()} for name, kinds in _FILES.items()}
+IMAGES = {name: {kind: _paths(*images) for kind, images in kinds.items()} for name, kinds in _FILES.items()}
+TRAITS = {name: {kind: {group.split()[0]} for kind, (group, *_) in kinds.items()} for name, kinds in _FILES.items()}
 IMAGES["shapes"] = {kind: (kind,) for kind in SHAPE_KINDS}
 TRAITS["shapes"] = {kind: set(kind.split()) for kind in SHAPE_KINDS}
 
 
 @dataclass(frozen=True)
 class Ground:
-    """The background: "plain", "gradient" or "noise" between two colours."""
+    """The background: "plain", "gradient" or "noise" between two colours, or the name of a landscape."""
 
     kind: str
     colours: tuple[Colour, Colour]
@@ -57,6 +67,8 @@ def draw_ground(ground: Ground, size: int) -> Image.Image:
         corners = corners if ground.seed % 2 else corners.transpose(1, 0, 2)
         return Image.fromarray(corners).resize((size, size), Image.Resampling.BILINEAR)
     rng = np.random.Generator(np.random.Philox(ground.seed))
+    if ground.kind != "noise":
+        return _landscape(ground.kind, size, rng)
     mix = rng.random((7, 7, 1))
     blobs = mix * np.array(first) + (1 - mix) * np.array(second)
     smooth = Image.fromarray(blobs.astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
@@ -64,8 +76,21 @@ def draw_ground(ground: Ground, size: int) -> Image.Image:
     return Image.fromarray(np.clip(np.asarray(smooth) + grain, 0, 255).astype(np.uint8))
 
 
+def _landscape(name: str, size: int, rng: np.random.Generator) -> Image.Image:
+    """A random square of the photograph (720 x 360 pixels), at least two thirds of its height."""
+    folder = cutout_folder("photos")
+    assert folder is not None, "the photographs went away"
+    with Image.open(folder / "land" / f"{name}.jpg", formats=("JPEG",)) as file:
+        photo = file.convert("RGB")
+    side = int(rng.integers(photo.height * 2 // 3, photo.height + 1))
+    x, y = (int(rng.integers(whole - side + 1)) for whole in photo.size)
+    return photo.resize((size, size), Image.Resampling.LANCZOS, (x, y, x + side, y + side))
+
+
 def cutout_folder(cutouts: str) -> Path | None:
-    """Folder of the emoji, or None for shapes. Part of the cache key: tests move it."""
+    """Folder of the emoji or photographs; None for shapes, or if absent. Part of the cache key: tests move it."""
+    if cutouts == "photos":
+        return assets.photos_folder()
     return None if cutouts == "shapes" else assets.emoji_folder()
 
 
@@ -76,7 +101,7 @@ def whole_cutout(folder: Path | None, name: str) -> Image.Image:
         colour, shape = name.split(" ")
         image = _draw_shape(colour, shape)
     else:
-        with Image.open(folder / f"{name}.webp", formats=("WEBP",)) as file:
+        with Image.open(folder / name, formats=("WEBP", "PNG")) as file:
             image = file.convert("RGBA")
     visible = image.getchannel("A").point(lambda alpha: 255 * (alpha > 24))
     return image.crop(visible.getbbox())

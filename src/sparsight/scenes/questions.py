@@ -232,7 +232,7 @@ class ScenesDataset:
 
     Raises:
         UserError: a task is unknown or its weight is no weight, or not every image allows one of the tasks.
-        FileNotFoundError: emoji are asked for and absent.
+        UserError: emoji or photographs are asked for and absent.
     """
 
     def __init__(

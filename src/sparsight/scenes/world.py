@@ -15,7 +15,7 @@ from PIL import Image
 from sparsight import assets
 from sparsight.errors import UserError
 from sparsight.scenes import drawing
-from sparsight.scenes.drawing import IMAGES, SHAPE_KINDS, Ground
+from sparsight.scenes.drawing import IMAGES, LANDSCAPES, SHAPE_KINDS, Ground
 
 Box = tuple[int, int, int, int]
 
@@ -35,7 +35,8 @@ class SceneConfig:
         numbers: probability of a printed number of `digits` (fewest, most) digits, font size `number_size`.
         noise: probability of a noisy ground, otherwise plain or a gradient.
         cutouts: "emoji", "shapes", or "auto" (emoji if they are installed); "families" are emoji with several images
-            of a kind: the last one is for test, the one before it for validation, the others are for training.
+            of a kind: the last fifth (one or more) is for test, as many before it for validation, the others are for
+            training; "photos" are photographs of 15 kinds, split alike, on photographs of landscapes.
         held_out: share of the (kind, cell) pairs that no training scene shows and each other scene does.
         questions: the most question turns of a conversation.
 
@@ -68,19 +69,23 @@ class SceneConfig:
             ("max_things", self.max_things <= most, f"at most {most}, a cell each, and one for a number"),
             ("digits", 1 <= few <= many <= 4, "(fewest, most) with 1 <= fewest <= most <= 4"),
             ("number_size", width <= side, f"{many} digits no wider than a cell of {side} px"),
+            (
+                "noise",
+                self.cutouts != "photos" or self.noise == 0.5,
+                "0.5: photos stand on landscapes instead",
+            ),
         ):
             if not holds:
                 raise UserError(f"scenes: {name} is {getattr(self, name)!r}, expected {expected}")
 
     def resolved(self) -> SceneConfig:
-        """The same with `cutouts` settled. Raises FileNotFoundError if emoji are asked for and absent."""
-        found = assets.emoji_folder()
-        if self.cutouts in ("emoji", "families") and found is None:
-            raise FileNotFoundError(
-                f"cutouts='{self.cutouts}', but {assets.assets_dir()}/fluent-emoji-3d lacks them: run `make assets`, "
-                "or set SPARSIGHT_ASSETS to the folder that has them"
-            )
-        return replace(self, cutouts="emoji" if found else "shapes") if self.cutouts == "auto" else self
+        """The same with `cutouts` settled. Raises UserError if emoji or photographs are asked for and absent."""
+        found = drawing.cutout_folder(self.cutouts)
+        if self.cutouts == "auto":
+            return replace(self, cutouts="emoji" if found else "shapes")
+        if found is None and self.cutouts != "shapes":
+            raise assets.missing("photos" if self.cutouts == "photos" else "fluent-emoji-3d")
+        return self
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,9 @@ def kind_names(config: SceneConfig) -> tuple[str, ...]:
 def images_of(config: SceneConfig, name: str, split: str) -> tuple[str, ...]:
     """The images of a kind that a split shows; of a kind with one alone, all splits show that."""
     every = IMAGES[config.cutouts][name]
-    return every if len(every) == 1 else {"train": every[:-2], "validation": every[-2:-1], "test": every[-1:]}[split]
+    held, n = max(1, len(every) // 5), len(every)  # for validation, and for test
+    own = {"train": every[: n - 2 * held], "validation": every[n - 2 * held : n - held], "test": every[n - held :]}
+    return every if n == 1 else own[split]
 
 
 def cell_names(grid: int) -> tuple[str, ...]:
@@ -176,7 +183,7 @@ def make_scene(config: SceneConfig, split: str, index: int, seed: int = 0) -> Sc
     config, rng = config.resolved(), _rng(seed, split, index, 0)
     placed = _place(config, rng, split == "train")
     things = tuple(_thing(config, rng, name, cell, split) for name, cell in placed)
-    scene = Scene(config, split, seed, index, things, _ground(config, rng))
+    scene = Scene(config, split, seed, index, things, _ground(config, rng, split))
     if rng.random() >= config.numbers:
         return scene
     few, many = config.digits
@@ -229,8 +236,10 @@ def _thing(config: SceneConfig, rng: np.random.Generator, name: str, cell: int, 
     return Thing(name, cell, _box(config, rng, cell, width, height, size / max(width, height)), image)
 
 
-def _ground(config: SceneConfig, rng: np.random.Generator) -> Ground:
+def _ground(config: SceneConfig, rng: np.random.Generator, split: str) -> Ground:
     low, high = (186, 250) if rng.random() < 0.6 else (24, 92)  # light or dark
     first, second = (tuple(int(v) for v in rng.integers(low, high, 3)) for _ in range(2))
     kind = "noise" if rng.random() < config.noise else ("plain", "gradient")[rng.integers(2)]
+    if config.cutouts == "photos":
+        kind = LANDSCAPES[split][rng.integers(len(LANDSCAPES[split]))]
     return Ground(kind, (first, second), int(rng.integers(2**31)))  # type: ignore[arg-type]

@@ -22,11 +22,13 @@ class SceneData(Settings):
     digits: tuple[int, int] = Field((1, 2), description="fewest and most digits of a printed number")
     number_size: int = Field(40, ge=8, description="font size of a printed number, in pixels of an image of 256")
     grid: int = Field(3, ge=2, le=3, description="cells per side that things stand in")
-    noise: float = Field(0.5, ge=0, le=1)
+    noise: float = Field(0.5, ge=0, le=1, description="share of noisy grounds; photos stand on landscapes instead")
     held_out: float = Field(0.1, ge=0, le=0.5, description="share of (kind, cell) pairs that training never shows")
     questions: int = Field(6, ge=1)
     tasks: dict[str, float] | None = Field(None, description="weight of each task; all alike if not given")
-    cutouts: Literal["auto", "emoji", "shapes", "families"] = "auto"
+    cutouts: Literal["auto", "emoji", "shapes", "families", "photos"] = Field(
+        "auto", description="emoji if installed, else shapes; families and photos keep images apart by split"
+    )
     seed: int = 0
 
 
