@@ -29,7 +29,11 @@ NAMED = {"oldest": "5.0.0", "pinned": "", "newest": "newest"}
 VERSIONS = ["oldest", "5.4.0", "5.9.0", "5.10.1", "5.12.1", "5.16.1", "5.18.0", "5.20.1", "pinned", "newest"]
 TESTS = {  # a table for each
     "attach": ["tests/sparse/test_attach.py", "tests/sparse/test_handle.py", "tests/sparse/test_gather.py"],
-    "compose": ["tests/modeling/test_modeling.py", "tests/modeling/test_processing.py"],  # where COMPOSING holds
+    "compose": [  # where COMPOSING holds
+        "tests/modeling/test_modeling.py",
+        "tests/modeling/test_processing.py",
+        "tests/test_pipeline.py::test_a_run_leaves_a_log_and_a_model_of_every_stage",
+    ],
 }
 
 

@@ -22,11 +22,13 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
+    PreTrainedConfig,
     ResNetConfig,
 )
 
 import sparsight
 from sparsight import assets
+from sparsight.errors import UserError
 from sparsight.modeling import SparsightForConditionalGeneration
 from sparsight.modeling.build import _vision, build
 from sparsight.modeling.chat_templates import CHATML, FLATTEN, multimodal_template
@@ -539,3 +541,11 @@ def test_F22_a_tower_of_a_larger_model_loads_without_a_report(tmp_path, caplog, 
         encoder, *_ = _vision(str(tmp_path), None, None)
         assert ("LOAD REPORT" in caplog.text) == bool(lacking) and "UNEXPECTED" not in caplog.text
         assert torch.equal(encoder.get_parameter("post_layernorm.bias"), whole.vision_model.post_layernorm.bias)
+
+
+def test_an_encoder_that_this_transformers_does_not_have_is_refused() -> None:
+    class Unknown(PreTrainedConfig):
+        model_type = "unknown"
+
+    with pytest.raises(UserError, match=r"^vision 'Unknown': transformers [0-9.]+ has no encoder .* 'unknown'"):
+        build(Unknown(), "smollm2-135m", BRIDGE)

@@ -14,13 +14,16 @@ from torch import nn
 from transformers import (
     MODEL_MAPPING,
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     ViTImageProcessorPil,
 )
+from transformers import __version__ as transformers_version
+
+# Up to 5.17 the same name in the package itself wants torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import cached_file
 
 from sparsight import assets
@@ -185,7 +188,7 @@ def _vision(vision: Any, image_processor: Any, image_size: int | None) -> tuple[
         own = None if image_processor else _pil_processor(name)
         vision = _load_tower(name, config)
     elif random:
-        vision = AutoModel.from_config(deepcopy(getattr(vision, "vision_config", vision)), trust_remote_code=False)
+        vision = AutoModel.from_config(deepcopy(_tower_config(name, vision)), trust_remote_code=False)
     if not isinstance(vision, nn.Module):
         raise UserError(f"vision: expected a name, a folder, a config or a module, found {type(vision).__name__}")
     encoder = getattr(vision, "vision_model", vision) if hasattr(vision, "text_model") else vision
@@ -207,10 +210,16 @@ def _vision_config(name: str) -> Any:
     """The encoder's configuration, which may be a part of another's; no weights are read."""
     with loading("vision", name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    part = getattr(config, "vision_config", config)
-    if type(part) not in MODEL_MAPPING:
-        raise UserError(f"vision '{name}': transformers has no encoder for a model of type '{part.model_type}'")
+    part = _tower_config(name, config)
     _refuse_quantised("vision", config)
+    return part
+
+
+def _tower_config(name: str, config: Any) -> Any:
+    part = getattr(config, "vision_config", config)
+    if type(part) not in MODEL_MAPPING:  # Qwen's and others stand there from 5.18 on
+        have = f"transformers {transformers_version} has no encoder"
+        raise UserError(f"vision '{name}': {have} for a model of type '{part.model_type}'; a newer one may")
     return part
 
 
