@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -29,6 +30,7 @@ from sparsight.settings.bridges import ChainOfSightConfig
 from sparsight.settings.load import load_recipe, load_recipes
 from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.settings.recipe import LearningRates, Recipe, Stage
+from sparsight.sparse.forward import State
 
 PAPER = Path(__file__).parents[1] / "recipes" / "paper-7b.yaml"
 
@@ -92,6 +94,31 @@ def test_methods_over_their_schedules(paper):
     share = skipped.mean("layers") / 32
     assert skipped.flops["language_mlp"] == pytest.approx(share * plain[1].flops["language_mlp"])
     assert skipped.flops["vocabulary"] == plain[1].flops["vocabulary"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"schedule": "plateau"},
+        {"schedule": "plateau", "decay_from": 0.6, "dense_last": 0.1},
+        {"schedule": "constant", "dense_last": 0.25},
+        {"schedule": "plateau", "layers": "alternating", "inverse_density": True, "epsilon": 0.2, "protected": (2, 1)},
+    ],
+    ids=str,
+)
+def test_layers_run_as_planned(paper, settings):
+    """The layers that the steps of a stage draw, against the forecast; twice the standard error is allowed."""
+    skipper, steps = SkipperConfig(**({"alpha": 0.4, "epsilon": 0.0} | settings)), 1000
+    planned = forecast(changed(paper, 1, skipper=skipper))[1]
+    state = State(32, None, skipper, 3, True)
+    ran = []
+    for step in range(steps):
+        state.step(step, step / steps)
+        ran.append(32 - sum(state.skipped))
+    assert planned.mean("layers") == pytest.approx(sum(ran) / steps, abs=2 * np.std(ran) / steps**0.5)
+    assert planned.flops["language_mlp"] == pytest.approx(
+        planned.mean("layers") / 32 * forecast(paper)[1].flops["language_mlp"]
+    )
 
 
 def test_a_layout_that_does_not_fit(paper):

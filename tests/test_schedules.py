@@ -1,10 +1,13 @@
 import math
+from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsight.schedules import anneal, skip_probabilities, skipped_layers
+from sparsight.settings.methods import SkipperConfig
 
 SHARES = st.floats(0, 1)
 KINDS = ["constant", "linear", "cosine", "steps"]
@@ -50,6 +53,71 @@ def test_courses_over_a_stage():
     # One epoch of the falling schedule skips alpha / 3 in the mean.
     mean = sum(skip_probabilities(1, i / 999, 0.6)[0] for i in range(1000)) / 1000
     assert mean == pytest.approx(0.2, abs=1e-3)
+
+
+def test_a_plateau_its_decay_and_a_dense_end():
+    def means(schedule="plateau", **shares):
+        return [skip_probabilities(3, step / 20, 0.5, 0, schedule, **shares)[0] for step in range(20)]
+
+    assert means() == pytest.approx([0.5] * 17 + [0.375, 0.25, 0.125])  # from 0.8 to the end
+    assert means(decay_from=0.5, dense_last=0.25) == pytest.approx([0.5] * 11 + [0.4, 0.3, 0.2, 0.1] + [0] * 5)
+    assert means("constant", dense_last=0.35) == [0.5] * 13 + [0.0] * 7  # 13 / 20 and 1 - 0.35 differ
+    before, after = means("falling"), means("falling", dense_last=0.1)
+    assert after == [*before[:18], 0.0, 0.0]  # the schedule itself is as before
+    with pytest.raises(ValueError, match="decay_from 0.8, dense_last 0.2: expected decay_from < 1 - dense_last"):
+        means(dense_last=0.2)
+
+
+@given(st.integers(0, 2**31), st.integers(0, 10**6), st.integers(1, 40), SHARES)
+def test_settings_left_alone_are_the_schemes_bit_by_bit(seed, step, layers, progress):
+    """What the Sparse Training Scheme's skipper drew before it had other options."""
+    config = SkipperConfig(alpha=0.6, epsilon=0.3)
+    chances = config.probabilities(layers, progress)
+    tilts = [1 + 0.3 * (2 * layer - (layers - 1)) / max(layers - 1, 1) for layer in range(layers)]
+    assert chances == [0.6 * (1 - progress) ** 2 * tilt for tilt in tilts]
+    draws = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step]))).random(layers)
+    wanted = (draws < chances).tolist()
+    if all(wanted):
+        wanted[0] = False
+    assert skipped_layers(chances, seed, step) == tuple(wanted)
+    neutral = SkipperConfig(alpha=0.6, epsilon=0.3, dense_last=0.0, layers="any", inverse_density=False)
+    assert neutral == config and neutral.probabilities(layers, progress) == chances
+
+
+@given(st.integers(0, 2**31), st.integers(0, 10**6), st.integers(1, 40), st.floats(0, 0.5))
+def test_alternating_layers_are_never_neighbours(seed, step, layers, p):
+    found = skipped_layers([p] * layers, seed, step, alternating=True)
+    assert not any(one and other for one, other in pairwise(found))
+    assert len({layer % 2 for layer, skipped in enumerate(found) if skipped}) <= 1
+    assert found == skipped_layers([p] * layers, seed, step, alternating=True)
+    more = skipped_layers([p] * (layers + 1), seed, step, alternating=True)
+    assert layers == 1 or more[:-1] == found  # a layer's draw does not depend on the number of layers
+
+
+def test_alternating_layers_are_skipped_as_often():
+    wanted, steps = [0.1, 0.5, 0.4, 0.0, 0.25], 4000
+    drawn = [skipped_layers(wanted, 7, step, alternating=True) for step in range(steps)]
+    for column, p in zip(zip(*drawn, strict=True), wanted, strict=True):
+        assert abs(sum(column) / steps - p) <= 5 * math.sqrt(p * (1 - p) / steps)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"decay_from": 0.5}, "decay_from 0.5: expected schedule 'plateau', found 'falling'"),
+        ({"schedule": "plateau", "dense_last": 0.2}, r"decay_from 0.8, dense_last 0.2: expected decay_from < 1 - "),
+        (
+            {"layers": "alternating"},
+            r"alpha 0.6, epsilon 0.3: with layers 'alternating', .* in half of the steps: .*0.5",
+        ),
+        ({"inverse_density": True, "alpha": 1.0, "epsilon": 0.0}, r"with inverse_density, expected .* < 1"),
+        ({"protected": (-1, 0)}, r"protected \(-1, 0\): expected numbers of first and last layers"),
+        ({"importance": (1.0,), "protected": (1, 1)}, r"protected layers 1 \+ 1: the model has 1"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SkipperConfig(**settings)
 
 
 def test_protected_and_important_layers():

@@ -11,7 +11,7 @@ import numpy as np
 from sparsight.errors import UserError
 
 Anneal = Literal["constant", "linear", "cosine", "steps"]
-SkipSchedule = Literal["falling", "constant", "rising"]
+SkipSchedule = Literal["falling", "constant", "rising", "plateau"]
 _STEPS = 4  # equal parts of a stage, for "steps"
 
 
@@ -50,6 +50,9 @@ def skip_probabilities(
     schedule: SkipSchedule = "falling",
     protected: tuple[int, int] = (0, 0),
     importance: Sequence[float] | None = None,
+    *,
+    decay_from: float = 0.8,
+    dense_last: float = 0.0,
 ) -> list[float]:
     """The probability that each layer is skipped (Sparse Training Scheme, Layer Dynamic Skipper).
 
@@ -59,9 +62,12 @@ def skip_probabilities(
     Args:
         progress: share of the stage that is done, fractional, so that one epoch anneals too.
         schedule: "falling" as above; "constant": a factor of 1; "rising": 1 - exp(-100 progress), as in Progressive
-            Layer Dropping.
+            Layer Dropping; "plateau": 1 until ``decay_from``, from there linear to 0 (see below).
         protected: first and last layers that are never skipped; the others keep their probabilities.
         importance: of each layer; then the tilt goes from the most to the least important one in place of depth (ours).
+        decay_from, dense_last: shares of the stage: where the plateau ends, and how much of the end has no skipped
+            layer under any schedule. "plateau" reaches 0 where that begins. Both are those of modded-nanogpt's pull
+            request 348, after Don't Drop Dropout (ICML 2026).
 
     Raises:
         UserError: a value is out of its range; the message shows it.
@@ -77,16 +83,32 @@ def skip_probabilities(
         if len(importance) != layers:
             raise UserError(f"importance has {len(importance)} values, but the model has {layers} layers")
         ranks = np.argsort(np.argsort([-value for value in importance], kind="stable")).tolist()
-    factor = {"falling": (1 - progress) ** 2, "constant": 1.0, "rising": 1 - math.exp(-100 * progress)}[schedule]
+    dense_from = 1 - dense_last
+    if schedule == "plateau":
+        if not decay_from < dense_from:
+            raise UserError(f"decay_from {decay_from}, dense_last {dense_last}: expected decay_from < 1 - dense_last")
+        factor = min(1.0, (dense_from - progress) / (dense_from - decay_from))
+    else:
+        factor = {"falling": (1 - progress) ** 2, "constant": 1.0, "rising": 1 - math.exp(-100 * progress)}[schedule]
+    if dense_last and progress > dense_from - 1e-9:  # shares of steps are not exact
+        factor = 0.0
     tilts = (1 + epsilon * (2 * rank - (layers - 1)) / max(layers - 1, 1) for rank in ranks)
     return [alpha * factor * tilt if first <= layer < layers - last else 0.0 for layer, tilt in enumerate(tilts)]
 
 
-def skipped_layers(probabilities: Sequence[float], seed: int, step: int) -> tuple[bool, ...]:
+def skipped_layers(probabilities: Sequence[float], seed: int, step: int, alternating: bool = False) -> tuple[bool, ...]:
     """Which layers are skipped in an optimizer step: a pure function, the same on every rank, after resume, and when
     activations are recomputed. A layer's draw does not depend on the number of layers. One layer always runs: where
-    all are drawn, the one with the smallest probability."""
-    draws = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step]))).random(len(probabilities))
+    all are drawn, the one with the smallest probability.
+
+    ``alternating``: the step's layers are the even or the odd ones, drawn too, each with twice its probability: none is
+    skipped beside its neighbour, and each as often as before.
+    """
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step])))
+    if alternating:
+        turn = int(generator.integers(2))
+        probabilities = [2 * p if layer % 2 == turn else 0.0 for layer, p in enumerate(probabilities)]
+    draws = generator.random(len(probabilities))
     skipped = [bool(draw < p) for draw, p in zip(draws, probabilities, strict=True)]
     if skipped and all(skipped):
         skipped[int(np.argmin(probabilities))] = False

@@ -26,12 +26,13 @@ STEPS, LONG = 3, 50
 
 
 def prepared(name: str, recompute: bool) -> tuple[Any, Any]:
-    """A model with both methods on: half of the tokens, every other layer."""
+    """A model with both methods on: half of the tokens, up to every other layer, the others scaled."""
     model = made(name)
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     compressor = CompressorConfig(keep=0.5, method="similarity")
-    return model, attach(model, compressor, SkipperConfig(alpha=0.5, epsilon=0.0, schedule="constant"), seed=1)
+    skipper = SkipperConfig(alpha=0.4, epsilon=0.0, schedule="constant", layers="alternating", inverse_density=True)
+    return model, attach(model, compressor, skipper, seed=1)
 
 
 def batches(name: str, model: Any, step: int) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 import copy
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from tiny import make_vlm
 
 QUARTER = CompressorConfig(keep=0.25)
 HALF_OFF = SkipperConfig(alpha=0.5, epsilon=0.0, schedule="constant")
+SCALED = SkipperConfig(alpha=0.4, epsilon=0.3, schedule="constant", inverse_density=True)
+STEP = 21  # in which SCALED skips some layers, of four as of two
 METHODS = ["uniform", "random", "text", "pool", "similarity", "merge"]
 
 
@@ -294,14 +297,15 @@ def test_the_state_of_a_handle_is_read_only():
         handle.set_skipped([True, False])
 
 
+@pytest.mark.parametrize("skipper", [HALF_OFF, SCALED], ids=["plain", "scaled"])
 @pytest.mark.parametrize("name", ["llava, clip + llama", "qwen3_vl", "sparsight"])
-def test_activation_checkpointing_recomputes_the_same(name):
+def test_activation_checkpointing_recomputes_the_same(name, skipper):
     found = []
     for recompute in (False, True):
         model = made(name)
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        attach(model, CompressorConfig(keep=0.5, method="random"), HALF_OFF).step(4, 0.1)
+        attach(model, CompressorConfig(keep=0.5, method="random"), skipper).step(4, 0.1)
         found.append(gradients(model, batch_of(name, model)))
     assert torch.equal(found[0][0], found[1][0]) and found[0][1].keys() == found[1][1].keys()
     assert all(torch.allclose(grad, found[1][1][key], atol=1e-6) for key, grad in found[0][1].items())
@@ -358,6 +362,99 @@ def test_the_dense_probe_is_the_plain_loss_and_leaves_no_trace():
     probe = handle.dense_probe()
     assert probe == {"loss_dense": plain, "loss_sparse": float(loss.detach())} and plain != float(loss)
     assert handle.passes == before and model.training and handle.train_only and all(m.training for m in model.modules())
+
+
+def plain_and_scaled(name, reference, **changes):
+    """Loss and gradients with the skipper of a step, and those of the plain model that ``reference`` has changed."""
+    model = made(name)
+    batch = batch_of(name, model)
+    plain = gradients(model, batch)
+    handle = attach(model, skipper=SCALED.model_copy(update=changes))
+    handle.step(STEP, 0.1)
+    assert any(handle.skipped) == (handle.skipper.alpha > 0) and not all(handle.skipped)
+    found = gradients(model, batch)
+    with torch.no_grad():
+        evaluated = model.eval()(**batch).loss
+        handle.detach()
+        assert torch.equal(model(**batch).loss, evaluated)  # the plain model, exactly
+    reference(model.train(), handle)
+    return plain, found, gradients(model, batch)
+
+
+def close(one, other):
+    largest = max(gradient.abs().max() for gradient in other[1].values())
+    assert one[1].keys() == other[1].keys() and torch.allclose(one[0], other[0], rtol=1e-6)
+    return all((gradient - other[1][name]).abs().max() <= 1e-5 * largest for name, gradient in one[1].items())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_layer_that_runs_adds_the_inverse_of_its_density(name):
+    """In each family as hooks on the plain model do it, forward and backward."""
+
+    def reference(model, handle):
+        chances = SCALED.probabilities(handle.parts.layers, 0.1)
+        for layer, p, skipped in zip(handle.layers, chances, handle.skipped, strict=True):
+            if skipped:
+                layer.forward = lambda hidden, *_, **__: hidden
+            else:
+                layer.register_forward_hook(lambda _, args, out, p=p: args[0] + (out - args[0]) / (1 - p))
+
+    plain, found, wanted = plain_and_scaled(name, reference)
+    assert close(found, wanted) and not torch.allclose(found[0], plain[0], rtol=1e-3)
+    plain, found, wanted = plain_and_scaled(name, lambda *_: None, alpha=0.0)  # nothing to make up for
+    assert same(found, plain) and same(wanted, plain)
+
+
+def test_the_inverse_of_the_density_in_a_decoder_written_by_hand():
+    """A Llama as the papers draw it: what attention and MLP of a layer add counts 1 / (1 - p) times."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**TEXT))
+    handle = attach(model, skipper=SCALED)
+    handle.step(STEP, 0.1)
+    ids = torch.randint(4, 60, (2, 9))
+    found = gradients(model, {"input_ids": ids, "labels": ids})
+    handle.detach()
+    model.zero_grad()
+    inner, positions = model.model, torch.arange(9)[None]
+    x = inner.embed_tokens(ids)
+    turned = inner.rotary_emb(x, positions)
+    for layer, p, skipped in zip(inner.layers, SCALED.probabilities(4, 0.1), handle.skipped, strict=True):
+        if not skipped:
+            seen = layer.self_attn(layer.input_layernorm(x), position_embeddings=turned, attention_mask=None)[0]
+            added = seen + layer.mlp(layer.post_attention_layernorm(x + seen))
+            x = x + added / (1 - p)
+    logits = model.lm_head(inner.norm(x))
+    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    wanted = loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert close(found, wanted)
+
+
+def test_layers_in_step_with_the_draw_and_a_step_of_all_layers():
+    """Where all layers run for sure, none is scaled: at a dense end, and in a step at its largest."""
+    model = made("llava, clip + llama")
+    batch = batch_of("llava, clip + llama", model)
+    plain = gradients(model, batch)
+    ended = SCALED.model_copy(update={"dense_last": 0.5, "layers": "alternating", "alpha": 0.3})
+    handle = attach(model, skipper=ended)
+    handle.step(9, 0.5)
+    assert same(gradients(model, batch), plain)
+    for step in range(20):
+        handle.step(step, 0.0)
+        assert not any(one and other for one, other in pairwise(handle.skipped))
+    assert not torch.equal(gradients(model, batch)[0], plain[0])
+    handle.at_its_largest()
+    assert same(gradients(model, batch), plain)
+
+
+def test_a_dense_end_is_no_idleness(recwarn):
+    model = made("llava, clip + llama")
+    handle = attach(model, skipper=SCALED.model_copy(update={"dense_last": 0.5}))
+    handle.step(9, 0.5)
+    batch = batch_of("llava, clip + llama", model)
+    for _ in range(55):
+        model(**batch)
+    assert [w for w in recwarn if w.category is NoEffectWarning] == []
 
 
 def test_a_layer_that_is_off_is_not_updated():

@@ -66,9 +66,16 @@ def steps(trainer):
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_resumed_is_the_run_that_was_never_interrupted(tmp_path):
-    whole, callback = trained(tmp_path / "a", dense_probe=2)
-    resumed, _ = trained(tmp_path / "a", resume=str(tmp_path / "a" / "checkpoint-3"), dense_probe=2)
+ALTERNATING = SkipperConfig(
+    alpha=0.4, epsilon=0.2, schedule="plateau", dense_last=0.1, layers="alternating", inverse_density=True
+)
+
+
+@pytest.mark.parametrize("skipper", [SKIPPER, ALTERNATING], ids=["falling", "alternating"])
+def test_resumed_is_the_run_that_was_never_interrupted(tmp_path, skipper):
+    options = {"dense_probe": 2, "skipper": skipper}
+    whole, callback = trained(tmp_path / "a", **options)
+    resumed, _ = trained(tmp_path / "a", resume=str(tmp_path / "a" / "checkpoint-3"), **options)
     keys = ("loss", "keep", "visual_tokens_out", "layers_run", "language_flops", "loss_dense", "loss_sparse")
     assert [[entry.get(key) for key in keys] for entry in steps(whole)][3:] == [
         [entry.get(key) for key in keys] for entry in steps(resumed)
@@ -88,6 +95,11 @@ def test_resumed_is_the_run_that_was_never_interrupted(tmp_path):
 
 def test_resuming_with_other_settings_is_refused(tmp_path):
     trained(tmp_path)
+    file = tmp_path / "checkpoint-3" / STATE_FILE
+    saved = json.loads(file.read_text())
+    del saved["skipper"]["layers"]  # as a version that knew no such setting has written it
+    file.write_text(json.dumps(saved))
+    trained(tmp_path, resume=str(tmp_path / "checkpoint-3"))
     with pytest.raises(ValueError, match="was written with other settings; these differ .*skipper"):
         trained(tmp_path, resume=str(tmp_path / "checkpoint-3"), skipper=SkipperConfig(alpha=0.1))
 

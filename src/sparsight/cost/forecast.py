@@ -13,12 +13,12 @@ from sparsight.cost.flops import bridge_flops, language_flops
 from sparsight.cost.memory import Parts, bridge_activations, encoder_activations, language_activations, step_memory
 from sparsight.cost.shapes import EncoderShape, LanguageShape, Trains, encoder_shape, language_shape, tell_if_cut
 from sparsight.layouts import window_bounds
-from sparsight.schedules import anneal, kept_tokens, skip_probabilities
+from sparsight.schedules import anneal, kept_tokens
 from sparsight.settings.bridges import ResamplerConfig, WindowedSettings
 from sparsight.settings.data import SceneData
 from sparsight.settings.recipe import Recipe, Stage
 
-POINTS = 32  # of a stage, at which its schedules are evaluated
+POINTS = 100  # of a stage, at which its schedules are evaluated
 MOST = 4096  # the largest micro-batch that `StageCost.fits` tries
 
 Speed = Callable[["StageCost"], float]  # seconds of a stage
@@ -124,7 +124,7 @@ class StageCost:
         c, skipper, layers = self.stage.compressor, self.stage.skipper, self.shapes[1].layers
         for point in range(POINTS):
             progress, keep, dense = (point + 0.5) / POINTS, 1.0, 0.0
-            skipped = sum(skip_probabilities(layers, progress, **skipper.model_dump())) if skipper is not None else 0.0
+            skipped = sum(skipper.probabilities(layers, progress)) if skipper is not None else 0.0
             if c is not None:
                 keep = c.keep if c.final is None else anneal(c.schedule, c.keep, c.final, progress)
                 dense = 1 / c.dense_every if c.dense_every is not None else 0.0

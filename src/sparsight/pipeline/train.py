@@ -37,7 +37,6 @@ from sparsight.reporting import RunLog, write_card
 from sparsight.reporting.runlog import step_seconds
 from sparsight.reporting.tables import human
 from sparsight.scenes.questions import TASKS
-from sparsight.schedules import skip_probabilities
 from sparsight.settings.load import load_recipe
 from sparsight.settings.recipe import Recipe, ScratchLanguage, Stage
 from sparsight.training.counter import StepCounter, resident_now
@@ -168,7 +167,7 @@ def _check_stages(
         max_length(stage, language)
         if stage.skipper is not None:
             try:
-                skip_probabilities(language.num_hidden_layers, 0.0, **stage.skipper.model_dump())
+                stage.skipper.probabilities(language.num_hidden_layers, 0.0)
             except ValueError as error:
                 raise UserError(f"stage '{stage.name}': {error}") from None
     for stage in [each for each in recipe.stages if each.name in sources][1:]:  # the first is about to see its own

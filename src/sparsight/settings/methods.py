@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from sparsight.errors import UserError
-from sparsight.schedules import Anneal, SkipSchedule
+from sparsight.schedules import Anneal, SkipSchedule, skip_probabilities
 from sparsight.settings.base import Settings
 
 
@@ -34,9 +34,18 @@ class SkipperConfig(Settings):
     """Layers of the language model that are skipped in a step, forward and backward, in training alone (Sparse
     Training Scheme, stage II). See ``schedules.skip_probabilities``.
 
+    The scheme has no ``plateau``, ``dense_last``, ``alternating`` or ``inverse_density``: these are those of
+    modded-nanogpt's pull request 348, after Don't Drop Dropout (ICML 2026).
+
     Args:
         protected: how many first and last layers always run.
         importance: of each layer, as ``sparsight analyze`` measures it; then the tilt follows it in place of depth.
+        decay_from: of ``schedule: plateau``: share of the stage after which it falls; 0.8 if not given.
+        dense_last: share of the stage, at its end, in which no layer is skipped.
+        layers: "alternating": in each step the even or the odd ones, drawn; each layer is skipped as often as with
+            "any", never beside a neighbour.
+        inverse_density: a layer that runs adds to its input 1 / (1 - p) of what it adds at inference, p its
+            probability in that step: in the mean of the draws, as much.
     """
 
     renamed: ClassVar = frozenset({"course"})
@@ -46,14 +55,30 @@ class SkipperConfig(Settings):
     schedule: SkipSchedule = "falling"
     protected: tuple[int, int] = (0, 0)
     importance: tuple[float, ...] | None = None
+    decay_from: float | None = Field(None, ge=0, lt=1)
+    dense_last: float = Field(0.0, ge=0, lt=1)
+    layers: Literal["any", "alternating"] = "any"
+    inverse_density: bool = False
 
     @model_validator(mode="after")
-    def _probabilities(self) -> SkipperConfig:
-        if self.alpha * (1 + abs(self.epsilon)) > 1:
-            raise UserError(f"alpha {self.alpha}, epsilon {self.epsilon}: expected alpha * (1 + |epsilon|) <= 1")
+    def _consistent(self) -> SkipperConfig:
         if min(self.protected) < 0:
             raise UserError(f"protected {self.protected}: expected numbers of first and last layers")
+        if self.decay_from is not None and self.schedule != "plateau":
+            raise UserError(f"decay_from {self.decay_from}: expected schedule 'plateau', found '{self.schedule}'")
+        self.probabilities(len(self.importance or ()) or 1 + sum(self.protected), 0.0)  # raises
+        most, given = self.alpha * (1 + abs(self.epsilon)), f"alpha {self.alpha}, epsilon {self.epsilon}"
+        if self.layers == "alternating" and most > 0.5:
+            why = "with layers 'alternating', a layer's turn comes in half of the steps"
+            raise UserError(f"{given}: {why}: expected alpha * (1 + |epsilon|) <= 0.5")
+        if self.inverse_density and most == 1:
+            raise UserError(f"{given}: with inverse_density, expected alpha * (1 + |epsilon|) < 1")
         return self
+
+    def probabilities(self, layers: int, progress: float) -> list[float]:
+        """`schedules.skip_probabilities` of so many layers. Raises UserError if they do not fit the settings."""
+        given = self.model_dump(exclude={"layers", "inverse_density"}, exclude_none=True)
+        return skip_probabilities(layers, progress, **given)
 
 
 class CallbackConfig(Settings):

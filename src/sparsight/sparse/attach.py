@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from sparsight.errors import UserError
-from sparsight.schedules import skip_probabilities
 from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.forward import Forwards, NoEffectWarning, Pass, State
 from sparsight.sparse.parts import Parts, check_skippable, find_parts
@@ -62,8 +61,8 @@ def attach(
                 f"{name}: expected a {kind.__name__}, found {given!r}; write attach(model, {name}={kind.__name__}(...))"
             )
     parts = find_parts(model, needs_vision=compressor is not None)
-    if skipper is not None:
-        skip_probabilities(parts.layers, 0.0, **skipper.model_dump())  # more protected layers than there are, ...
+    if isinstance(skipper, SkipperConfig):
+        skipper.probabilities(parts.layers, 0.0)  # more protected layers than there are, ...
         check_skippable(model, model.get_submodule(parts.decoder).layers)
     if getattr(model, "_sparsight_handle", None) is not None:
         raise UserError(f"{type(model).__name__} has something attached already: detach() that handle first")
@@ -146,7 +145,7 @@ class SparseHandle:
         """Settle for this step what takes most memory in the course of training: the most tokens, and all layers."""
         if (c := self.compressor) is not None:
             self._state.keep = 1.0 if c.dense_every is not None else max(c.keep, c.final or 0.0)
-        self._state.skipped = (False,) * len(self.layers)
+        self._state.skipped, self._state.scales = (False,) * len(self.layers), (1.0,) * len(self.layers)
 
     def clear_gradients(self) -> None:
         """Before the optimizer's step: a skipped layer loses its gradients, so that nothing of it is updated, neither

@@ -107,10 +107,7 @@ class SparsightCallback(TrainerCallback):
 
     def settings(self) -> dict[str, Any]:
         """The state that a resumed run must share with the one before."""
-        source: Any = self.methods or self.handle
-        methods = {name: getattr(source, name) for name in ("compressor", "skipper")}
-        dumped = {name: method and method.model_dump(mode="json") for name, method in methods.items()}
-        return dumped | {"seed": source.seed}
+        return _settings(self.methods or self.handle)
 
     def floating_point_ops(self, inputs: Any) -> float:
         """FLOPs of the last pass. The Trainer's own count, which ends up in ``total_flos``, sees neither dropped tokens
@@ -177,7 +174,8 @@ class SparsightCallback(TrainerCallback):
             return
         folder = _resumed_from(args, state)
         if (file := folder / STATE_FILE).is_file():  # else nothing was attached before
-            before = json.loads(file.read_text(encoding="utf-8"))
+            saved = json.loads(file.read_text(encoding="utf-8"))  # perhaps by a version with fewer settings
+            before = _settings(CallbackConfig.read({key: saved[key] for key in _SAME if key in saved}, file))
             changed = {key: (before.get(key), now) for key, now in self.settings().items() if before.get(key) != now}
             if changed:
                 raise UserError(f"{file} was written with other settings; these differ (then, now): {changed}")
@@ -237,6 +235,11 @@ class SparsightCallback(TrainerCallback):
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if args.should_save and folder.is_dir():
             (folder / STATE_FILE).write_text(json.dumps(self.settings(), indent=2), encoding="utf-8")
+
+
+def _settings(source: Any) -> dict[str, Any]:
+    dumped = {key: method and method.model_dump(mode="json") for key in _SAME[:2] for method in [getattr(source, key)]}
+    return dumped | {"seed": source.seed}
 
 
 def _caller(attribute: str) -> Any:

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from sparsight.compat import CACHE, returns_tuple
 from sparsight.devices.ranks import largest, several_ranks, touched
 from sparsight.errors import UserError
-from sparsight.schedules import anneal, skip_probabilities, skipped_layers
+from sparsight.schedules import anneal, skipped_layers
 from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.blank import blank_features
 from sparsight.sparse.compress import ON_GRID, compress_batch
@@ -88,7 +88,7 @@ class State:
         self.waits = scheduled or skipper is not None  # dense, until `step` says what is kept and skipped
         self.global_step, self.progress = 0, 0.0
         self.keep = 1.0 if compressor is None or scheduled else compressor.keep
-        self.skipped = (False,) * layers
+        self.skipped, self.scales = (False,) * layers, (1.0,) * layers  # see `Forwards._layer`
         self.drawn: tuple[int, int | None] = 0, None  # see `generators`
 
     def step(self, step: int, progress: float) -> None:
@@ -97,8 +97,9 @@ class State:
         if (c := self.compressor) is not None and (c.dense_every is None or step % c.dense_every):
             self.keep = c.keep if c.final is None else anneal(c.schedule, c.keep, c.final, progress)
         if self.skipper is not None:
-            chances = skip_probabilities(self.layers, progress, **self.skipper.model_dump())
-            self.skipped = skipped_layers(chances, self.seed, step)
+            chances = self.skipper.probabilities(self.layers, progress)
+            self.skipped = skipped_layers(chances, self.seed, step, self.skipper.layers == "alternating")
+            self.scales = tuple(1 / (1 - p) if self.skipper.inverse_density else 1.0 for p in chances)
 
     def generators(self, images: int) -> list[torch.Generator]:
         """One for each image of a pass, by its number in the step, however that is cut into micro-batches.
@@ -300,8 +301,14 @@ class Forwards:
                     self.encoder_calls.setdefault(kind, ((), args, pixels.numel()))
 
     def _layer(self, number: int, as_tuple: bool, plain: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not (self.state.skipped[number] and self.active()):
+        skipped, scale = self.state.skipped[number], self.state.scales[number]
+        if not (skipped or scale != 1.0) or not self.active():
             return plain(hidden, *args, **kwargs)
+        if not skipped:
+            found = plain(hidden, *args, **kwargs)
+            out, *rest = found if isinstance(found, tuple) else (found,)
+            out = torch.lerp(hidden, out, scale)  # hidden + scale * (out - hidden), exact where nothing was added
+            return (out, *rest) if isinstance(found, tuple) else out
         # Ranks wait for a gradient of every parameter: a zero, which `clear_gradients` takes away again.
         if torch.is_grad_enabled() and several_ranks():
             hidden, self.uncleared = touched(hidden, self.layers[number].parameters()), True
@@ -412,7 +419,8 @@ class Forwards:
         if state.waits:
             self._watch("compressor's schedule" if state.skipper is None else "skipper", True, _WAITS, _DENSE)
         else:
-            self._watch("skipper", state.skipper is not None and not any(state.skipped), "no layer was skipped")
+            due = state.skipper is not None and state.progress < 1 - state.skipper.dense_last
+            self._watch("skipper", due and not any(state.skipped), "no layer was skipped")
 
     def _watch(self, method: str, idle: bool, why: str, after: int = _IDLE) -> None:
         self._idle[method] = self._idle[method] + 1 if idle else 0
