@@ -255,6 +255,9 @@ class SparsightForConditionalGeneration(Generates, SparsightPreTrainedModel, Gen
         path = next(name for name, module in self.model.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"model.{path}.weight"}
         self.post_init()
+        # transformers lists the encoder family's, also its text tower's, for which FSDP would look in vain.
+        there = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = {name for name in self._no_split_modules if name in there}
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See [`SparsightModel.get_image_features`]."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from rich.text import Text
 from transformers import PreTrainedConfig
 
@@ -19,9 +20,10 @@ from sparsight.cost import Trains
 from sparsight.data.chat import stop_tokens
 from sparsight.data.collate import TrainingSet
 from sparsight.data.sources import Source, open_source
+from sparsight.devices.engines import engine, make_whole
 from sparsight.devices.flops import recomputes
 from sparsight.devices.precision import default_device
-from sparsight.devices.ranks import process_state
+from sparsight.devices.ranks import process_state, several_ranks
 from sparsight.errors import UserError
 from sparsight.evaluation.questions import held_out_questions
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
@@ -75,8 +77,8 @@ def run(
     out, recipe = Path(out), settle_image_size(recipe)
     done = [stage.name for stage in recipe.stages if resume and (out / stage.name / "model").is_dir()]
     sources = check_inputs(recipe, done)
-    _refuse_shards()
     ranks = process_state()
+    check_engine(recipe)
     main = ranks.is_main_process  # it alone writes and tells
     console = console if main else Console(quiet=True)
     if overwrite and main:
@@ -99,6 +101,10 @@ def run(
                 _run_stage(session, stage, model, processor, sources.pop(stage.name))
                 if main:
                     save(model, processor, session, saved)
+                if engine() != "ddp":  # what is left is not a model that trains on
+                    del model
+                    ranks.wait_for_everyone()
+                    model, processor = load(saved)
         if (layout := recipe.stages[-1].position_layout) is not None:
             text = f"position_layout in the last stage: scale the model to '{layout}' before it is used"
             console.print(text, style="yellow", markup=False)
@@ -110,14 +116,21 @@ def run(
     return final
 
 
-def _refuse_shards() -> None:
-    """Raises UserError under an engine that shards weights: models are handed from stage to stage whole."""
-    for name, engine in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(name, "").lower() in ("1", "true"):  # set by accelerate
-            raise UserError(
-                f"{engine}: `sparsight train` deals conversations out to ranks whose weights are whole (DDP): start it "
-                "with torchrun. For sharded weights, train the model of `sparsight.build` with your own Trainer"
-            )
+def check_engine(recipe: Recipe) -> None:
+    """Raises UserError if the engine that the launcher chose cannot do what the recipe asks; says why."""
+    found, why = engine(), ""
+    if found == "ddp":
+        return
+    if found != "fsdp2":
+        why = "models are handed from stage to stage whole, which is done with DDP and FSDP version 2 (fsdp_version: 2)"
+    elif not several_ranks() or process_state().distributed_type == DistributedType.MULTI_CPU:
+        why = "accelerate shards over ranks on GPUs alone, started by `accelerate launch`; on CPUs use torchrun (DDP)"
+    elif os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() in ("1", "true"):
+        why = "it would leave out buffers (of batch norms): set fsdp_cpu_ram_efficient_loading: false"
+    elif recipe.quantization != "none":
+        why = "bitsandbytes' packed weights cannot be gathered: set language.quantization: none, or use torchrun (DDP)"
+    if why:
+        raise UserError(f"{found} was asked for by the launcher, but {why}")
 
 
 def check_inputs(recipe: Recipe, done: Collection[str] = ()) -> dict[str, Source]:
@@ -290,6 +303,8 @@ def _run_stage(
     options: dict[str, Any] = {"log": log, "console": console, "quarantine": quarantine, "resume": session.resume}
     began = train_stage(model, processor, data, steps, stage, arguments, counter, **options)
     seconds = time.perf_counter() - start
+    if engine() != "ddp":
+        make_whole(model, session.main)
     merge_lora(lora)
     if not session.main:
         return
