@@ -35,7 +35,7 @@ from tiny import clip_config, make_language, make_vlm
 # A new command or option is a promise to keep: it is added here on purpose.
 SURFACE = {
     "demo": ["--out", "--recipe", "--resume", "--overwrite", "--short", "overrides"],
-    "train": ["recipe", "overrides", "--out", "--resume", "--overwrite", "--preset"],
+    "train": ["recipe", "overrides", "--out", "--resume", "--overwrite", "--preset", "--engine", "--ranks"],
     "compare": ["runs", "--out"],
     "watch": ["run"],
     "plan": ["recipe", "overrides", "--preset", "--device", "--mfu", "--memory", "--like", "--out"],

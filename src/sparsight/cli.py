@@ -127,15 +127,29 @@ def train(
     resume: Resume = False,
     overwrite: Overwrite = False,
     preset: Preset = None,
+    engine: Annotated[
+        str | None, typer.Option(help="ddp, fsdp2, zero2 or zero3: start this command on all GPUs under that engine")
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="processes of --engine; the number of GPUs if not given", min=1)
+    ] = None,
 ) -> None:
     """Train a VLM by the stages of a recipe."""
     from sparsight.settings.load import load_recipe
 
     settings = load_recipe(recipe, overrides, preset)  # before the heavy imports: a mistake in it is told at once
+    folder = out or Path("runs") / settings.name
+    if engine is not None:
+        from sparsight.pipeline.launch import launch
+
+        given = {"--resume": resume, "--overwrite": overwrite, f"--preset={preset}": preset}
+        options = [option for option, value in given.items() if value]
+        launch(engine, ranks, folder, [str(recipe), *(overrides or []), "--out", str(folder), *options])
+    if ranks is not None:
+        raise UserError(f"--ranks {ranks}: of which --engine? Or start the command by torchrun or accelerate launch")
     from sparsight.pipeline import run
 
     console = _console()
-    folder = out or Path("runs") / settings.name
     with _ctrl_c_is_exit_code_130(console):
         final = run(settings, folder, console, resume, overwrite=overwrite)
     console.print(f"model: [bold]{final}[/]")

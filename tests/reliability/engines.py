@@ -6,37 +6,71 @@ the environment, as `accelerate launch` says it.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from sharded import pretend
 
-from small_runs import FINER, quiet, recipe_values, stage_values
+from small_runs import FINER, quiet, recipe_values, save_encoder, stage_values
 from sparsight.pipeline import run
 from sparsight.settings.recipe import Recipe
+from tiny import make_image
 
 LORA = {"rank": 4, "dropout": 0.0}
+VISION = {"vision": 1e-3, "bridge": 2e-3, "language": 1e-3}
+SKIPPER = {"alpha": 0.5, "epsilon": 0.5, "schedule": "constant"}
+PACKING = {"packing": True, "pack_length": 192}
+# What both stages are given.
 CASES: dict[str, dict[str, Any]] = {
     "full": {},
+    "encoder": {"learning_rate": VISION},
     "lora": {"lora": LORA},
     "adapters": {"lora": LORA | {"keep": True}},
     "compressor": {"compressor": {"keep": 0.5}},
-    "skipper": {"skipper": {"alpha": 0.5, "epsilon": 0.5, "schedule": "constant"}},
-    "packing": {"packing": True},
+    "skipper": {"skipper": SKIPPER},
+    "packing": PACKING,
     "checkpointing": {"gradient_checkpointing": True},
-    "encoder": {"learning_rate": {"vision": 1e-3, "bridge": 2e-3, "language": 1e-3}},
     "cached": {"cache_features": True},
     "muon": {"optimizer": "muon"},
+    "text": {},
+    "bf16": {},
 }
+# Much at once, so that few runs see it.
+MIXED = (
+    {"learning_rate": VISION, "gradient_checkpointing": True, "skipper": SKIPPER, "compressor": {"keep": 0.5}},
+    {"lora": LORA} | PACKING,
+)
 
 
-def recipe(folder: Path, case: str, **changes: Any) -> Recipe:
+def recipe(folder: Path, case: str) -> Recipe:
     """Few visual tokens, then more of them: tokens are scaled in between; four steps each, a checkpoint every two."""
-    stages = [stage_values(checkpoints=2, **CASES[case]), stage_values("finetune", bridge=FINER, **CASES[case])]
-    values = {"stages": stages, "evaluation": {"kind": "none"}} | changes
+    first, second = MIXED if case == "mixed" else (CASES[case],) * 2
+    more: dict[str, Any] = {}
+    if case == "text":  # half of the conversations have no image, so that a rank has none
+        more["data"] = {"kind": "json", "path": str(folder / "text.json")}
+    if case == "bf16":
+        more["precision"] = "bf16"
+    stages = [stage_values(checkpoints=2, **first), stage_values("finetune", bridge=FINER, checkpoints=2, **second)]
+    values = {"stages": stages, "evaluation": {"kind": "none"}} | more
     return Recipe.model_validate(recipe_values(folder / "encoder", **values))
+
+
+def prepare(folder: Path) -> None:
+    """The encoder, and the conversations of ``text``."""
+    save_encoder(folder / "encoder")
+    rows = []
+    for number in range(32):
+        image = [{"image": f"{number}.png"}, {}][number % 2]
+        if image:
+            make_image(number).save(folder / image["image"])
+        asked = "<image>\nRead it." * bool(image) or "Say a number."
+        talk = [{"from": "human", "value": asked}, {"from": "gpt", "value": f"It is {number}."}]
+        rows.append({"id": str(number), "conversations": talk} | image)
+    (folder / "text.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
 def main() -> None:
@@ -44,6 +78,8 @@ def main() -> None:
     if "ACCELERATE_USE_FSDP" in os.environ:
         pretend()
     run(recipe(folder, case), out, quiet(), resume="resume" in sys.argv)
+    if torch.distributed.is_initialized():  # under DeepSpeed a process does not end before
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

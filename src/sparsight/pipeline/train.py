@@ -121,14 +121,17 @@ def check_engine(recipe: Recipe) -> None:
     found, why = engine(), ""
     if found == "ddp":
         return
-    if found != "fsdp2":
-        why = "models are handed from stage to stage whole, which is done with DDP and FSDP version 2 (fsdp_version: 2)"
-    elif not several_ranks() or process_state().distributed_type == DistributedType.MULTI_CPU:
+    fsdp, skipping = found == "fsdp2", [stage.name for stage in recipe.stages if stage.skipper is not None]
+    if found not in ("fsdp2", "zero1", "zero2", "zero3"):
+        why = "models are trained with DDP, FSDP version 2 (fsdp_version: 2), and DeepSpeed's ZeRO-1 to ZeRO-3"
+    elif not several_ranks() or (fsdp and process_state().distributed_type == DistributedType.MULTI_CPU):
         why = "accelerate shards over ranks on GPUs alone, started by `accelerate launch`; on CPUs use torchrun (DDP)"
-    elif os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() in ("1", "true"):
+    elif fsdp and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() in ("1", "true"):
         why = "it would leave out buffers (of batch norms): set fsdp_cpu_ram_efficient_loading: false"
     elif recipe.quantization != "none":
         why = "bitsandbytes' packed weights cannot be gathered: set language.quantization: none, or use torchrun (DDP)"
+    elif not fsdp and skipping:
+        why = f"it updates flat shards of all layers, skipped ones too: use fsdp2, or no skipper in {skipping}"
     if why:
         raise UserError(f"{found} was asked for by the launcher, but {why}")
 

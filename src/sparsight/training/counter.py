@@ -96,13 +96,18 @@ class StepCounter:
         return self.flops_of_grid[grid]
 
     def record(self) -> dict[str, Any]:
-        """The step's record: counts and FLOPs of all ranks, their mean loss, and this rank's seconds and bytes."""
+        """The step's record: counts and FLOPs of all ranks, their mean loss and bytes, and this rank's seconds."""
         numbers = {**self.counts, **{f"flops {part}": flops for part, flops in self.flops.items()}, "loss": self.loss}
+        memory = [_memory(self.resident)]
         if several_ranks():
-            everyone = torch.tensor(list(numbers.values()), dtype=torch.float64, device=self.model.device)
+            ranks = torch.distributed.get_world_size()
+            own = [0.0] * ranks
+            own[torch.distributed.get_rank()] = memory[0]
+            everyone = torch.tensor([*numbers.values(), *own], dtype=torch.float64, device=self.model.device)
             torch.distributed.all_reduce(everyone)
-            numbers = dict(zip(numbers, everyone.tolist(), strict=True))
-            numbers["loss"] /= torch.distributed.get_world_size()
+            found = everyone.tolist()
+            numbers, memory = dict(zip(numbers, found[:-ranks], strict=True)), [round(each) for each in found[-ranks:]]
+            numbers["loss"] /= ranks
         parts = {part: numbers[f"flops {part}"] for part in self.flops}
         flops = sum(parts.values())
         reached = flops / process_state().num_processes / max(sum(self.seconds.values()), 1e-9)
@@ -117,7 +122,8 @@ class StepCounter:
             **({} if self.peak is None else {"mfu": reached / self.peak}),
             "seconds": dict(self.seconds),
             "cpu_seconds": max(0.0, cpu_seconds() - self.cpu),
-            "memory_bytes": _memory(self.resident),
+            "memory_bytes": max(memory),
+            **({"memory_by_rank": memory} if len(memory) > 1 else {}),
         }
 
 

@@ -27,6 +27,7 @@ from sparsight.console import Console, Progress
 from sparsight.data.batching import LARGEST, RankBatches, Step, micro_batches, plan_steps
 from sparsight.data.collate import Collator, TrainingSet
 from sparsight.data.sources import SceneSource
+from sparsight.devices.engines import engine
 from sparsight.devices.ranks import largest, process_state
 from sparsight.errors import UserError
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
@@ -382,7 +383,7 @@ def train_stage(
             with recorder.ctrl_c():
                 trainer.train(resume_from_checkpoint=checkpoint)
         finally:
-            if handle is not None:
+            if handle is not None and engine() == "ddp":  # else wrapped by the engine, and not to be run again
                 handle.detach()
     if recorder.stop:
         raise Interrupted(f"stopped in stage '{stage.name}' at step {trainer.state.global_step} of {len(plan)}")

@@ -1,0 +1,76 @@
+"""D08: a recipe of two stages, with tokens scaled in between, under each engine on two ranks = in one process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import engines
+import pytest
+from safetensors.torch import load_file
+from test_ranks import free_port
+from transformers import AutoModelForImageTextToText
+
+from small_runs import quiet
+from sparsight.pipeline import run
+from sparsight.pipeline.launch import write_config
+from sparsight.reporting.runlog import read_run
+
+TOLERANCE = 2e-5  # of weights and losses; found: see docs/engines.md
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("engines")
+    engines.prepare(found)
+    return found
+
+
+def launched(engine: str, folder: Path, out: Path, case: str, *more: str, ranks: int = 2) -> str:
+    """Started by `accelerate launch` with the configuration that ``--engine`` writes; what it said, if it failed."""
+    file = write_config(engine, ranks, out)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    command += ["--main_process_port", str(free_port()), engines.__file__, str(folder), str(out), case, *more]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env)
+    return "" if done.returncode == 0 else done.stderr
+
+
+def differences(one: Path, other: Path) -> tuple[float, float]:
+    """The largest of losses, and of weights in all stages' models."""
+    runs = [read_run(each) for each in (one, other)]
+    assert [len(stage.steps) for stage in runs[0].stages] == [len(stage.steps) for stage in runs[1].stages] == [4, 4]
+    pairs = [(a["loss"], b["loss"]) for a, b in zip(*([s for t in r.stages for s in t.steps] for r in runs), strict=True)]
+    found = [0.0]
+    for file in sorted(one.glob("*/model/*.safetensors")):
+        a, b = load_file(file), load_file(other / file.relative_to(one))
+        assert a.keys() == b.keys() and all(a[name].dtype == b[name].dtype for name in a)
+        found += [float((a[name] - b[name]).abs().max()) for name in a]
+    return max(abs(a - b) for a, b in pairs), max(found)
+
+
+@pytest.mark.slow
+def test_D08_two_stages_under_fsdp2_are_those_of_one_process(tmp_path: Path, folder: Path) -> None:
+    """All that a stage may do, in two; what stages hand on is loaded by plain transformers. Resumed in the second
+    stage, from shards, it is the same run bit by bit."""
+    one = run(engines.recipe(folder, "mixed"), tmp_path / "one", quiet())
+    assert launched("fsdp2", folder, tmp_path / "two", "mixed") == ""
+    losses, weights = differences(tmp_path / "one", tmp_path / "two")
+    assert losses < TOLERANCE and weights < TOLERANCE
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "two" / one.relative_to(tmp_path / "one"))
+    assert type(model).__name__ == "SparsightForConditionalGeneration"
+    stages = read_run(tmp_path / "two").stages
+    assert [step["step"] for stage in stages for step in stage.steps] == [1, 2, 3, 4] * 2  # the log is written once
+    assert all(len(step["memory_by_rank"]) == 2 for stage in stages for step in stage.steps)
+    assert any(step["layers_run"] < step["layers"] for step in stages[0].steps)
+    state = tmp_path / "two" / "finetune" / "checkpoints" / "checkpoint-2"
+    assert len(list((state / "pytorch_model_fsdp_0").glob("*.distcp"))) == 2
+
+    shutil.copytree(tmp_path / "two", tmp_path / "again")
+    for gone in ("model", "checkpoints/checkpoint-4"):
+        shutil.rmtree(tmp_path / "again" / "finetune" / gone)
+    assert launched("fsdp2", folder, tmp_path / "again", "mixed", "resume") == ""
+    assert differences(tmp_path / "two", tmp_path / "again") == (0.0, 0.0)
