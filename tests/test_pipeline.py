@@ -272,12 +272,23 @@ def test_a_run_on_a_mixture_is_cached_and_resumed(
     assert all(torch.equal(found[name], right[name]) for name in right)
 
 
-@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
-def test_an_engine_that_shards_weights_is_refused(
-    tmp_path: Path, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, engine: str
+@pytest.mark.parametrize(
+    "variable, value, why",
+    [
+        ("ACCELERATE_USE_FSDP", "true", r"fsdp1 was asked for by the launcher, but .*\(fsdp_version: 2\)"),
+        ("FSDP_VERSION", "2", "fsdp2 .* on GPUs alone, started by `accelerate launch`"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "zero2 .* started by `accelerate launch`"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron-LM was asked for"),
+        ("PARALLELISM_CONFIG_TP_SIZE", "2", "tensor parallelism was asked for"),
+        ("PARALLELISM_CONFIG_CP_SIZE", "2", "context parallelism was asked for"),
+    ],
+)
+def test_D08_what_the_engine_cannot_do_is_refused_before_training(
+    tmp_path: Path, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, variable: str, value: str, why: str
 ) -> None:
-    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    with pytest.raises(ValueError, match=f"(?i){engine}: .* start it with torchrun"):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(variable.startswith("FSDP")).lower())
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=why):
         run(recipe(), tmp_path / "r", quiet())
     assert not (tmp_path / "r").exists()
 

@@ -43,13 +43,13 @@ def differences(one: Path, other: Path) -> tuple[float, float]:
     """The largest of losses, and of weights in all stages' models."""
     runs = [read_run(each) for each in (one, other)]
     assert [len(stage.steps) for stage in runs[0].stages] == [len(stage.steps) for stage in runs[1].stages] == [4, 4]
-    pairs = [(a["loss"], b["loss"]) for a, b in zip(*([s for t in r.stages for s in t.steps] for r in runs), strict=True)]
+    losses = [[step["loss"] for stage in each.stages for step in stage.steps] for each in runs]
     found = [0.0]
     for file in sorted(one.glob("*/model/*.safetensors")):
         a, b = load_file(file), load_file(other / file.relative_to(one))
         assert a.keys() == b.keys() and all(a[name].dtype == b[name].dtype for name in a)
         found += [float((a[name] - b[name]).abs().max()) for name in a]
-    return max(abs(a - b) for a, b in pairs), max(found)
+    return max(abs(a - b) for a, b in zip(*losses, strict=True)), max(found)
 
 
 @pytest.mark.slow

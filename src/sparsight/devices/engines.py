@@ -6,7 +6,6 @@ import json
 import os
 from pathlib import Path
 
-import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -38,8 +37,8 @@ def engine() -> str:
 
 
 def make_whole(model: nn.Module, keep: bool) -> None:
-    """Gather a sharded model, one parameter after the other, in place: whole on the CPU of ranks that ``keep`` it, empty
-    on others. All ranks call this together. The engine's hooks stay: the model can be saved, and not run."""
+    """Gather a sharded model, one parameter after the other, in place: whole on the CPU of ranks that ``keep`` it, and
+    empty on others. All ranks call this together. The engine's hooks stay: the model can be saved, and not run."""
     made: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay so
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):

@@ -257,7 +257,7 @@ class SparsightForConditionalGeneration(Generates, SparsightPreTrainedModel, Gen
         self.post_init()
         # transformers lists the encoder family's, also its text tower's, for which FSDP would look in vain.
         there = {type(module).__name__ for module in self.modules()}
-        self._no_split_modules = {name for name in self._no_split_modules if name in there}
+        self._no_split_modules = there.intersection(self._no_split_modules)  # type: ignore[assignment]
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See [`SparsightModel.get_image_features`]."""

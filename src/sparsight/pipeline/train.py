@@ -99,12 +99,7 @@ def run(
                 if len(sources) == len(recipe.stages) - len(done):  # the first that is trained in this sitting
                     _check_stages(session, sources, model, processor)
                 _run_stage(session, stage, model, processor, sources.pop(stage.name))
-                if main:
-                    save(model, processor, session, saved)
-                if engine() != "ddp":  # what is left is not a model that trains on
-                    del model
-                    ranks.wait_for_everyone()
-                    model, processor = load(saved)
+                model, processor = _hand_on(session, model, processor, saved)
         if (layout := recipe.stages[-1].position_layout) is not None:
             text = f"position_layout in the last stage: scale the model to '{layout}' before it is used"
             console.print(text, style="yellow", markup=False)
@@ -114,6 +109,19 @@ def run(
             score_run(session, model, processor, str(final))
             write_card(final, recipe, session.log.run())  # now with scores
     return final
+
+
+def _hand_on(
+    session: Session, model: SparsightForConditionalGeneration, processor: SparsightProcessor, folder: Path
+) -> tuple[SparsightForConditionalGeneration, SparsightProcessor]:
+    """Save a stage's model. Under an engine that shards, what is left of it does not train on: it is loaded anew."""
+    if session.main:
+        save(model, processor, session, folder)
+    if engine() == "ddp":
+        return model, processor
+    make_whole(model, keep=False)  # no two of them in memory
+    process_state().wait_for_everyone()
+    return load(folder)
 
 
 def check_engine(recipe: Recipe) -> None:
