@@ -522,7 +522,8 @@ def test_a_checkpoint_is_asked_about_its_own_scenes(compared: tuple[Path, Compar
     (result,) = evaluate_checkpoint(out / "sparsight" / "finetune" / "model", 2, "test", quiet())
     assert (logged.scores, logged.shuffled) == (result.scores, result.shuffled)
     assert logged.items == result.items == dict.fromkeys(TASKS, 2)
-    parts = (result.points, result.images, result.questions)
+    parts = (result.points, result.images, result.questions, result.grades)
+    assert all(own["steps"] == [1, 1] for own in result.grades.values())
     assert logged.points == {task: tuple(part[task] for part in parts) for task in TASKS} and not logged.problems
     assert list(compared[2]["tests"]["sparsight"]) == [*TASKS, "mean"]
     with pytest.raises(ValueError, match="no model there"):

@@ -23,7 +23,7 @@ from sparsight import assets
 from sparsight.errors import UserError
 from sparsight.scenes import drawing
 from sparsight.scenes import questions as scenes
-from sparsight.scenes.questions import TASKS, ScenesDataset, single_question
+from sparsight.scenes.questions import ALL_TASKS, STEPS, TASKS, ScenesDataset, graded_question, single_question
 from sparsight.scenes.world import (
     SPLITS,
     Scene,
@@ -55,6 +55,23 @@ def config(request: pytest.FixtureRequest, made_photos: Path, monkeypatch: pytes
     return SceneConfig(cutouts=request.param, kinds=min(32, ALL_KINDS[request.param]))
 
 
+def alone(scene: Scene, box: tuple[int, int, int, int], way: str) -> Any:
+    """The thing that is next to a box in a direction, by pixels, and the only thing or number there."""
+    side, grid = scene.config.image_size, scene.config.grid
+
+    def spot(box: tuple[int, int, int, int]) -> tuple[int, int]:
+        return grid * (box[1] + box[3]) // (2 * side), grid * (box[0] + box[2]) // (2 * side)
+
+    axis, sign = {"above": (0, -1), "below": (0, 1), "left of": (1, -1), "right of": (1, 1)}[way]
+    there = [(each, spot(each.box)) for each in scene.things]
+    there += [(None, spot(scene.number_box))] if scene.number_box else []
+    at = spot(box)
+    found = [(each, own) for each, own in there if own[1 - axis] == at[1 - axis] and sign * (own[axis] - at[axis]) > 0]
+    ((thing, own),) = found
+    assert thing is not None and abs(own[axis] - at[axis]) == 1
+    return thing
+
+
 def true_answer(scene: Scene, question: str) -> str:
     """The answer worked out anew, from `things` and the pixel boxes alone (not from `cell`)."""
     side = scene.config.image_size
@@ -65,6 +82,7 @@ def true_answer(scene: Scene, question: str) -> str:
         return " ".join(filter(None, (row, column))) or "middle"
 
     body = question.removesuffix(" ?")
+    beside = {"top": (), "middle": ("left", "right"), "bottom": ()}
     if body == "describe the image .":
         spots = [(t.box, f"{'an' if t.name[0] in 'aeiou' else 'a'} {t.name}") for t in scene.things]
         spots += [(scene.number_box, f"the number {scene.number}")] if scene.number_box else []
@@ -74,6 +92,20 @@ def true_answer(scene: Scene, question: str) -> str:
         return str(len(scene.things))
     if body == "what number is printed":
         return str(scene.number)
+    if body.startswith("what is ") and " the thing " in body:
+        second, rest = body.removeprefix("what is ").split(" the thing ")
+        first, name = rest.split(" the ")
+        (start,) = (t for t in scene.things if t.name == name)
+        return alone(scene, alone(scene, start.box, first).box, second).name
+    if body.startswith("are there more : "):
+        first, second = (
+            sum(t.name == name for t in scene.things) for name in body.removeprefix("are there more : ").split(" than ")
+        )
+        assert first and second and first != second  # nothing is left to taste
+        return "yes" if first > second else "no"
+    if body.startswith("how many in the "):
+        row, name = body.removeprefix("how many in the ").split(" row : ")
+        return str(sum(t.name == name and place(t.box).split(" ")[0] in (row, *beside[row]) for t in scene.things))
     for start in (
         "is there an ",
         "is there a ",
@@ -269,17 +301,18 @@ def test_a_number_can_be_told_by_its_pixels() -> None:
 
 
 def test_answers_are_true(config: SceneConfig) -> None:
-    asked = Counter[str]()
+    asked, deeper = Counter[str](), dict.fromkeys((*STEPS, "position", "naming"), 1)
     for index in range(150):
         for split in ("train", "test"):
             scene = make_scene(config, split, index)
-            for task in TASKS:
+            assert all(answer == true_answer(scene, question) for question, answer in own_turns(scene, deeper, index))
+            for task in ALL_TASKS:
                 if (turn := single_question(scene, task, seed=index)) is not None:
                     assert turn[1] == true_answer(scene, turn[0]), (scene, turn)
                     asked[task] += 1
             for question, answer in turns(scenes.conversation(scene, seed=index)):
                 assert answer == true_answer(scene, question), (scene, question)
-    assert all(asked[task] > 100 for task in TASKS)
+    assert all(asked[task] > (60 if task in STEPS else 100) for task in ALL_TASKS)
 
 
 @settings(max_examples=40, deadline=None)
@@ -362,6 +395,119 @@ def test_tasks_that_a_scene_does_not_allow_are_none() -> None:
     assert single_question(twice, "position") is None and single_question(twice, "grounding") is None
     with pytest.raises(ValueError, match=r"allows none of the tasks \['text'\]"):
         scenes.conversation(scene, tasks={"text": 1})
+
+
+# ---------------------------------------------------------------------------------------- depth
+
+
+def own_turns(scene: Scene, tasks: dict[str, int], seed: int) -> list[tuple[str, str]]:
+    return turns(scenes.conversation(scene, seed, tasks)) if scene.things else []
+
+
+def test_questions_of_an_evaluation_stay_as_they_are() -> None:
+    """As `test_questions_stay_as_they_are`: tasks that came later have streams of their own."""
+    asked = [single_question(make_scene(SHAPES, "test", n), task, n) for task in TASKS for n in range(200)]
+    assert (
+        hashlib.sha256(repr(asked).encode()).hexdigest()
+        == "d768acc546f1aae64d778bb133188e80a12ec60c1235f656b346846f7756f91f"
+    )
+
+
+def test_deeper_tasks_are_asked_only_where_they_are_named() -> None:
+    def asked(**options: Any) -> set[str]:
+        data = ScenesDataset(SHAPES, "train", 150, **options)
+        questions = [question for index in range(150) for question, _ in turns(data.messages(index))]
+        marks = {"compare": "are there more", "count_where": "how many in the", "relation": " the thing "}
+        return {task for task, mark in marks.items() if any(mark in question for question in questions)}
+
+    assert asked() == set()
+    assert asked(tasks=dict.fromkeys(ALL_TASKS, 1)) == set(STEPS)
+    assert asked(tasks={"naming": 1, "relation": 1, "compare": 0}) == {"relation"}
+
+
+@pytest.mark.parametrize("grid", [2, 3])
+def test_answers_of_deeper_tasks_are_balanced(grid: int) -> None:
+    """No answer is more likely than its rivals before the image is seen, nor once the question is read."""
+    config = replace(SHAPES, kinds=12, grid=grid, max_things=5 if grid == 3 else 3)
+    made = [make_scene(config, "train", index) for index in range(3000)]
+    answers = {task: [turn for s in made if (turn := single_question(s, task))] for task in STEPS}
+    share = {task: Counter(answer for _, answer in own) for task, own in answers.items()}
+    assert 0.45 < share["compare"]["yes"] / share["compare"].total() < 0.55
+    assert max(share["count_where"].values()) < 0.5 * share["count_where"].total()
+    assert min(share["count_where"][count] for count in "012") > 0.05 * share["count_where"].total()
+    assert max(share["relation"].values()) < 0.14 * share["relation"].total()
+    named = [question.split(" : ")[1].split(" than ")[0] for question, _ in answers["compare"]]
+    told = Counter(zip(named, (answer for _, answer in answers["compare"]), strict=True))
+    blind = sum(max(told[name, "yes"], told[name, "no"]) for name in set(named)) / len(named)
+    assert blind < 0.6  # 0.57 is the luck of 37 questions a name
+    chance = scenes.chance(config, scenes=600, tasks=tuple(STEPS))
+    assert chance.keys() == STEPS.keys() and chance["compare"] < 0.62 and chance["relation"] < 0.16
+
+
+def test_no_deeper_question_is_answered_by_an_earlier_turn() -> None:
+    """Counts of both kinds tell which are more; the name of a cell's thing tells a relation that ends there."""
+    tasks = {"count": 1, "compare": 2, "naming": 2, "relation": 4, "count_where": 2, "position": 1}
+    followed = Counter[str]()
+    for index in range(600):
+        scene, told, cells = make_scene(replace(SHAPES, questions=8), "train", index), set(), set()
+        names = cell_names(3)
+        for question, answer in own_turns(scene, tasks, index):
+            body = question.removesuffix(" ?")
+            if body.startswith("are there more : "):
+                assert not told & set(body.removeprefix("are there more : ").split(" than "))
+                followed["compare"] += 1
+            if " the thing " in body:
+                cell = {t.cell for t in scene.things if t.name == answer}
+                assert not (len(cell) == 1 and cell <= cells)
+                followed["relation"] += 1
+            if body.startswith("how many in the "):
+                name = body.split(" : ")[1]
+                assert not {t.cell for t in scene.things if t.name == name} & cells
+                followed["count_where"] += 1
+            if body.startswith("how many : "):
+                told.add(body.removeprefix("how many : "))
+            if body.startswith("what is at the "):
+                cells.add(names.index(body.removeprefix("what is at the ")))
+            if body.startswith("where is the "):
+                cells.add(names.index(answer))
+    assert min(followed[task] for task in STEPS) > 60
+
+
+def test_grades_are_those_of_the_image(config: SceneConfig) -> None:
+    """Worked out anew from the words of question and answer."""
+    seen = Counter[str]()
+    for index in range(120):
+        scene = make_scene(config, "test", index)
+        here, noisy = list(scene.things), scene.ground.kind not in ("plain", "gradient")
+        for task in ALL_TASKS:
+            if (found := graded_question(scene, task, index)) is None:
+                continue
+            question, answer, grades = found
+            words = f" {question} {answer} "
+            about = {
+                "caption": here,
+                "count": here if "things" in question else [t for t in here if f" {t.name} " in words],
+                "naming": [t for t in here if cell_names(3)[t.cell] == question[15:-2]],
+                "text": [],
+                "relation": None,
+            }.get(task, [t for t in here if f" {t.name} " in words])
+            assert (question, answer) == single_question(scene, task, index)
+            assert grades["steps"] == {"compare": 2, "count_where": 2, "relation": 3}.get(task, 1)
+            assert grades["things"] == len(here)
+            reads = scene.number is not None and task in ("caption", "text")
+            assert grades["digits"] == (len(scene.number or "") if reads else None)
+            if about is None:
+                assert grades["clutter"] == len(here) - 3 + bool(scene.number) + (
+                    scene.ground.kind not in ("plain", "gradient")
+                )
+                continue
+            boxes = [t.box for t in about] + ([scene.number_box] if reads else [])
+            sides = [max(b[2] - b[0], b[3] - b[1]) for b in boxes]
+            assert grades["size"] == (round(100 * min(sides) / 256) if sides else None), (question, answer)
+            rest = len(here) - len(about) + (scene.number is not None and not reads)
+            assert grades["clutter"] == rest + noisy
+            seen[task] += 1
+    assert min(seen[task] for task in ALL_TASKS if task != "relation") > 40
 
 
 # ---------------------------------------------------------------------------------------- scores

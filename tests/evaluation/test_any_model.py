@@ -79,9 +79,9 @@ def test_F06_a_model_of_transformers_is_asked_by_its_own_processor(llava, tmp_pa
     (result,) = evaluate_checkpoint(llava, 10, "test", Console(file=out, width=120), held_out)
     model, processor = AutoModelForImageTextToText.from_pretrained(llava), AutoProcessor.from_pretrained(llava)
     said = []
+    room = max(len(processor.tokenizer(item.truth)["input_ids"]) for item, _ in result.answers) + 8
     for item, answer in result.answers:
         inputs = ask(processor, make_image(item.image, 60 + 10 * item.image), item.question)
-        room = len(processor.tokenizer(item.truth)["input_ids"]) + 8
         ids = model.generate(**inputs, max_new_tokens=room, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         said.append(processor.tokenizer.decode(ids, skip_special_tokens=True).strip())
         assert said[-1] == answer

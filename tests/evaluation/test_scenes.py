@@ -11,7 +11,7 @@ import torch
 from sparsight.data.sources import scene_config
 from sparsight.evaluation import ask as evaluation
 from sparsight.evaluation.ask import Item, Scores, answer_all, visual_tokens
-from sparsight.evaluation.metrics import yes_no_scores
+from sparsight.evaluation.metrics import cider_d, yes_no_scores
 from sparsight.evaluation.questions import scene_questions
 from sparsight.pipeline.evaluate import judged
 from sparsight.scenes.questions import TASKS, ScenesDataset, format_box
@@ -220,11 +220,38 @@ def test_answers_are_those_of_plain_generation(tiny_vlm, data: ScenesDataset) ->
     images = [data.image(item.image) for item in items]
     visual = visual_tokens(model, processor, data.image, [item.image for item in items], 4)
     found = answer_all(model, processor, items, visual, torch.arange(len(items)), 5)
+    length = {item: len(processor.tokenizer(item.truth)["input_ids"]) for item in items}
     for item, image, answer in zip(items, images, found, strict=True):
         inputs = ask(processor, image, item.question)
-        room = len(processor.tokenizer(item.truth)["input_ids"]) + 8
+        room = max(length[other] for other in items if other.task == item.task) + 8
         ids = model.generate(**inputs, max_new_tokens=room, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         assert processor.tokenizer.decode(ids, skip_special_tokens=True).strip() == answer
+
+
+def test_a_model_that_rambles_gets_the_room_of_its_task(tiny_vlm, data: ScenesDataset) -> None:
+    """A cut at each item's own truth gave away its length, and flattered captions that run on: here they begin with
+    the truth, word by word, and go on."""
+    model, processor = tiny_vlm()
+    tokenizer, images = processor.tokenizer, range(8)
+    visual = visual_tokens(model, processor, data.image, images, 4)
+
+    def answers(items: list[Item], size: int = 3) -> list[str]:
+        return answer_all(model, processor, items, visual, torch.tensor([item.image for item in items]), size)
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text)["input_ids"]
+
+    free = answers([Item("long", n, "describe the image .", "word " * 40) for n in images])
+    assert min(len(ids(text)) for text in free) > 30  # it does not stop by itself
+    short = [Item("talk", n, "describe the image .", tokenizer.decode(ids(free[n])[:6]).strip()) for n in images]
+    longest = Item("talk", 0, "describe the image .", tokenizer.decode(ids(free[0])[:30]).strip())
+    found = answers([*short, longest])
+    assert found == [one for item in (*short, longest) for one in answers([item, longest])[:1]]  # each by itself
+    before = [answers([item])[0] for item in short]  # alone in its task: room for its own truth
+    assert all(text.startswith(start) and len(text) > len(start) for text, start in zip(found, before, strict=False))
+    truths = [[" ".join(item.truth.split())] for item in short]
+    old, new = (sum(cider_d(texts, truths)) for texts in (before, found[:-1]))
+    assert 0 < new < 0.8 * old
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsight.evaluation.metrics import yes_no_scores
-from sparsight.evaluation.significance import bootstrap, holm, paired_test
+from sparsight.evaluation.significance import bootstrap, by_grade, holm, paired_test
 
 POINT = st.sampled_from([0.0, 0.25, 1.0])
 
@@ -206,3 +206,63 @@ def test_of_families_without_a_difference_one_in_twenty_has_one_below_the_level(
     found = np.mean([min(holm(list(rng.random(7)))) < 0.05 for _ in range(4000)])
     assert found == pytest.approx(0.05, abs=0.01)
     assert np.mean([min(rng.random(7)) < 0.05 for _ in range(4000)]) > 0.25  # what it corrects
+
+
+# ---------------------------------------------------------------------------------------- grades
+
+
+def graded_items(rng: np.random.Generator) -> tuple[dict[str, list[float]], dict[str, list[int]], dict[str, dict]]:
+    """Three tasks about the same 40 images; "read" is asked of few sizes, and "relate" alone takes three steps."""
+    size = [int(n) for n in rng.integers(19, 33, 40)]
+    points = {task: [float(n) for n in rng.random(40).round(2)] for task in ("name", "read", "relate")}
+    grades = {task: {"steps": [1] * 40, "size": list[int | None](size), "many": [1] * 40} for task in points}
+    grades["relate"] |= {"steps": [3] * 40, "digits": [None] * 40}
+    grades["read"] |= {"size": [min(size)] * 40, "digits": [1 + n % 2 for n in range(40)]}
+    grades["name"]["size"][:5] = [None] * 5
+    return points, {task: list(range(40)) for task in points}, grades
+
+
+def test_scores_by_grade_are_those_of_the_items_of_each_group() -> None:
+    points, images, grades = graded_items(np.random.default_rng(0))
+    found = {(each.grade, each.group): each for each in by_grade(points, images, grades)}
+    assert {grade for grade, _ in found} == {"steps", "size", "digits"}  # "many" has one value
+    assert found["steps", "1"].score == bootstrap(
+        points["name"] + points["read"], images["name"] * 2, ["name"] * 40 + ["read"] * 40
+    )
+    assert found["steps", "3"].score == bootstrap(points["relate"]) and found["steps", "3"].items == 40
+    assert [found["digits", each].tasks for each in "12"] == [["read"]] * 2
+    assert found["digits", "2"].score.mean == pytest.approx(np.mean(points["read"][1::2]))
+    # "read" has no large things: a task that is not in every group is in none
+    sized = [each for each in found.values() if each.grade == "size"]
+    assert len(sized) == 3 and all(sorted(each.tasks) == ["name", "relate"] for each in sized)
+    ends = [[int(each.group.split(" to ")[at]) for at in (0, -1)] for each in sized]
+    every = sorted(n for task in ("name", "relate") for n in grades[task]["size"] if n is not None)
+    assert ends[0][0] == every[0] and ends[0][1] < ends[1][0] <= ends[1][1] < ends[2][0] and ends[2][1] == every[-1]
+    assert sum(each.items for each in sized) == len(every)
+    for each, (low, high) in zip(sized, ends, strict=True):
+        means = []
+        for task in each.tasks:
+            own = [n for n, value in enumerate(grades[task]["size"]) if value is not None and low <= value <= high]
+            means.append(np.mean([points[task][n] for n in own]))
+        assert each.score.mean == pytest.approx(np.mean(means)) and each.score.low < each.score.mean < each.score.high
+
+
+def test_grades_of_seeds_and_of_differences() -> None:
+    """The mean over seeds is that of their means, and a difference of means that of the differences."""
+    points, images, grades = graded_items(np.random.default_rng(1))
+    other, _, _ = graded_items(np.random.default_rng(2))
+    one, two = (by_grade(own, images, grades) for own in (points, other))
+    seeds = by_grade({task: np.array([points[task], other[task]]) for task in points}, images, grades)
+    gaps = by_grade({task: np.subtract(points[task], other[task]) for task in points}, images, grades)
+    for a, b, both, gap in zip(one, two, seeds, gaps, strict=True):
+        assert a[:4] == b[:4] == both[:4] == gap[:4]
+        assert both.score.mean == pytest.approx((a.score.mean + b.score.mean) / 2) and both.score.deviation is not None
+        assert gap.score.mean == pytest.approx(a.score.mean - b.score.mean)
+
+
+def test_what_has_no_grades_has_no_groups() -> None:
+    assert by_grade({"a": [1.0, 0.0]}, {"a": [0, 1]}, {}) == []
+    assert by_grade({}, {}, {}) == []
+    assert by_grade({"a": [1.0, 0.0]}, {"a": [0, 1]}, {"a": {"size": [None, None]}}) == []
+    apart = {"a": {"size": [1, 1, 2]}, "b": {"size": [2, 2, 3]}}  # in common at 2 alone
+    assert by_grade({"a": [1.0] * 3, "b": [0.0] * 3}, {"a": [0, 1, 2], "b": [0, 1, 2]}, apart) == []

@@ -90,7 +90,9 @@ def write_run(folder: Path, name: str, steps: int = 60, **header: Any) -> Path:
     return folder
 
 
-def write_points(folder: Path, better: float = 0.0, items: int = 60, **questions: str) -> Path:
+def write_points(
+    folder: Path, better: float = 0.0, items: int = 60, grades: dict[str, Any] | None = None, **questions: str
+) -> Path:
     """Add each item's points to a run's log: of images that all tasks share, some easy and some hard for any run."""
     rng = random.Random(str(better))
     hard = [random.Random(number).random() for number in range(items)]
@@ -104,6 +106,7 @@ def write_points(folder: Path, better: float = 0.0, items: int = 60, **questions
             points=points,
             images={task: list(range(items)) for task in TASKS},
             questions=dict.fromkeys(TASKS, "a1b2") | questions,
+            **({} if grades is None else {"grades": dict.fromkeys(TASKS, grades)}),
         )
     return folder
 

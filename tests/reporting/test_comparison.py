@@ -63,6 +63,7 @@ def test_the_form_is_the_contract(runs):
         "ratios",
         "busy",
         "tests",
+        "by_grade",
         "to_loss",
         "differences",
         "warnings",
@@ -446,3 +447,26 @@ def test_F20_logs_without_cpu_seconds_are_compared_by_the_clock(tmp_path):
     result = compare([timed_run(tmp_path / "standard", 1.0, None), timed_run(tmp_path / "old", 5.86, None)])
     assert result["busy"] == {} and "old took 5.86x of the time" in verdict(result)
     assert result["runs"][0]["cpu_seconds"] is None
+
+
+def test_scores_by_grade_stand_where_all_runs_have_the_same_items(tmp_path, graded, tested):
+    result = compare(graded)
+    rows = {row["task"]: row for row in result["by_grade"]}
+    assert list(rows) == ["size: 20", "size: 26", "size: 32", "things: 1 to 2", "things: 3 to 4", "things: 5 to 6"]
+    few, base = graded
+    for name, row in rows.items():
+        low, _, high = name.partition(": ")[2].partition(" to ")
+        kept = [n for n, value in enumerate(base.points["count"].grades[name.partition(":")[0]])
+                if int(low) <= value <= int(high or low)]  # fmt: skip
+        means = [fmean(run.points[task].scores[n] for task in TASKS for n in kept) for run in (base, few)]
+        assert row["scores"] == pytest.approx(means) and row["items"] == len(TASKS) * len(kept)
+        assert row["points"] == pytest.approx([0, 100 * (means[1] - means[0])]) and row["interval"][0] == 0
+    assert [rows[f"size: {size}"]["told"] for size in (20, 26, 32)] == [[0, -1], [0, 0], [0, 0]]
+    assert json.loads(json.dumps(result["by_grade"])) == result["by_grade"]
+    text = printed(result)
+    assert "Scores by grade" in text and "size: 26" in text and f"{rows['size: 20']['points'][1]:.1f}" in text
+    # older logs have no grades: then there is nothing to show, and the tests of tasks stay
+    older = [graded[1], replace(tested[0], points=tested[0].points)]
+    assert compare(older)["tests"]["mine"] and compare(older[::-1], "mine")["by_grade"] == []
+    other = replace(few, points={task: own._replace(questions="ffff") for task, own in few.points.items()})
+    assert compare([other, base])["by_grade"] == [] and compare([base])["by_grade"]

@@ -127,6 +127,21 @@ def test_F27_only_differences_that_can_be_told_are_coloured(tmp_path, tested):
     assert page.count('<td class="quiet">+0.0') == len(rows) and 'class="card figure quiet"' in page
 
 
+def test_the_page_shows_where_few_tokens_hurt(tmp_path, graded, runs):
+    page = Page(page_of(graded, tmp_path))
+    rows = compare(graded)["by_grade"]
+    figure = next(each for each in json.loads(page.scripts["figures"]) if each["id"] == "grades")
+    (bars,) = figure["data"]
+    assert bars["name"] == "few" and bars["y"] == [row["task"] for row in rows]
+    assert bars["x"] == [row["points"][1] for row in rows]
+    assert bars["error_x"]["array"] == [row["interval"][1] for row in rows]
+    assert "Scores by content and depth" in page.text and "size: 20" in page.text
+    for others in (graded[:1], runs):  # nothing to compare with, or no grades
+        page = Page(page_of(others, tmp_path))
+        assert "Scores by content and depth" not in page.text
+        assert "grades" not in [each["id"] for each in json.loads(page.scripts["figures"])]
+
+
 def test_F27_no_two_series_look_alike(tmp_path, runs):
     """Colours come again behind the eighth run; then curves are dashed and bars have a pattern."""
     many = [replace(runs[0], name=f"run-{number}") for number in range(20)]

@@ -227,7 +227,11 @@ def test_points_are_read_where_they_fit(tmp_path):
         return record | {"images": {"a": [3, 4]}, "questions": {"a": "ff"}} | changes
 
     run = read_run(started(tmp_path / "whole", scored()))
-    assert run.points == {"a": ([0, 1.0], [3, 4], "ff")} and run.problems == []
+    assert run.points == {"a": ([0, 1.0], [3, 4], "ff", {})} and run.problems == []
+    graded = {"a": {"size": [19, None]}}
+    assert read_run(started(tmp_path / "graded", scored(grades=graded))).points["a"].grades == graded["a"]
+    short = read_run(started(tmp_path / "short", scored(grades={"a": {"size": [19]}})))
+    assert short.points == run.points  # grades of other items are nobody's
     older = read_run(started(tmp_path / "older", scored(), {"type": "eval", "checkpoint": "1", "scores": {"a": 0.7}}))
     assert older.points == {} and older.scores == {"a": 0.7} and older.problems == []
     wrong = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
@@ -30,6 +30,7 @@ class Item:
     image: int
     question: str
     truth: str
+    grades: Mapping[str, int | None] = field(default_factory=dict, compare=False)
 
 
 @dataclass
@@ -70,6 +71,12 @@ class Scores:
             task: repr([(item.image, item.question, item.truth) for item, _ in self._of(task)]) for task in self.points
         }
         return {task: hashlib.sha256(text.encode()).hexdigest()[:16] for task, text in asked.items()}
+
+    @property
+    def grades(self) -> dict[str, dict[str, list[int | None]]]:
+        """By task and grade, of each point's question; None where it has none. Tasks without grades are left out."""
+        of = {task: [item.grades for item, _ in self._of(task)] for task in self.points}
+        return {task: {grade: [each[grade] for each in own] for grade in own[0]} for task, own in of.items() if own[0]}
 
     def estimates(self) -> dict[str, Estimate]:
         """Each task's score with its 95% interval; of existence also POPE's F1 and share of yes."""
@@ -123,11 +130,12 @@ def _greedily(
     """Answers in batches of items of like length; ``produce`` gives new tokens (B, at most so many) for numbers of
     items."""
     answers = [""] * len(items)
-    order = sorted(range(len(items)), key=lambda number: (len(items[number].truth), number))
+    # Room for the longest truth of the task and some more: neither its own truth nor its batch cuts an answer.
+    longest = dict(sorted((item.task, len(tokenizer(item.truth)["input_ids"])) for item in items))
+    order = sorted(range(len(items)), key=lambda n: (longest[items[n].task], len(items[n].truth), n))
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
-        # Room for the truth and some more, for each item its own: an answer must not depend on who is in the batch.
-        room = [len(tokenizer(items[number].truth)["input_ids"]) + 8 for number in numbers]
+        room = [longest[items[number].task] + 8 for number in numbers]
         tail = produce(numbers, max(room))
         cut = [ids[:length] for ids, length in zip(tail, room, strict=True)]
         for number, text in zip(numbers, tokenizer.batch_decode(cut, skip_special_tokens=True), strict=True):

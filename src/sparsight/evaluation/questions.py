@@ -11,7 +11,7 @@ from sparsight.data.sources import open_source
 from sparsight.errors import UserError
 from sparsight.evaluation.ask import Item, Questions
 from sparsight.evaluation.metrics import box_match, cider_d, exact_match
-from sparsight.scenes.questions import TASKS, ScenesDataset, caption_recall, single_question
+from sparsight.scenes.questions import ALL_TASKS, TASKS, ScenesDataset, caption_recall, graded_question
 from sparsight.settings.recipe import HeldOut
 
 
@@ -73,8 +73,8 @@ def scene_questions(data: ScenesDataset, per_task: int) -> Questions:
     """``per_task`` questions of each task that ``data`` names, or of all, over as few images as carry them.
     Points: recall of named things for captions, IoU >= 0.5 for boxes, else exact match."""
     items: list[Item] = []
-    for task in TASKS if data.tasks is None else [task for task in TASKS if data.tasks.get(task, 0) > 0]:
-        asked = ((image, single_question(data.scene(image), task, seed=image)) for image in range(data.scenes))
+    for task in TASKS if data.tasks is None else [task for task in ALL_TASKS if data.tasks.get(task, 0) > 0]:
+        asked = ((image, graded_question(data.scene(image), task, seed=image)) for image in range(data.scenes))
         items += islice((Item(task, image, *pair) for image, pair in asked if pair is not None), per_task)
 
     def points(item: Item, answer: str) -> float:

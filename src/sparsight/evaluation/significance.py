@@ -10,7 +10,7 @@ Shapes: S seeds, I items, T tasks, C images, D draws.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from sparsight.errors import UserError
 
 Labels = Sequence[Hashable] | None
 Floats = NDArray[np.float64]
+Grades = Mapping[str, Mapping[str, Sequence[int | None]]]  # task -> grade -> one an item
 
 
 class Estimate(NamedTuple):
@@ -125,6 +126,44 @@ def _sign_flips(shares_C: Floats, permutations: int, seed: int) -> float:
     options = {"permutation_type": "samples", "vectorized": True, "n_resamples": permutations, "batch": 1024}
     found = permutation_test((shares_C,), lambda x, axis: x.sum(axis), **options, random_state=seed)
     return float(found.pvalue)
+
+
+class Graded(NamedTuple):
+    """Score of the questions whose grade is in a group, such as "2" or "19 to 23": the mean of the tasks named."""
+
+    grade: str
+    group: str
+    items: int
+    tasks: list[str]
+    score: Estimate
+
+
+def by_grade(points: Mapping[str, ArrayLike], images: Mapping[str, Sequence[int]], grades: Grades) -> list[Graded]:
+    """Scores by grade, from the parts of `Scores` or of an `eval` record: by task, (I,) or of several seeds (S, I).
+
+    Groups are the values, or thirds of the items where those are over four: alike for models that were asked the same.
+    A score is the mean over tasks that have items in every group, so that groups differ by their grade alone; where
+    each task is in one group, as by steps, over a group's own. A grade without two such groups is left out. Ours.
+    """
+    found = []
+    for grade in dict.fromkeys(grade for task in points for grade in grades.get(task, ())):
+        of = {task: grades[task][grade] for task in points if grade in grades.get(task, ())}
+        graded = sorted((value, task, n) for task in of for n, value in enumerate(of[task]) if value is not None)
+        values = [value for value, *_ in graded]
+        edges = sorted(set(values))[:-1]
+        if len(edges) > 3:
+            edges = sorted(set(np.quantile(values, (1 / 3, 2 / 3), method="lower").tolist()) - {max(values)})
+        groups = [[each for each in graded if np.searchsorted(edges, each[0]) == at] for at in range(len(edges) + 1)]
+        tasks = [{task for _, task, _ in group} for group in groups]
+        apart = sum(map(len, tasks)) == len(set.union(*tasks))
+        for group in groups if edges else ():
+            own = [(task, item) for _, task, item in group if apart or all(task in every for every in tasks)]
+            if own:
+                parts = np.stack([np.asarray(points[task], float)[..., item] for task, item in own], -1)
+                score = bootstrap(parts, [images[task][item] for task, item in own], [task for task, _ in own])
+                label = " to ".join(map(str, dict.fromkeys((group[0][0], group[-1][0]))))
+                found.append(Graded(grade, label, len(own), list(dict(own)), score))
+    return found
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

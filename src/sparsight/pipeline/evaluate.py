@@ -17,6 +17,7 @@ from sparsight.data.sources import scene_config
 from sparsight.devices.precision import default_device, precision_on
 from sparsight.evaluation.ask import Item, Questions, Scores, ask
 from sparsight.evaluation.questions import guess, held_out_questions, scene_questions
+from sparsight.evaluation.significance import by_grade
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.modeling.configuration import SparsightConfig
 from sparsight.modeling.folders import model_type
@@ -49,9 +50,9 @@ def _to_ask(settings: Evaluation, data: SceneData, side: int) -> Iterator[_Asked
     if settings.kind == "scenes":
         images = max(4 * settings.items, 50)  # not every image carries every task
         scenes = ScenesDataset(scene_config(data, side), settings.split, images, seed=data.seed, tasks=data.tasks)
-        questions, guesses = scene_questions(scenes, settings.items), chance(scenes.config, settings.split)
-        own = {task: guess for task, guess in guesses.items() if task in questions.tasks}
-        yield _Asked(f"scenes/{settings.split}", questions, own)
+        questions = scene_questions(scenes, settings.items)
+        guesses = chance(scenes.config, settings.split, tasks=questions.tasks)
+        yield _Asked(f"scenes/{settings.split}", questions, guesses)
     for name, held_out in settings.held_out.items():
         questions = held_out_questions(name, held_out, side)
         yield _Asked(name, questions, {name: guess(questions)})
@@ -99,6 +100,7 @@ def score_run(
             items=result.items,
             points=result.points,
             images=result.images,
+            grades=result.grades,
             questions=result.questions,
             seconds=time.perf_counter() - start,
         )
@@ -109,7 +111,7 @@ def score_run(
                 image_png_base64=png(asked.questions.image(item.image), 512),
                 answer=answer,
                 correct=judged(item, answer, points),
-                **{key: value for key, value in asdict(item).items() if key != "image"},
+                **{key: value for key, value in asdict(item).items() if key not in ("image", "grades")},
             )
         rows += _rows(asked, result)
     session.console.print(table("scores in %", _HEADS, rows))
@@ -146,16 +148,18 @@ def evaluate_checkpoint(
 
 
 def _rows(asked: _Asked, result: Scores) -> list[list[str]]:
-    """Rows of the table of scores: a task, its items, score and interval, chance, and the control."""
+    """Rows of the table of scores: a task or a group of a grade, items, score and interval, chance, and the control."""
+    graded = {f"{own.grade}: {own.group}": own for own in by_grade(result.points, result.images, result.grades)}
+    items = result.items | {name: own.items for name, own in graded.items()}
     return [
         [
-            task,
-            str(result.items.get(task, "")),
+            name,
+            str(items.get(name, "")),
             percent(found.mean),
             f"{percent(found.low)} to {percent(found.high)}",
-            *(percent(shares.get(task)) for shares in (asked.chance, result.shuffled)),
+            *(percent(shares.get(name)) for shares in (asked.chance, result.shuffled)),
         ]
-        for task, found in result.estimates().items()
+        for name, found in (result.estimates() | {name: own.score for name, own in graded.items()}).items()
     ]
 
 

@@ -38,7 +38,7 @@ from sparsight.pipeline.files import Session, load, move_aside, open_log, save, 
 from sparsight.reporting import RunLog, write_card
 from sparsight.reporting.runlog import step_seconds
 from sparsight.reporting.tables import human
-from sparsight.scenes.questions import TASKS
+from sparsight.scenes.questions import ALL_TASKS
 from sparsight.settings.load import load_recipe
 from sparsight.settings.recipe import Recipe, ScratchLanguage, Stage
 from sparsight.training.counter import StepCounter, resident_now
@@ -164,7 +164,7 @@ def check_inputs(recipe: Recipe, done: Collection[str] = ()) -> dict[str, Source
     for stage in recipe.stages:
         if stage.lora is not None:
             check_installed("peft", "lora", f"stage '{stage.name}': lora")
-    if recipe.evaluation.kind == "scenes" and (twice := set(TASKS) & set(recipe.evaluation.held_out)):
+    if recipe.evaluation.kind == "scenes" and (twice := set(ALL_TASKS) & set(recipe.evaluation.held_out)):
         raise UserError(f"evaluation.held_out: {sorted(twice)} are tasks of scenes, which are asked too; rename them")
     for name, settings in recipe.evaluation.held_out.items():
         try:

@@ -17,8 +17,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from sparsight.errors import UserError
-from sparsight.evaluation.significance import holm, paired_test
+from sparsight.evaluation.significance import by_grade, holm, paired_test
 from sparsight.reporting.runlog import Run, StageRun, step_seconds, total
 from sparsight.reporting.tables import COSTS, said, speed_up, times, write_atomic
 
@@ -62,6 +64,7 @@ def compare(runs: list[Run], baseline: str | None = None) -> Comparison:
         "ratios": ratios,
         "busy": busy,
         "tests": {run.name: _tests(run, base, common) for run in others},
+        "by_grade": _by_grade(ordered),
         "to_loss": _to_loss(ordered),
         "differences": _differences(ordered),
         "warnings": [text for run in ordered for text in _own_warnings(run)]
@@ -164,7 +167,7 @@ def _tests(run: Run, base: Run, common: list[str]) -> dict[str, dict[str, Any]]:
 
     `difference` and `interval` (95%) are in points, run minus baseline. Images are resampled whole.
     """
-    same = [task for task, own in run.points.items() if task in base.points and own[1:] == base.points[task][1:]]
+    same = [task for task, own in run.points.items() if task in base.points and own[1:3] == base.points[task][1:3]]
     groups = {task: [task] for task in same} | ({"mean": common} if common and set(common) <= set(same) else {})
     tests = {}
     for name, tasks in groups.items():
@@ -175,6 +178,27 @@ def _tests(run: Run, base: Run, common: list[str]) -> dict[str, dict[str, Any]]:
         interval = [100 * found.low, 100 * found.high]
         tests[name] = {"difference": 100 * found.difference, "interval": interval, "p_value": found.p_value}
     return tests
+
+
+def _by_grade(runs: list[Run]) -> list[dict[str, Any]]:
+    """Rows as of `score_rows`, but by grade, of the tasks of which all runs have points of the same items."""
+    base = runs[0].points
+    same = [each for each in base if all(each in r.points and r.points[each][1:3] == base[each][1:3] for r in runs)]
+    parts = [{task: getattr(base[task], key) for task in same} for key in ("images", "grades")]
+    points = [{task: run.points[task].scores for task in same} for run in runs]
+    scores = [by_grade(own, *parts) for own in points]
+    gaps = [by_grade({task: np.subtract(own[task], points[0][task]) for task in same}, *parts) for own in points]
+    return [
+        {
+            "task": f"{own[0].grade}: {own[0].group}",
+            **{"items": own[0].items, "chance": None, "shuffled": [None], "p_value": [None] * len(runs)},
+            "scores": [each.score.mean for each in own],
+            "points": [100 * each.score.mean for each in gap],
+            "interval": [50 * (each.score.high - each.score.low) for each in gap],
+            "told": [(each.score.low > 0) - (each.score.high < 0) for each in gap],
+        }
+        for own, gap in zip(zip(*scores, strict=True), zip(*gaps, strict=True), strict=True)
+    ]
 
 
 def _whole(entry: dict[str, Any]) -> bool:

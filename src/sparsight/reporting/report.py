@@ -50,6 +50,10 @@ _SCORES = (
     "from {base}; ± is the 95% interval that the number of items leaves; seeds would add to it. Coloured where the "
     "interval excludes 0. {tested}The first sentence names only tasks whose difference remains after Holm's correction."
 )
+_GRADES = (
+    "Points: difference from {base}, with its 95% interval. Steps: to the answer. Size: of the smallest thing asked "
+    "about, in % of the side. Clutter: what else is there, and 1 for noise. Of many groups some differ by chance."
+)
 _TESTED = "p: paired permutation test on the same items, whole images changing sides; of each task by itself. "
 
 
@@ -75,6 +79,8 @@ def render_table(comparison: Comparison, console: Console) -> None:
         shown.append(loss_table(comparison))
     if any(run["scores"] for run in comparison["runs"]):
         shown.append(score_table(comparison))
+    if comparison["by_grade"]:
+        shown.append(grade_table(comparison))
     if comparison["differences"]:
         shown.append(difference_table(comparison))
     for each in shown:
@@ -147,9 +153,18 @@ def difference_table(comparison: Comparison) -> Table:
     return Table(columns, rows, "What differs in the recipes")
 
 
-def score_table(comparison: Comparison) -> Table:
+def grade_table(comparison: Comparison) -> Table:
+    """Scores by grade; beside each run's own its difference from the baseline."""
+    of = score_table(comparison, comparison["by_grade"])
+    kept = [n for n, column in enumerate(of.columns) if column.run or column.head not in ("chance", "p", "shuffled")]
+    rows = [[row[n] for n in kept] for row in of.rows]
+    columns = [Column("grade", left=True), *(of.columns[n] for n in kept[1:])]
+    return Table(columns, rows, "Scores by grade, in %", of.hint.partition(";")[0])
+
+
+def score_table(comparison: Comparison, rows: Sequence[Mapping[str, Any]] = ()) -> Table:
     """Scores by task; beside each run's own its difference from the baseline, and the paired test's p."""
-    runs, rows = comparison["runs"], score_rows(comparison)
+    runs, rows = comparison["runs"], rows or score_rows(comparison)
     few = len(runs) <= 3  # more get no room
     tested = few and any(comparison["tests"].values())
     columns, cells = [Column("task", left=True), Column("items", wide=True), Column("chance")], []
@@ -202,6 +217,9 @@ def write_report(comparison: Comparison, runs: Iterable[Run], path: str | Path, 
         sections.append(
             section("Scores", hint, plots(("", _score_plot(comparison, rows)), beside=score_table(comparison)))
         )
+    if others and comparison["by_grade"]:
+        figure = plots(("", _grade_plot(comparison)), beside=grade_table(comparison))
+        sections.append(section("Scores by content and depth", _GRADES.format(base=base), figure))
     if found := _examples(ordered):
         hint = "✓ is right, ✗ is wrong; free text, and a caption that is right in part, is not judged."
         if len(found) > max_examples:
@@ -378,6 +396,18 @@ def _score_plot(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> di
     up = {"range": [len(rows) - 0.4, -0.6], "fixedrange": True, "showgrid": False}
     across = {"title": {"text": "%"}, "range": [0, 102], "fixedrange": True}
     return plot("scores", traces, across, ticks | up, 120 + len(rows) * (16 + 18 * count), barmode="overlay")
+
+
+def _grade_plot(comparison: Comparison) -> dict[str, Any]:
+    """Bars of the difference from the baseline by group, with its interval."""
+    rows, runs, traces = comparison["by_grade"], comparison["runs"], []
+    for index, run in enumerate(runs[1:], start=1):
+        error = {"array": [row["interval"][index] for row in rows], "color": {"$css": "--text"}, "thickness": 1.2}
+        bar = {"x": [row["points"][index] for row in rows], "y": [row["task"] for row in rows], "error_x": error}
+        traces.append(_bar(index, run, "%{y}: %{x:+.1f}", **bar))
+    across = {"title": {"text": f"points from {html.escape(runs[0]['name'])}"}, "fixedrange": True, "zeroline": True}
+    up = {"autorange": "reversed", "fixedrange": True, "showgrid": False}
+    return plot("grades", traces, across | {"zerolinecolor": {"$css": "--text"}}, up, 120 + len(rows) * 14 * len(runs))
 
 
 def _marks(name: str, found: Iterable[tuple[Number, float, float]], width: float, dash: str) -> dict[str, Any]:

@@ -85,6 +85,7 @@ class Record(BaseModel):
     points: dict[str, list[float]] = {}
     images: dict[str, list[int]] | int = Field({}, validation_alias=AliasChoices("images", "pictures"))  # older logs
     questions: dict[str, str] = {}
+    grades: dict[str, dict[str, list[int | None]]] = {}
     id: str = ""
     task: str = ""
     question: str = ""
@@ -242,6 +243,7 @@ class Points(NamedTuple):
     scores: list[float]
     images: list[int]
     questions: str
+    grades: dict[str, list[int | None]] = {}  # by name; older logs have none
 
 
 @dataclass(frozen=True)
@@ -434,7 +436,9 @@ class Records:
             self.scored["points"].pop(task, None)
             parts = [record.get(key, {}).get(task) for key in ("points", "images", "questions")]
             if None not in parts and len(parts[0]) == len(parts[1]) > 0:
-                self.scored["points"][task] = Points(*parts)
+                grades = record.get("grades", {}).get(task, {})
+                fit = all(len(own) == len(parts[0]) for own in grades.values())
+                self.scored["points"][task] = Points(*parts)._replace(grades=grades if fit else {})
 
     def run(self) -> Run:
         """The run as far as it was read. Raises `UserError` if there was no header."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ _TOTAL = "how many things ?"
 _TEXT = "what number is printed ?"
 _CAPTION = "describe the image ."
 
-# (question, answer, the fact that it gives away): two turns about the same fact would answer each other
-_Turn = tuple[str, str, str]
+# (question, answer, the fact that it gives away, boxes it is about): two turns about a fact would answer each other
+_Turn = tuple[str, str, str, tuple[Box | None, ...]]
 
 
 def _with_article(name: str) -> str:
@@ -30,11 +30,16 @@ def _pick(rng: np.random.Generator, options: list[Any]) -> Any:
     return options[rng.integers(len(options))]
 
 
+def _boxes(scene: Scene, *names: str) -> tuple[Box, ...]:
+    """Of things of these kinds, or of all things."""
+    return tuple(thing.box for thing in scene.things if not names or thing.name in names)
+
+
 def _caption(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | None:
     parts = [(thing.cell, _with_article(thing.name)) for thing in scene.things]
     if scene.number_cell is not None:
         parts.append((scene.number_cell, f"the number {scene.number}"))
-    return _CAPTION, " , ".join(words for _, words in sorted(parts)), _CAPTION
+    return _CAPTION, " , ".join(words for _, words in sorted(parts)), _CAPTION, (*_boxes(scene), scene.number_box)
 
 
 def _existence(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | None:
@@ -52,7 +57,7 @@ def _existence(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn
     else:
         near = [name for name in absent if any(alike[name] & alike[shown] for shown in here)]
         name, answer = _pick(rng, near if near and rng.random() < 0.5 else absent), "no"
-    return f"is there {_with_article(name)} ?", answer, f"is {name}"
+    return f"is there {_with_article(name)} ?", answer, f"is {name}", _boxes(scene, name)
 
 
 def _count(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | None:
@@ -62,13 +67,13 @@ def _count(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | N
     total, zero = (0.15, 0.1) if max(here.values()) > 1 else (0.45, 0.25)
     flavour = rng.random()
     if flavour < total:
-        return _TOTAL, str(len(scene.things)), _TOTAL
+        return _TOTAL, str(len(scene.things)), _TOTAL, _boxes(scene)
     absent = [name for name in kind_names(scene.config) if name not in here]
     if flavour < total + zero and absent:
         name = _pick(rng, absent)
     else:
         name = _pick(rng, [name for name, n in here.items() for _ in range((1, 5, 12, 20)[min(n, 4) - 1])])
-    return f"how many : {name} ?", str(here[name]), f"count {name}"
+    return f"how many : {name} ?", str(here[name]), f"count {name}", _boxes(scene, name)
 
 
 def _naming(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | None:
@@ -94,26 +99,89 @@ def _about(thing: Thing | None, question: str, answer: str, scene: Scene) -> _Tu
         return None
     cell, box = cell_names(scene.config.grid)[thing.cell], format_box(thing.box, scene.config.image_size)
     says = {"name": thing.name, "cell": cell, "box": box}
-    return question.format(**says), answer.format(**says), f"thing {thing.cell}"
+    return question.format(**says), answer.format(**says), f"thing {thing.cell}", (thing.box,)
 
 
 def _text(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | None:
-    return None if scene.number is None else (_TEXT, scene.number, _TEXT)
+    return None if scene.number is None else (_TEXT, scene.number, _TEXT, (scene.number_box,))
+
+
+def _compare(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | None:
+    """Two kinds in the image, not as many of each; either order is as likely, and so are yes and no."""
+    here = {name: count for name, count in scene.counts().items() if f"count {name}" not in asked}
+    pairs = [(first, second) for first in here for second in here if here[first] != here[second]]
+    if not pairs:
+        return None
+    first, second = _pick(rng, pairs)
+    question, answer = f"are there more : {first} than {second} ?", "yes" if here[first] > here[second] else "no"
+    return question, answer, f"compare {sorted((first, second))}", _boxes(scene, first, second)
+
+
+def _count_where(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | None:
+    """Things of a kind in a row, rather many than none; of no kind whose cell was told."""
+    grid, told = scene.config.grid, {thing.name for thing in scene.things if f"thing {thing.cell}" in asked}
+    spots = [(thing.name, thing.cell // grid) for thing in scene.things if thing.name not in told]
+    options = [(spots.count((name, row)), name, row) for name in dict(spots) for row in range(grid)]
+    if not options:
+        return None
+    count = _pick(rng, [each for each in sorted({n for n, *_ in options}) for _ in range((5, 5, 14, 30)[each])])
+    _, name, row = _pick(rng, [each for each in options if each[0] == count])
+    question = f"how many in the {('top', 'middle', 'bottom')[2 * row // (grid - 1)]} row : {name} ?"
+    return question, str(count), f"where {name}", _boxes(scene, name)
+
+
+def _relation(scene: Scene, rng: np.random.Generator, asked: set[str]) -> _Turn | None:
+    """From a thing, the only one of its kind, to the next one, and around the corner to the one that is asked for."""
+    options = [
+        (f"what is {way} the thing {first} the {start.name} ?", start, between, end)
+        for start in scene.things
+        for first, between in _next_to(scene, start)
+        for way, end in _next_to(scene, between)
+        if scene.counts()[start.name] == 1 and end != start and f"thing {end.cell}" not in asked
+    ]
+    question, *chain = _pick(rng, options) if options else ("",)
+    return (question, chain[2].name, f"thing {chain[2].cell}", tuple(each.box for each in chain)) if chain else None
+
+
+def _next_to(scene: Scene, thing: Thing) -> Iterator[tuple[str, Thing]]:
+    """Things in the next cell, where nothing else is in that direction: no one can mean another."""
+    cell, grid = thing.cell, scene.config.grid
+    left, right = range(cell - 1, cell - cell % grid - 1, -1), range(cell + 1, cell - cell % grid + grid)
+    up, down = range(cell - grid, -1, -grid), range(cell + grid, grid**2, grid)
+    for way, ahead in {"above": up, "below": down, "left of": left, "right of": right}.items():
+        found = [other for other in scene.things if other.cell in ahead]
+        if len(found) == 1 and found[0].cell == ahead[0] and scene.number_cell not in ahead:
+            yield way, found[0]
 
 
 TASKS = ("caption", "existence", "count", "naming", "position", "text", "grounding")
+STEPS = {"compare": 2, "count_where": 2, "relation": 3}  # of tasks asked only where they are named; others take one
+ALL_TASKS = (*TASKS, *STEPS)
 _Ask = Callable[[Scene, np.random.Generator, set[str]], _Turn | None]
-_ASK: dict[str, _Ask] = dict(
-    zip(TASKS, (_caption, _existence, _count, _naming, _position, _text, _grounding), strict=True)
-)
+_ASKS = (_caption, _existence, _count, _naming, _position, _text, _grounding, _compare, _count_where, _relation)
+_ASK: dict[str, _Ask] = dict(zip(ALL_TASKS, _ASKS, strict=True))
 # a third of the first turns are captions
 WEIGHTS: Mapping[str, float] = {**dict.fromkeys(TASKS, 1.0), "caption": 3.0}
 
 
 def single_question(scene: Scene, task: str, seed: int = 0) -> tuple[str, str] | None:
     """One (question, answer) for evaluation, or None where the scene does not allow this task."""
-    turn = _ASK[task](scene, scene.rng(1, seed, TASKS.index(task)), set())
-    return turn[:2] if turn else None
+    found = graded_question(scene, task, seed)
+    return found[:2] if found else None
+
+
+def graded_question(scene: Scene, task: str, seed: int = 0) -> tuple[str, str, dict[str, int | None]] | None:
+    """The same with its grades: by name, whole numbers, or None where it has none of that name (docs/scenes.md)."""
+    turn = _ASK[task](scene, scene.rng(1, seed, ALL_TASKS.index(task)), set())
+    if turn is None:
+        return None
+    marks = {box for box in (*_boxes(scene), scene.number_box) if box}
+    sides = [max(x2 - x1, y2 - y1) for x1, y1, x2, y2 in marks.intersection(turn[3])]
+    others = len(marks) - len(sides) + (scene.ground.kind not in ("plain", "gradient"))
+    grades = {"steps": STEPS.get(task, 1), "things": len(scene.things), "clutter": others}
+    size = round(100 * min(sides) / scene.config.image_size) if sides else None
+    digits = len(scene.number) if scene.number and scene.number_box in turn[3] else None
+    return *turn[:2], grades | {"size": size, "digits": digits}
 
 
 def conversation(scene: Scene, seed: int = 0, tasks: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
@@ -192,7 +260,9 @@ def caption_recall(prediction: str, scene: Scene) -> float:
     return (truth & Counter(found)).total() / truth.total()
 
 
-def chance(config: SceneConfig, split: str = "test", scenes: int = 2000) -> dict[str, float]:
+def chance(
+    config: SceneConfig, split: str = "test", scenes: int = 2000, tasks: Sequence[str] = TASKS
+) -> dict[str, float]:
     """The score of blind guessing by task, 0..1. Tasks that never occur are left out.
 
     The guess is the most frequent answer ("how many things" and "how many : kind" have one each), the most frequent
@@ -202,7 +272,7 @@ def chance(config: SceneConfig, split: str = "test", scenes: int = 2000) -> dict
     fit = [make_scene(config, "train", index) for index in range(scenes)]
     held = [make_scene(config, split, index) for index in range(scenes, 2 * scenes)]
     score: dict[str, float] = {}
-    for task in TASKS:
+    for task in tasks:
         known, asked = ([qa for s in half if (qa := single_question(s, task))] for half in (fit, held))
         if not known or not asked:
             continue
@@ -228,7 +298,7 @@ class ScenesDataset:
 
     Args:
         scenes: number of images.
-        tasks: weight of each task, see `conversation`. None: `WEIGHTS`.
+        tasks: weight of each task of `ALL_TASKS`, see `conversation`. None: `WEIGHTS`.
 
     Raises:
         UserError: a task is unknown or its weight is no weight, or not every image allows one of the tasks.
@@ -246,11 +316,11 @@ class ScenesDataset:
     ) -> None:
         weights = WEIGHTS if tasks is None else tasks
         for task, weight in weights.items():
-            if task not in TASKS:
-                raise UserError(f"task is {task!r}, expected one of {', '.join(TASKS)}")
+            if task not in ALL_TASKS:
+                raise UserError(f"task is {task!r}, expected one of {', '.join(ALL_TASKS)}")
             if not 0 <= weight < float("inf"):
                 raise UserError(f"weight of {task} is {weight!r}, expected a number of at least 0")
-        always = {"caption", "count", "naming"} | ({"text"} if config.numbers == 1 else set())
+        always = {"caption", "count", "naming", "count_where"} | ({"text"} if config.numbers == 1 else set())
         if not any(weights.get(task, 0) > 0 for task in always):
             raise UserError(f"tasks is {dict(weights)}, expected one that any image allows: {sorted(always)}")
         self.config, self.split, self.scenes = config.resolved(), split, scenes

@@ -25,7 +25,7 @@ class SceneData(Settings):
     noise: float = Field(0.5, ge=0, le=1, description="share of noisy grounds; photos stand on landscapes instead")
     held_out: float = Field(0.1, ge=0, le=0.5, description="share of (kind, cell) pairs that training never shows")
     questions: int = Field(6, ge=1)
-    tasks: dict[str, float] | None = Field(None, description="weight of each task; all alike if not given")
+    tasks: dict[str, float] | None = Field(None, description="weight of each task; the seven basic ones if not given")
     cutouts: Literal["auto", "emoji", "shapes", "families", "photos"] = Field(
         "auto", description="emoji if installed, else shapes; families and photos keep images apart by split"
     )
