@@ -79,8 +79,8 @@ class Records(list):
         return {number: record["loss"] for number, record in self.steps().items()}
 
 
-class Crash(Exception):
-    """The lights go out."""
+class Crash(BaseException):
+    """The lights go out: nobody catches it to save."""
 
 
 class Failing(TrainingSet):

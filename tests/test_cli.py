@@ -43,7 +43,7 @@ SURFACE = {
     "scale": ["checkpoint", "--out", "--layout", "--image-size", "--levels", "--source"],
     "inspect": ["checkpoint", "--image", "--out"],
     "analyze": ["model", "--data", "--images", "--samples", "--out"],
-    "doctor": [],
+    "doctor": ["model"],
     "data preview": ["recipe", "overrides", "--out", "--n"],
     "data check": ["recipe", "overrides", "--out", "--workers", "--stage"],
 }

@@ -79,14 +79,18 @@ def _console() -> Console:
 
 
 @contextmanager
-def _ctrl_c_is_exit_code_130(console: Console) -> Iterator[None]:
-    from sparsight.training.trainer import Interrupted
+def _ends_clearly(console: Console) -> Iterator[None]:
+    from sparsight.training.checkpoints import Interrupted, explained
 
     try:
         yield
     except Interrupted as stopped:
         console.print(f"[yellow]{stopped}[/]. Go on with the same command and --resume")
-        raise typer.Exit(130) from None
+        raise typer.Exit(stopped.code) from None
+    except Exception as error:
+        if text := explained(error):
+            raise UserError(text) from error
+        raise
 
 
 @app.command()
@@ -112,7 +116,7 @@ def demo(
     changes = [*(_SHORT if short else ()), *(overrides or [])]
     comparison = load_comparison(recipe or builtin_recipe("demo.yaml"), changes)
     console = _console()
-    with _ctrl_c_is_exit_code_130(console):
+    with _ends_clearly(console):
         folder = out or Path("runs/demo-short" if short else "runs/demo")
         run_comparison(comparison, folder, console, resume, overwrite)
     if short:
@@ -150,7 +154,7 @@ def train(
     from sparsight.pipeline import run
 
     console = _console()
-    with _ctrl_c_is_exit_code_130(console):
+    with _ends_clearly(console):
         final = run(settings, folder, console, resume, overwrite=overwrite)
     console.print(f"model: [bold]{final}[/]")
 
@@ -326,14 +330,19 @@ def check(
 
 
 @app.command()
-def doctor() -> None:
-    """Show versions, devices and assets, and the command that installs a missing one."""
+def doctor(
+    model: Annotated[
+        Path | None, typer.Argument(help="folder of a model, checkpoint or run; else this machine")
+    ] = None,
+) -> None:
+    """Show versions, devices and assets, and the command that installs a missing one; or check that a folder's files
+    are as they were saved. Exit code 1 if something is missing or damaged."""
     from sparsight.console import Console
-    from sparsight.doctor import diagnose, render
+    from sparsight.doctor import diagnose, examine, render
 
-    checks = diagnose()
+    checks = diagnose() if model is None else examine(model)
     render(checks, Console())
-    if any(check.status == "missing" for check in checks):
+    if any(check.status in ("missing", "damaged") for check in checks):
         raise typer.Exit(1)
 
 

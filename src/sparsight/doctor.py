@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sparsight.devices.peaks import cpu_bf16
+from sparsight.errors import UserError
+from sparsight.safety import MANIFEST, faults
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
     from rich.console import Console
 
-Status = Literal["ok", "warning", "missing"]
+Status = Literal["ok", "warning", "missing", "damaged"]
 
 MIN_PYTHON = (3, 11)
 MIN_MEMORY_GB = 4.0
@@ -48,12 +50,35 @@ def diagnose() -> list[Check]:
     return [_python(), *_packages(), *machine, *_assets()]
 
 
+def examine(folder: Path) -> list[Check]:
+    """Whether the files of a saved model, a checkpoint, or of all of them in a run, are as they were saved.
+
+    Raises:
+        UserError: no folder there with anything that was saved.
+    """
+    # A model's or a checkpoint's folder has one of the first two, whatever is missing.
+    marks = (MANIFEST, "config.json", "trainer_state.json")
+    saved = sorted({path.parent for mark in marks for path in folder.rglob(mark)})
+    if not saved:
+        raise UserError(f"{folder}: expected the folder of a model, of a checkpoint or of a run, found nothing saved")
+    checks = []
+    for each in saved:
+        if not (each / MANIFEST).exists():
+            text = "no manifest: cut short while it was written, or written without one, so its files cannot be checked"
+            checks.append(Check(str(each), "warning", text, "Get it anew, or look at what it says when it is loaded."))
+            continue
+        remedy = "Get this file anew; in a run, --resume goes on from the last whole checkpoint."
+        wrong = [Check(str(each / name), "damaged", text, remedy) for name, text in faults(each).items()]
+        checks += wrong or [Check(str(each), "ok", "all files are as they were saved")]
+    return checks
+
+
 def render(checks: list[Check], console: Console) -> None:
     """Print the checks as a table, and below it the remedies, each on a line of its own to be copied."""
     from rich.table import Table
     from rich.text import Text
 
-    styles = {"ok": "green", "warning": "yellow", "missing": "bold red"}
+    styles = {"ok": "green", "warning": "yellow", "missing": "bold red", "damaged": "bold red"}
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

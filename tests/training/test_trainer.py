@@ -25,9 +25,11 @@ from sparsight.cost import Trains
 from sparsight.data.collate import Collator
 from sparsight.devices.flops import recomputes
 from sparsight.modeling.scaling import scale_tokens
+from sparsight.safety import write_manifest
+from sparsight.training.checkpoints import Interrupted, last_checkpoint
 from sparsight.training.counter import StepCounter, cpu_seconds, resident_now
 from sparsight.training.stages import add_lora, merge_lora, select_trainable
-from sparsight.training.trainer import Interrupted, last_checkpoint, plan_stage
+from sparsight.training.trainer import plan_stage
 from tiny import make_vlm
 
 BRIDGE_AND_LANGUAGE = {"bridge": 2e-3, "language": 1e-3}
@@ -308,13 +310,18 @@ def test_F05_a_checkpoint_that_a_kill_cut_short_is_passed_over_and_kept(tmp_path
     aside = tmp_path / "damaged-checkpoint-4-2"
     assert {file.name: file.read_bytes() for file in aside.iterdir()} == held
     said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert f"{broken} is damaged (trainer_state.json: " in said and f"it is now {aside}" in said
+    file = "sparsight_manifest.json" if cut == "only the model" else "trainer_state.json"
+    assert f"{broken} is damaged (" in said and f"{file}: " in said and f"it is now {aside}" in said
 
 
 def test_F05_an_error_of_the_disk_is_an_error_and_moves_nothing(tmp_path: Path) -> None:
     for step in (2, 4):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").symlink_to("/proc/self/mem")  # reads end in EIO
+        file = tmp_path / f"checkpoint-{step}" / "trainer_state.json"
+        file.parent.mkdir()
+        file.write_text("{}")
+        write_manifest(file.parent)
+        file.unlink()
+        file.symlink_to("/proc/self/mem")  # reads end in EIO
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(OSError, match="Input/output error"):
         last_checkpoint(tmp_path, quiet())

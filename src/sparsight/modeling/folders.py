@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sparsight.errors import UserError
+from sparsight.safety import check_manifest
 
 # As transformers calls them; each holds a mapping.
 _JSON = (
@@ -38,8 +39,10 @@ def read_json(file: str | Path) -> dict[str, Any]:
 
 
 def check_files(folder: str | Path) -> None:
-    """Read a folder's small files and the headers of its weights; UserError names a damaged one."""
+    """Compare a folder with its manifest, if it has one, and read its small files and the headers of its weights;
+    UserError names a damaged one."""
     folder = Path(folder)
+    check_manifest(folder)
     for file in (folder / name for name in _JSON):
         if file.is_file():
             read_json(file)

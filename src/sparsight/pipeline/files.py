@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -21,6 +22,7 @@ from sparsight.aside import moved_aside
 from sparsight.assets import emoji_folder
 from sparsight.console import Console
 from sparsight.devices.precision import default_device, device_name, fast_bf16, precision_on
+from sparsight.devices.ranks import process_state
 from sparsight.errors import UserError
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.modeling.build import own_image_size
@@ -28,8 +30,10 @@ from sparsight.modeling.configuration import SparsightConfig
 from sparsight.modeling.folders import loading, model_type, read_json
 from sparsight.modeling.quantised import check_packages, save_model
 from sparsight.reporting import RunLog, environment, read_run, write_card
+from sparsight.safety import MANIFEST, describe, faults, flush, locked, naming_space, write_manifest
 from sparsight.settings.data import SceneData
 from sparsight.settings.recipe import Recipe
+from sparsight.training.checkpoints import StopSignals
 
 RECIPE_FILE = "sparsight_recipe.json"
 # Keys that change no weight: a run may go on with others.
@@ -131,7 +135,7 @@ def move_aside(out: Path, resume: bool, console: Console) -> None:
     """``--overwrite``: the folder, if there is one, gets another name, which is told.
 
     Raises:
-        UserError: ``resume`` is on too; or this process works in the folder, and would write on in it.
+        UserError: ``resume`` is on too; or a process works in the folder, and would write on in it.
         OSError: it cannot be renamed.
     """
     if resume:
@@ -140,6 +144,8 @@ def move_aside(out: Path, resume: bool, console: Console) -> None:
         raise UserError(f"--overwrite would move {out.resolve()}, which this command works in; start it elsewhere")
     if out.exists():
         out = Path(os.path.abspath(out))  # so that it has a name
+        with locked(out):  # by nobody else
+            pass
         console.print(Text(f"{out} is now {moved_aside(out, f'{out.name}-old')}"), soft_wrap=True)
 
 
@@ -204,14 +210,40 @@ def samples_hash(recipe: Recipe) -> str:
 def save(
     model: SparsightForConditionalGeneration, processor: SparsightProcessor, session: Session, folder: Path
 ) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, with a manifest; a signal waits until it is done.
+
+    Raises:
+        UserError: the disk is full.
+    """
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    save_model(model, partial)
-    processor.save_pretrained(partial)
-    (partial / RECIPE_FILE).write_text(with_cutouts(session.recipe).model_dump_json(indent=2), encoding="utf-8")
-    write_card(partial, session.recipe, session.log.run())
-    partial.rename(folder)  # an error if something is there: `holds_run` has found nothing
+    shutil.rmtree(partial, ignore_errors=True)  # ours, which a kill cut short
+    with (
+        naming_space(folder, model.get_memory_footprint, "The stage's checkpoints are whole"),
+        StopSignals() as signals,
+    ):
+        save_model(model, partial)
+        processor.save_pretrained(partial)
+        (partial / RECIPE_FILE).write_text(with_cutouts(session.recipe).model_dump_json(indent=2), encoding="utf-8")
+        write_card(partial, session.recipe, session.log.run())
+        write_manifest(partial)
+        partial.rename(folder)  # an error if something is there: `holds_run` has found nothing
+        flush(folder.parent)
+    if signals.number:
+        os.kill(os.getpid(), signals.number)
+
+
+def finished(recipe: Recipe, out: Path, console: Console) -> list[str]:
+    """Names of the stages whose models lie in ``out``. On the first rank, damaged ones are named and moved aside: the
+    stage goes on from its last checkpoint."""
+    with process_state().main_process_first():
+        for folder in (
+            [out / stage.name / "model" for stage in recipe.stages] if process_state().is_main_process else []
+        ):
+            if (folder / MANIFEST).exists() and (wrong := faults(folder)):
+                new = moved_aside(folder, "damaged-model")
+                text = f"{folder} is damaged ({describe(wrong)}); it is now {new}, and its stage is trained again"
+                console.print(Text(text, style="yellow"), soft_wrap=True)
+        return [stage.name for stage in recipe.stages if (out / stage.name / "model").is_dir()]
 
 
 def load(folder: str | Path) -> tuple[SparsightForConditionalGeneration, SparsightProcessor]:
@@ -225,6 +257,8 @@ def load(folder: str | Path) -> tuple[SparsightForConditionalGeneration, Sparsig
         found = "no model there; expected a folder with config.json" if kind is None else f"a model of type '{kind}'"
         raise UserError(f"{folder}: {found}. Expected one that sparsight.build or `sparsight train` has made")
     check_packages(folder)
+    if (folder / RECIPE_FILE).is_file() and not (folder / MANIFEST).exists():
+        warnings.warn(f"{folder} has no {MANIFEST}: its files could not be checked", stacklevel=2)
     # transformers gives all weights one dtype; here a frozen part may be in bf16, beside a trained one in fp32.
     with loading("model", str(folder)):
         model = SparsightForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)

@@ -34,13 +34,23 @@ from sparsight.modeling.scaling import scale_tokens, scaled_processor
 from sparsight.modeling.scratch import scratch_language
 from sparsight.pipeline.evaluate import score_run
 from sparsight.pipeline.features import Encoding, cached_features
-from sparsight.pipeline.files import Session, load, move_aside, open_log, save, settle_image_size, settle_precision
+from sparsight.pipeline.files import (
+    Session,
+    finished,
+    load,
+    move_aside,
+    open_log,
+    save,
+    settle_image_size,
+    settle_precision,
+)
 from sparsight.reporting import RunLog, write_card
 from sparsight.reporting.runlog import step_seconds
 from sparsight.reporting.tables import human
 from sparsight.scenes.questions import ALL_TASKS
 from sparsight.settings.load import load_recipe
 from sparsight.settings.recipe import Recipe, ScratchLanguage, Stage
+from sparsight.training.checkpoints import held
 from sparsight.training.counter import StepCounter, resident_now
 from sparsight.training.quarantine import Quarantine
 from sparsight.training.stages import add_lora, merge_lora, select_trainable
@@ -72,42 +82,48 @@ def run(
     Raises:
         FileExistsError: ``out`` holds a run and ``resume`` is off.
         UserError: ``resume`` with a recipe that differs from the run's, an engine that shards weights, or as
-            `check_inputs` says; nothing has been trained then.
+            `check_inputs` says, or a process that works in ``out``; nothing has been trained then.
     """
     out, recipe = Path(out), settle_image_size(recipe)
-    done = [stage.name for stage in recipe.stages if resume and (out / stage.name / "model").is_dir()]
+    done = finished(recipe, out, console) if resume else []
     sources = check_inputs(recipe, done)
-    ranks = process_state()
+    main = process_state().is_main_process  # it alone writes and tells
     check_engine(recipe)
-    main = ranks.is_main_process  # it alone writes and tells
     console = console if main else Console(quiet=True)
     if overwrite and main:
         move_aside(out, resume, console)
-    recipe = settle_precision(recipe, out, resume, console)
-    log = open_log(recipe, out, resume) if main else RunLog(Path(os.devnull), append=True)
-    session = Session(recipe, out, log, console, resume, Path(cache_root or out / "cache"), main, resident_now())
+    with held(out):
+        recipe = settle_precision(recipe, out, resume, console)
+        log = open_log(recipe, out, resume) if main else RunLog(Path(os.devnull), append=True)
+        session = Session(recipe, out, log, console, resume, Path(cache_root or out / "cache"), main, resident_now())
+        with session.log:
+            return _run_stages(session, sources, done)
+
+
+def _run_stages(session: Session, sources: dict[str, Source], done: Collection[str]) -> Path:
+    """Train the stages that are not done, score the last one's model, and return its folder."""
+    recipe, out, console, main = session.recipe, session.out, session.console, session.main
     model = processor = None
-    with session.log:
-        for stage in recipe.stages:
-            ranks.wait_for_everyone()
-            saved = out / stage.name / "model"
-            if stage.name in done:
-                console.print(f"stage [bold]{stage.name}[/]: done already")
-                model, processor = load(saved)
-            else:
-                model, processor = enter_stage(recipe, stage, model, processor, console)
-                if len(sources) == len(recipe.stages) - len(done):  # the first that is trained in this sitting
-                    _check_stages(session, sources, model, processor)
-                _run_stage(session, stage, model, processor, sources.pop(stage.name))
-                model, processor = _hand_on(session, model, processor, saved)
-        if (layout := recipe.stages[-1].position_layout) is not None:
-            text = f"position_layout in the last stage: scale the model to '{layout}' before it is used"
-            console.print(text, style="yellow", markup=False)
-        assert model is not None and processor is not None
-        final = out / recipe.stages[-1].name / "model"
-        if main and (recipe.evaluation.kind == "scenes" or recipe.evaluation.held_out):
-            score_run(session, model, processor, str(final))
-            write_card(final, recipe, session.log.run())  # now with scores
+    for stage in recipe.stages:
+        process_state().wait_for_everyone()
+        saved = out / stage.name / "model"
+        if stage.name in done:
+            console.print(f"stage [bold]{stage.name}[/]: done already")
+            model, processor = load(saved)
+        else:
+            model, processor = enter_stage(recipe, stage, model, processor, console)
+            if len(sources) == len(recipe.stages) - len(done):  # the first that is trained in this sitting
+                _check_stages(session, sources, model, processor)
+            _run_stage(session, stage, model, processor, sources.pop(stage.name))
+            model, processor = _hand_on(session, model, processor, saved)
+    if (layout := recipe.stages[-1].position_layout) is not None:
+        text = f"position_layout in the last stage: scale the model to '{layout}' before it is used"
+        console.print(text, style="yellow", markup=False)
+    assert model is not None and processor is not None
+    final = out / recipe.stages[-1].name / "model"
+    if main and (recipe.evaluation.kind == "scenes" or recipe.evaluation.held_out):
+        score_run(session, model, processor, str(final))
+        write_card(final, recipe, session.log.run())  # now with scores
     return final
 
 

@@ -1,14 +1,10 @@
-"""Hugging Face's Trainer, thinly subclassed: learning rates by part, a record of every step, Ctrl-C."""
+"""Hugging Face's Trainer, thinly subclassed: learning rates by part, a record of every step."""
 
 from __future__ import annotations
 
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,21 +16,20 @@ from rich.text import Text
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
-from sparsight.aside import moved_aside
 from sparsight.console import Console, Progress
 from sparsight.data.batching import LARGEST, RankBatches, Step, micro_batches, plan_steps
 from sparsight.data.collate import Collator, TrainingSet
 from sparsight.data.sources import SceneSource
 from sparsight.devices.engines import engine
-from sparsight.devices.ranks import largest, process_state
+from sparsight.devices.ranks import process_state
 from sparsight.errors import UserError
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.settings.recipe import Recipe, Stage
 from sparsight.sparse.attach import attach
 from sparsight.sparse.callback import SparsightCallback
 from sparsight.training import idle
+from sparsight.training.checkpoints import SafeCheckpoints, agreed_checkpoint
 from sparsight.training.counter import StepCounter
 from sparsight.training.optimizer import MuonAdamW, optimizer_flops
 from sparsight.training.quarantine import Quarantine
@@ -45,10 +40,6 @@ class StepLog(Protocol):
     """Where records go; `reporting.RunLog` is one."""
 
     def write(self, type: str, **fields: Any) -> None: ...
-
-
-class Interrupted(Exception):
-    """The user stopped the run; its last step is in a checkpoint."""
 
 
 class SparsightTrainer(Trainer):
@@ -159,7 +150,7 @@ class SparsightTrainer(Trainer):
 
 @dataclass(eq=False)
 class _Recorder(TrainerCallback):
-    """Writes a record of each step, ``show``s how far it is, and stops after the step in which ``stop`` was set."""
+    """Writes a record of each step, and ``show``s how far it is."""
 
     trainer: SparsightTrainer
     log: StepLog
@@ -168,7 +159,6 @@ class _Recorder(TrainerCallback):
     quarantine: Quarantine | None
     rates: dict[str, float] = field(default_factory=dict)
     started: float = 0.0
-    stop: bool = False
 
     def on_train_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         self.show(completed=state.global_step)
@@ -212,30 +202,6 @@ class _Recorder(TrainerCallback):
             self.console.print(Text(note, style="yellow"))
             self.log.write("note", stage=stage, text=note)
         counter.clear()
-        if largest(int(self.stop), counter.model.device):
-            self.stop = control.should_save = control.should_training_stop = True
-
-    @contextmanager
-    def ctrl_c(self) -> Iterator[None]:
-        """Within, the first Ctrl-C ends the step and saves; the second one stops at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        mine = os.getpid()
-
-        def stop(*_: Any) -> None:
-            if os.getpid() != mine:  # a process that loads data: the terminal signals it too, but its work is needed
-                return
-            if self.stop:
-                raise KeyboardInterrupt
-            self.stop = True
-            self.console.print("[yellow]Stopping after this step; Ctrl-C again stops at once.[/]")
-
-        previous = signal.signal(signal.SIGINT, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
 
 
 def plan_stage(data: TrainingSet, stage: Stage, seed: int, folder: Path, console: Console) -> list[Step]:
@@ -296,20 +262,6 @@ def training_arguments(recipe: Recipe, stage: Stage, steps: int, folder: Path) -
     return arguments
 
 
-def last_checkpoint(folder: Path, console: Console) -> str | None:
-    """The last whole checkpoint. One that a kill cut short is moved aside: its state file is written last."""
-    while (found := get_last_checkpoint(str(folder))) is not None:
-        file = Path(found) / "trainer_state.json"
-        try:
-            TrainerState.load_from_json(str(file))
-            break
-        except (FileNotFoundError, ValueError, TypeError) as error:
-            new = moved_aside(Path(found), f"damaged-{Path(found).name}")
-            text = f"{found} is damaged ({file.name}: {error}), perhaps cut short by a kill; it is now {new}"
-            console.print(Text(text, style="yellow"), soft_wrap=True)
-    return found
-
-
 def _collator(processor: SparsightProcessor, stage: Stage) -> Collator:
     length, positions, weights = stage.batch_tokens or stage.pack_length, None, None
     if stage.position_layout is not None:
@@ -354,15 +306,14 @@ def train_stage(
         The step that training went on from; 0 from the start.
 
     Raises:
-        Interrupted: Ctrl-C; the last step is in a checkpoint.
-        UserError: a bad sample, or more of them than the recipe allows; a loss or gradients that are not finite; or
-            attention that takes no weights of tokens.
+        Interrupted: by a signal; the last step is in a checkpoint.
+        UserError: a bad sample, or more of them than the recipe allows; a loss or gradients that are not finite;
+            or attention that takes no weights of tokens.
     """
     if stage.proportional_attention:
         _check_weights_can_be_taken(stage.name, model.model.language_model.config._attn_implementation)
     folder = Path(str(arguments.output_dir))
-    with process_state().main_process_first():
-        checkpoint = last_checkpoint(folder, console) if resume and folder.is_dir() else None
+    checkpoint = agreed_checkpoint(folder, console) if resume else None
     began = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
     if quarantine is not None:
         quarantine.begin(began, data.offset + sum(len(batch) for step in plan[:began] for batch in step))
@@ -371,7 +322,8 @@ def train_stage(
         handle = attach(model, stage.compressor, stage.skipper, seed=arguments.seed)
     settings: dict[str, Any] = {"stage": stage, "plan": plan, "counter": counter, "handle": handle}
     settings |= {"data_collator": _collator(processor, stage), "processing_class": processor, "train_dataset": data}
-    callbacks = [] if handle is None else [SparsightCallback(handle)]
+    safe = SafeCheckpoints(console, f"stage '{stage.name}'", checkpoint)
+    callbacks = [safe] if handle is None else [safe, SparsightCallback(handle)]
     trainer = SparsightTrainer(model, arguments, callbacks=callbacks, **settings)
     with Progress(console=console) as bar:
         show = partial(bar.update, bar.add_task(stage.name, total=len(plan)))
@@ -380,11 +332,8 @@ def train_stage(
         if resume:  # without a checkpoint, too: steps that are in the log, but not in the weights, do not count
             log.write("resume", stage=stage.name, step=began)
         try:
-            with recorder.ctrl_c():
-                trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=checkpoint)
         finally:
             if handle is not None and engine() == "ddp":  # else wrapped by the engine, and not to be run again
                 handle.detach()
-    if recorder.stop:
-        raise Interrupted(f"stopped in stage '{stage.name}' at step {trainer.state.global_step} of {len(plan)}")
     return began
