@@ -28,6 +28,7 @@ from sparsight.modeling.encoders import probe
 from sparsight.modeling.folders import check_files, loading, model_type, read_json
 from sparsight.modeling.processing import SparsightProcessor, resize_mode
 from sparsight.modeling.vlm import SparsightForConditionalGeneration
+from sparsight.safety import write_manifest
 from sparsight.settings.bridges import ChainOfSightConfig, bridge_settings, check_scaling
 
 BRIDGE, INDEX = "model.multi_modal_projector.", "model.safetensors.index.json"
@@ -179,6 +180,7 @@ def scale_checkpoint(
         _write_files(folder, partial, where, old, new)
         config.save_pretrained(partial)
         processor.save_pretrained(partial)
+        write_manifest(partial)
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
