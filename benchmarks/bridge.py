@@ -2,7 +2,7 @@
 
 `loop` is the obvious version: nn.MultiheadAttention, one window after the other. `global` is one resampler with as many
 tokens that all see the whole map. The three take turns in one process, so that the machine's moods hit them alike; what
-counts is the ratio, next to the ratio that the operations allow.
+counts is the ratio, next to that of the FLOPs, which torch counts for all three.
 
     python benchmarks/bridge.py [--device cuda] [--rounds 5] [--out FILE]
 """
@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparsight.bridges import build_bridge
-from sparsight.cost import Trains, bridge_flops
 from sparsight.devices.precision import precision_on
 from sparsight.pipeline import autocast
 from sparsight.settings.bridges import ChainOfSightConfig, ResamplerConfig
@@ -88,20 +88,17 @@ def measure(side: int, layout: str, device: torch.device, batch: int, rounds: in
         for level in levels:
             level.grad = None
 
-    for bridge in bridges.values():
-        step(bridge)
+    flops = {}
+    for name, bridge in bridges.items():
+        with FlopCounterMode(display=False) as counter:
+            step(bridge)
+        flops[name] = counter.get_total_flops()
     times: dict[str, list[float]] = {name: [] for name in bridges}
     for _ in range(rounds):
         for name, bridge in bridges.items():
             start = now(device)
             step(bridge)
             times[name].append(now(device) - start)
-    trains = Trains(vision=True, bridge=True, language=False, lora_rank=0)
-    flops = {
-        name: bridge_flops(value, [CONTEXT] * LEVELS, LANGUAGE, (side, side), batch, trains)
-        for name, value in settings.items()
-    }
-    flops["loop"] = flops["ours"]
     row: dict[str, Any] = {"map": side, "layout": str(ours.scales), "tokens": ours.scales.tokens, "batch": batch}
     row["seconds"] = {name: statistics.median(values) for name, values in times.items()}
     row["spread"] = {name: (min(values), max(values)) for name, values in times.items()}

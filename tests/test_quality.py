@@ -62,7 +62,7 @@ def test_every_row_is_a_recipe_on_the_same_samples(quality) -> None:
     """Also: what is scaled has sources for its scales."""
     seen = set()
     for name, row in quality.ROWS.items():
-        recipe = quality.recipe_of(row, 0, quality.GRID[0] | {"late": 1})
+        recipe = quality.recipe_of(row, 0, quality.GRID[0])
         if row.share == 1 and row.longer == 1:
             *early, late = recipe.stages
             if row.settle:
@@ -75,7 +75,25 @@ def test_every_row_is_a_recipe_on_the_same_samples(quality) -> None:
             early.scales.source_scales(late.scales)
         assert set(row.groups.split()) and quality.selected([name]) == [name]
     assert len(seen) == 1
-    plain, busier = (quality.recipe_of(row, 0, quality.GRID[0] | {"late": 1}, data) for data in ("scenes", "details"))
+    plain, busier = (quality.recipe_of(row, 0, quality.GRID[0], data) for data in ("scenes", "details"))
     assert busier == plain.model_copy(update={"data": busier.data}) and busier.data.grid > plain.data.grid
     with pytest.raises(ValueError, match="--rows .'nothing'"):
         quality.selected(["nothing"])
+
+
+def test_results_are_written_once_and_merged(tmp_path: Path, quality) -> None:
+    """A file for each split of a row; the best settings are those of the highest mean on validation, per precision."""
+    results = quality.Results(tmp_path)
+    first, other = quality.GRID[:2]
+    key = {"data": "scenes", "row": "mlp-256", "seed": 0, "precision": "fp32"}
+    for settings, score in ((first, 0.5), (other, 0.7)):
+        results.add(key | {"settings": settings, "validation": {"scores": {"caption": score}}})
+    assert results.best("scenes", "mlp-256", "fp32") == other
+    assert [tried["mean"] for tried in results.tried("scenes", "mlp-256", "fp32")] == [0.7, 0.5]
+    assert results.best("scenes", "mlp-256", "bf16") == results.best("details", "mlp-256", "fp32") == first
+    file = results.add(key | {"settings": other, "test": {"scores": {"caption": 0.6}}})
+    (merged,) = results.entries(settings=other)
+    assert merged["validation"] != merged["test"] and len(results.entries()) == 2
+    with pytest.raises(FileExistsError):
+        (tmp_path / file.name).open("x")
+    assert len(list(tmp_path.glob("*.json"))) == 3
