@@ -111,9 +111,8 @@ bench-gpu: setup assets ## the same on a GPU (the installed torch must see one)
 	@$(PY) benchmarks/bridge.py --device cuda $(ARGS)
 	@$(PY) benchmarks/speed.py --device cuda $(ARGS)
 
-quality: setup assets ## train the core rows of docs/quality.md, three seeds, and time them; hours, goes on where it stopped
-	@OMP_NUM_THREADS=1 $(PY) benchmarks/quality.py --rows core --seeds 0 1 2 $(ARGS)
-	@OMP_NUM_THREADS=1 $(PY) benchmarks/quality.py --rows core --clock $(ARGS)
+quality: setup assets ## train the core rows of docs/quality.md, three seeds; hours, goes on where it stopped; ARGS='--only mlp-256'
+	@OMP_NUM_THREADS=1 $(PY) benchmarks/quality.py $(or $(ARGS),--rows core --seeds 0 1 2)
 
 # All four run even when one fails, so that one run shows all there is to mend.
 lint: setup ## check style, formatting, types, import layers and the length of functions

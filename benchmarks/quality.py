@@ -70,13 +70,23 @@ def single(tokens: int) -> dict[str, Any]:
 
 
 DUAL = {"compressor": {"keep": 0.1, "method": "uniform", "dense_every": 10}}
+# Don't Drop Dropout's ingredients, one after the other, at a share that takes 20% of the layers of the whole stage.
+SPARED: dict[str, Any] = {"alpha": 0.3, "epsilon": 0.0, "schedule": "plateau", "decay_from": 0.5, "dense_last": 0.1}
+ADDED: dict[str, dict[str, Any]] = {
+    "plateau": {},
+    "plateau, alternating": {"layers": "alternating"},
+    "plateau, inverse density": {"inverse_density": True},
+    "plateau, alternating, inverse density": {"layers": "alternating", "inverse_density": True},
+}
+MLP: dict[str, Any] = {"kind": "mlp"}
 QUARTER, FALLING = {"keep": 0.25, "method": "uniform"}, {"alpha": 0.6, "epsilon": 0.3}
 # Learning rates before fine-tuning and in it, and its length, of what the shared recipe says: of all rows alike. The
-# first if not tuned.
+# first if not tuned. Where fine-tuning is most of the work, another length of it is a shorter one.
 GRID = [
     {"rate": rate, "late_rate": late_rate, "late": late}
     for rate, late_rate, late in ((1e-3, 5e-4, 1), (2e-3, 1e-3, 1), (1e-3, 5e-4, 3))
 ]
+GRIDS = {"smollm2": [*GRID[:2], GRID[2] | {"late": 0.8}]}
 # Up to six things in nine cells, and smaller numbers of three or four digits: `--data details`.
 DETAILS = {"grid": 3, "max_things": 6, "digits": [3, 4], "number_size": 30}
 FULL = "1:16,2:16,16:1"  # the 336 that 32 reaches
@@ -108,7 +118,7 @@ fewer = cos("1:8,4:1")
 PROPORTIONAL = POSITIONS | {"proportional_attention": True}
 DOUBLE = {"image_size": 512}
 ROWS = {
-    "mlp-256": Row({"kind": "mlp"}, groups="core"),
+    "mlp-256": Row(MLP, groups="core"),
     "resampler-336": Row(single(336), groups="core"),
     "cos 32-336": Row(few, many, groups="scaling"),
     "cos 32-336 positions": Row(few, many, first=POSITIONS, groups="scaling"),
@@ -120,8 +130,8 @@ ROWS = {
     ),
     "cos 32-336 settled alone": Row(few, many, settle=0.75, groups="scaling"),
     "cos 32-32": Row(few, groups="core scaling"),
-    "mlp-256, equal time": Row({"kind": "mlp"}, share=0.33, groups="control"),
-    "mlp-256, longer": Row({"kind": "mlp"}, longer=2, groups="control"),
+    "mlp-256, equal time": Row(MLP, share=0.33, groups="control"),
+    "mlp-256, longer": Row(MLP, longer=2, groups="control"),
     "cos 24-24, longer": Row(fewer, longer=2, groups="control"),
     "cos 32-336 settled, longer": Row(few, many, first=POSITIONS, settle=0.75, longer=2, groups="control"),
     "single 32-32": Row(single(32), groups="scales"),
@@ -151,12 +161,31 @@ ROWS = {
     "resampler-336, dual": Row(single(336), first=DUAL, last=DUAL, groups="older"),
     "resampler-336 + both": Row(single(336), first={"compressor": QUARTER}, last={"skipper": FALLING}, groups="older"),
     "resampler-336 + compressor": Row(single(336), first={"compressor": QUARTER}, groups="sts"),
-    "mlp-256 + compressor": Row({"kind": "mlp"}, first={"compressor": QUARTER}, groups="sts"),
-    "mlp-256 + skipper": Row({"kind": "mlp"}, last={"skipper": FALLING}, groups="sts"),
-    "mlp-256 + both": Row({"kind": "mlp"}, first={"compressor": QUARTER}, last={"skipper": FALLING}, groups="sts"),
+    "mlp-256 + compressor": Row(MLP, first={"compressor": QUARTER}, groups="sts"),
+    "mlp-256 + skipper": Row(MLP, last={"skipper": FALLING}, groups="sts"),
+    "mlp-256 + both": Row(MLP, first={"compressor": QUARTER}, last={"skipper": FALLING}, groups="sts"),
     "cos 32-336 + compressor": Row(few, many, first={"compressor": {"keep": 0.5, "final": 1.0}}, groups="sts"),
     "cos 32-336, dual": Row(few, many, last={"compressor": {"keep": 0.1, "dense_every": 10}}, groups="rivals"),
-    "mlp-256, dual": Row({"kind": "mlp"}, first=DUAL, last=DUAL, groups="rivals"),
+    "mlp-256, dual": Row(MLP, first=DUAL, last=DUAL, groups="rivals"),
+    # Where the scheme belongs: LLaVA's bridge, compressor in alignment, skipper in tuning, one knob at a time.
+    **{
+        f"mlp-256, keep {keep} {method}": Row(
+            MLP, first={"compressor": {"keep": keep, "method": method}}, groups="keep"
+        )
+        for keep in (0.5, 0.25, 0.1)
+        for method in ("uniform", "pool", "similarity")
+    },
+    **{
+        f"mlp-256, alpha {alpha} {schedule} {protected}": Row(
+            MLP,
+            last={"skipper": {"alpha": alpha, "epsilon": 0.0, "schedule": schedule, "protected": [protected] * 2}},
+            groups="alpha",
+        )
+        for alpha in (0.3, 0.6, 0.9)
+        for schedule in ("falling", "constant")
+        for protected in (0, 1)
+    },
+    **{f"mlp-256, {name}": Row(MLP, last={"skipper": SPARED | more}, groups="spared") for name, more in ADDED.items()},
     "skipper falling": Row(few, many, first=POSITIONS, last={"skipper": FALLING}, groups="skip"),
     "skipper constant": Row(
         few, many, first=POSITIONS, last={"skipper": FALLING | {"alpha": 0.2, "schedule": "constant"}}, groups="skip"
@@ -173,10 +202,9 @@ ROWS = {
 
 def shared(data: str) -> dict[str, Any]:
     """What all rows on these data have in common."""
-    name = "quality-easy-vqa.yaml" if data == "easy-vqa" else "quality.yaml"
+    name = f"quality-{data}.yaml" if data in ("easy-vqa", "smollm2") else "quality.yaml"
     values = yaml.safe_load((HERE / name).read_text(encoding="utf-8"))
-    if data == "details":
-        values["data"] |= DETAILS
+    values["data"] |= {"details": DETAILS, "photos": {"cutouts": "photos"}}.get(data, {})
     return values
 
 
@@ -190,9 +218,10 @@ def recipe_of(row: Row, seed: int, settings: dict[str, Any], data: str = "scenes
     *early, finetune = values["stages"]
     for stage in early:
         stage |= {"bridge": row.early} | row.first
-        stage["learning_rate"] = dict.fromkeys(("bridge", "language"), settings["rate"])
     finetune |= {"bridge": row.late or row.early} | row.last
-    finetune["learning_rate"] = dict.fromkeys(("bridge", "language"), settings["late_rate"])
+    for stage in values["stages"]:  # the shared recipe says how the parts' rates lie to each other, and what is frozen
+        rate, own = settings["late_rate" if stage is finetune else "rate"], stage["learning_rate"]
+        stage["learning_rate"] = {part: rate * own[part] / own["bridge"] for part in own}
     # The samples that fine-tuning does without are seen before it: every row has the same ones.
     late = round(settings["late"] * finetune["samples"] / 32) * 32
     early[-1]["samples"] += finetune["samples"] - late
@@ -300,7 +329,7 @@ def score(folder: Path, recipe: Recipe, split: str) -> dict[str, Any]:
     found = asked(ITEMS[split], control=False)
     result: dict[str, Any] = {"items": ITEMS[split], "scores": found.scores}
     if split == "test":
-        result |= {"points": found.points, "images": found.images}
+        result |= {"points": found.points, "images": found.images, "grades": found.grades}
         if recipe.seed == 0:
             result["shuffled"] = asked(ITEMS["control"], control=True).shuffled
     return result
@@ -380,7 +409,9 @@ def work_through(options: argparse.Namespace, results: Results, console: Console
     end, split = time.monotonic() + 60 * options.minutes, "validation" if options.tune else "test"
     precision = precision_on(default_device(), "auto")
     for seed, name in itertools.product(options.seeds, selected(options.only or options.rows)):
-        for settings in GRID if options.tune else [results.best(options.data, name, precision)]:
+        for settings in (
+            GRIDS.get(options.data, GRID) if options.tune else [results.best(options.data, name, precision)]
+        ):
             key = {"data": options.data, "row": name, "seed": seed, "settings": settings, "precision": precision}
             if not options.only and any(split in entry for entry in results.entries(**key)):
                 continue
@@ -446,7 +477,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=["core"], help="rows or groups")
     parser.add_argument("--only", nargs="+", help="rows or groups that are run anew, also if there are results of them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--data", choices=["scenes", "details", "easy-vqa"], default="scenes")
+    parser.add_argument("--data", choices=["scenes", "details", "photos", "easy-vqa", "smollm2"], default="scenes")
     parser.add_argument("--tune", action="store_true", help="try the grid on the validation split")
     parser.add_argument("--minutes", type=float, default=1e9, help="start nothing new after these")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"))

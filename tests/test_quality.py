@@ -77,6 +77,9 @@ def test_every_row_is_a_recipe_on_the_same_samples(quality) -> None:
     assert len(seen) == 1
     plain, busier = (quality.recipe_of(row, 0, quality.GRID[0], data) for data in ("scenes", "details"))
     assert busier == plain.model_copy(update={"data": busier.data}) and busier.data.grid > plain.data.grid
+    for data, settings in (("photos", quality.GRID[2]), *(("smollm2", each) for each in quality.GRIDS["smollm2"])):
+        recipes = [quality.recipe_of(row, 1, settings, data) for row in quality.ROWS.values() if row.longer == 1]
+        assert recipes and all(recipe.stages[-1].learning_rate.bridge == settings["late_rate"] for recipe in recipes)
     with pytest.raises(ValueError, match="--rows .'nothing'"):
         quality.selected(["nothing"])
 
