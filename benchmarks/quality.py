@@ -338,7 +338,9 @@ def score(folder: Path, recipe: Recipe, split: str) -> dict[str, Any]:
 def questions_of(recipe: Recipe, split: str, items: int, side: int) -> Questions:
     """Of scenes so many questions of each task, of easy-VQA five times as many."""
     if isinstance(recipe.data, SceneData):
-        scenes = ScenesDataset(scene_config(recipe.data, side), split, scenes=4 * items, seed=recipe.data.seed)
+        scenes = ScenesDataset(
+            scene_config(recipe.data, side), split, 5 * items, tasks=recipe.data.tasks, seed=recipe.data.seed
+        )
         return scene_questions(scenes, items)
     ((name, held_out),) = recipe.evaluation.held_out.items()
     path = str(Path(held_out.data.path).with_name(f"{split}.json"))
