@@ -339,7 +339,7 @@ def questions_of(recipe: Recipe, split: str, items: int, side: int) -> Questions
     """Of scenes so many questions of each task, of easy-VQA five times as many."""
     if isinstance(recipe.data, SceneData):
         scenes = ScenesDataset(
-            scene_config(recipe.data, side), split, 5 * items, tasks=recipe.data.tasks, seed=recipe.data.seed
+            scene_config(recipe.data, side), split, 8 * items, tasks=recipe.data.tasks, seed=recipe.data.seed
         )
         return scene_questions(scenes, items)
     ((name, held_out),) = recipe.evaluation.held_out.items()
