@@ -221,7 +221,7 @@ def recipe_of(row: Row, seed: int, settings: dict[str, Any], data: str = "scenes
     finetune |= {"bridge": row.late or row.early} | row.last
     for stage in values["stages"]:  # the shared recipe says how the parts' rates lie to each other, and what is frozen
         rate, own = settings["late_rate" if stage is finetune else "rate"], stage["learning_rate"]
-        stage["learning_rate"] = {part: rate * own[part] / own["bridge"] for part in own}
+        stage["learning_rate"] = {part: rate * (own[part] / own["bridge"]) for part in own}
     # The samples that fine-tuning does without are seen before it: every row has the same ones.
     late = round(settings["late"] * finetune["samples"] / 32) * 32
     early[-1]["samples"] += finetune["samples"] - late
