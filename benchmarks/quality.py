@@ -2,22 +2,26 @@
 
 Every row sees the same samples in the same order (`quality.yaml`), and differs in bridges and methods alone. Settings
 are picked on the validation split, scores are those of the test split; training sees the drawings of neither. Rows that
-begin alike share those stages. What is done is kept in the work folder, and a row that is in the results file is not
-run again: run it in slices, several at once if there are cores.
+begin alike share those stages. What is done is kept in the work folder, and each row that was scored is a file of its
+own in the folder of results, which says where it was trained: it is written once. A row that has one is not run again,
+so run it in slices, several at once if there are cores.
 
-    python benchmarks/quality.py --rows core --seeds 0 1 2 --out benchmarks/results/quality-DATE.json
-    python benchmarks/quality.py --clock --out FILE   # seconds of the rows' steps, taking turns, with nothing beside
+    python benchmarks/quality.py --rows core --tune              # the grid of settings, on the validation split
+    python benchmarks/quality.py --rows core --seeds 0 1 2
+    python benchmarks/quality.py --only mlp-256                  # one row anew, whatever the results have of it
+    python benchmarks/quality.py --clock   # seconds of the rows' steps, taking turns, with nothing beside
     python benchmarks/quality.py --list
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
+import itertools
 import json
 import os
 import random
+import re
 import shutil
 import statistics
 import tempfile
@@ -26,10 +30,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 import yaml
+from common import write_result
 from rich.console import Console
 from rich.progress import track
 
@@ -63,9 +69,14 @@ def single(tokens: int) -> dict[str, Any]:
     return {"kind": "resampler", "tokens": tokens, **WIDTHS}
 
 
+DUAL = {"compressor": {"keep": 0.1, "method": "uniform", "dense_every": 10}}
 QUARTER, FALLING = {"keep": 0.25, "method": "uniform"}, {"alpha": 0.6, "epsilon": 0.3}
-# Learning rates before fine-tuning and in it; the first if not tuned. Its length is --late.
-GRID = [{"rate": rate, "late_rate": late} for rate, late in ((1e-3, 5e-4), (1e-3, 1e-3), (2e-3, 1e-3))]
+# Learning rates before fine-tuning and in it, and its length, of what the shared recipe says: of all rows alike. The
+# first if not tuned.
+GRID = [
+    {"rate": rate, "late_rate": late_rate, "late": late}
+    for rate, late_rate, late in ((1e-3, 5e-4, 1), (2e-3, 1e-3, 1), (1e-3, 5e-4, 3))
+]
 # Up to six things in nine cells, and smaller numbers of three or four digits: `--data details`.
 DETAILS = {"grid": 3, "max_things": 6, "digits": [3, 4], "number_size": 30}
 FULL = "1:16,2:16,16:1"  # the 336 that 32 reaches
@@ -97,7 +108,8 @@ fewer = cos("1:8,4:1")
 PROPORTIONAL = POSITIONS | {"proportional_attention": True}
 DOUBLE = {"image_size": 512}
 ROWS = {
-    "standard": Row(single(336), groups="core"),
+    "mlp-256": Row({"kind": "mlp"}, groups="core"),
+    "resampler-336": Row(single(336), groups="core"),
     "cos 32-336": Row(few, many, groups="scaling"),
     "cos 32-336 positions": Row(few, many, first=POSITIONS, groups="scaling"),
     "cos 32-336 proportional": Row(few, many, first=PROPORTIONAL, groups="scaling"),
@@ -108,9 +120,8 @@ ROWS = {
     ),
     "cos 32-336 settled alone": Row(few, many, settle=0.75, groups="scaling"),
     "cos 32-32": Row(few, groups="core scaling"),
-    "linear": Row({"kind": "mlp"}, groups="bridge"),
-    "standard, equal time": Row(single(336), share=0.23, groups="control"),
-    "standard, longer": Row(single(336), longer=2, groups="control"),
+    "mlp-256, equal time": Row({"kind": "mlp"}, share=0.33, groups="control"),
+    "mlp-256, longer": Row({"kind": "mlp"}, longer=2, groups="control"),
     "cos 24-24, longer": Row(fewer, longer=2, groups="control"),
     "cos 32-336 settled, longer": Row(few, many, first=POSITIONS, settle=0.75, longer=2, groups="control"),
     "single 32-32": Row(single(32), groups="scales"),
@@ -135,18 +146,13 @@ ROWS = {
     "cos 32-528 double": Row(few, cos("1:16,4:16,16:1"), last=DOUBLE, groups="double"),
     "cos 48-784 double": Row(cos("cos-48"), cos("1:16,4:16,16:2"), last=DOUBLE, groups="double"),
     "fine to coarse 32-32": Row(cos("cos-32", order="fine_to_coarse"), groups="order"),
-    "standard + compressor": Row(single(336), first={"compressor": QUARTER}, groups="sts"),
-    "standard + skipper": Row(single(336), last={"skipper": FALLING}, groups="sts"),
-    "standard + both": Row(single(336), first={"compressor": QUARTER}, last={"skipper": FALLING}, groups="sts"),
-    "linear + compressor": Row({"kind": "mlp"}, first={"compressor": QUARTER}, groups="sts"),
+    "resampler-336 + compressor": Row(single(336), first={"compressor": QUARTER}, groups="sts"),
+    "mlp-256 + compressor": Row({"kind": "mlp"}, first={"compressor": QUARTER}, groups="sts"),
+    "mlp-256 + skipper": Row({"kind": "mlp"}, last={"skipper": FALLING}, groups="sts"),
+    "mlp-256 + both": Row({"kind": "mlp"}, first={"compressor": QUARTER}, last={"skipper": FALLING}, groups="sts"),
     "cos 32-336 + compressor": Row(few, many, first={"compressor": {"keep": 0.5, "final": 1.0}}, groups="sts"),
     "cos 32-336, dual": Row(few, many, last={"compressor": {"keep": 0.1, "dense_every": 10}}, groups="rivals"),
-    "standard, dual": Row(
-        single(336),
-        first={"compressor": {"keep": 0.1, "method": "uniform", "dense_every": 10}},
-        last={"compressor": {"keep": 0.1, "method": "uniform", "dense_every": 10}},
-        groups="rivals",
-    ),
+    "mlp-256, dual": Row({"kind": "mlp"}, first=DUAL, last=DUAL, groups="rivals"),
     "skipper falling": Row(few, many, first=POSITIONS, last={"skipper": FALLING}, groups="skip"),
     "skipper constant": Row(
         few, many, first=POSITIONS, last={"skipper": FALLING | {"alpha": 0.2, "schedule": "constant"}}, groups="skip"
@@ -238,7 +244,7 @@ def train(recipe: Recipe, work: Path, console: Console, fresh: bool = False) -> 
     for count in range(1, len(recipe.stages) + 1):
         part = recipe.model_copy(update={"stages": recipe.stages[:count]})
         anew = fresh and count == len(recipe.stages)
-        values = part.model_dump(mode="json", exclude={"name"}) | {"fresh": anew}
+        values = part.model_dump(mode="json", exclude={"name"}, exclude_defaults=True) | {"fresh": anew}
         out = work / hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
         if not (out / "done").is_file():
             if before is not None and not out.is_dir():
@@ -314,42 +320,41 @@ def costs(folder: Path) -> list[dict[str, Any]]:
 
 
 class Results:
-    """The results file: rows are added, each as soon as it is there."""
+    """A folder of results, a file for each row that was scored. No file is ever written again."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.read()
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
-    def read(self) -> None:
-        text = self.file.read_text(encoding="utf-8") if self.file.is_file() else '{"rows": []}'
-        for old, new in ((' places"', ' positions"'), ('"pictures"', '"images"')):  # in files that were begun with them
-            text = text.replace(old, new)
-        self.values: dict[str, Any] = json.loads(text)
+    def entries(self, **key: Any) -> list[dict[str, Any]]:
+        """Of each row, seed and settings what its files say, later ones over earlier ones."""
+        merged: dict[str, dict[str, Any]] = {}
+        for file in sorted(self.folder.glob("*.json"), key=lambda file: file.stem.rsplit("-", 1)[-1]):
+            entry = json.loads(file.read_text(encoding="utf-8"))
+            same = json.dumps([entry[name] for name in ("data", "row", "seed", "settings", "precision")])
+            merged[same] = merged.get(same, {}) | entry | {"file": file.name}
+        return [entry for entry in merged.values() if all(entry[name] == value for name, value in key.items())]
 
-    def set(self, row: dict[str, Any] | None = None, **changes: Any) -> None:
-        """Put a row in, or in the place of itself, and other keys; other processes add theirs."""
-        key = ("data", "row", "seed", "settings")
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.file.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            self.read()
-            if row is not None:
-                others = [each for each in self.values["rows"] if any(each[name] != row[name] for name in key)]
-                recipes = self.values.get("recipes", {}) | {row["data"]: shared(row["data"])}
-                changes |= {"env": environment(), "recipes": recipes, "rows": [*others, row]}
-            self.values |= changes
-            write_atomic(self.file, json.dumps(self.values) + "\n")
+    def add(self, entry: dict[str, Any]) -> Path:
+        """Write what a row had on one split."""
+        split = "test" if "test" in entry else "validation"
+        words = (entry["data"], entry["row"], *entry["settings"].values(), f"seed {entry['seed']}", split)
+        name = "-".join(re.sub(r"[^a-z0-9.]+", "-", str(word)).strip("-") for word in words)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%S}.json"
+        with open(file, "x", encoding="utf-8") as out:
+            out.write(json.dumps(entry) + "\n")
+        return file
 
-    def entry(self, **key: Any) -> dict[str, Any] | None:
-        same = (row for row in self.values["rows"] if all(row[name] == value for name, value in key.items()))
-        return next(same, None)
+    def tried(self, data: str, name: str, precision: str) -> list[dict[str, Any]]:
+        """The settings of a row that were tried on the validation split, with their mean scores, the best first."""
+        found = [entry for entry in self.entries(data=data, row=name, precision=precision) if "validation" in entry]
+        means = [(fmean(entry["validation"]["scores"].values()), entry["settings"]) for entry in found]
+        return [{"mean": mean, **settings} for mean, settings in sorted(means, key=lambda pair: -pair[0])]
 
-    def best(self, data: str, name: str, late: float) -> dict[str, Any]:
+    def best(self, data: str, name: str, precision: str) -> dict[str, Any]:
         """The settings of a row that were best on the validation split, of those that were tried; else the first."""
-        tried = [r for r in self.values["rows"] if (r["data"], r["row"], r["seed"]) == (data, name, 0)]
-        tried = [entry for entry in tried if entry["settings"]["late"] == late]
-        mean = lambda entry: statistics.fmean(entry["validation"]["scores"].values())  # noqa: E731
-        return max(tried, key=mean)["settings"] if tried else GRID[0] | {"late": late}
+        tried = self.tried(data, name, precision)
+        return {key: tried[0][key] for key in GRID[0]} if tried else GRID[0]
 
 
 def selected(wanted: Sequence[str]) -> list[str]:
@@ -368,36 +373,26 @@ def work_through(options: argparse.Namespace, results: Results, console: Console
     """Train and score what was asked for and is not there yet, until the minutes are over."""
     if options.tune and options.seeds != [0]:
         raise ValueError(f"--tune --seeds {options.seeds}: settings are picked with seed 0")
-    end = time.monotonic() + 60 * options.minutes
-    for seed in options.seeds:
-        for name in selected(options.rows):
-            found = results.best(options.data, name, options.late)
-            grid = [rates | {"late": options.late} for rates in GRID]
-            for settings in grid if options.tune else [found]:
-                entry = results.entry(data=options.data, row=name, seed=seed, settings=settings)
-                if entry is not None and (options.tune or "test" in entry):
-                    continue
-                if time.monotonic() > end:
-                    console.print("[yellow]the minutes are over; the same command goes on[/]")
-                    return
-                console.rule(f"[bold]{name}[/], seed {seed}, {settings}")
-                row, recipe = ROWS[name], recipe_of(ROWS[name], seed, settings, options.data)
-                folder = train(recipe, options.work, console, row.fresh)
-                done = entry or {
-                    "data": options.data,
-                    "row": name,
-                    "seed": seed,
-                    "settings": settings,
-                    "precision": recipe.precision,
-                    "stages": costs(folder),
-                }
-                if seed == 0 and entry is None:  # the seed that settings are picked with
-                    done["validation"] = score(folder, recipe, "validation")
-                if not options.tune:
-                    done["test"] = score(folder, recipe, "test")
-                results.set(done)
-                shown = done["validation" if options.tune else "test"]["scores"]
-                console.print(name, seed, settings, {task: round(100 * value) for task, value in shown.items()})
+    end, split = time.monotonic() + 60 * options.minutes, "validation" if options.tune else "test"
+    precision = precision_on(default_device(), "auto")
+    for seed, name in itertools.product(options.seeds, selected(options.only or options.rows)):
+        for settings in GRID if options.tune else [results.best(options.data, name, precision)]:
+            key = {"data": options.data, "row": name, "seed": seed, "settings": settings, "precision": precision}
+            if not options.only and any(split in entry for entry in results.entries(**key)):
+                continue
+            if time.monotonic() > end:
+                console.print("[yellow]the minutes are over; the same command goes on[/]")
+                return
+            console.rule(f"[bold]{name}[/], seed {seed}, {settings}")
+            recipe = recipe_of(ROWS[name], seed, settings, options.data)
+            folder = train(recipe, options.work, console, ROWS[name].fresh)
+            entry = key | {"tried": results.tried(options.data, name, precision), "stages": costs(folder)}
+            entry[split] = score(folder, recipe, split)
+            entry |= {"recipe": recipe.model_dump(mode="json", exclude_defaults=True)}
+            entry |= {"env": read_run(folder).environment, "scored": environment()}
+            file = results.add(entry)
+            shown = {task: round(100 * value) for task, value in entry[split]["scores"].items()}
+            console.print(f"{name}, seed {seed}, {settings}: {shown}; wrote [bold]{file}[/]")
 
 
 def _work(stage: Stage) -> str:
@@ -409,7 +404,8 @@ def clock(names: Sequence[str], results: Results, rounds: int, console: Console)
     """Seconds of a step of every stage of these rows, taking turns in this process, there and back; the first round is
     left out. And each row's seconds in all, with what encoding its images takes. Stages whose steps are the same work
     are one."""
-    recipes = {name: recipe_of(ROWS[name], 0, results.best("scenes", name, 1)) for name in names}
+    precision = precision_on(default_device(), "auto")
+    recipes = {name: recipe_of(ROWS[name], 0, results.best("scenes", name, precision)) for name in names}
     parts = {_work(stage): (name, stage) for name, recipe in recipes.items() for stage in recipe.stages}
     found: dict[str, list[StageRun]] = {key: [] for key in parts}
     with tempfile.TemporaryDirectory() as folder:
@@ -437,21 +433,20 @@ def clock(names: Sequence[str], results: Results, rounds: int, console: Console)
             row["seconds"] += stage.steps * step["seconds"] + encoding
         rows.append(row)
         console.print(f"{name}: {row['seconds']:.0f} s, {row['seconds'] / rows[0]['seconds']:.3f} of the first's")
-    results.set(clock={"env": environment(), "threads": torch.get_num_threads(), "rows": rows})
+    result = {"precision": precision, "rounds": rounds, "threads": torch.get_num_threads(), "rows": rows}
+    write_result("quality-clock", result, None, console)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="+", default=["core"], help="rows or groups")
+    parser.add_argument("--only", nargs="+", help="rows or groups that are run anew, also if there are results of them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument(
-        "--late", type=float, default=1.0, help="length of fine-tuning, of the shared recipe's; 5 is the second split"
-    )
     parser.add_argument("--data", choices=["scenes", "details", "easy-vqa"], default="scenes")
     parser.add_argument("--tune", action="store_true", help="try the grid on the validation split")
     parser.add_argument("--minutes", type=float, default=1e9, help="start nothing new after these")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"))
-    parser.add_argument("--out", type=Path, default=HERE / "results" / f"quality-{datetime.now(UTC):%Y-%m-%d}.json")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "quality", help="folder of the results")
     parser.add_argument("--clock", action="store_true", help="time the rows' steps")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--list", action="store_true", help="show the rows")
