@@ -321,14 +321,20 @@ def grouped(seeds: list[dict]) -> tuple[list[list[float]], list[int], list[str]]
 
 
 def margins(ours: list[dict], theirs: list[dict]) -> tuple[dict[str, tuple[PairedTest, bool]], int]:
-    """By task the paired test of two rows over the seeds that both have in one precision, and whether ours is below
-    99% of theirs; and how many seeds those are."""
+    """By task, and for their mean, the paired test of two rows over the seeds that both have in one precision, and
+    whether ours is below 99% of theirs; and how many seeds those are."""
     alike = lambda entry: (entry["seed"], entry["precision"])  # noqa: E731
     pairs = [(a, b) for a in ours for b in theirs if alike(a) == alike(b)]
     found = {}
     for task, images in pairs[0][0]["test"]["images"].items() if pairs else ():
         mine, other = ([entry["test"]["points"][task] for entry in side] for side in zip(*pairs, strict=True))
         found[task] = paired_test(mine, other, images), fmean(chain(*mine)) < 0.99 * fmean(chain(*other))
+    if pairs:
+        (mine, images, tasks), (other, *_) = (grouped(list(side)) for side in zip(*pairs, strict=True))
+        found["mean"] = (
+            paired_test(mine, other, images, tasks),
+            fmean(map(mean, ours)) < 0.99 * fmean(map(mean, theirs)),
+        )
     return found, len(pairs)
 
 
@@ -353,9 +359,17 @@ def headline(name: str, result: dict) -> str:
     tasks, seeds = margins(ours, theirs)
     if not seeds:
         return f"{said} The two have not been scored in one precision, so no task is compared here."
-    (test, _), task = min(((found, task) for task, found in tasks.items()), key=lambda pair: pair[0][0].difference)
-    interval = f"95% interval {100 * test.low:+.1f} to {100 * test.high:+.1f}; {counted(seeds, 'seed')} of both"
-    return f"{said} Its worst task is {task}: {100 * test.difference:+.1f} points ({interval})."
+    all_tasks = tasks.pop("mean")[0]
+    word = "ahead" if all_tasks.low > 0 else "behind" if all_tasks.high < 0 else "not ahead of it, nor behind"
+    task, (test, _) = min(tasks.items(), key=lambda pair: pair[1][0].difference)
+    return (
+        f"{said} In the mean of all tasks it is {word}: {points(all_tasks)}. Its worst task is {task}: {points(test)}. "
+        f"(Points with 95% intervals, {counted(seeds, 'seed')} of both, one precision.)"
+    )
+
+
+def points(test: PairedTest) -> str:
+    return f"{100 * test.difference:+.1f} ({100 * test.low:+.1f} to {100 * test.high:+.1f})"
 
 
 def margins_table(name: str, result: dict) -> str:
@@ -368,8 +382,8 @@ def margins_table(name: str, result: dict) -> str:
         f"Task by task against *{base[0]}* in {base[1]}: difference in points and its 95% interval over images and "
         f"seeds that both have; bold where the score is below 99% of *{base[0]}*'s.",
         "",
-        "| row | " + " | ".join(tasks) + " | seeds |",
-        "|---" * (len(tasks) + 2) + "|",
+        "| row | " + " | ".join(tasks) + " | mean | seeds |",
+        "|---" * (len(tasks) + 3) + "|",
     ]
     for key in [key for key in rows if key[0] in SHOWN and key != base]:
         found, seeds = margins(rows[key], rows[base])
