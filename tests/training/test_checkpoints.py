@@ -31,7 +31,9 @@ STEPS = 8
 
 
 class Model(nn.Module):
-    """Draws from all random generators that a checkpoint keeps, in every pass."""
+    """Draws from all random generators that a checkpoint keeps, in every pass; fails after ``left`` of them."""
+
+    left = 1000
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,6 +42,9 @@ class Model(nn.Module):
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         noise = nn.functional.dropout(self.layer(x), 0.5) + random.random() + float(np.random.rand())
+        self.left -= 1
+        if self.left == -1:
+            raise RuntimeError("oh")
         return {"loss": noise.square().mean()}
 
 
@@ -139,15 +144,17 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     assert whole(tmp_path) == ["checkpoint-3"]
 
 
-@pytest.mark.parametrize("where", ["the data", "the step's begin", "the step's end"])
+@pytest.mark.parametrize("where", ["the data", "the step's begin", "the loss", "the step's end"])
 def test_an_exception_saves_the_last_whole_step(tmp_path: Path, straight: Trainer, where: str) -> None:
     event = raises(RuntimeError("oh"))
     at = At("on_step_end" if where == "the step's end" else "on_step_begin", 5, event)
-    trainer, console = make(tmp_path, Rows(11, event)) if where == "the data" else make(tmp_path, None, at)
+    data = Rows(11 if where == "the data" else 1000, event)
+    trainer, console = make(tmp_path, data, *([] if where in ("the data", "the loss") else [at]))
+    trainer.model.left = 5 if where == "the loss" else 1000
     with pytest.raises(RuntimeError, match="^oh$"):
         trainer.train()
     step = trainer.state.global_step
-    assert step == 4 if where == "the data" else 5  # a batch is loaded ahead
+    assert step == (4 if where == "the data" else 5)  # a batch is loaded ahead
     assert f"step {step} is saved in {tmp_path / f'checkpoint-{step}'}" in said(console)
     assert f"checkpoint-{step}" in whole(tmp_path)
     resumed(tmp_path, straight, left_out=5 if where == "the step's end" else None)
