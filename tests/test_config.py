@@ -157,6 +157,7 @@ def test_settings_are_frozen(recipe_file):
         ({"learning_rate": {}}, "nothing trains: give a learning rate to at least one of vision, bridge, language"),
         ({"learning_rate": {"bridge": 0}}, "greater than 0"),
         ({"name": "a/b"}, "pattern"),
+        ({"name": ".."}, "pattern"),  # D12: runs/NAME is to lie in runs
         ({"bridge": {"kind": "mpl"}}, "mpl"),
     ],
 )

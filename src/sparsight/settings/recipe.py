@@ -218,7 +218,7 @@ class Evaluation(Settings):
 class Recipe(Settings):
     """Everything that a run needs; a YAML file holds one."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = Field("run", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")
     seed: int = 0
     vision: str = "efficientnet-lite0"
     vision_levels: tuple[int, ...] | None = Field(None, description="feature levels, lower first; else the encoder's")
