@@ -162,7 +162,9 @@ class SafeCheckpoints(TrainerCallback):
                 "disk; give it 2",
                 stacklevel=2,
             )
-        if (loader := given.get("train_dataloader")) is not None and loader.num_workers:
+        loader: Any = given.get("train_dataloader")
+        loader = getattr(loader, "base_dataloader", loader)  # inside of accelerate's
+        if getattr(loader, "num_workers", 0):
             loader.worker_init_fn = partial(_outlive, loader.worker_init_fn)
         self.began = state.global_step
 
