@@ -135,6 +135,43 @@ def test_help_loads_nothing_heavy() -> None:
 # ---------------------------------------------------------------------------------------- mistakes
 
 
+def test_engine_starts_the_command_on_several_ranks(
+    here: Callable[..., tuple[Any, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as the program that this process becomes; test_engines.py starts them."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.chdir(tmp_path)
+    became: list[Any] = []
+
+    def become(program: str, command: list[str]) -> None:
+        became.append((program, command))
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execv", become)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_values(tmp_path / "encoder")))
+    for name, launcher in (("ddp", "torch.distributed.run"), ("zero2", "accelerate.commands.launch")):
+        here("train", recipe, "seed=3", "--engine", name, "--ranks", 2, "--resume")
+        program, command = became.pop()
+        assert program == command[0] == sys.executable and command[2] == launcher
+        assert command[-7:] == ["sparsight", "train", str(recipe), "seed=3", "--out", "runs/small", "--resume"]
+    config = yaml.safe_load((tmp_path / "runs" / "small-zero2.yaml").read_text())
+    assert (config["distributed_type"], config["num_processes"]) == ("DEEPSPEED", 2)
+    settings = json.loads(Path(config["deepspeed_config"]["deepspeed_config_file"]).read_text())
+    assert settings["zero_optimization"] == {"stage": 2} and settings["gradient_clipping"] == "auto"
+    for options, said in (
+        (["--engine", "zero9"], "expected one of ddp, fsdp2, zero2, zero3"),
+        (["--engine", "fsdp2", "--ranks", 2], "shows no GPU; accelerate shards on GPUs alone"),
+        (["--engine", "ddp"], "how many ranks there are to be: --ranks"),
+        (["--ranks", 2], "--ranks 2: of which --engine?"),
+    ):
+        code, _, error = here("train", recipe, *options)
+        assert code == 2 and said in error
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert "a launcher has done so" in here("train", recipe, "--engine", "ddp", "--ranks", 2)[2]
+    assert became == []
+
+
 @pytest.mark.parametrize(
     "override, expected",
     [

@@ -151,12 +151,14 @@ def train(
         launch(engine, ranks, folder, [str(recipe), *(overrides or []), "--out", str(folder), *options])
     if ranks is not None:
         raise UserError(f"--ranks {ranks}: of which --engine? Or start the command by torchrun or accelerate launch")
+    from sparsight.devices.ranks import leave
     from sparsight.pipeline import run
 
     console = _console()
     with _ends_clearly(console):
         final = run(settings, folder, console, resume, overwrite=overwrite)
     console.print(f"model: [bold]{final}[/]")
+    leave()
 
 
 @app.command()

@@ -1,7 +1,7 @@
-"""A whole run of two stages on two ranks, under an engine of accelerate, run by test_engines.py.
+"""Whole runs of two stages on two ranks, under an engine of accelerate, run by test_engines.py.
 
-engines.py FOLDER OUT CASE [resume]: the case's recipe, from the encoder in FOLDER, trained in OUT. The engine is in
-the environment, as `accelerate launch` says it.
+engines.py FOLDER OUT CASE,CASE [resume]: each case's recipe, from the encoder in FOLDER, trained in OUT/CASE; or
+OUT/CASE.refused says why not. The engine is in the environment, as `accelerate launch` says it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from sharded import pretend
 
 from small_runs import FINER, quiet, recipe_values, save_encoder, stage_values
+from sparsight.devices.ranks import leave
+from sparsight.errors import UserError
 from sparsight.pipeline import run
 from sparsight.settings.recipe import Recipe
 from tiny import make_image
@@ -31,7 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lora": {"lora": LORA},
     "adapters": {"lora": LORA | {"keep": True}},
     "compressor": {"compressor": {"keep": 0.5}},
-    "skipper": {"skipper": SKIPPER},
+    "skipper": {"skipper": SKIPPER, "max_grad_norm": 0.05},  # a norm that counts what it should not would show
     "packing": PACKING,
     "checkpointing": {"gradient_checkpointing": True},
     "cached": {"cache_features": True},
@@ -39,9 +40,26 @@ CASES: dict[str, dict[str, Any]] = {
     "text": {},
     "bf16": {},
 }
+# As the table of docs/engines.md calls them.
+SAID = {
+    "full": "two stages, tokens scaled in between, all trained but the encoder",
+    "encoder": "the encoder trains, too",
+    "lora": "LoRA, merged between stages",
+    "adapters": "LoRA, adapters kept",
+    "compressor": "compressor",
+    "skipper": "skipper",
+    "packing": "packing",
+    "checkpointing": "activation checkpointing",
+    "cached": "cached features",
+    "text": "conversations without an image",
+    "muon": "Muon",
+    "bf16": "bf16",
+    "resume": "resumed from a checkpoint",
+}
 # Much at once, so that few runs see it.
 MIXED = (
-    {"learning_rate": VISION, "gradient_checkpointing": True, "skipper": SKIPPER, "compressor": {"keep": 0.5}},
+    {"learning_rate": VISION, "gradient_checkpointing": True, "skipper": SKIPPER, "compressor": {"keep": 0.5}}
+    | {"max_grad_norm": 0.05},
     {"lora": LORA} | PACKING,
 )
 
@@ -74,12 +92,15 @@ def prepare(folder: Path) -> None:
 
 
 def main() -> None:
-    folder, out, case = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
     if "ACCELERATE_USE_FSDP" in os.environ:
         pretend()
-    run(recipe(folder, case), out, quiet(), resume="resume" in sys.argv)
-    if torch.distributed.is_initialized():  # under DeepSpeed a process does not end before
-        torch.distributed.destroy_process_group()
+    for case in sys.argv[3].split(","):
+        try:
+            run(recipe(folder, case), out / case, quiet(), resume="resume" in sys.argv)
+        except UserError as error:  # on all ranks
+            (out / f"{case}.refused").write_text(str(error), encoding="utf-8")
+    leave()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from transformers import AutoModelForImageTextToText
 
 from small_runs import quiet
 from sparsight.pipeline import run
-from sparsight.pipeline.launch import write_config
+from sparsight.pipeline.launch import ENGINES, write_config
 from sparsight.reporting.runlog import read_run
 
 TOLERANCE = 2e-5  # of weights and losses; found: see docs/engines.md
@@ -29,13 +30,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def launched(engine: str, folder: Path, out: Path, case: str, *more: str, ranks: int = 2) -> str:
+def launched(engine: str, folder: Path, out: Path, cases: str, *more: str, ranks: int = 2, timeout: int = 280) -> str:
     """Started by `accelerate launch` with the configuration that ``--engine`` writes; what it said, if it failed."""
-    file = write_config(engine, ranks, out)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
-    command += ["--main_process_port", str(free_port()), engines.__file__, str(folder), str(out), case, *more]
+    command = ["torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
+    if engine != "ddp":
+        command = ["accelerate.commands.launch", "--config_file", str(write_config(engine, ranks, out))]
+        command += ["--main_process_port", str(free_port())]
+    command = [sys.executable, "-m", *command, engines.__file__, str(folder), str(out), cases, *more]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
     return "" if done.returncode == 0 else done.stderr
 
 
@@ -52,25 +55,62 @@ def differences(one: Path, other: Path) -> tuple[float, float]:
     return max(abs(a - b) for a, b in zip(*losses, strict=True)), max(found)
 
 
+def table(result: dict[str, dict[str, str]]) -> str:
+    """A row for each case, a column for each engine."""
+    lines = ["| | " + " | ".join(result) + " |", "|---" * (len(result) + 1) + "|"]
+    cases = next(iter(result.values()))
+    lines += [
+        f"| {engines.SAID[case]} | " + " | ".join(found[case] for found in result.values()) + " |" for case in cases
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def cut(run: Path) -> None:
+    """As if killed in the middle of the second stage."""
+    for gone in ("model", "checkpoints/checkpoint-4"):
+        shutil.rmtree(run / "finetune" / gone)
+
+
 @pytest.mark.slow
 def test_D08_two_stages_under_fsdp2_are_those_of_one_process(tmp_path: Path, folder: Path) -> None:
     """All that a stage may do, in two; what stages hand on is loaded by plain transformers. Resumed in the second
     stage, from shards, it is the same run bit by bit."""
     one = run(engines.recipe(folder, "mixed"), tmp_path / "one", quiet())
-    assert launched("fsdp2", folder, tmp_path / "two", "mixed") == ""
-    losses, weights = differences(tmp_path / "one", tmp_path / "two")
+    assert launched("fsdp2", folder, tmp_path, "mixed") == ""
+    losses, weights = differences(tmp_path / "one", tmp_path / "mixed")
     assert losses < TOLERANCE and weights < TOLERANCE
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "two" / one.relative_to(tmp_path / "one"))
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "mixed" / one.relative_to(tmp_path / "one"))
     assert type(model).__name__ == "SparsightForConditionalGeneration"
-    stages = read_run(tmp_path / "two").stages
+    stages = read_run(tmp_path / "mixed").stages
     assert [step["step"] for stage in stages for step in stage.steps] == [1, 2, 3, 4] * 2  # the log is written once
     assert all(len(step["memory_by_rank"]) == 2 for stage in stages for step in stage.steps)
     assert any(step["layers_run"] < step["layers"] for step in stages[0].steps)
-    state = tmp_path / "two" / "finetune" / "checkpoints" / "checkpoint-2"
+    state = tmp_path / "mixed" / "finetune" / "checkpoints" / "checkpoint-2"
     assert len(list((state / "pytorch_model_fsdp_0").glob("*.distcp"))) == 2
 
-    shutil.copytree(tmp_path / "two", tmp_path / "again")
-    for gone in ("model", "checkpoints/checkpoint-4"):
-        shutil.rmtree(tmp_path / "again" / "finetune" / gone)
-    assert launched("fsdp2", folder, tmp_path / "again", "mixed", "resume") == ""
-    assert differences(tmp_path / "two", tmp_path / "again") == (0.0, 0.0)
+    shutil.copytree(tmp_path / "mixed", tmp_path / "whole")
+    cut(tmp_path / "mixed")
+    assert launched("fsdp2", folder, tmp_path, "mixed", "resume") == ""
+    assert differences(tmp_path / "whole", tmp_path / "mixed") == (0.0, 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_D07_two_stages_under_deepspeed_are_those_of_one_process(tmp_path: Path, folder: Path, engine: str) -> None:
+    """The skipper too: each layer has a group of the optimizer. On another number of ranks a checkpoint is refused."""
+    pytest.importorskip("deepspeed")
+    run(engines.recipe(folder, "mixed"), tmp_path / "one", quiet())
+    assert launched(engine, folder, tmp_path, "mixed,muon") == ""
+    assert max(differences(tmp_path / "one", tmp_path / "mixed")) < TOLERANCE
+    assert "Muon needs whole matrices" in (tmp_path / "muon.refused").read_text()
+    assert not (tmp_path / "muon").exists()
+    cut(tmp_path / "mixed")
+    assert launched(engine, folder, tmp_path, "mixed", "resume", ranks=1) == ""
+    assert "shards of 2 ranks, found 1: resume with 2" in (tmp_path / "mixed.refused").read_text()
+
+
+def test_the_table_in_the_docs_is_that_of_the_newest_results() -> None:
+    root, cells = Path(__file__).parents[2], dict[str, dict[str, str]]()
+    for file in sorted(root.glob("benchmarks/results/engines-cpu-*.json")):
+        cells |= json.loads(file.read_text())["cells"]
+    assert table({name: cells[name] for name in ENGINES if name in cells}) in (root / "docs" / "engines.md").read_text()

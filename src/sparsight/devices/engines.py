@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
+from accelerate.state import AcceleratorState
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from sparsight.devices.ranks import is_shard, several_ranks
+from sparsight.errors import UserError
 
 _REFUSED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -30,10 +41,47 @@ def engine() -> str:
         return f"fsdp{os.environ.get('FSDP_VERSION', '1')}"
     if says("ACCELERATE_USE_DEEPSPEED"):
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        if (file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")) != "none":
-            stage = json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0)
-        return f"zero{stage}"
+        return f"zero{deepspeed_config().get('zero_optimization', {}).get('stage', stage)}"
     return "ddp"
+
+
+def deepspeed_config() -> dict[str, Any]:
+    """DeepSpeed's own configuration, where the launcher was given one."""
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    return {} if file == "none" else dict(json.loads(Path(file).read_text(encoding="utf-8")))
+
+
+@contextmanager
+def _gathered(parameter: nn.Parameter) -> Iterator[torch.Tensor]:
+    if isinstance(parameter, DTensor):
+        yield parameter.full_tensor()
+    elif is_shard(parameter):
+        with importlib.import_module("deepspeed").zero.GatheredParameters([parameter]):
+            yield parameter
+    else:
+        yield parameter
+
+
+def check_resumed(checkpoint: Path) -> None:
+    """Raises UserError if this engine on this number of ranks cannot go on from a checkpoint."""
+    shards, now, ranks = len(list(checkpoint.glob("global_step*/*optim_states.pt"))), engine(), 1
+    before = "zero" if shards else "fsdp" if any(checkpoint.glob("pytorch_model_fsdp*")) else "ddp"
+    if several_ranks():
+        ranks = torch.distributed.get_world_size()
+    if not now.startswith(before):
+        raise UserError(f"{checkpoint} was written by {before}, and cannot be read by {now}: resume with {before}")
+    if shards not in (0, ranks):
+        raise UserError(
+            f"{checkpoint} holds ZeRO's shards of {shards} ranks, and this is {ranks}: resume with {shards}"
+        )
+
+
+def settle_bf16(state: AcceleratorState, precision: str) -> None:
+    """Weights that train are fp32 whatever the ``precision``, as with DDP, and so are the sums of gradients."""
+    if precision == "bf16" and engine() == "fsdp2":
+        state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    elif precision == "bf16" and engine() != "ddp":
+        state.deepspeed_plugin.deepspeed_config |= {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 
 
 def make_whole(model: nn.Module, keep: bool) -> None:
@@ -43,8 +91,10 @@ def make_whole(model: nn.Module, keep: bool) -> None:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if parameter not in made:
-                full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-                made[parameter] = nn.Parameter(full.detach().to("cpu" if keep else "meta"), parameter.requires_grad)
+                with _gathered(parameter) as full:
+                    copy = full.detach().to("cpu" if keep else "meta", copy=True)
+                made[parameter] = nn.Parameter(copy, parameter.requires_grad)
             module._parameters[name] = made[parameter]
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.cpu()
+    unset_hf_deepspeed_config()  # else transformers would load the next model in shards

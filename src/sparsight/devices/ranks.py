@@ -23,6 +23,12 @@ def several_ranks() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def leave() -> None:
+    """End this process's part in the group, if it has one: under DeepSpeed it would not end otherwise."""
+    if several_ranks():
+        torch.distributed.destroy_process_group()
+
+
 def largest(number: int, device: torch.device) -> int:
     """The largest number that any rank gives; the same answer on all."""
     if not several_ranks():
@@ -32,11 +38,16 @@ def largest(number: int, device: torch.device) -> int:
     return int(found)
 
 
+def is_shard(parameter: torch.Tensor) -> bool:
+    """Whether FSDP version 2 or ZeRO-3 gathers it from all ranks where it is used."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+
+
 def touched(x: torch.Tensor, parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     """``x``; each of ``parameters`` that trains gets a gradient of zero through it, if it gets no other.
 
-    Shards (FSDP) are left alone: the module that gathers them reduces them.
+    Shards are left alone: the module that gathers them reduces them.
     """
     # One element of each parameter is enough, and its product cannot overflow.
-    zeros = [0.0 * p.reshape(-1)[:1].sum() for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
+    zeros = [0.0 * p.reshape(-1)[:1].sum() for p in parameters if p.requires_grad and not is_shard(p)]
     return x + torch.stack([zero.to(x) for zero in zeros]).sum() if zeros else x

@@ -15,6 +15,7 @@ import yaml
 from sparsight.errors import UserError
 
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
+_MACHINE: dict[str, Any] = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "machine_rank": 0}
 _FSDP2 = {
     "fsdp_version": 2,
     "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
@@ -22,6 +23,13 @@ _FSDP2 = {
     "fsdp_state_dict_type": "SHARDED_STATE_DICT",  # checkpoints by all ranks, for any number of them
     "fsdp_cpu_ram_efficient_loading": False,  # it would leave out buffers
 }
+
+_FROM_RECIPE = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+)
 
 
 def launch(engine: str, ranks: int | None, out: Path, arguments: Sequence[str]) -> NoReturn:
@@ -36,10 +44,10 @@ def launch(engine: str, ranks: int | None, out: Path, arguments: Sequence[str]) 
         raise UserError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
     if "LOCAL_RANK" in os.environ:
         raise UserError(f"--engine {engine} starts the ranks itself, and a launcher has done so: leave one of them out")
-    if not (ranks or gpus) or (engine == "fsdp2" and not gpus):
+    ranks = ranks or gpus
+    if not ranks or (engine == "fsdp2" and not gpus):
         need = "accelerate shards on GPUs alone" if engine == "fsdp2" else "say how many ranks there are to be: --ranks"
         raise UserError(f"--engine {engine}: this machine shows no GPU; {need}")
-    ranks = ranks or gpus
     command = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     if engine != "ddp":
         file = write_config(engine, ranks, out)
@@ -49,22 +57,15 @@ def launch(engine: str, ranks: int | None, out: Path, arguments: Sequence[str]) 
 
 def write_config(engine: str, ranks: int, out: Path) -> Path:
     """Accelerate's configuration for an engine, as ``OUT-ENGINE.yaml``."""
-    file = out.with_name(f"{out.name}-{engine}.yaml")
+    file, values = out.with_name(f"{out.name}-{engine}.yaml"), _MACHINE | {"num_processes": ranks}
     file.parent.mkdir(parents=True, exist_ok=True)
-    values: dict[str, Any] = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "num_processes": ranks}
-    values |= {"machine_rank": 0, "mixed_precision": "no"}  # the recipe says the precision
     if engine == "fsdp2":
         values |= {"distributed_type": "FSDP", "fsdp_config": _FSDP2}
     else:
         settings = file.with_suffix(".json")
-        settings.write_text(json.dumps(zero_config(int(engine[-1])), indent=2), encoding="utf-8")
+        zero = {"zero_optimization": {"stage": int(engine[-1])}} | dict.fromkeys(_FROM_RECIPE, "auto")
+        settings.write_text(json.dumps(zero, indent=2), encoding="utf-8")
         deepspeed = {"deepspeed_config_file": str(settings.absolute()), "zero3_init_flag": False}
         values |= {"distributed_type": "DEEPSPEED", "deepspeed_config": deepspeed}
     file.write_text(yaml.safe_dump(values), encoding="utf-8")
     return file
-
-
-def zero_config(stage: int) -> dict[str, Any]:
-    """DeepSpeed's configuration; "auto" is what the recipe says."""
-    batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    return {"zero_optimization": {"stage": stage}} | dict.fromkeys(batch, "auto")

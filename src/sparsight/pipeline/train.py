@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import time
@@ -20,7 +21,7 @@ from sparsight.cost import Trains
 from sparsight.data.chat import stop_tokens
 from sparsight.data.collate import TrainingSet
 from sparsight.data.sources import Source, open_source
-from sparsight.devices.engines import engine, make_whole
+from sparsight.devices.engines import deepspeed_config, engine, make_whole
 from sparsight.devices.flops import recomputes
 from sparsight.devices.precision import default_device
 from sparsight.devices.ranks import process_state, several_ranks
@@ -136,6 +137,7 @@ def _hand_on(
     if engine() == "ddp":
         return model, processor
     make_whole(model, keep=False)  # no two of them in memory
+    gc.collect()
     process_state().wait_for_everyone()
     return load(folder)
 
@@ -145,7 +147,7 @@ def check_engine(recipe: Recipe) -> None:
     found, why = engine(), ""
     if found == "ddp":
         return
-    fsdp, skipping = found == "fsdp2", [stage.name for stage in recipe.stages if stage.skipper is not None]
+    fsdp = found == "fsdp2"
     if found not in ("fsdp2", "zero1", "zero2", "zero3"):
         why = "models are trained with DDP, FSDP version 2 (fsdp_version: 2), and DeepSpeed's ZeRO-1 to ZeRO-3"
     elif not several_ranks() or (fsdp and process_state().distributed_type == DistributedType.MULTI_CPU):
@@ -154,8 +156,10 @@ def check_engine(recipe: Recipe) -> None:
         why = "it would leave out buffers (of batch norms): set fsdp_cpu_ram_efficient_loading: false"
     elif recipe.quantization != "none":
         why = "bitsandbytes' packed weights cannot be gathered: set language.quantization: none, or use torchrun (DDP)"
-    elif not fsdp and skipping:
-        why = f"it updates flat shards of all layers, skipped ones too: use fsdp2, or no skipper in {skipping}"
+    elif not fsdp and any(deepspeed_config().get(each, {}).get("enabled") is True for each in ("bf16", "fp16")):
+        why = "its configuration sets bf16 or fp16: leave both out, the recipe says the precision"
+    elif not fsdp and any(stage.optimizer == "muon" for stage in recipe.stages):
+        why = "Muon needs whole matrices, and it updates flat shards: use fsdp2, or adamw"
     if why:
         raise UserError(f"{found} was asked for by the launcher, but {why}")
 

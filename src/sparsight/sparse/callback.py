@@ -155,7 +155,7 @@ class SparsightCallback(TrainerCallback):
         self.since, self.idle, self.step = time.perf_counter(), 0, state.global_step
         model: Any = given.get("model")
         if (self.methods or self.handles[0]).skipper is not None:
-            _refuse_engine(self.handles[0].model if model is None else model)
+            _refuse_engine(self.handles[0].model if model is None else model, given.get("optimizer"))
         if args.n_gpu > 1:
             raise UserError(
                 f"{args.n_gpu} GPUs in one process: nn.DataParallel runs copies of the model, to which nothing is "
@@ -329,9 +329,12 @@ def _tell_of_plain_reference(handles: Sequence[SparseHandle], model: nn.Module, 
         )
 
 
-def _refuse_engine(model: nn.Module) -> None:
-    """Raises UserError under an engine whose optimizer does not know layers."""
-    engine = None
+def _refuse_engine(model: nn.Module, optimizer: Any) -> None:
+    """Raises UserError under an engine whose optimizer does not know layers; that of `sparsight train` has a group for
+    each one."""
+    engine, groups = None, getattr(optimizer, "param_groups", ())
+    if any("layer" in group for group in groups):
+        return
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):  # set by transformers and accelerate
         engine = "DeepSpeed"
     elif any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):

@@ -46,6 +46,19 @@ class MuonAdamW(torch.optim.Optimizer):
                 part.step()
 
 
+class LayerwiseAdamW(torch.optim.AdamW):
+    """AdamW that leaves groups alone which say ``skipped``: their weights, moments and step counts. DeepSpeed makes one
+    flat tensor of a group and steps them one by one, so a layer with a group of its own can be skipped (ours)."""
+
+    def step(self, closure: Any = None) -> Any:
+        every = self.param_groups
+        self.param_groups = [group for group in every if not group["skipped"]]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = every
+
+
 class _Float32(TorchFunctionMode):
     """Casts to bf16 stay fp32: torch's Muon iterates in bf16, which takes twenty times as long where it is emulated."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -51,8 +52,9 @@ def select_trainable(model: SparsightForConditionalGeneration, stage: Stage) -> 
     return {part: (trainable[part], total[part]) for part in PARTS}
 
 
-def parameter_groups(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
-    """Optimizer groups: one for each part, with its learning rate; vectors (norms, biases) are not decayed.
+def parameter_groups(model: nn.Module, stage: Stage, by_layer: bool = False) -> list[dict[str, Any]]:
+    """Optimizer groups: one for each part, with its learning rate; vectors (norms, biases) are not decayed. With
+    ``by_layer``, each of the language model's layers has its own, for `LayerwiseAdamW`.
 
     With Muon, the weights of linear maps are in groups that say ``muon``; without the output layer and adapters, as
     Muon is for full matrices between layers.
@@ -64,15 +66,18 @@ def parameter_groups(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and ".lora_" not in name and module.weight is not head.weight
     }
-    groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, bool, bool, int | None], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             inside = stage.optimizer == "muon" and parameter in linear
-            groups.setdefault((part_of(name), parameter.ndim >= 2, inside), []).append(parameter)
+            layer = re.search(r"^model\.language_model\.layers\.(\d+)\.", name) if by_layer else None
+            of = part_of(name), parameter.ndim >= 2, inside, layer and int(layer[1])
+            groups.setdefault(of, []).append(parameter)
     return [
         {"params": params, "lr": rates[part], "weight_decay": stage.weight_decay if decays else 0.0}
         | {"part": part, "muon": inside}
-        for (part, decays, inside), params in groups.items()
+        | ({"layer": layer, "skipped": False} if by_layer else {})
+        for (part, decays, inside, layer), params in groups.items()
     ]
 
 

@@ -21,7 +21,7 @@ from sparsight.console import Console, Progress
 from sparsight.data.batching import LARGEST, RankBatches, Step, micro_batches, plan_steps
 from sparsight.data.collate import Collator, TrainingSet
 from sparsight.data.sources import SceneSource
-from sparsight.devices.engines import engine
+from sparsight.devices.engines import check_resumed, engine, settle_bf16
 from sparsight.devices.ranks import process_state
 from sparsight.errors import UserError
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
@@ -31,7 +31,7 @@ from sparsight.sparse.callback import SparsightCallback
 from sparsight.training import idle
 from sparsight.training.checkpoints import SafeCheckpoints, agreed_checkpoint
 from sparsight.training.counter import StepCounter
-from sparsight.training.optimizer import MuonAdamW, optimizer_flops
+from sparsight.training.optimizer import LayerwiseAdamW, MuonAdamW, optimizer_flops
 from sparsight.training.quarantine import Quarantine
 from sparsight.training.stages import parameter_groups, part_of
 
@@ -53,6 +53,7 @@ class SparsightTrainer(Trainer):
         self.frozen_base = adapted or getattr(model, "is_quantized", False)
         model._hf_peft_config_loaded = self.frozen_base  # a bridge may train on a packed base that has no adapters
         super().__init__(*args, **kwargs)
+        settle_bf16(self.accelerator.state, counter.precision)
         model._hf_peft_config_loaded = adapted
         self.remove_callback(PrinterCallback)
 
@@ -93,8 +94,9 @@ class SparsightTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:  # type: ignore[has-type]
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            cls = MuonAdamW if self.stage.optimizer == "muon" else cls
-            self.optimizer = cls(parameter_groups(self.model, self.stage), **options)
+            by_layer = self.stage.skipper is not None and engine().startswith("zero")
+            cls = MuonAdamW if self.stage.optimizer == "muon" else LayerwiseAdamW if by_layer else cls
+            self.optimizer = cls(parameter_groups(self.model, self.stage, by_layer), **options)
         return self.optimizer
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -163,10 +165,13 @@ class _Recorder(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         self.show(completed=state.global_step)
 
-    def on_step_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, *_: Any, optimizer: Any, **__: Any) -> None:
         handle = self.trainer.handle
         if handle is not None and state.global_step in LARGEST and not _alike(self.trainer.train_dataset):
             handle.at_its_largest()  # else methods would be at their smallest where memory is to run out at once
+        for group in optimizer.param_groups:
+            if group.get("layer") is not None:
+                group["skipped"] = handle.skipped[group["layer"]]
 
     def on_pre_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
         # Here, and not at the step's end: by then the schedule has moved to the next step's.
@@ -242,7 +247,7 @@ def training_arguments(recipe: Recipe, stage: Stage, steps: int, folder: Path) -
         max_grad_norm=stage.max_grad_norm,
         optim="adamw_torch_fused",
         adam_beta2=stage.adam_beta2,
-        bf16=recipe.precision == "bf16",
+        bf16=recipe.precision == "bf16" and not engine().startswith("zero"),  # there `settle_bf16` sees to it
         use_cpu=not torch.cuda.is_available(),
         seed=recipe.seed,
         save_strategy="steps" if stage.checkpoints else "no",
@@ -314,6 +319,8 @@ def train_stage(
         _check_weights_can_be_taken(stage.name, model.model.language_model.config._attn_implementation)
     folder = Path(str(arguments.output_dir))
     checkpoint = agreed_checkpoint(folder, console) if resume else None
+    if checkpoint:
+        check_resumed(Path(checkpoint))
     began = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
     if quarantine is not None:
         quarantine.begin(began, data.offset + sum(len(batch) for step in plan[:began] for batch in step))
