@@ -225,3 +225,18 @@ def test_plain_trainers_are_given_damaged_checkpoints_no_more(tmp_path: Path) ->
     assert last_checkpoint(tmp_path, quiet()) is None and (tmp_path / "damaged-checkpoint-3").is_dir()
     with pytest.raises(ValueError, match="No valid checkpoint"):
         Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")).train(True)
+
+
+def test_a_lock_whose_file_is_gone_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run before it ends between our opening of the file and our lock on it."""
+    import fcntl
+
+    lock = fcntl.lockf
+
+    def late(*args: object) -> None:
+        (tmp_path / LOCK).unlink(missing_ok=True)
+        lock(*args)
+
+    monkeypatch.setattr(fcntl, "lockf", late)
+    with pytest.raises(UserError, match="just began or ends"), locked(tmp_path):
+        pass

@@ -147,12 +147,14 @@ def locked(folder: Path, rank: int = 0) -> Iterator[None]:
     with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1 if rank else 0, rank)
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                raise BlockingIOError  # the run that held it removed it meanwhile
             if not rank:
                 fcntl.lockf(file, fcntl.LOCK_UN, 0, 1)  # theirs to take
                 file.truncate(0)
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            holders = " and ".join(file.read().splitlines())
+            holders = " and ".join(file.read().splitlines()) or "a run that just began or ends"
             raise UserError(
                 f"{folder} is in use by {holders}: two runs would write over each other. Wait until that one ends, "
                 "end it, or choose another folder"
