@@ -160,6 +160,8 @@ def check_engine(recipe: Recipe) -> None:
         why = "its configuration sets bf16 or fp16: leave both out, the recipe says the precision"
     elif not fsdp and any(stage.optimizer == "muon" for stage in recipe.stages):
         why = "Muon needs whole matrices, and it updates flat shards: use fsdp2, or adamw"
+    elif found == "zero3" and any(stage.skipper is not None for stage in recipe.stages):
+        why = "the norm that clips gradients counts what skipped layers had in earlier steps: use fsdp2 or zero2"
     if why:
         raise UserError(f"{found} was asked for by the launcher, but {why}")
 
