@@ -14,6 +14,7 @@ import skipped
 import torch
 from families import FAMILIES, made
 
+from sparsight.schedules import next_sparsity
 from sparsight.settings.methods import CompressorConfig
 from sparsight.sparse.attach import attach
 from sparsight.sparse.blank import blank_features, blank_image
@@ -70,6 +71,18 @@ def test_r01_gradients_of_two_ranks_are_those_of_one_process(tmp_path, kind):
                     assert calls == 1  # R04
                     check_gradients(gradients, wanted, (name, recompute, step))
             model.zero_grad()
+    losses = []
+    for batch in ranks.batches(ranks.GAP_NAME, made(ranks.GAP_NAME), 0):
+        model = made(ranks.GAP_NAME)
+        handle = ranks.following(model)
+        model(**batch)
+        losses.append(list(handle.dense_probe().values()))
+    assert losses[1][0] == losses[1][1] != losses[0][0]  # one rank has text alone
+    dense, sparse = (sum(each) / 2 for each in zip(*losses, strict=True))
+    for found in (first, second):
+        assert found["gap"] == first["gap"] and found["sparsity"] == first["sparsity"] != 0.5
+        assert [found["gap"][key] for key in ("loss_dense", "loss_sparse")] == pytest.approx([dense, sparse])
+        assert found["sparsity"] == next_sparsity(0.5, found["gap"]["gap"], 1.0)
     for name in ranks.VIDEOS:
         model, handle = ranks.prepared(name, False)
         both = ranks.with_video(name, model)

@@ -13,9 +13,10 @@ from sparsight.cost.flops import bridge_flops, language_flops
 from sparsight.cost.memory import Parts, bridge_activations, encoder_activations, language_activations, step_memory
 from sparsight.cost.shapes import EncoderShape, LanguageShape, Trains, encoder_shape, language_shape, tell_if_cut
 from sparsight.layouts import window_bounds
-from sparsight.schedules import anneal, kept_tokens
+from sparsight.schedules import kept_tokens
 from sparsight.settings.bridges import ResamplerConfig, WindowedSettings
 from sparsight.settings.data import SceneData
+from sparsight.settings.methods import GapConfig, gap_of
 from sparsight.settings.recipe import Recipe, Stage
 
 POINTS = 100  # of a stage, at which its schedules are evaluated
@@ -98,19 +99,38 @@ class StageCost:
     @cached_property
     def flops(self) -> dict[str, float]:
         """Executed FLOPs of the stage by part; schedules are averaged over it."""
-        stage, (encoder, language), trains = self.stage, self.shapes, self.trains
-        images, passes = stage.samples * stage.conversation.images, stage.samples / self.micro_batch
-        encoded = max(0, self.images - self.cached_before) if stage.cache_features else images
+        stage, cached = self.stage, self.stage.cache_features
+        new = max(0, self.images - self.cached_before) if cached else stage.samples * stage.conversation.images
+        total = self._passes(stage.samples, new, self.trains)
+        if self.gap is not None:  # probes: forward, with the methods and without them
+            seen = self.steps // self.gap.every * self.micro_batch
+            for cost in (self, self.dense()):
+                new = 0 if cached else seen * stage.conversation.images
+                total.update(cost._passes(seen, new, Trains(False, False, False)))
+        return dict(total)
+
+    def _passes(self, samples: int, encoded: float, trains: Trains) -> Counter[str]:
+        stage, (encoder, language) = self.stage, self.shapes
+        images, passes = samples * stage.conversation.images, samples / self.micro_batch
         image = encoder.flops(self.image_size, self.recipe.vision_levels, trains)
-        sizes = self.level_widths, language.hidden, self.map_size, images / passes
+        sizes = self.level_widths, language.hidden, self.map_size, images / max(passes, 1e-9)
         total = Counter({"encoder": image * encoded, "bridge": passes * bridge_flops(stage.bridge, *sizes, trains)})
         for share, keep, layers in self._schedule():
-            rows, positions = self._rows(stage.samples, keep)
-            labels = stage.samples * stage.conversation.supervised
+            rows, positions = self._rows(samples, keep)
+            labels = samples * stage.conversation.supervised
             active = replace(language, layers=layers)  # type: ignore[arg-type]  # a mean
             parts = language_flops(active, rows, positions, labels, trains)
             total.update({part: share * flops for part, flops in parts.items()})
-        return dict(total)
+        return total
+
+    @property
+    def gap(self) -> GapConfig | None:
+        """Where methods follow it, how sparse the stage will be is not known: all is reckoned as at the start."""
+        return gap_of(self.stage.compressor, self.stage.skipper)
+
+    def dense(self) -> StageCost:
+        """The same stage without compressor and skipper."""
+        return replace(self, stage=self.stage.model_copy(update={"compressor": None, "skipper": None}))
 
     def _rows(self, conversations: int, keep: float = 1.0) -> tuple[float, float]:
         """Rows, packed where the stage says how long, and positions in each."""
@@ -126,7 +146,7 @@ class StageCost:
             progress, keep, dense = (point + 0.5) / POINTS, 1.0, 0.0
             skipped = sum(skipper.probabilities(layers, progress)) if skipper is not None else 0.0
             if c is not None:
-                keep = c.keep if c.final is None else anneal(c.schedule, c.keep, c.final, progress)
+                keep = c.keep_at(progress)
                 dense = 1 / c.dense_every if c.dense_every is not None else 0.0
             if dense:
                 yield dense / POINTS, 1.0, layers - skipped
@@ -147,7 +167,7 @@ class StageCost:
         """Bytes at the peak of a step, by part, where the compressor keeps the most tokens."""
         count = micro_batch or self.micro_batch
         (encoder, language), trains, bf16 = self.shapes, self.trains, self.recipe.precision != "fp32"
-        rows, positions = self._rows(count, max(keep for _, keep, _ in self._schedule()))
+        rows, positions = self._rows(count, 1.0 if self.stage.compressor is None else self.stage.compressor.most)
         images, labels = count * self.stage.conversation.images, count * self.stage.conversation.supervised
         tower = 0.0
         if not self.stage.cache_features:

@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor
 from sparsight.compat import CACHE, returns_tuple
 from sparsight.devices.ranks import largest, several_ranks, touched
 from sparsight.errors import UserError
-from sparsight.schedules import anneal, skipped_layers
-from sparsight.settings.methods import CompressorConfig, SkipperConfig
+from sparsight.schedules import skipped_layers
+from sparsight.settings.methods import CompressorConfig, SkipperConfig, gap_of
 from sparsight.sparse.blank import blank_features
 from sparsight.sparse.compress import ON_GRID, compress_batch
 from sparsight.sparse.gather import Kept, check_cache, gather_inputs, mark_cache, packed_samples
@@ -84,20 +84,25 @@ class State:
     ) -> None:
         self.layers, self.compressor, self.skipper = layers, compressor, skipper
         self.seed, self.train_only, self.enabled = seed, train_only, True
-        scheduled = compressor is not None and (compressor.final is not None or compressor.dense_every is not None)
+        scheduled = compressor is not None and compressor.scheduled
         self.waits = scheduled or skipper is not None  # dense, until `step` says what is kept and skipped
         self.global_step, self.progress = 0, 0.0
         self.keep = 1.0 if compressor is None or scheduled else compressor.keep
         self.skipped, self.scales = (False,) * layers, (1.0,) * layers  # see `Forwards._layer`
         self.drawn: tuple[int, int | None] = 0, None  # see `generators`
+        self.gap = gap_of(compressor, skipper)  # UserError if they differ
+        self.sparsity = 1.0  # of methods that follow the gap, from the next step on: 1 as settings say, 0 dense
+        self.probe: dict[str, float] = {}  # of this step
+        self.unprobed = 0  # steps since the last one
 
     def step(self, step: int, progress: float) -> None:
         self.waits, self.global_step, self.progress, self.drawn = False, step, progress, (0, None)
         self.keep, self.skipped = 1.0, (False,) * self.layers
+        self.probe, self.unprobed = {}, self.unprobed + 1
         if (c := self.compressor) is not None and (c.dense_every is None or step % c.dense_every):
-            self.keep = c.keep if c.final is None else anneal(c.schedule, c.keep, c.final, progress)
+            self.keep = c.keep_at(progress, self.sparsity)
         if self.skipper is not None:
-            chances = self.skipper.probabilities(self.layers, progress)
+            chances = self.skipper.probabilities(self.layers, progress, self.sparsity)
             self.skipped = skipped_layers(chances, self.seed, step, self.skipper.layers == "alternating")
             self.scales = tuple(1 / (1 - p) if self.skipper.inverse_density else 1.0 for p in chances)
 
@@ -419,7 +424,7 @@ class Forwards:
         if state.waits:
             self._watch("compressor's schedule" if state.skipper is None else "skipper", True, _WAITS, _DENSE)
         else:
-            due = state.skipper is not None and state.progress < 1 - state.skipper.dense_last
+            due = state.skipper is not None and state.progress < 1 - state.skipper.dense_last and state.gap is None
             self._watch("skipper", due and not any(state.skipped), "no layer was skipped")
 
     def _watch(self, method: str, idle: bool, why: str, after: int = _IDLE) -> None:

@@ -189,7 +189,12 @@ class _Recorder(TrainerCallback):
         counter, step, stage = self.trainer.counter, state.global_step, self.trainer.stage.name
         if self.quarantine is not None:  # entries of other ranks, too: all count alike, and stop together
             counter.replaced = gather_object(counter.replaced)
-        record = {"learning_rate": self.rates, **counter.record()}
+        handle, probe = self.trainer.handle, {}
+        if handle is not None and handle.gap is not None:
+            probe = {"sparsity": handle.sparsity, **handle.probe}
+            if handle.probe:
+                counter.add_probe(handle.probe["probe_seconds"])
+        record = {"learning_rate": self.rates, **counter.record(), **probe}
         self.log.write("step", stage=stage, step=step, **record)
         if args.report_to:
             self.trainer.track(record)
