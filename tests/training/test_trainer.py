@@ -26,8 +26,8 @@ from sparsight.data.collate import Collator
 from sparsight.devices.flops import recomputes
 from sparsight.modeling.scaling import scale_tokens
 from sparsight.safety import write_manifest
-from sparsight.training.checkpoints import Interrupted, last_checkpoint
 from sparsight.schedules import kept_tokens, next_sparsity
+from sparsight.training.checkpoints import Interrupted, last_checkpoint
 from sparsight.training.counter import StepCounter, cpu_seconds, resident_now
 from sparsight.training.stages import add_lora, merge_lora, select_trainable
 from sparsight.training.trainer import plan_stage
