@@ -51,6 +51,7 @@ from sparsight.pipeline.files import settle_image_size
 from sparsight.reporting import environment, read_run
 from sparsight.reporting.runlog import StageRun, step_seconds
 from sparsight.reporting.tables import write_atomic
+from sparsight.safety import write_manifest
 from sparsight.scenes.questions import ScenesDataset
 from sparsight.settings.data import SceneData
 from sparsight.settings.recipe import Recipe, Stage
@@ -314,6 +315,7 @@ def _start_anew(folder: Path, stage: Stage, seed: int) -> None:
         scales[grid].load_state_dict(anew[grid].state_dict())
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    write_manifest(folder)
 
 
 def score(folder: Path, recipe: Recipe, split: str) -> dict[str, Any]:
