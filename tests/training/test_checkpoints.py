@@ -208,8 +208,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_names_the_space(tmp_path: 
 
 def test_a_killed_process_that_loads_data_is_told_and_nothing_is_lost(tmp_path: Path, straight: Trainer) -> None:
     def kill() -> None:
-        child = psutil.Process().children()[0]
-        child.kill()
+        max(psutil.Process().children(), key=psutil.Process.create_time).kill()  # others are of earlier tests
         time.sleep(0.2)
 
     options: dict[str, Any] = {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 1}
@@ -223,8 +222,10 @@ def test_a_killed_process_that_loads_data_is_told_and_nothing_is_lost(tmp_path: 
 
 def test_a_launchers_signal_to_what_loads_data_does_not_end_the_step(tmp_path: Path, straight: Trainer) -> None:
     def group() -> None:
-        pids = [str(process.pid) for process in (*psutil.Process().children(), psutil.Process())]
-        subprocess.run(["kill", "-TERM", *pids], check=True)  # from elsewhere: torch obeys those of the parent
+        loads = max(psutil.Process().children(), key=psutil.Process.create_time)
+        subprocess.run(
+            ["kill", "-TERM", str(loads.pid), str(os.getpid())], check=True
+        )  # from elsewhere: torch obeys those of the parent
         time.sleep(0.2)
 
     trainer, console = make(tmp_path, None, At("on_step_begin", 4, group), dataloader_num_workers=1)
