@@ -290,7 +290,7 @@ def quality_table(
     called, whole = (names or {}).get(base[0], base[0]), seconds(result, first)
     lines = [
         f"**quality**, {which}: test scores in percent, means over seeds; cost relative to *{called}*, of pre-training "
-        "alone in brackets (`benchmarks/results/quality/`; rows with * are of one file, `quality-2026-11-21.json`, "
+        f"alone in brackets; time of steps in turn, {result['clock'].get('precision', 'bf16')} (`benchmarks/results/quality/`; rows with * are of one file, `quality-2026-11-21.json`, "
         "which names one machine and commit for all of them)",
         "",
         "| row | tokens by stage | FLOPs | time | " + " | ".join(tasks) + " | mean | seeds | settings tried |",
@@ -487,6 +487,8 @@ def draw(result: dict, file: Path) -> None:
 def newest(folder: Path) -> dict[str, dict]:
     """The newest result of each name: NAME-DATE.json, DATE as in 2026-11-21 or 2026-11-21T0829; and `quality`."""
     files = {file.name[: file.name.index("-20")]: file for file in sorted(folder.glob("*-????-??-??*.json"))}
+    del files["quality"]  # `quality` reads it, and the clock
+    files.pop("quality-clock", None)
     found = {name: json.loads(file.read_text(encoding="utf-8")) | {"file": file.name} for name, file in files.items()}
     return found | {"quality": quality(folder)}
 
