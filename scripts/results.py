@@ -290,7 +290,8 @@ def quality_table(
     called, whole = (names or {}).get(base[0], base[0]), seconds(result, first)
     lines = [
         f"**quality**, {which}: test scores in percent, means over seeds; cost relative to *{called}*, of pre-training "
-        f"alone in brackets; time of steps in turn, {result['clock'].get('precision', 'bf16')} (`benchmarks/results/quality/`; rows with * are of one file, `quality-2026-11-21.json`, "
+        f"alone in brackets; time of steps in turn, {result['clock'].get('precision', 'bf16')} "
+        "(`benchmarks/results/quality/`; rows with * are of one file, `quality-2026-11-21.json`, "
         "which names one machine and commit for all of them)",
         "",
         "| row | tokens by stage | FLOPs | time | " + " | ".join(tasks) + " | mean | seeds | settings tried |",
