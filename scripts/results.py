@@ -331,11 +331,10 @@ def margins(ours: list[dict], theirs: list[dict]) -> tuple[dict[str, tuple[Paire
         mine, other = ([entry["test"]["points"][task] for entry in side] for side in zip(*pairs, strict=True))
         found[task] = paired_test(mine, other, images), fmean(chain(*mine)) < 0.99 * fmean(chain(*other))
     if pairs:
-        (mine, images, tasks), (other, *_) = (grouped(list(side)) for side in zip(*pairs, strict=True))
-        found["mean"] = (
-            paired_test(mine, other, images, tasks),
-            fmean(map(mean, ours)) < 0.99 * fmean(map(mean, theirs)),
-        )
+        sides = [list(side) for side in zip(*pairs, strict=True)]
+        (mine, images, tasks), (other, *_) = map(grouped, sides)
+        ahead, behind = (fmean(map(mean, side)) for side in sides)
+        found["mean"] = paired_test(mine, other, images, tasks), ahead < 0.99 * behind
     return found, len(pairs)
 
 
@@ -428,12 +427,11 @@ def orderings_table(name: str, result: dict) -> str:
             lines.append(f"| {text} | | | 0 | not run |")
             continue
         ours, theirs = ([side[settings][seed] for seed in seeds] for side in both)
-        points, images, tasks = grouped(ours)
-        test = paired_test(points, grouped(theirs)[0], images, tasks)
+        mine, images, tasks = grouped(ours)
+        test = paired_test(mine, grouped(theirs)[0], images, tasks)
         word = "reproduced" if test.low > 0 else "contrary" if test.high < 0 else "not seen at this scale"
-        figures = f"{100 * test.difference:+.1f} ({100 * test.low:+.1f} to {100 * test.high:+.1f})"
         p_value = f"{test.p_value:.3f}" if test.p_value >= 0.001 else "< 0.001"
-        lines.append(f"| {text} | {figures} | {p_value} | {len(seeds)} | {word} |")
+        lines.append(f"| {text} | {points(test)} | {p_value} | {len(seeds)} | {word} |")
     return "\n".join(lines)
 
 
