@@ -39,7 +39,10 @@ SURFACE = {
     "compare": ["runs", "--out"],
     "watch": ["run"],
     "plan": ["recipe", "overrides", "--preset", "--device", "--mfu", "--memory", "--like", "--out"],
-    "eval": ["checkpoint", "--items", "--split", "--data", "--images", "--metric"],
+    "eval": [
+        *["checkpoint", "--items", "--split", "--data", "--images", "--metric", "--choices"],
+        *["--layouts", "--keep", "--method", "--out"],
+    ],
     "scale": ["checkpoint", "--out", "--layout", "--image-size", "--levels", "--source"],
     "inspect": ["checkpoint", "--image", "--out"],
     "analyze": ["model", "--data", "--images", "--samples", "--out"],

@@ -220,15 +220,27 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="held-out LLaVA JSON or messages, in place of scenes")] = None,
     images: Annotated[Path | None, typer.Option(help="folder of the data's images; its own if not given")] = None,
     metric: Annotated[str, typer.Option(help="exact_match, cider_d or box_match, for --data")] = "exact_match",
+    choices: Annotated[str | None, typer.Option(help="answers between commas; the likeliest is taken")] = None,
+    layouts: Annotated[
+        str | None, typer.Option(help="ask in each: cos-80,cos-336, or layouts of scales between semicolons")
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="ask with each share of the visual tokens, such as 1,0.5,0.25")
+    ] = None,
+    method: Annotated[str, typer.Option(help="of the compressor, for --keep")] = "uniform",
+    out: Annotated[
+        Path | None, typer.Option(help="folder of answers, and of the curve; there a killed eval goes on")
+    ] = None,
 ) -> None:
     """Ask a model the embedded scenes' questions, or those of a file; print scores with their intervals, chance, and
-    the control with shuffled images."""
+    the control with shuffled images. With --layouts or --keep: the curve of scores and costs by visual tokens."""
     from sparsight.settings.recipe import held_out_file
 
-    held_out = held_out_file(data, images, metric, items)
+    held_out = held_out_file(data, images, metric, items, choices)
     from sparsight.pipeline import evaluate_checkpoint
 
-    evaluate_checkpoint(checkpoint, items, split, _console(), held_out)
+    ways: Any = {"layouts": layouts, "keep": keep, "method": method}
+    evaluate_checkpoint(checkpoint, items, split, _console(), held_out, out=out, **ways)
 
 
 @app.command()

@@ -10,7 +10,7 @@ import torch
 
 from sparsight.data.sources import scene_config
 from sparsight.evaluation import ask as evaluation
-from sparsight.evaluation.ask import Item, Scores, answer_all, visual_tokens
+from sparsight.evaluation.ask import Item, Scores, answer, our_prompts, visual_tokens
 from sparsight.evaluation.metrics import cider_d, yes_no_scores
 from sparsight.evaluation.questions import scene_questions
 from sparsight.pipeline.evaluate import judged
@@ -20,6 +20,11 @@ from sparsight.settings.data import SceneData
 from tiny import ask
 
 CONFIG = SceneConfig(cutouts="shapes", numbers=1.0)
+
+
+def answer_all(model, processor, items: list[Item], visual, rows, batch_size: int, **options: Any) -> list[str]:
+    prompts = our_prompts(model, processor, items, visual, rows)
+    return answer(model, processor, items, prompts, batch_size, **options)
 
 
 def make_items(data: ScenesDataset, per_task: int) -> list[Item]:
@@ -124,13 +129,13 @@ class Spy:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[list[Item], torch.Tensor]] = []
-        real = evaluation.answer_all
+        real = evaluation.our_prompts
 
-        def spied(model: Any, processor: Any, items: list[Item], visual: Any, rows: Any, *rest: Any) -> list[str]:
+        def spied(model: Any, processor: Any, items: list[Item], visual: Any, rows: Any) -> Any:
             self.calls.append((items, visual[rows]))
-            return real(model, processor, items, visual, rows, *rest)
+            return real(model, processor, items, visual, rows)
 
-        monkeypatch.setattr(evaluation, "answer_all", spied)
+        monkeypatch.setattr(evaluation, "our_prompts", spied)
 
 
 def test_the_control_asks_every_question_about_another_image(
@@ -159,7 +164,7 @@ def test_points_stand_item_by_item(tiny_vlm, data: ScenesDataset, monkeypatch: p
     model, processor = tiny_vlm()
     items = make_items(data, 6)
     given = [item.truth if place % 2 else "nothing" for place, item in enumerate(items)]
-    monkeypatch.setattr(evaluation, "answer_all", lambda *rest: given)
+    monkeypatch.setattr(evaluation, "answer", lambda *rest, **more: given)
     result = evaluate_scenes(model, processor, data, 6)
     for task in TASKS:
         own = [place for place, item in enumerate(items) if item.task == task]
@@ -221,11 +226,11 @@ def test_answers_are_those_of_plain_generation(tiny_vlm, data: ScenesDataset) ->
     visual = visual_tokens(model, processor, data.image, [item.image for item in items], 4)
     found = answer_all(model, processor, items, visual, torch.arange(len(items)), 5)
     length = {item: len(processor.tokenizer(item.truth)["input_ids"]) for item in items}
-    for item, image, answer in zip(items, images, found, strict=True):
+    for item, image, text in zip(items, images, found, strict=True):
         inputs = ask(processor, image, item.question)
         room = max(length[other] for other in items if other.task == item.task) + 8
         ids = model.generate(**inputs, max_new_tokens=room, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        assert processor.tokenizer.decode(ids, skip_special_tokens=True).strip() == answer
+        assert processor.tokenizer.decode(ids, skip_special_tokens=True).strip() == text
 
 
 def test_a_model_that_rambles_gets_the_room_of_its_task(tiny_vlm, data: ScenesDataset) -> None:

@@ -1,21 +1,29 @@
-"""Ask a model questions about images: greedy answers, their points, and the control with wrong images."""
+"""Ask a model questions about images: greedy answers or the likeliest choice, their points, and the control with
+wrong images.
+
+Shapes: B questions, R = B x choices, L tokens of the longest choice, V vocabulary; I images, N visual tokens, E width.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
+from itertools import groupby
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from sparsight.data.chat import stop_tokens
+from sparsight.compat import CACHE
+from sparsight.data.chat import encode_conversation, stop_tokens
 from sparsight.errors import UserError
 from sparsight.evaluation.metrics import reads_yes
 from sparsight.evaluation.significance import Estimate, bootstrap
@@ -24,13 +32,17 @@ from sparsight.modeling import SparsightProcessor
 
 @dataclass(frozen=True)
 class Item:
-    """One question."""
+    """One question. ``choices``: the likeliest of them is the answer; none: it is generated."""
 
     task: str
     image: int
     question: str
     truth: str
     grades: Mapping[str, int | None] = field(default_factory=dict, compare=False)
+    choices: tuple[str, ...] = ()
+
+
+_BLOCK = 2**30  # bytes of visual tokens that are held at once
 
 
 @dataclass
@@ -68,7 +80,8 @@ class Scores:
     def questions(self) -> dict[str, str]:
         """A hash by task of images, questions and right answers: equal where the same was asked."""
         asked = {
-            task: repr([(item.image, item.question, item.truth) for item, _ in self._of(task)]) for task in self.points
+            task: repr([(i.image, i.question, i.truth, *([i.choices] if i.choices else [])) for i, _ in self._of(task)])
+            for task in self.points
         }
         return {task: hashlib.sha256(text.encode()).hexdigest()[:16] for task, text in asked.items()}
 
@@ -120,86 +133,75 @@ def visual_tokens(
     return torch.cat(parts)
 
 
-def _greedily(
-    items: list[Item],
-    tokenizer: Any,
-    batch_size: int,
-    produce: Callable[[list[int], int], torch.Tensor],
-    progress: Callable[[int], None],
-) -> list[str]:
-    """Answers in batches of items of like length; ``produce`` gives new tokens (B, at most so many) for numbers of
-    items."""
-    answers = [""] * len(items)
-    # Room for the longest truth of the task and some more: neither its own truth nor its batch cuts an answer.
-    longest = dict(sorted((item.task, len(tokenizer(item.truth)["input_ids"])) for item in items))
-    order = sorted(range(len(items)), key=lambda n: (longest[items[n].task], len(items[n].truth), n))
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
-        room = [longest[items[number].task] + 8 for number in numbers]
-        tail = produce(numbers, max(room))
-        cut = [ids[:length] for ids, length in zip(tail, room, strict=True)]
-        for number, text in zip(numbers, tokenizer.batch_decode(cut, skip_special_tokens=True), strict=True):
-            answers[number] = text.strip()
-        progress(start + len(numbers))
-    return answers
+@lru_cache(4096)
+def _supervised(tokenizer: Any, answer: str) -> list[int]:
+    """Ids of an answer and of the stop token behind it, as training supervises them."""
+    said = [("user", "?"), ("assistant", answer)]
+    turns = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
+    return [label for label in encode_conversation(tokenizer, turns).labels if label != -100]
 
 
-@torch.no_grad()
-def answer_all(
-    model: Any,
-    processor: Any,
-    items: list[Item],
-    visual_INE: torch.Tensor,
-    rows: torch.Tensor,
-    batch_size: int,
-    progress: Callable[[int], None] = lambda done: None,
-) -> list[str]:
-    """Greedy answers; ``rows`` says where in ``visual_INE`` each item's image is. Items of like length go
-    together."""
+def _likeliest(model: Any, tokenizer: Any, inputs: Mapping[str, Any], choices: list[tuple[str, ...]]) -> list[str]:
+    """Of each row's choices the one that is likeliest behind the prompt, its stop token included; prompts are read
+    once. Rows are of one length, and have as many choices each."""
+    count, (_, length) = len(choices[0]), inputs["input_ids"].shape
+    coded = [torch.tensor(_supervised(tokenizer, text)) for own in choices for text in own]
+    labels_RL = pad_sequence(coded, batch_first=True, padding_value=-100).to(model.device)
+    prompt = model(**inputs, use_cache=True, logits_to_keep=1)
+    logits_RLV, cache = prompt.logits[:, -1:].repeat_interleave(count, 0), prompt[CACHE]
+    cache.batch_repeat_interleave(count)
+    given: dict[str, Any] = {CACHE: cache}
+    if hasattr(cache, "_sparsight_countable"):  # compressed: shorter than the positions that it stands for
+        given["position_ids"] = torch.arange(length, length + labels_RL.shape[1] - 1, device=model.device)[None]
+    if labels_RL.shape[1] > 1:
+        rest = model(input_ids=labels_RL[:, :-1].clamp(min=0), use_cache=True, **given).logits
+        logits_RLV = torch.cat([logits_RLV, rest], 1)
+    losses_RL = F.cross_entropy(logits_RLV.float().transpose(1, 2), labels_RL, ignore_index=-100, reduction="none")
+    best = losses_RL.sum(1).view(-1, count).argmin(1).tolist()
+    return [own[index] for own, index in zip(choices, best, strict=True)]
+
+
+def rooms(tokenizer: Any, items: Sequence[Item]) -> dict[str, int]:
+    """Tokens that an answer may have, by task: those of the longest truth and some more, so that neither its own truth
+    nor its batch cuts an answer."""
+    return dict(sorted((item.task, len(tokenizer(item.truth)["input_ids"]) + 8) for item in items))
+
+
+Prompts = tuple[list[int], Callable[[Sequence[int]], Mapping[str, Any]]]  # lengths, and inputs for numbers of items
+
+
+def our_prompts(
+    model: Any, processor: Any, items: Sequence[Item], visual_INE: torch.Tensor, rows: torch.Tensor
+) -> Prompts:
+    """Prompts of a model of ours; ``rows`` says where in ``visual_INE`` each item's image is."""
     tokenizer = processor.tokenizer
-    stops = stop_tokens(tokenizer, model.generation_config.eos_token_id)
+    chats = [
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": item.question}]}] for item in items
+    ]
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    texts = [t.replace(processor.image_token, processor.image_token * processor.num_image_tokens) for t in texts]
+    coded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
-    def produce(numbers: list[int], most: int) -> torch.Tensor:
-        chats = [
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": items[number].question}]}]
-            for number in numbers
-        ]
-        texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
-        texts = [t.replace(processor.image_token, processor.image_token * processor.num_image_tokens) for t in texts]
-        coded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-        coded = coded.to(model.device)
-        produced = model.generate(
-            input_ids=coded["input_ids"],
-            attention_mask=coded["attention_mask"],
-            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=visual_INE[rows[numbers]])},
-            max_new_tokens=most,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=stops,
-        )
-        return produced[:, coded["input_ids"].shape[1] :]
+    def prompt(numbers: Sequence[int]) -> dict[str, Any]:
+        own = {"input_ids": [coded[number] for number in numbers]}
+        padded = tokenizer.pad(own, padding_side="left", return_tensors="pt").to(model.device)
+        image = BaseModelOutputWithPooling(pooler_output=visual_INE[rows[list(numbers)]])
+        return {**padded, "mm_encoder_outputs": {"image": image}}
 
-    return _greedily(items, tokenizer, batch_size, produce, progress)
+    return [*map(len, coded)], prompt
 
 
-@torch.no_grad()
-def answer_any(
-    model: Any,
-    processor: Any,
-    items: list[Item],
-    image: Callable[[int], Image.Image],
-    numbers: Sequence[int],
-    batch_size: int,
-    progress: Callable[[int], None] = lambda done: None,
-) -> list[str]:
-    """Greedy answers of any image-text-to-text model of transformers, by its own processor. ``numbers``: the number of
-    each item's image, which ``image`` gives.
+def any_prompts(
+    model: Any, processor: Any, items: Sequence[Item], images: Sequence[Callable[[], Image.Image]]
+) -> Prompts:
+    """Prompts of any image-text-to-text model of transformers, by its own processor; ``images`` give each item's.
 
     Raises:
         UserError: its processor has no chat template.
     """
     tokenizer = processor.tokenizer
-    if not (getattr(processor, "chat_template", None) or tokenizer.chat_template):
+    tokenizer.chat_template = tokenizer.chat_template or getattr(processor, "chat_template", None)
+    if not tokenizer.chat_template:
         raise UserError(
             f"{type(processor).__name__} has no chat template to write a question with; expected "
             "chat_template.jinja beside the model"
@@ -208,12 +210,12 @@ def answer_any(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
 
-    def produce(chosen: list[int], most: int) -> torch.Tensor:
+    def prompt(numbers: Sequence[int]) -> Mapping[str, Any]:
         parts = [
-            [{"type": "image", "image": image(numbers[index])}, {"type": "text", "text": items[index].question}]
-            for index in chosen
+            [{"type": "image", "image": images[number]()}, {"type": "text", "text": items[number].question}]
+            for number in numbers
         ]
-        inputs = processor.apply_chat_template(
+        inputs: Mapping[str, Any] = processor.apply_chat_template(
             [[{"role": "user", "content": content}] for content in parts],
             add_generation_prompt=True,
             tokenize=True,
@@ -221,12 +223,60 @@ def answer_any(
             return_tensors="pt",
             processor_kwargs={"padding": True},
         ).to(model.device, dtype=model.dtype)
-        produced = model.generate(
-            **inputs, max_new_tokens=most, do_sample=False, num_beams=1, pad_token_id=tokenizer.pad_token_id
-        )
-        return produced[:, inputs["input_ids"].shape[1] :]
+        return inputs
 
-    return _greedily(items, tokenizer, batch_size, produce, progress)
+    return [len(tokenizer(item.question)["input_ids"]) for item in items], prompt
+
+
+@torch.no_grad()
+def answer(
+    model: Any,
+    processor: Any,
+    items: Sequence[Item],
+    prompts: Prompts,
+    batch_size: int,
+    told: Callable[[dict[int, str]], None] = lambda new: None,
+    *,
+    room: Mapping[str, int] | None = None,
+    even: bool = False,
+) -> list[str]:
+    """Answers, in batches of like length: greedy ones, or the likeliest of an item's choices.
+
+    Args:
+        prompts: of `our_prompts` or `any_prompts`.
+        told: is given the answers of each batch, by the items' numbers.
+        room: tokens that answers may have, by task; `rooms` of these items if not given.
+        even: batches are of one length: where visual tokens are compressed, there is no padding.
+    """
+    tokenizer, (lengths, prompt), answers = processor.tokenizer, prompts, [""] * len(items)
+    room = room or rooms(tokenizer, items)
+    options = {"do_sample": False, "num_beams": 1, "pad_token_id": tokenizer.pad_token_id}
+    if isinstance(processor, SparsightProcessor):
+        options["eos_token_id"] = stop_tokens(tokenizer, model.generation_config.eos_token_id)
+
+    def reply(numbers: list[int]) -> list[str]:
+        inputs, own = prompt(numbers), [items[number] for number in numbers]
+        if (even or own[0].choices) and len(numbers) > 1 and not inputs["attention_mask"].all():
+            return [text for number in numbers for text in reply([number])]
+        if own[0].choices:
+            return _likeliest(model, tokenizer, inputs, [item.choices for item in own])
+        most = [room[item.task] for item in own]
+        found = model.generate(**inputs, max_new_tokens=max(most), **options)
+        tails = [ids[:end] for ids, end in zip(found[:, inputs["input_ids"].shape[1] :], most, strict=True)]
+        return [text.strip() for text in tokenizer.batch_decode(tails, skip_special_tokens=True)]
+
+    def kind(number: int) -> tuple[int, int]:
+        choices = len(items[number].choices)
+        return choices, lengths[number] if even or choices else 0
+
+    order = sorted(range(len(items)), key=lambda n: (*kind(n), room[items[n].task], lengths[n], n))
+    for group in (list(alike) for _, alike in groupby(order, kind)):
+        for numbers in (group[start : start + batch_size] for start in range(0, len(group), batch_size)):
+            new = dict(zip(numbers, reply(numbers), strict=True))
+            for number, text in new.items():
+                answers[number] = text
+            told(new)
+    return answers
 
 
 def ask(
@@ -236,35 +286,63 @@ def ask(
     batch_size: int = 50,
     control: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    kept: Sequence[MutableMapping[int, str]] = (),
+    even: bool = False,
 ) -> Scores:
     """Ask all questions, and again with the images shuffled.
 
     Args:
         model: ours, whose images are encoded once, or any image-text-to-text model of transformers.
         control: also score with each question's image replaced by another one; must fall to chance.
+        kept: answers by number, of the questions and of the control, that are known already; new ones are added as
+            they come (`AnswerFile`).
+        even: see `answer`.
     """
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # frozen parts may be in eval mode
     model.eval()
-    items = questions.items
+    items, ours = questions.items, isinstance(processor, SparsightProcessor)
     used = sorted({item.image for item in items})
-    row = {image: number for number, image in enumerate(used)}
-    ours = isinstance(processor, SparsightProcessor)
-    visual_INE = visual_tokens(model, processor, questions.image, used, batch_size) if ours else torch.empty(0)
-    own = torch.tensor([row[item.image] for item in items], device=visual_INE.device)
-    other = (own + max(1, len(used) // 2)) % len(used)  # always another image, when there are two or more
-    result = Scores()
-    total = len(items) * (1 + control)
-    for shuffled, rows in ((False, own), (True, other))[: 1 + control]:
-        tell = partial(lambda before, done: progress(before + done, total), len(items) * shuffled)
-        if ours:
-            answers = answer_all(model, processor, items, visual_INE, rows, batch_size, tell)
-        else:
-            numbers = [used[number] for number in rows.tolist()]
-            answers = answer_any(model, processor, items, questions.image, numbers, batch_size, tell)
-        points = result.shuffled_points if shuffled else result.points
-        for item, value in zip(items, questions.score(items, answers), strict=True):
-            points.setdefault(item.task, []).append(value)
-        if not shuffled:
-            result.answers = list(zip(items, answers, strict=True))
-    model.train(was_training)
+    own, half = {image: number for number, image in enumerate(used)}, max(1, len(used) // 2)
+    # Always another image, when there are two or more.
+    shown = [[used[(own[item.image] + half * shuffled) % len(used)] for item in items] for shuffled in (0, 1)]
+    known = list(kept) or [{}, {}]
+    room = rooms(processor.tokenizer, items)
+
+    def told(numbers: list[int], answers: MutableMapping[int, str], new: dict[int, str]) -> None:
+        answers.update({numbers[number]: text for number, text in new.items()})
+        progress(sum(map(len, known[: 1 + control])), len(items) * (1 + control))
+
+    size = 4 * processor.num_image_tokens * model.config.text_config.hidden_size if ours else 1
+    block = max(batch_size, _BLOCK // size)
+    for images in (used[start : start + block] for start in range(0, len(used), block)):
+        row, visual_INE = {image: number for number, image in enumerate(images)}, None
+        for at, answers in zip(shown[: 1 + control], known, strict=False):
+            left = [number for number, image in enumerate(at) if image in row and number not in answers]
+            asked, tell = [items[number] for number in left], partial(told, left, answers)
+            if not left:
+                continue
+            if not ours:
+                look = [partial(questions.image, at[number]) for number in left]
+                prompts = any_prompts(model, processor, asked, look)
+            else:
+                if visual_INE is None:
+                    visual_INE = visual_tokens(model, processor, questions.image, images, batch_size)
+                rows = torch.tensor([row[at[number]] for number in left], device=visual_INE.device)
+                prompts = our_prompts(model, processor, asked, visual_INE, rows)
+            texts = answer(model, processor, asked, prompts, batch_size, tell, room=room, even=even)
+            answers.update(zip(left, texts, strict=True))
+    for module, training in modes:
+        module.training = training
+    return _scored(questions, *known[: 1 + control])
+
+
+def _scored(questions: Questions, answers: Mapping[int, str], control: Mapping[int, str] | None = None) -> Scores:
+    items, result = questions.items, Scores()
+    result.answers = [(item, answers[number]) for number, item in enumerate(items)]
+    for points, found in ((result.points, answers), (result.shuffled_points, control)):
+        if found is not None:
+            texts = [found[number] for number in range(len(items))]
+            for item, value in zip(items, questions.score(items, texts), strict=True):
+                points.setdefault(item.task, []).append(value)
     return result

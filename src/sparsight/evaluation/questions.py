@@ -52,7 +52,9 @@ def held_out_questions(name: str, settings: HeldOut, image_size: int) -> Questio
             for message in sample.messages
             if message["role"] != "system"
         ]
-        items += [Item(name, row, *pair) for pair in zip(said[::2], said[1::2], strict=True)]
+        items += [Item(name, row, *pair, choices=settings.choices) for pair in zip(said[::2], said[1::2], strict=True)]
+        if settings.choices and (others := set(said[1::2]) - set(settings.choices)):
+            raise UserError(f"{name}: sample '{sample.id}' has the answers {sorted(others)}, which are no choices")
         if len(items) >= settings.items:
             break
     return Questions(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -20,6 +21,7 @@ from transformers import AutoModel
 
 from sparsight.bridges import WindowedResampler, build_bridge
 from sparsight.bridges.scaling import ScaledPart, scale_bridge
+from sparsight.devices.precision import forked_rng
 from sparsight.errors import UserError
 from sparsight.layouts import window_bounds
 from sparsight.modeling.build import set_image_size
@@ -101,6 +103,23 @@ def scale_tokens(
     processor.num_image_tokens = config.num_image_tokens
     set_image_size(processor.image_processor, side, resize_mode(processor.image_processor))
     return report
+
+
+@contextmanager
+def laid_out(model: Any, processor: SparsightProcessor, layout: Any) -> Iterator[None]:
+    """`scale_tokens` to another layout for a while: the old bridge stands aside and comes back, nothing else is copied.
+    Nothing is drawn from the random generators."""
+    config, bridge, tokens = model.config, model.model.multi_modal_projector, processor.num_image_tokens
+    keys = ("bridge_config", "vision_levels", "level_widths", "map_size")
+    before = {key: getattr(config, key) for key in keys}
+    with forked_rng():
+        scale_tokens(model, processor, layout)
+    try:
+        yield
+    finally:
+        model.model.multi_modal_projector, processor.num_image_tokens = bridge, tokens
+        for key, value in before.items():
+            setattr(config, key, value)
 
 
 def scaled_processor(

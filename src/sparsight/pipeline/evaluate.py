@@ -8,13 +8,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
 from sparsight.console import Console, Progress
 from sparsight.data.sources import scene_config
-from sparsight.devices.precision import default_device, precision_on
+from sparsight.devices.precision import default_device, forked_rng, precision_on
 from sparsight.evaluation.ask import Item, Questions, Scores, ask
 from sparsight.evaluation.questions import guess, held_out_questions, scene_questions
 from sparsight.evaluation.significance import by_grade
@@ -22,10 +23,12 @@ from sparsight.modeling import SparsightForConditionalGeneration, SparsightProce
 from sparsight.modeling.configuration import SparsightConfig
 from sparsight.modeling.folders import model_type
 from sparsight.pipeline.files import Session, load, load_any, own_scenes, trained_by
+from sparsight.pipeline.ways import ROWS, Way, costs_of, curve_of, ways_of
+from sparsight.reporting import environment, write_curve
 from sparsight.reporting.tables import percent, table
 from sparsight.scenes.questions import ScenesDataset, chance
 from sparsight.settings.data import SceneData
-from sparsight.settings.recipe import Evaluation, HeldOut, Recipe
+from sparsight.settings.recipe import Evaluation, HeldOut, Recipe, Stage
 
 EXAMPLES = 8
 _HEADS = ("task", "items", "score", "95% interval", "chance", "shuffled images")
@@ -58,27 +61,62 @@ def _to_ask(settings: Evaluation, data: SceneData, side: int) -> Iterator[_Asked
         yield _Asked(name, questions, {name: guess(questions)})
 
 
+def settle(model: SparsightForConditionalGeneration, recipe: Recipe | None) -> str:
+    """The precision to ask a model in, which has its weights in fp32 afterwards where that is the one: a model that was
+    trained in bf16 elsewhere is asked in fp32 where bf16 is slow."""
+    precision = precision_on(model.device, "fp32" if recipe is not None and recipe.precision == "fp32" else "auto")
+    if precision == "fp32" and not getattr(model, "is_quantized", False):
+        model.float()
+    return precision
+
+
 def _answers(
     model: SparsightForConditionalGeneration,
     processor: SparsightProcessor,
     asked: _Asked,
-    recipe: Recipe | None,
+    precision: str,
     batch_size: int,
     console: Console,
+    said: str = "",
+    **options: Any,
 ) -> Scores:
-    """Scores, with a bar."""
-    # A model that was trained in bf16 elsewhere is asked in fp32 where bf16 is slow.
-    wanted = "fp32" if recipe is not None and recipe.precision == "fp32" else "auto"
-    precision = precision_on(model.device, wanted)
-    if precision == "fp32" and not getattr(model, "is_quantized", False):
-        model.float()
+    """Scores, with a bar; ``options`` go to `ask`."""
     with Progress(console=console) as bar, autocast(precision, model.device):
-        task = bar.add_task(f"asking {asked.source}", total=None)
+        task = bar.add_task(f"asking {asked.source}{said}", total=None)
 
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        return ask(model, processor, asked.questions, batch_size, progress=show)
+        return ask(model, processor, asked.questions, batch_size, progress=show, **options)
+
+
+class DuringTraining:
+    """Asks a subset of a recipe's questions while a stage trains, and logs the scores by task. In eval mode, so that
+    methods are off; in the layout that the stage's positions are for. Training goes on as if nothing had happened.
+    ``seconds``: what it took in all."""
+
+    def __init__(self, session: Session, stage: Stage, model: Any, processor: SparsightProcessor) -> None:
+        self.session, self.stage, self.parts, self.seconds = session, stage, (model, processor), 0.0
+        asked, scenes = session.recipe.evaluation.during_training(), session.recipe.scenes() or SceneData()
+        self.asked = list(_to_ask(asked, scenes, model.config.image_size))
+
+    def __call__(self, step: int, last: bool) -> dict[str, float] | None:
+        """Scores by task, once they are logged; None where none are due: every so many steps, and behind the last."""
+        (model, processor), recipe, start = self.parts, self.session.recipe, time.perf_counter()
+        if not last and step % (recipe.evaluation.every or 1):
+            return None
+        layout, found = self.stage.position_layout, Scores()
+        way = Way(None if layout is None else str(layout))
+        with forked_rng(), way.taken(model, processor), autocast(recipe.precision, model.device):
+            for each in self.asked:
+                own = ask(model, processor, each.questions, recipe.evaluation.batch_size, control=False)
+                found.answers += own.answers
+                found.points |= own.points
+        seconds, scores = time.perf_counter() - start, found.scores
+        self.seconds += seconds
+        about = {"stage": self.stage.name, "step": step, "layout": way.layout, "seconds": seconds}
+        self.session.log.write("eval_step", **about, scores=scores, items=found.items)
+        return scores
 
 
 def score_run(
@@ -87,10 +125,10 @@ def score_run(
     """Ask the recipe's questions; log scores, the shuffled control and examples."""
     recipe, log, settings = session.recipe, session.log, session.recipe.evaluation
     model.to(default_device())  # where it is already, if it was trained in this sitting
-    rows = []
+    precision, rows = settle(model, recipe), []
     for asked in _to_ask(settings, recipe.scenes() or SceneData(), model.config.image_size):
         start = time.perf_counter()
-        result = _answers(model, processor, asked, recipe, settings.batch_size, session.console)
+        result = _answers(model, processor, asked, precision, settings.batch_size, session.console)
         log.write(
             "eval",
             checkpoint=checkpoint,
@@ -111,23 +149,40 @@ def score_run(
                 image_png_base64=png(asked.questions.image(item.image), 512),
                 answer=answer,
                 correct=judged(item, answer, points),
-                **{key: value for key, value in asdict(item).items() if key not in ("image", "grades")},
+                **{key: value for key, value in asdict(item).items() if key not in ("image", "grades", "choices")},
             )
         rows += _rows(asked, result)
     session.console.print(table("scores in %", _HEADS, rows))
 
 
 def evaluate_checkpoint(
-    folder: str | Path, items: int, split: str, console: Console, held_out: HeldOut | None = None
+    folder: str | Path,
+    items: int,
+    split: str,
+    console: Console,
+    held_out: HeldOut | None = None,
+    *,
+    layouts: str | None = None,
+    keep: str | None = None,
+    method: str = "uniform",
+    out: Path | None = None,
 ) -> list[Scores]:
     """Score a saved model on held-out conversations, or else on the scenes of its own recipe (the embedded ones if it
     was trained on other data).
 
     Args:
         folder: of a model of ours, or that or the hub id of any image-text-to-text model of transformers.
+        layouts, keep, method: ask it in each layout and with each share of the visual tokens, see `ways_of`, and
+            measure what a question costs. The model on disk stays as it is.
+        out: gets the answers, from which an evaluation that was killed goes on, and the curve as ``curve.json`` and
+            ``curve.html``; "evaluation" for a curve, none else.
+
+    Returns:
+        The scores in each way.
 
     Raises:
-        UserError: no model in ``folder``, no such split, or conversations that cannot be asked.
+        UserError: no model in ``folder``, no such split, conversations that cannot be asked, or a layout that the model
+            cannot take; nothing has been asked then.
     """
     settings = Evaluation.read({"items": items, "split": split}, "eval")
     if Path(folder).is_dir() and model_type(Path(folder)) in (None, SparsightConfig.model_type):
@@ -135,15 +190,27 @@ def evaluate_checkpoint(
         model.to(default_device())
     else:
         model, processor = load_any(str(folder))
-    side = model.config.image_size if isinstance(model.config, SparsightConfig) else SIDE
+    ours, curved = isinstance(model.config, SparsightConfig), layouts is not None or keep is not None
+    out = Path("evaluation") if curved and out is None else out
     if held_out is not None:
         settings = Evaluation(kind="none", held_out={Path(held_out.data.path).stem: held_out})
-    rows, results = [], []
-    for asked in _to_ask(settings, own_scenes(folder), side):
-        result = _answers(model, processor, asked, trained_by(folder), settings.batch_size, console)
-        rows += _rows(asked, result)
-        results.append(result)
-    console.print(table(f"{folder}: scores in %", _HEADS, rows))
+    (asked,) = _to_ask(settings, own_scenes(folder), model.config.image_size if ours else SIDE)
+    precision, ways, results = settle(model, trained_by(folder)), ways_of(model, processor, layouts, keep, method), []
+    decides = precision, getattr(model.config, "_commit_hash", None), asked.questions.items
+    for way in ways:
+        few = way.keep < 1
+        options = {"even": few, "kept": way.kept(out, folder, *decides) if out is not None else ()}
+        size = 1 if few and not ours else settings.batch_size
+        with way.taken(model, processor):
+            said = f", {way}" if curved else ""
+            results.append(_answers(model, processor, asked, precision, size, console, said, **options))
+    if not curved or out is None:
+        console.print(table(f"{folder}: scores in %", _HEADS, _rows(asked, results[0])))
+        return results
+    with autocast(precision, model.device):
+        costs = costs_of(model, processor, ways, asked.questions)
+    facts = {"model": str(folder), "asked": asked.source, "precision": precision, "rows": ROWS, "chance": asked.chance}
+    write_curve(facts | {"points": curve_of(ways, results, costs), "env": environment()}, out, console)
     return results
 
 

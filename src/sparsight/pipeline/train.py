@@ -33,7 +33,7 @@ from sparsight.modeling.encoders import count_flops
 from sparsight.modeling.quantised import check_installed, quantised_language
 from sparsight.modeling.scaling import scale_tokens, scaled_processor
 from sparsight.modeling.scratch import scratch_language
-from sparsight.pipeline.evaluate import score_run
+from sparsight.pipeline.evaluate import DuringTraining, score_run
 from sparsight.pipeline.features import Encoding, cached_features
 from sparsight.pipeline.files import (
     Session,
@@ -160,6 +160,10 @@ def check_engine(recipe: Recipe) -> None:
         why = "its configuration sets bf16 or fp16: leave both out, the recipe says the precision"
     elif not fsdp and any(stage.optimizer == "muon" for stage in recipe.stages):
         why = "Muon needs whole matrices, and it updates flat shards: use fsdp2, or adamw"
+    elif found in ("fsdp2", "zero3") and recipe.evaluation.every is not None:
+        why = (
+            "evaluation.every asks on one rank, which has but shards of the weights: leave it out, or use zero2 or DDP"
+        )
     elif found == "zero3" and any(stage.skipper is not None for stage in recipe.stages):
         why = "the norm that clips gradients counts what skipped layers had in earlier steps: use fsdp2 or zero2"
     if why:
@@ -334,8 +338,10 @@ def _run_stage(
         quarantine = Quarantine(file, recipe.max_bad, stage.name, same, len(source), session.main)
     arguments = training_arguments(recipe, stage, len(steps), folder)
     options: dict[str, Any] = {"log": log, "console": console, "quarantine": quarantine, "resume": session.resume}
+    if recipe.evaluation.every is not None and session.main:
+        options["scorer"] = DuringTraining(session, stage, model, processor)
     began = train_stage(model, processor, data, steps, stage, arguments, counter, **options)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start - (options["scorer"].seconds if "scorer" in options else 0.0)
     if engine() != "ddp":
         make_whole(model, session.main)
     merge_lora(lora)

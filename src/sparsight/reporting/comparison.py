@@ -81,6 +81,7 @@ def _entry(run: Run) -> dict[str, Any]:
         "stages": stages,
         "scores": run.scores,
         "shuffled": run.shuffled,
+        "during": list(_during(run)),
         "seconds": sum(stage.seconds for stage in run.stages),
         "executed_flops": sum(stage.executed_flops for stage in run.stages),
         "cpu_seconds": total([each["cpu_seconds"] for each in stages]),
@@ -93,6 +94,18 @@ def _stage_entry(stage: StageRun) -> dict[str, Any]:
     keys = ("name", *costs, "visual_tokens", "samples", "bridge", "layout", "finished")
     peak, loss = stage.highest("memory_bytes"), stage.curve.final
     return {key: getattr(stage, key) for key in keys} | {"peak_memory_bytes": peak, "loss": loss}
+
+
+def _during(run: Run) -> Iterator[dict[str, Any]]:
+    """Scores of a subset during training, with the samples that the run had seen by then."""
+    before = 0.0
+    for stage in run.stages:
+        seen = {step["step"]: before + own for step, own in zip(stage.steps, stage.curve.samples, strict=True)}
+        for each in stage.scored:
+            mean, items = fmean(each["scores"].values()), sum(each.get("items", {}).values())
+            about = {"stage": stage.name, "step": each["step"], "samples": seen.get(each["step"]), "items": items}
+            yield about | {"mean": mean, "scores": each["scores"]}
+        before += stage.samples
 
 
 def _busy(run: Run, base: Run, costs: Mapping[str, float | None]) -> dict[str, float] | None:

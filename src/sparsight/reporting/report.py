@@ -50,6 +50,7 @@ _SCORES = (
     "from {base}; ± is the 95% interval that the number of items leaves; seeds would add to it. Coloured where the "
     "interval excludes 0. {tested}The first sentence names only tasks whose difference remains after Holm's correction."
 )
+_DURING = "Few questions, and of scenes the validation split's: to watch, not to report."
 _GRADES = (
     "Points: difference from {base}, with its 95% interval. Steps: to the answer. Size: of the smallest thing asked "
     "about, in % of the side. Clutter: what else is there, and 1 for noise. Of many groups some differ by chance."
@@ -77,6 +78,8 @@ def render_table(comparison: Comparison, console: Console) -> None:
     shown = [cost_table(comparison)]
     if len(comparison["runs"]) > 1:
         shown.append(loss_table(comparison))
+    if any(run["during"] for run in comparison["runs"]):
+        shown.append(during_table(comparison))
     if any(run["scores"] for run in comparison["runs"]):
         shown.append(score_table(comparison))
     if comparison["by_grade"]:
@@ -146,6 +149,20 @@ def loss_table(comparison: Comparison) -> Table:
     return Table(columns, rows, "Time to the same loss", hint)
 
 
+def during_table(comparison: Comparison) -> Table:
+    """Scores of a subset during training, by run and step."""
+    scored = [(run["name"], each) for run in comparison["runs"] for each in run["during"]]
+    tasks = list(dict.fromkeys(task for _, each in scored for task in each["scores"]))
+    columns = [Column("run", left=True), Column("stage", left=True), *map(Column, ("step", "samples", "items", "mean"))]
+    rows: list[list[str | Cell]] = []
+    for name, each in scored:
+        figures = [str(each["step"]), said(each["samples"], ".0f"), str(each["items"]), percent(each["mean"])]
+        own = (percent(each["scores"].get(task)) for task in tasks)
+        rows.append([Cell(name, kind="run"), each["stage"], *figures, *own])
+    columns += [Column(task, wide=True) for task in tasks]
+    return Table(columns, rows, "Scores of a subset during training, in %", _DURING)
+
+
 def difference_table(comparison: Comparison) -> Table:
     """Keys of the recipes that are not alike."""
     columns = [Column("key", left=True), *(Column(run["name"], left=True, run=True) for run in comparison["runs"])]
@@ -212,6 +229,9 @@ def write_report(comparison: Comparison, runs: Iterable[Run], path: str | Path, 
             _work_plots(ordered),
         ),
     ]
+    if any(run["during"] for run in comparison["runs"]):
+        curves = plots(("Mean of the tasks", _during_plot(comparison)), beside=during_table(comparison))
+        sections.append(section("Scores during training", _DURING, curves))
     if rows := score_rows(comparison):
         hint = _SCORES.format(base=base, tested=_TESTED if any(comparison["tests"].values()) else "")
         sections.append(
@@ -289,6 +309,19 @@ def _loss_plots(runs: list[Run]) -> dict[str, Any]:
             for x in ("seconds", "samples")
         )
     )
+
+
+def _during_plot(comparison: Comparison) -> dict[str, Any]:
+    """Mean score of the subset against the samples seen, a curve a run."""
+    traces = []
+    for index, run in enumerate(comparison["runs"]):
+        drawn = {"type": "scatter", "mode": "lines+markers", "name": html.escape(run["name"]), "line": line(index)}
+        drawn |= {"x": [each["samples"] for each in run["during"]], "y": [100 * each["mean"] for each in run["during"]]}
+        texts = [html.escape(f"{each['stage']}, step {each['step']}") for each in run["during"]]
+        hover = "%{text}: %{y:.1f}%<extra>%{fullData.name}</extra>"
+        traces.append(drawn | {"text": texts, "hovertemplate": hover})
+    up = {"title": {"text": "%"}, "rangemode": "tozero"}
+    return plot("during", traces, {"title": {"text": "samples"}, "rangemode": "tozero"}, up)
 
 
 def _work_plots(runs: list[Run]) -> dict[str, Any]:

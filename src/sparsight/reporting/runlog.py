@@ -44,6 +44,7 @@ _REQUIRED = {
     "cache": ("stage", "folder"),
     "note": ("stage", "text"),  # for a person who reads the log; nothing is made of it
     "eval": ("scores",),
+    "eval_step": ("stage", "step", "scores"),  # of a subset, during training
     "example": ("id",),
 }
 
@@ -212,6 +213,7 @@ class StageRun:
     finished: bool
     planned_steps: int | None = None
     encoding_seconds: float = 0.0  # for cached features, before the first step
+    scored: list[dict[str, Any]] = field(default_factory=list)  # `eval_step` records, by step
 
     @cached_property
     def curve(self) -> Curve:
@@ -362,6 +364,7 @@ class Records:
         self.foreign = False  # behind a header of another run
         self.starts: dict[str, dict[str, Any]] = {}
         self.steps: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+        self.scored_steps: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
         self.ends: dict[str, dict[str, Any]] = {}
         self.caches: dict[str, dict[str, Any]] = {}
         self.scored: dict[str, Any] = {}
@@ -414,10 +417,13 @@ class Records:
                 self.ends.pop(stage, None)
             case "step":
                 self.steps[stage][record["step"]] = record
+            case "eval_step":
+                self.scored_steps[stage][record["step"]] = record
             case "stage_end":
                 self.ends[stage] = record
             case "resume":  # steps after the checkpoint are not in the weights, whether they are redone or not
-                self.steps[stage] = {step: old for step, old in self.steps[stage].items() if step <= record["step"]}
+                for kept in (self.steps, self.scored_steps):
+                    kept[stage] = {step: old for step, old in kept[stage].items() if step <= record["step"]}
                 self.ends.pop(stage, None)
             case "cache":
                 self.caches[stage] = record  # its seconds and FLOPs are in the stage's end, too
@@ -478,6 +484,7 @@ class Records:
             finished=name in self.ends,
             planned_steps=start.get("steps"),
             encoding_seconds=self.caches.get(name, {}).get("seconds") or 0.0,
+            scored=[record for _, record in sorted(self.scored_steps.get(name, {}).items())],
         )
 
 

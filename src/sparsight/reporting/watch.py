@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsight.reporting.runlog import Run, StageRun, log_file, read_run, step_seconds
-from sparsight.reporting.tables import decimals, duration, human, share, table
+from sparsight.reporting.tables import decimals, duration, human, percent, share, table
 
 _RECENT = 20  # steps that rates are means over
 _STAGES = 4  # the last ones, side by side
@@ -67,6 +67,9 @@ def render(run: Run, silence: float, width: int) -> RenderableType:
         ]
     else:
         parts.append(Text("no stage has begun"))
+    if scored := [record for stage in run.stages for record in stage.scored]:
+        last = ", ".join(f"{task} {percent(score)}" for task, score in scored[-1]["scores"].items())
+        parts.append(Text(f"a subset, after step {scored[-1]['step']} of {scored[-1]['stage']}: {last}"))
     if run.scores:
         parts.append(Text(f"score: {100 * fmean(run.scores.values()):.1f}%, the mean of {len(run.scores)} tasks"))
     parts += [Text(f"! {problem}", "yellow") for problem in run.problems]

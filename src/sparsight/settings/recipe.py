@@ -189,20 +189,27 @@ class HeldOut(Settings):
         "exact_match", description="exact_match normalises answers as VQA does; cider_d is a tenth of CIDEr-D"
     )
     items: int = Field(500, ge=1, description="questions at most, from the first one")
+    choices: tuple[str, ...] = Field(
+        (), description="all answers that there are; the likeliest one is taken, and none is generated"
+    )
 
 
-def held_out_file(data: Path | None, images: Path | None, metric: str, items: int) -> HeldOut | None:
+def held_out_file(
+    data: Path | None, images: Path | None, metric: str, items: int, choices: str | None = None
+) -> HeldOut | None:
     """What `sparsight eval --data` asks; None without data.
 
     Raises:
         UserError: images without data, no such metric, or a number out of range.
     """
     if data is None:
-        if images is not None:
-            raise UserError(f"--images {images}: expected --data as well, the conversations about these images")
+        for option, given in {"--images": images, "--choices": choices}.items():
+            if given is not None:
+                raise UserError(f"{option} {given}: expected --data as well, the conversations about these images")
         return None
     source = {"path": str(data), "images": str(images) if images else None}
-    return HeldOut.read({"data": source, "metric": metric, "items": items}, "eval")
+    values = {"data": source, "metric": metric, "items": items}
+    return HeldOut.read(values | ({"choices": [c.strip() for c in choices.split(",")]} if choices else {}), "eval")
 
 
 class Evaluation(Settings):
@@ -214,6 +221,13 @@ class Evaluation(Settings):
     batch_size: int = Field(50, ge=1)
     split: Literal["validation", "test"] = "test"
     held_out: dict[str, HeldOut] = Field(default_factory=dict, description="name -> conversations to ask")
+    every: int | None = Field(None, ge=1, description="optimizer steps between scores of a subset during training")
+    subset: int = Field(20, ge=1, description="questions of each task asked then; of scenes, the validation split's")
+
+    def during_training(self) -> Evaluation:
+        """What is asked every so many steps."""
+        few = {name: each.model_copy(update={"items": self.subset}) for name, each in self.held_out.items()}
+        return self.model_copy(update={"items": self.subset, "split": "validation", "held_out": few})
 
 
 class Recipe(Settings):
@@ -265,6 +279,8 @@ class Recipe(Settings):
         self._check_adapters()
         if self.scenes() is None and "kind" not in self.evaluation.model_fields_set:
             self.__dict__["evaluation"] = self.evaluation.model_copy(update={"kind": "none"})  # frozen for others
+        if self.evaluation.every and self.evaluation.kind == "none" and not self.evaluation.held_out:
+            raise UserError("evaluation.every: there is nothing to ask during training: give held_out, or kind: scenes")
         return self
 
     def _check_adapters(self) -> None:

@@ -346,7 +346,8 @@ class Forwards:
         visual, audio = int(visual_BT.sum()), int(audio_BT.sum()) if self.parts.audio else 0
         if visual and not batch.pixels:
             self._count_encoded()
-        self._watch_methods(visual + audio)
+        if not batch.cached:  # else a token of an answer
+            self._watch_methods(visual + audio)
         (rows, length), layers = seen.shape[:2], self.parts.layers - sum(state.skipped)
         done = Pass(rows, length, length, layers, visual, visual, dict(batch.pixels), audio, audio)
         if state.keep == 1.0 or visual + audio == 0 or embeds is None:

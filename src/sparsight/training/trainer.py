@@ -35,6 +35,9 @@ from sparsight.training.optimizer import LayerwiseAdamW, MuonAdamW, optimizer_fl
 from sparsight.training.quarantine import Quarantine
 from sparsight.training.stages import parameter_groups, part_of
 
+# Asks the model behind a step, if it is due; told whether that is the stage's last one. Scores by task.
+Scorer = Callable[[int, bool], dict[str, float] | None]
+
 
 class StepLog(Protocol):
     """Where records go; `reporting.RunLog` is one."""
@@ -159,6 +162,7 @@ class _Recorder(TrainerCallback):
     console: Console
     show: Callable[..., None]
     quarantine: Quarantine | None
+    scorer: Scorer | None
     rates: dict[str, float] = field(default_factory=dict)
     started: float = 0.0
 
@@ -211,6 +215,10 @@ class _Recorder(TrainerCallback):
             note = f"stage '{stage}', after {step} steps: {found}"
             self.console.print(Text(note, style="yellow"))
             self.log.write("note", stage=stage, text=note)
+        if self.scorer is not None:
+            scores = self.scorer(step, step == state.max_steps)
+            if scores is not None and args.report_to:
+                self.trainer.track({"score": scores})
         counter.clear()
 
 
@@ -303,6 +311,7 @@ def train_stage(
     log: StepLog,
     console: Console,
     quarantine: Quarantine | None = None,
+    scorer: Scorer | None = None,
     resume: bool = False,
 ) -> int:
     """Train one stage in place.
@@ -310,6 +319,7 @@ def train_stage(
     Args:
         plan: from `plan_stage`; arguments: from `training_arguments`.
         quarantine: where bad samples that ``data`` replaces are counted.
+        scorer: asks the model behind steps that are due.
         resume: go on from the last checkpoint, if there is one.
 
     Returns:
@@ -339,7 +349,7 @@ def train_stage(
     trainer = SparsightTrainer(model, arguments, callbacks=callbacks, **settings)
     with Progress(console=console) as bar:
         show = partial(bar.update, bar.add_task(stage.name, total=len(plan)))
-        recorder = _Recorder(trainer, log, console, show, quarantine)
+        recorder = _Recorder(trainer, log, console, show, quarantine, scorer)
         trainer.add_callback(recorder)
         if resume:  # without a checkpoint, too: steps that are in the log, but not in the weights, do not count
             log.write("resume", stage=stage.name, step=began)
