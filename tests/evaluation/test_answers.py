@@ -23,7 +23,7 @@ from tiny import make_image, make_vlm
 
 from .test_any_model import save_llava
 
-LETTERS, WORDS = ("a", "b", "q", "k", "no", "a red dog"), ("ab", "xq", "z9", "kw", "mjv", "12 apples .")
+LETTERS, WORDS = ("q", "a", "b", "k", "no", "a red dog"), ("ab", "xq", "z9", "kw", "mjv", "12 apples .")
 ASKED = ("how many ?", "is there a dog ?", "what stands left of the red car ?", "why ?", "what is it ?")
 
 
