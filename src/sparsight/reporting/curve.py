@@ -6,6 +6,7 @@ import html
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -16,10 +17,10 @@ from sparsight.reporting.tables import Cell, Column, Table, human, percent, writ
 
 _HINT = (
     "Mean of the tasks with its 95% interval; points: difference from the first row, of the same questions, coloured "
-    "where the interval excludes 0 and p, raised for the number of rows (Holm), is below 0.05. Times of a question in "
-    "a batch of {rows}: encoder and bridge, prompt up to the first token, each token behind it; FLOPs of the first "
-    "two. Cache: keys and values of a question behind its prompt; peak: of a batch, on a GPU. Every row is the same "
-    "checkpoint."
+    "where the interval excludes 0 and p, raised for the number of rows (Holm), is below 0.05. Shuffled: with other "
+    "images. Times of a question in a batch of {rows}: encoder and bridge, prompt up to the first token, each token "
+    "behind it; FLOPs of the first two. Cache: keys and values of a question behind its prompt; peak: of a batch, on "
+    "a GPU. Every row is the same checkpoint."
 )
 _TIMES = {"encode_seconds": "encode", "prefill_seconds": "prefill", "decode_seconds": "decode a token"}
 _BYTES = {"cache_bytes": "cache", "peak_bytes": "peak"}
@@ -33,8 +34,9 @@ def curve_table(curve: Mapping[str, Any]) -> Table:
     """A row for each way: visual tokens, score, difference from the first row, costs, and scores by task."""
     points, tasks = curve["points"], list(curve["points"][0]["scores"])
     sizes = [key for key in _BYTES if key in points[0]]
-    heads = ["kept", "tokens", "score", "points", *_TIMES.values(), "FLOPs", *(_BYTES[key] for key in sizes), *tasks]
-    wide = ("encode", "FLOPs", "peak", *tasks)
+    wide = ["shuffled", "encode", "FLOPs", "peak", *tasks]
+    costs = [*_TIMES.values(), "FLOPs", *(_BYTES[key] for key in sizes)]
+    heads = ["kept", "tokens", "score", "points", "shuffled", *costs, *tasks]
     columns = [Column("layout", left=True), *(Column(head, wide=head in wide) for head in heads)]
     rows: list[list[str | Cell]] = []
     for point in points:
@@ -44,11 +46,8 @@ def curve_table(curve: Mapping[str, Any]) -> Table:
             sign = (low > 0) - (high < 0) if point["p_value"] < 0.05 else 0
             change = Cell(f"{100 * point['difference']:+z.1f}", _half(low, high), ("quiet", "good", "bad")[sign])
         row: list[str | Cell] = [point["layout"] or "its own", f"{point['keep']:.0%}", str(point["visual_tokens"])]
-        row += [
-            Cell(percent(point["score"]), _half(*point["interval"])),
-            change,
-            *(f"{1e3 * point[key]:.2f} ms" for key in _TIMES),
-        ]
+        row += [Cell(percent(point["score"]), _half(*point["interval"])), change]
+        row += [percent(fmean(point["shuffled"].values())), *(f"{1e3 * point[key]:.2f} ms" for key in _TIMES)]
         row += [human(point["flops"], "FLOP"), *(human(point[key], "B") for key in sizes)]
         rows.append([*row, *(percent(point["scores"][task]) for task in tasks)])
     title = f"{curve['model']}: {curve['asked']}, {curve['precision']}"
@@ -87,7 +86,7 @@ def write_curve(curve: Mapping[str, Any], out: Path, console: Console) -> None:
     told, lead = curve_table(curve), f"One checkpoint, {len(points)} ways to ask it: {curve['asked']}."
     about = folded("Environment", json.dumps(curve["env"], indent=2))
     sections = [
-        section("Scores and costs", told.hint, figures, shown_table(told)),
+        section("Scores and costs", "", figures, shown_table(told)),
         section("How it was run", "", about),
     ]
     write_page(out / "curve.html", "curve of visual tokens", (curve["model"], "by visual tokens"), lead, sections)
