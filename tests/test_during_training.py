@@ -11,15 +11,15 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from small_runs import FINER, quiet, recipe_values, save_encoder, stage_values
+from small_runs import FINER, SCENES, quiet, recipe_values, save_encoder, stage_values
 from sparsight.errors import UserError
 from sparsight.modeling.scaling import scale_checkpoint
 from sparsight.pipeline import evaluate_checkpoint, run
 from sparsight.reporting import RunLog, read_run, read_runs, report
 from sparsight.reporting.watch import render
-from sparsight.scenes.questions import TASKS
 from sparsight.settings.recipe import Recipe
 
+ASKED = ("caption", "count")
 METHODS = {"compressor": {"keep": 0.5}, "skipper": {"alpha": 0.5}, "lora": {"rank": 4, "dropout": 0.1}}
 
 
@@ -30,8 +30,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoder = save_encoder(out / "encoder")
     few, many = stage_values(samples=12), stage_values("finetune", samples=12, bridge=FINER, **METHODS)
     stages = [few | {"position_layout": FINER["layout"]}, many]
+    data = SCENES | {"tasks": dict.fromkeys(ASKED, 1)}
     for name, evaluation in (("plain", {"kind": "none"}), ("asked", {"items": 2, "every": 2, "subset": 2})):
-        values = recipe_values(encoder, name=name, stages=stages, evaluation=evaluation)
+        values = recipe_values(encoder, name=name, stages=stages, evaluation=evaluation, data=data)
         run(Recipe.model_validate(values), out / name, quiet())
     return out
 
@@ -58,8 +59,8 @@ def test_scores_are_those_of_the_model_at_that_step(runs: Path, tmp_path: Path) 
     (final,) = evaluate_checkpoint(runs / "asked" / "finetune" / "model", 2, "validation", quiet())
     for stage, expected in zip(found.stages, (scaled, final), strict=True):
         assert stage.scored[-1]["scores"] == pytest.approx(expected.scores)
-        assert stage.scored[-1]["items"] == dict.fromkeys(TASKS, 2)
-    assert set(found.scores) == set(TASKS) and found.ended  # those behind training stand by themselves
+        assert stage.scored[-1]["items"] == dict.fromkeys(ASKED, 2)
+    assert set(found.scores) == set(ASKED) and found.ended  # those behind training stand by themselves
 
 
 def test_scores_are_shown(runs: Path, tmp_path: Path) -> None:
@@ -68,7 +69,7 @@ def test_scores_are_shown(runs: Path, tmp_path: Path) -> None:
     )
     plain, asked = comparison["runs"]
     assert plain["during"] == [] and [each["samples"] for each in asked["during"]] == [8, 12, 20, 24]
-    assert {each["items"] for each in asked["during"]} == {2 * len(TASKS)}
+    assert {each["items"] for each in asked["during"]} == {2 * len(ASKED)}
     assert "Scores of a subset during training" in out.getvalue()
     assert "Scores during training" in (tmp_path / "out" / "report.html").read_text()
     shown = io.StringIO()

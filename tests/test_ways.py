@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 
+from evaluation.test_any_model import conversations
 from small_runs import quiet
 from sparsight.errors import UserError
 from sparsight.modeling.scaling import scale_checkpoint
 from sparsight.pipeline import evaluate_checkpoint, ways
 from sparsight.pipeline.ways import Way, ways_of
 from sparsight.schedules import kept_tokens
+from sparsight.settings.recipe import HeldOut, held_out_file
 from tiny import make_vlm
 
 LAYOUTS = {"1:4,2:1": 8, "1:4": 4, "1:4,2:1,4:1": 24}  # the model's own, a coarser and a finer one
-ITEMS = 1
+ITEMS = 3
 HELD, LENGTH = 2 * 2 * 32 * 4, 4  # bytes of keys and values of a token: 2 layers, both, width 32, fp32
 
 
@@ -37,6 +39,13 @@ def vlm() -> Any:
     return make_vlm()
 
 
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> HeldOut:
+    held_out = held_out_file(conversations(tmp_path_factory.mktemp("data")), None, "exact_match", ITEMS)
+    assert held_out is not None
+    return held_out
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
@@ -50,20 +59,24 @@ def short_clock() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def curve(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def curve(folder: Path, asked: HeldOut, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out, before = tmp_path_factory.mktemp("out"), files(folder)
-    results = evaluate_checkpoint(folder, ITEMS, "test", quiet(), layouts=";".join(LAYOUTS), keep="1,0.5", out=out)
+    results = evaluate_checkpoint(
+        folder, ITEMS, "test", quiet(), asked, layouts=";".join(LAYOUTS), keep="1,0.5", out=out
+    )
     assert files(folder) == before
     page = (out / "curve.html").read_text()
     assert "1:4,2:1,4:1" in page and 'src="http' not in page
     return json.loads((out / "curve.json").read_text()) | {"results": results, "out": out}
 
 
-def test_each_layout_is_the_scaled_checkpoint(folder: Path, curve: dict[str, Any], tmp_path: Path) -> None:
+def test_each_layout_is_the_scaled_checkpoint(
+    folder: Path, asked: HeldOut, curve: dict[str, Any], tmp_path: Path
+) -> None:
     said = []
     for index, layout in enumerate(LAYOUTS):
         scale_checkpoint(folder, tmp_path / str(index), layout)
-        (scaled,) = evaluate_checkpoint(tmp_path / str(index), ITEMS, "test", quiet())
+        (scaled,) = evaluate_checkpoint(tmp_path / str(index), ITEMS, "test", quiet(), asked)
         found = curve["results"][2 * index]
         assert found.answers == scaled.answers and found.shuffled_points == scaled.shuffled_points
         assert found.answers != curve["results"][2 * index + 1].answers  # half of the tokens say something else
@@ -94,22 +107,25 @@ def test_the_first_way_is_what_the_others_are_told_from(curve: dict[str, Any]) -
     assert all(point["interval"][0] <= point["score"] <= point["interval"][1] for point in curve["points"])
 
 
-def test_a_curve_goes_on_from_its_answers(folder: Path, curve: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_curve_goes_on_from_its_answers(
+    folder: Path, asked: HeldOut, curve: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing is asked again, but for what is timed; other questions are."""
-    asked: list[int] = []
+    count: list[int] = []
     from sparsight.evaluation import ask as evaluation
 
     real = evaluation.answer
 
     def counted(*rest: Any, **options: Any) -> Any:
-        asked.append(len(rest[2]))
+        count.append(len(rest[2]))
         return real(*rest, **options)
 
     monkeypatch.setattr(evaluation, "answer", counted)
-    again = evaluate_checkpoint(folder, ITEMS, "test", quiet(), layouts="1:4", keep="0.5", out=curve["out"])
-    assert asked == [] and again[0].answers == curve["results"][3].answers
-    evaluate_checkpoint(folder, ITEMS, "validation", quiet(), out=curve["out"])
-    assert sum(asked) == 2 * 7 * ITEMS
+    again = evaluate_checkpoint(folder, ITEMS, "test", quiet(), asked, layouts="1:4", keep="0.5", out=curve["out"])
+    assert count == [] and again[0].answers == curve["results"][3].answers
+    fewer = asked.model_copy(update={"items": ITEMS - 1})
+    evaluate_checkpoint(folder, ITEMS, "test", quiet(), fewer, layouts="1:4", out=curve["out"])
+    assert sum(count) == 2 * (ITEMS - 1)
 
 
 @pytest.mark.parametrize(

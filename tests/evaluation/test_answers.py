@@ -146,7 +146,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(vlm: Any, tmp_path: Path, 
 
 def test_the_room_of_an_answer_does_not_depend_on_what_is_left(vlm: Any) -> None:
     """The longest truth of the task was answered before the kill: the others keep its room."""
-    items = [Item("talk", n, "describe the image .", "word " * (30 if n == 0 else 1)) for n in range(3)]
+    items = [Item("talk", n, "describe the image .", "word " * (12 if n == 0 else 1)) for n in range(3)]
     asked = Questions(items, make_image, lambda items, answers: [0.0] * len(items))
     whole = answers(vlm, asked, 1)
     assert answers(vlm, asked, 1, kept=[{0: whole[0]}, {}]) == whole

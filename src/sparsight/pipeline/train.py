@@ -161,9 +161,7 @@ def check_engine(recipe: Recipe) -> None:
     elif not fsdp and any(stage.optimizer == "muon" for stage in recipe.stages):
         why = "Muon needs whole matrices, and it updates flat shards: use fsdp2, or adamw"
     elif found in ("fsdp2", "zero3") and recipe.evaluation.every is not None:
-        why = (
-            "evaluation.every asks on one rank, which has but shards of the weights: leave it out, or use zero2 or DDP"
-        )
+        why = "evaluation.every asks on one rank, which has but shards of the weights: leave it out, or use zero2"
     elif found == "zero3" and any(stage.skipper is not None for stage in recipe.stages):
         why = "the norm that clips gradients counts what skipped layers had in earlier steps: use fsdp2 or zero2"
     if why:
@@ -329,6 +327,9 @@ def _run_stage(
     encoding = Encoding(0.0, 0.0)
     if stage.cache_features:
         data.cache, encoding = cached_features(session, stage, model, processor, data.source, encoder_flops)
+    options: dict[str, Any] = {"log": log, "console": console, "resume": session.resume}
+    if recipe.evaluation.every is not None and session.main:
+        options["scorer"] = DuringTraining(session, stage, model, processor)
     start = time.perf_counter()
     counter = StepCounter(model, Trains.of(stage), encoder_flops, recipe.precision, session.resident)
     quarantine = None
@@ -337,10 +338,7 @@ def _run_stage(
         file = session.out / "quarantine.jsonl"
         quarantine = Quarantine(file, recipe.max_bad, stage.name, same, len(source), session.main)
     arguments = training_arguments(recipe, stage, len(steps), folder)
-    options: dict[str, Any] = {"log": log, "console": console, "quarantine": quarantine, "resume": session.resume}
-    if recipe.evaluation.every is not None and session.main:
-        options["scorer"] = DuringTraining(session, stage, model, processor)
-    began = train_stage(model, processor, data, steps, stage, arguments, counter, **options)
+    began = train_stage(model, processor, data, steps, stage, arguments, counter, quarantine=quarantine, **options)
     seconds = time.perf_counter() - start - (options["scorer"].seconds if "scorer" in options else 0.0)
     if engine() != "ddp":
         make_whole(model, session.main)
