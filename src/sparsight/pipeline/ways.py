@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sparsight.compat import CACHE
 from sparsight.devices.flops import flop_counter
 from sparsight.errors import UserError
 from sparsight.evaluation.answers import AnswerFile
@@ -91,12 +92,6 @@ def ways_of(model: Any, processor: Any, layouts: str | None, keep: str | None, m
     return ways
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 @torch.no_grad()
 def _measured(model: Any, processor: Any, questions: Questions, count: bool) -> dict[str, float]:
     """Seconds, and bytes of keys and values, of a question in a batch; with ``count`` also FLOPs to the first token."""
@@ -116,18 +111,17 @@ def _measured(model: Any, processor: Any, questions: Questions, count: bool) -> 
         options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": pad}
         return model.generate(**inputs, **options, return_dict_in_generate=True)
 
-    steps: dict[str, Any] = {
-        "encode_seconds": encode,
-        "prefill_seconds": partial(generate, 1),
-        "": partial(generate, 1 + STEPS),
-    }
-    found: dict[str, float] = {}
-    for name, step in steps.items():
-        start = _now(device)
-        whole = step()
-        found[name] = (_now(device) - start) / rows
-    found["decode_seconds"] = (found.pop("") - found["prefill_seconds"]) / STEPS
-    held = [tensor for layer in whole.past_key_values.layers for tensor in (layer.keys, layer.values)]
+    seconds, results = [], []
+    for step in (encode, partial(generate, 1), partial(generate, 1 + STEPS)):
+        start = time.perf_counter()
+        results.append(step())
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append((time.perf_counter() - start) / rows)
+    found = {"encode_seconds": seconds[0], "prefill_seconds": seconds[1]}
+    found["decode_seconds"] = (seconds[2] - seconds[1]) / STEPS
+    cache = results[1][CACHE if CACHE in results[1] else "past_key_values"]
+    held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     found["cache_bytes"] = sum(tensor.numel() * tensor.element_size() for tensor in held) / rows
     visual = torch.isin(inputs["input_ids"], torch.tensor(find_parts(model).visual_token_ids, device=device))
     found["visual_tokens"] = int(visual.sum()) // rows
