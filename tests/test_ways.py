@@ -21,7 +21,7 @@ from tiny import make_vlm
 
 LAYOUTS = {"1:4,2:1": 8, "1:4": 4, "1:4,2:1,4:1": 24}  # the model's own, a coarser and a finer one
 ITEMS = 3
-HELD, LENGTH = 2 * 2 * 32 * 4, 8  # bytes of keys and values of a token (2 layers, both, fp32); tokens of the median text
+HELD, LENGTH = 2 * 2 * 32 * 4, 8  # bytes that a token has in the cache (2 layers, fp32); tokens of the median text
 
 
 @pytest.fixture(scope="module")
