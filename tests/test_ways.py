@@ -147,9 +147,9 @@ def test_a_way_that_a_checkpoint_cannot_be_asked_in_is_refused(
         ways_of(*vlm, layouts, keep, method)
 
 
-def test_nothing_is_asked_before_all_ways_are_known_to_work(folder: Path, tmp_path: Path) -> None:
+def test_nothing_is_asked_before_all_ways_are_known_to_work(folder: Path, asked: HeldOut, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="scale 2:2"):
-        evaluate_checkpoint(folder, 1, "test", quiet(), layouts="1:4;1:4,2:2", out=tmp_path / "out")
+        evaluate_checkpoint(folder, 1, "test", quiet(), asked, layouts="1:4;1:4,2:2", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
