@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,9 @@ def answers(parts: Any, asked: Questions, batch_size: int, **options: Any) -> li
 
 
 @torch.no_grad()
-def likeliest(model: Any, processor: Any, item: Item) -> str:
+def losses(model: Any, processor: Any, item: Item) -> list[float]:
     """By a whole pass for each choice, supervised as training does."""
-    losses = []
+    found = []
     for choice in item.choices:
         user = [{"type": "image"}, {"type": "text", "text": item.question}]
         turns = [
@@ -60,8 +61,8 @@ def likeliest(model: Any, processor: Any, item: Item) -> str:
         coded = encode_conversation(processor.tokenizer, turns, tokens_per_image=processor.num_image_tokens)
         pixels = processor.pixels([make_image(item.image)])["pixel_values"]
         logits = model(input_ids=torch.tensor([coded.input_ids]), pixel_values=pixels, use_cache=False).logits
-        losses.append(float(F.cross_entropy(logits[0, :-1], torch.tensor(coded.labels[1:]), reduction="sum")))
-    return item.choices[losses.index(min(losses))]
+        found.append(float(F.cross_entropy(logits[0, :-1], torch.tensor(coded.labels[1:]), reduction="sum")))
+    return found
 
 
 @pytest.mark.parametrize("share, choices", [(1.0, LETTERS), (1.0, WORDS), (0.5, LETTERS), (0.5, WORDS)])
@@ -71,9 +72,17 @@ def test_choices_by_likelihood_are_those_of_whole_passes(vlm: Any, share: float,
     asked = questions(choices, 2)
     handle = attach(vlm[0], CompressorConfig(keep=share), train_only=False) if share < 1 else None
     try:
-        expected = [likeliest(*vlm, item) for item in asked.items]
+        whole = [losses(*vlm, item) for item in asked.items]
+        expected = [item.choices[own.index(min(own))] for item, own in zip(asked.items, whole, strict=True)]
         for size in (1, 3, 50):
             assert answers(vlm, asked, size, even=share < 1) == expected
+        alike = [replace(asked.items[place], choices=choices) for place in (0, 0)]
+        visual = evaluation.visual_tokens(*vlm, make_image, [0, 1], 2)
+        _, prompt = evaluation.our_prompts(*vlm, alike, visual, torch.arange(2))
+        with torch.no_grad():
+            found = evaluation.choice_losses(vlm[0], vlm[1].tokenizer, prompt([0, 1]), [choices] * 2)
+        one_by_one = torch.tensor([losses(*vlm, replace(alike[0], image=image)) for image in (0, 1)])
+        torch.testing.assert_close(found, one_by_one, rtol=1e-5, atol=1e-3)
     finally:
         if handle is not None:
             handle.detach()

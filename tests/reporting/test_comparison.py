@@ -70,7 +70,17 @@ def test_the_form_is_the_contract(runs):
         "env",
     ]
     assert [entry["name"] for entry in result["runs"]] == ["standard", "sparsight"]
-    keys = {"name", "stages", "scores", "shuffled", "seconds", "executed_flops", "cpu_seconds", "peak_memory_bytes"}
+    keys = {
+        "name",
+        "stages",
+        "scores",
+        "shuffled",
+        "during",
+        "seconds",
+        "executed_flops",
+        "cpu_seconds",
+        "peak_memory_bytes",
+    }
     assert set(result["runs"][0]) == keys
     keys = {"name", "seconds", "executed_flops", "visual_tokens", "samples", "bridge", "layout", "finished"}
     keys |= {"peak_memory_bytes", "cpu_seconds", "data_wait", "loss"}

@@ -141,9 +141,11 @@ def _supervised(tokenizer: Any, answer: str) -> list[int]:
     return [label for label in encode_conversation(tokenizer, turns).labels if label != -100]
 
 
-def _likeliest(model: Any, tokenizer: Any, inputs: Mapping[str, Any], choices: list[tuple[str, ...]]) -> list[str]:
-    """Of each row's choices the one that is likeliest behind the prompt, its stop token included; prompts are read
-    once. Rows are of one length, and have as many choices each."""
+def choice_losses(
+    model: Any, tokenizer: Any, inputs: Mapping[str, Any], choices: Sequence[Sequence[str]]
+) -> torch.Tensor:
+    """Negative log likelihood of each row's choices behind its prompt, stop token included, (B, choices). A prompt is
+    read once for all of them. Rows are of one length, and have as many choices each."""
     count, (_, length) = len(choices[0]), inputs["input_ids"].shape
     coded = [torch.tensor(_supervised(tokenizer, text)) for own in choices for text in own]
     labels_RL = pad_sequence(coded, batch_first=True, padding_value=-100).to(model.device)
@@ -157,8 +159,7 @@ def _likeliest(model: Any, tokenizer: Any, inputs: Mapping[str, Any], choices: l
         rest = model(input_ids=labels_RL[:, :-1].clamp(min=0), use_cache=True, **given).logits
         logits_RLV = torch.cat([logits_RLV, rest], 1)
     losses_RL = F.cross_entropy(logits_RLV.float().transpose(1, 2), labels_RL, ignore_index=-100, reduction="none")
-    best = losses_RL.sum(1).view(-1, count).argmin(1).tolist()
-    return [own[index] for own, index in zip(choices, best, strict=True)]
+    return losses_RL.sum(1).view(-1, count)
 
 
 def rooms(tokenizer: Any, items: Sequence[Item]) -> dict[str, int]:
@@ -259,7 +260,8 @@ def answer(
         if (even or own[0].choices) and len(numbers) > 1 and not inputs["attention_mask"].all():
             return [text for number in numbers for text in reply([number])]
         if own[0].choices:
-            return _likeliest(model, tokenizer, inputs, [item.choices for item in own])
+            best = choice_losses(model, tokenizer, inputs, [item.choices for item in own]).argmin(1).tolist()
+            return [item.choices[index] for item, index in zip(own, best, strict=True)]
         most = [room[item.task] for item in own]
         found = model.generate(**inputs, max_new_tokens=max(most), **options)
         tails = [ids[:end] for ids, end in zip(found[:, inputs["input_ids"].shape[1] :], most, strict=True)]
