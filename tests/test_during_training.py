@@ -54,6 +54,7 @@ def test_scores_are_those_of_the_model_at_that_step(runs: Path, tmp_path: Path) 
     """Behind a stage's last step: of the saved model, in the layout that its positions were for."""
     found = read_run(runs / "asked")
     assert [[each["step"] for each in stage.scored] for stage in found.stages] == [[2, 3], [2, 3]]
+    assert [stage.scored[-1]["layout"] for stage in found.stages] == [FINER["layout"], None]
     scale_checkpoint(runs / "asked" / "pretrain" / "model", tmp_path / "scaled", FINER["layout"])
     (scaled,) = evaluate_checkpoint(tmp_path / "scaled", 2, "validation", quiet())
     (final,) = evaluate_checkpoint(runs / "asked" / "finetune" / "model", 2, "validation", quiet())
