@@ -498,6 +498,19 @@ def test_ctrl_c_is_exit_code_130_with_a_hint(
     assert (run_folder / "pretrain" / "checkpoints" / "checkpoint-2").is_dir()
 
 
+@pytest.mark.parametrize("where", ["sparsight.pipeline.train.build", "sparsight.pipeline.train.check_inputs"])
+def test_D12_ctrl_c_before_training_is_told(
+    here: Callable[..., tuple[Any, str, str]],
+    write: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+) -> None:
+    monkeypatch.setattr(where, lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    code, said, error = here("train", write(), "--out", tmp_path / "out")
+    assert code == 130 and said.startswith("stopped at once. What is saved is whole") and error == ""
+
+
 def logged(folder: Path, stage: str) -> int:
     """Steps of a stage that the log of a running process holds."""
     file = folder / "run.jsonl"

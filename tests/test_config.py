@@ -138,6 +138,22 @@ def test_files_that_are_no_recipe(tmp_path):
         load_recipe(tmp_path / "bad.yaml")
 
 
+@pytest.mark.parametrize("nested", ["[" * 5000 + "]" * 5000, "{a: " * 3000 + "1" + "}" * 3000])
+def test_D12_deeply_nested_yaml_is_told(tmp_path, nested):
+    (tmp_path / "deep.yaml").write_text(f"name: {nested}")
+    with pytest.raises(ValueError, match=r"deep\.yaml: nested too deeply"):
+        load_recipe(tmp_path / "deep.yaml")
+    (tmp_path / "flat.yaml").write_text("name: a")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        load_recipe(tmp_path / "flat.yaml", [f"name={nested}"])
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "../a", "a\\b", ""])
+def test_D12_a_recipe_writes_nowhere_else_by_its_name(name):
+    with pytest.raises(ValidationError, match="name"):
+        Recipe.model_validate({"name": name, "stages": []})
+
+
 def test_settings_are_frozen(recipe_file):
     recipe = load_recipe(recipe_file)
     with pytest.raises(ValidationError, match="frozen"):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -278,9 +281,10 @@ def test_a_run_on_a_mixture_is_cached_and_resumed(
         ("ACCELERATE_USE_FSDP", "true", r"fsdp1 was asked for by the launcher, but .*\(fsdp_version: 2\)"),
         ("FSDP_VERSION", "2", "fsdp2 .* on GPUs alone, started by `accelerate launch`"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "zero2 .* started by `accelerate launch`"),
-        ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron-LM was asked for"),
-        ("PARALLELISM_CONFIG_TP_SIZE", "2", "tensor parallelism was asked for"),
-        ("PARALLELISM_CONFIG_CP_SIZE", "2", "context parallelism was asked for"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron-LM was asked for .* it trains models of its own"),
+        ("PARALLELISM_CONFIG_TP_SIZE", "2", "tensor parallelism was asked for .* its Trainer cannot resume"),
+        ("PARALLELISM_CONFIG_CP_SIZE", "2", "context parallelism was asked for .* cuts the sequence before images"),
+        ("PARALLELISM_CONFIG_SP_SIZE", "2", "sequence parallelism was asked for .* cuts the sequence before images"),
     ],
 )
 def test_D08_what_the_engine_cannot_do_is_refused_before_training(
@@ -291,6 +295,22 @@ def test_D08_what_the_engine_cannot_do_is_refused_before_training(
     with pytest.raises(UserError, match=why):
         run(recipe(), tmp_path / "r", quiet())
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.slow
+def test_D08_a_configuration_that_starts_one_process_in_silence_is_refused(
+    tmp_path: Path, recipe: Callable[..., Recipe]
+) -> None:
+    """The real launcher, of two processes on CPUs without MPI."""
+    config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_CPU", "num_processes": 2}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(config | {"num_machines": 1, "machine_rank": 0, "use_cpu": True}))
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe().model_dump(mode="json")))
+    command = ["accelerate.commands.launch", "--config_file", str(tmp_path / "two.yaml"), "-m", "sparsight", "train"]
+    command = [sys.executable, "-m", *command, str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
+    assert "it starts one process alone on CPUs without MPI: use torchrun" in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_finished_run_is_not_trained_again(

@@ -10,18 +10,21 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
+from forked import forked
 from small_runs import quiet, recipe_values, save_encoder, stage_values
 from sparsight.doctor import examine
 from sparsight.errors import UserError
 from sparsight.pipeline import load, run
+from sparsight.pipeline.files import load_any
 from sparsight.safety import LOCK, MANIFEST, check_manifest, faults, locked, write_manifest
 from sparsight.settings.recipe import Recipe
 from sparsight.training.checkpoints import last_checkpoint
@@ -79,7 +82,7 @@ def named(said: str, hit: set[str]) -> bool:
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
-def test_a_damaged_checkpoint_is_named_passed_over_and_kept(saved: Path, tmp_path: Path, seed: int) -> None:
+def test_D02_a_damaged_checkpoint_is_named_passed_over_and_kept(saved: Path, tmp_path: Path, seed: int) -> None:
     shutil.copytree(saved / "checkpoints", tmp_path, dirs_exist_ok=True)
     hit, kind = damage(tmp_path / "checkpoint-2", random.Random(seed))
     before, console = contents(tmp_path), quiet()
@@ -91,7 +94,7 @@ def test_a_damaged_checkpoint_is_named_passed_over_and_kept(saved: Path, tmp_pat
 
 
 @pytest.mark.parametrize("seed", range(100, 100 + ROUNDS))
-def test_a_damaged_model_is_named_and_not_loaded(saved: Path, tmp_path: Path, seed: int) -> None:
+def test_D02_a_damaged_model_is_named_and_not_loaded(saved: Path, tmp_path: Path, seed: int) -> None:
     folder = shutil.copytree(saved / "model", tmp_path / "model")
     hit, kind = damage(folder, random.Random(seed))
     before = contents(folder)
@@ -107,7 +110,7 @@ def test_a_damaged_model_is_named_and_not_loaded(saved: Path, tmp_path: Path, se
     assert contents(folder) == before
 
 
-def test_swapped_checkpoints_are_noticed(saved: Path, tmp_path: Path) -> None:
+def test_D02_swapped_checkpoints_are_noticed(saved: Path, tmp_path: Path) -> None:
     """Each is whole, under another's name."""
     for step, other in ((1, 2), (2, 1)):
         shutil.copytree(saved / "checkpoints" / f"checkpoint-{step}", tmp_path / f"checkpoint-{other}")
@@ -141,6 +144,45 @@ def test_shards_in_folders_below_are_covered(tmp_path: Path) -> None:
     }
 
 
+def test_D12_all_that_a_manifest_lists_is_on_the_disk_before_it(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, seen, fsync = shutil.copytree(saved / "checkpoints" / "checkpoint-2", tmp_path / "c"), [], os.fsync
+    (folder / MANIFEST).unlink()
+
+    def flushed(number: int) -> None:
+        seen.append((os.fstat(number).st_ino, (folder / MANIFEST).exists()))
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    write_manifest(folder)
+    listed = {(folder / name).stat().st_ino for name in json.loads((folder / MANIFEST).read_text())["files"]}
+    before = {inode for inode, sealed in seen if not sealed}
+    assert listed | {folder.stat().st_ino, (folder / MANIFEST).stat().st_ino} <= before
+    assert {folder.stat().st_ino, folder.parent.stat().st_ino} <= {inode for inode, sealed in seen if sealed}
+
+
+def test_D02_weights_that_are_missing_are_no_random_ones(saved: Path, tmp_path: Path) -> None:
+    """Without a manifest, too, and in a model of transformers."""
+    folder = shutil.copytree(saved / "model", tmp_path / "model")
+    (folder / MANIFEST).unlink()
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "q_proj" in name)
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for loader in (load, load_any):
+        with warnings.catch_warnings(), pytest.raises(UserError, match=f"1 weights are missing, such as .*{name}"):
+            warnings.simplefilter("ignore")
+            loader(str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"model_type": config["model_type"]}))
+    with pytest.raises(UserError, match=r"config.json lacks \['text_config', 'vision_config'\]"):
+        load(folder)  # and builds no model of 7B, which is transformers' default
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="a model of type 'None'"):
+        load(folder)
+
+
 # ---------------------------------------------------------------------------------------- locks
 
 HOLD = "import sys, time; from pathlib import Path; from sparsight.safety import locked\n"
@@ -165,7 +207,7 @@ def holder() -> Callable:
         process.communicate()
 
 
-def test_a_folder_that_a_process_holds_is_refused_with_its_name(tmp_path: Path, holder: Callable) -> None:
+def test_D03_a_folder_that_a_process_holds_is_refused_with_its_name(tmp_path: Path, holder: Callable) -> None:
     process = holder(tmp_path)
     with pytest.raises(UserError, match=f"in use by process {process.pid} on {socket.gethostname()}"):
         with locked(tmp_path):
@@ -178,7 +220,7 @@ def test_a_folder_that_a_process_holds_is_refused_with_its_name(tmp_path: Path, 
     assert not (tmp_path / LOCK).exists()
 
 
-def test_a_rank_whose_launcher_and_first_rank_are_dead_still_holds(tmp_path: Path, holder: Callable) -> None:
+def test_D03_a_rank_whose_launcher_and_first_rank_are_dead_still_holds(tmp_path: Path, holder: Callable) -> None:
     first, second = holder(tmp_path), holder(tmp_path, 1)
     first.kill()
     first.wait()
@@ -197,6 +239,30 @@ def test_D03_a_second_run_beside_a_living_one_is_refused(
         run(Recipe.model_validate(values), tmp_path / "run", quiet(), resume=resume, overwrite=not resume)
     assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
     assert not list(tmp_path.glob("run-old*"))
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_D05_machines_that_share_no_folder_are_told_before_training(
+    saved: Path, tmp_path: Path, resume: bool
+) -> None:
+    """The first rank has checkpoints, the other an empty disk under the same name: all ranks end alike, and name it."""
+    for machine in range(2):
+        (tmp_path / f"disk{machine}").mkdir()
+    if resume:
+        shutil.copytree(saved.parent, tmp_path / "disk0" / "run")
+        shutil.rmtree(tmp_path / "disk0" / "run" / "pretrain" / "model")
+    values = recipe_values(saved.parents[1] / "encoder", evaluation={"kind": "none"})
+    values["stages"] = [stage_values(samples=8, checkpoints=2)]
+
+    def work(rank: int) -> None:
+        os.chdir(tmp_path / f"disk{rank}")
+        try:
+            run(Recipe.model_validate(values), "run", quiet(), resume=resume)
+        except UserError as error:
+            raise SystemExit(5 if "run is another folder for rank 1 on " in str(error) else str(error)) from None
+
+    assert forked(tmp_path, work) == [5, 5]
+    assert not list((tmp_path / "disk1").rglob("*.jsonl"))
 
 
 # ---------------------------------------------------------------------------------------- in a run

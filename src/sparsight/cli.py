@@ -79,21 +79,31 @@ def _console() -> Console:
 
 
 @contextmanager
-def _ends_clearly(console: Console) -> Iterator[None]:
-    from sparsight.training.checkpoints import Interrupted, explained
+def _ends_clearly() -> Iterator[None]:
+    """Around a command that trains: signals and faults of the machine end it in a sentence."""
+    from sparsight.console import Console
 
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
     try:
         yield
-    except Interrupted as stopped:
-        console.print(f"[yellow]{stopped}[/]. Go on with the same command and --resume")
-        raise typer.Exit(stopped.code) from None
-    except Exception as error:
-        if text := explained(error):
+    except KeyboardInterrupt:
+        console.print("[yellow]stopped at once[/]. What is saved is whole: go on with the same command and --resume")
+        raise typer.Exit(130) from None
+    except UserError:
+        raise
+    except (SystemExit, Exception) as error:
+        from sparsight.training.checkpoints import Interrupted, explained
+
+        if isinstance(error, Interrupted):
+            console.print(f"[yellow]{error}[/]. Go on with the same command and --resume")
+            raise typer.Exit(error.code) from None
+        if isinstance(error, Exception) and (text := explained(error)):
             raise UserError(text) from error
         raise
 
 
 @app.command()
+@_ends_clearly()
 def demo(
     out: Annotated[
         Path | None,
@@ -116,14 +126,15 @@ def demo(
     changes = [*(_SHORT if short else ()), *(overrides or [])]
     comparison = load_comparison(recipe or builtin_recipe("demo.yaml"), changes)
     console = _console()
-    with _ends_clearly(console):
-        folder = out or Path("runs/demo-short" if short else "runs/demo")
-        run_comparison(comparison, folder, console, resume, overwrite)
+    run_comparison(
+        comparison, out or Path("runs/demo-short" if short else "runs/demo"), console, resume, overwrite
+    )
     if short:
         console.print("[yellow]--short: scores mean nothing after so few steps[/]; without it the demo takes minutes")
 
 
 @app.command()
+@_ends_clearly()
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe")],
     overrides: Overrides = None,
@@ -155,8 +166,7 @@ def train(
     from sparsight.pipeline import run
 
     console = _console()
-    with _ends_clearly(console):
-        final = run(settings, folder, console, resume, overwrite=overwrite)
+    final = run(settings, folder, console, resume, overwrite=overwrite)
     console.print(f"model: [bold]{final}[/]")
     leave()
 

@@ -130,9 +130,9 @@ def naming_space(folder: Path, needed: Callable[[], int], kept: str) -> Iterator
 
 
 @contextmanager
-def locked(folder: Path, rank: int = 0) -> Iterator[None]:
+def locked(folder: Path, rank: int = 0) -> Iterator[bool]:
     """Have a folder for this run alone. Each rank holds a byte of `LOCK`, the first one takes all at first; whoever
-    ends, or is killed, holds nothing any more.
+    ends, or is killed, holds nothing any more. Gives whether the first rank's is the same folder.
 
     Raises:
         UserError: a process of another run holds it; the message names it and its host.
@@ -140,7 +140,7 @@ def locked(folder: Path, rank: int = 0) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:  # no such locks on Windows
-        yield
+        yield True
         return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
@@ -161,10 +161,13 @@ def locked(folder: Path, rank: int = 0) -> Iterator[None]:
             ) from None
         except OSError as error:  # some file systems have no locks
             warnings.warn(f"{folder} cannot be locked ({error.strerror}): start no second run in it", stacklevel=3)
+        file.seek(0)
+        seen = not rank or bool(file.read())
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+        os.fsync(file.fileno())  # for other machines
         try:
-            yield
+            yield seen
         finally:
             if not rank:
                 path.unlink(missing_ok=True)  # while it is held

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
@@ -67,6 +68,48 @@ def test_F05_a_damaged_cache_is_moved_aside_and_made_anew(
     assert torch.equal(cache.read(["3.png"])[1], expected(["3.png"])[1])
     assert (tmp_path / "damaged-c" / file).read_text() == content
     assert len(said) == 1 and f"{tmp_path / 'c'}: damaged: " in said[0] and str(tmp_path / "damaged-c") in said[0]
+
+
+@pytest.mark.parametrize("level, at", [(0, 40), (1, 70)])
+def test_D12_blocks_that_a_disk_lost_are_noticed(tmp_path: Path, encoder: Encoder, level: int, at: int) -> None:
+    """In the image that is read, in either level; the next one to ask encodes anew, and nothing is deleted."""
+    cache = build_cache(tmp_path / "c", ROWS, encoder.encode)
+    file = tmp_path / "c" / f"level{level}.bin"
+    content = bytearray(file.read_bytes())
+    content[at : at + 8] = bytes(8)
+    file.write_bytes(content)
+    cache = build_cache(tmp_path / "c", ROWS, encoder.encode)
+    cache.read(["0.png"])
+    image = KEYS[at // (len(content) // len(KEYS))]
+    with pytest.raises(ValueError, match=f"damaged: image '{image}' is not as it was written"):
+        cache.read(KEYS)
+    assert (tmp_path / "damaged-c" / file.name).read_bytes() == content
+    again = build_cache(tmp_path / "c", ROWS, encoder.encode)
+    assert all(torch.equal(a, b) for a, b in zip(again.read(KEYS), expected(KEYS), strict=True))
+
+
+def test_D12_a_full_disk_is_an_error_and_not_a_signal(tmp_path: Path, encoder: Encoder) -> None:
+    """A memory map would be killed by SIGBUS."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+
+    def encode(part: Sequence[Hashable]) -> list[torch.Tensor]:
+        (folder,) = tmp_path.glob("c.*.partial")
+        for number in range(2):
+            (folder / f"level{number}.bin").unlink(missing_ok=True)
+            (folder / f"level{number}.bin").symlink_to("/dev/full")
+        return encoder.encode(part)
+
+    with pytest.raises(OSError, match="No space left"):
+        build_cache(tmp_path / "c", ROWS, encode)
+    assert not list(tmp_path.iterdir())
+
+
+def test_D12_a_cache_is_on_the_disk(tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (seen.append(os.fstat(number).st_ino), fsync(number)))
+    build_cache(tmp_path / "c", ROWS, encoder.encode)
+    assert {file.stat().st_ino for file in (tmp_path / "c").iterdir()} <= set(seen)
 
 
 def test_F05_what_is_no_cache_is_not_removed(tmp_path: Path, encoder: Encoder) -> None:

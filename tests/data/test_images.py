@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import io
 import os
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -136,6 +138,20 @@ def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def eps(file: Path) -> Path:
     file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 20\n%%EndComments\nshowpage\n%%EOF\n")
     return file
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind, most", [("RGB", 4), ("L", 5), ("RGBA", 16)])
+def test_D12_a_large_image_takes_as_many_bytes_as_documented(tmp_path: Path, kind: str, most: int) -> None:
+    """At its peak; 149 megapixels took 12 a pixel, three times as many."""
+    pixels = 16_000_000
+    Image.new(kind, (4000, pixels // 4000)).save(tmp_path / "a.png", compress_level=1)
+    script = "import sys; from sparsight.data.images import load_image\n"
+    script += "high = lambda: int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1]) * 1024\n"
+    script += "before = high(); load_image(sys.argv[1]); print(high() - before)"
+    command = [sys.executable, "-c", script, str(tmp_path / "a.png")]
+    found = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert found < (most + 0.5) * pixels, found / pixels
 
 
 def test_D10_no_program_is_run_on_an_image(tmp_path: Path, ghostscript: Path) -> None:

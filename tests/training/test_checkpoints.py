@@ -119,7 +119,7 @@ def raises(error: BaseException) -> Callable[[], None]:
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("where", ["on_step_begin", "on_save", "on_train_end"])
-def test_a_signal_saves_the_step_and_is_the_exit_code(tmp_path: Path, straight: Trainer, name: str, where: str) -> None:
+def test_D04_a_signal_saves_the_step_and_is_the_exit_code(tmp_path: Path, straight: Trainer, name: str, where: str) -> None:
     number = getattr(signal, name)
     step = {"on_step_begin": 4, "on_save": 3, "on_train_end": STEPS}[where]
     before = signal.getsignal(number)
@@ -136,7 +136,7 @@ def test_a_signal_saves_the_step_and_is_the_exit_code(tmp_path: Path, straight: 
     resumed(tmp_path, straight)
 
 
-def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+def test_D04_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -163,7 +163,7 @@ def test_an_exception_saves_the_last_whole_step(tmp_path: Path, straight: Traine
     resumed(tmp_path, straight, left_out=5 if where == "the step's end" else None)
 
 
-def test_an_exception_in_the_optimizer_saves_nothing(tmp_path: Path, straight: Trainer) -> None:
+def test_D12_an_exception_in_the_optimizer_saves_nothing(tmp_path: Path, straight: Trainer) -> None:
     """Some weights have moved, others not."""
     trainer, console = make(tmp_path, None, At("on_optimizer_step", 4, raises(RuntimeError("oh"))))
     with pytest.raises(RuntimeError, match="^oh$"):
@@ -185,7 +185,7 @@ def test_what_other_callbacks_write_is_in_the_manifest(tmp_path: Path) -> None:
     assert "mine.json" in json.loads((tmp_path / "checkpoint-3" / MANIFEST).read_text())["files"]
 
 
-def test_damage_is_passed_over_and_a_named_checkpoint_refused(tmp_path: Path, straight: Trainer) -> None:
+def test_D01_damage_is_passed_over_and_a_named_checkpoint_refused(tmp_path: Path, straight: Trainer) -> None:
     make(tmp_path)[0].train()
     (tmp_path / "checkpoint-8" / "scheduler.pt").unlink()
     (tmp_path / "checkpoint-6" / "optimizer.pt").write_bytes(b"")
@@ -196,7 +196,7 @@ def test_damage_is_passed_over_and_a_named_checkpoint_refused(tmp_path: Path, st
     assert {path.name for path in tmp_path.glob("damaged-*")} == {"damaged-checkpoint-6", "damaged-checkpoint-8"}
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_and_names_the_space(tmp_path: Path, straight: Trainer) -> None:
+def test_D12_a_full_disk_leaves_the_checkpoint_before_and_names_the_space(tmp_path: Path, straight: Trainer) -> None:
     (tmp_path / "checkpoint-6").mkdir()
     (tmp_path / "checkpoint-6" / "optimizer.pt").symlink_to("/dev/full")
     trainer, _ = make(tmp_path)
@@ -206,7 +206,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_names_the_space(tmp_path: 
     assert "damaged-checkpoint-6" in said(resumed(tmp_path, straight))
 
 
-def test_a_killed_process_that_loads_data_is_told_and_nothing_is_lost(tmp_path: Path, straight: Trainer) -> None:
+def test_D12_a_killed_process_that_loads_data_is_told_and_nothing_is_lost(tmp_path: Path, straight: Trainer) -> None:
     def kill() -> None:
         max(psutil.Process().children(), key=psutil.Process.create_time).kill()  # others are of earlier tests
         time.sleep(0.2)
@@ -220,7 +220,7 @@ def test_a_killed_process_that_loads_data_is_told_and_nothing_is_lost(tmp_path: 
     resumed(tmp_path, straight)
 
 
-def test_a_launchers_signal_to_what_loads_data_does_not_end_the_step(tmp_path: Path, straight: Trainer) -> None:
+def test_D04_a_launchers_signal_to_what_loads_data_does_not_end_the_step(tmp_path: Path, straight: Trainer) -> None:
     def group() -> None:
         loads = max(psutil.Process().children(), key=psutil.Process.create_time)
         subprocess.run(
@@ -235,7 +235,18 @@ def test_a_launchers_signal_to_what_loads_data_does_not_end_the_step(tmp_path: P
     resumed(tmp_path, straight)
 
 
-def test_memory_that_cannot_be_had_is_explained(tmp_path: Path) -> None:
+def test_D12_memory_in_the_optimizers_step_is_explained(tmp_path: Path, straight: Trainer) -> None:
+    """On a CPU and on a GPU; some weights have moved, so that nothing is saved, and the checkpoint before it counts."""
+    event = At("on_pre_optimizer_step", 4, raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")))
+    trainer, console = make(tmp_path, None, event)
+    with pytest.raises(torch.OutOfMemoryError) as told:
+        trainer.train()
+    assert "out of memory" in (text := explained(told.value)) and "--resume" in text and "\n" not in text
+    assert whole(tmp_path) == ["checkpoint-3"] and "saved" not in said(console)
+    resumed(tmp_path, straight)
+
+
+def test_D12_memory_that_cannot_be_had_is_explained(tmp_path: Path) -> None:
     trainer, _ = make(tmp_path, None, At("on_step_begin", 4, lambda: torch.empty(2**52)))
     with pytest.raises(RuntimeError) as told:
         trainer.train()

@@ -1,6 +1,7 @@
 """A cache of a frozen encoder's features: each image is encoded once, then read from a memory map.
 
-Shapes: I images, H x W patches, C channels. Features are kept in bf16.
+Shapes: I images, H x W patches, C channels. Features are kept in bf16, and a sum of
+each image's: blocks that a disk lost are noticed where they are read.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 
 from sparsight.aside import moved_aside
 from sparsight.errors import UserError
+from sparsight.safety import flush
 
 Encode = Callable[[Sequence[Hashable]], Sequence[torch.Tensor]]
 
@@ -42,13 +47,35 @@ class FeatureCache:
                 np.memmap(folder / f"level{number}.bin", dtype=np.uint16, mode="r", shape=tuple(shape))
                 for number, shape in enumerate(meta["shapes"])
             ]
+            self.sums: list[int] = meta["sums"]
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             raise UserError(f"{folder}: damaged: {error}") from None
 
     def read(self, keys: Sequence[Hashable]) -> tuple[torch.Tensor, ...]:
-        """Features of images, one (len(keys), H, W, C) in bf16 for each level."""
+        """Features of images, one (len(keys), H, W, C) in bf16 for each level.
+
+        Raises:
+            UserError: they are not as they were written; the folder is moved aside.
+        """
         rows = np.array([self.rows[key] for key in keys], dtype=np.intp)
-        return tuple(torch.from_numpy(level[rows].copy()).view(torch.bfloat16) for level in self.levels)
+        found = [level[rows].copy() for level in self.levels]
+        for number, (row, key) in enumerate(zip(rows, keys, strict=True)):
+            if _sum(level[number] for level in found) != self.sums[row]:
+                with suppress(OSError):  # another process was faster
+                    moved_aside(self.folder, f"damaged-{self.folder.name}")
+                raise UserError(
+                    f"{self.folder}: damaged: image '{key}' is not as it was written. The folder is moved aside: with "
+                    "--resume, images are encoded again"
+                )
+        return tuple(torch.from_numpy(level).view(torch.bfloat16) for level in found)
+
+
+def _sum(levels: Iterable[np.ndarray]) -> int:
+    """Of an image's features."""
+    total = 0
+    for level in levels:
+        total = zlib.crc32(np.ascontiguousarray(level), total)
+    return total
 
 
 def image_rows(fingerprints: Mapping[Hashable, str]) -> tuple[dict[Hashable, int], str]:
@@ -116,22 +143,26 @@ def build_cache(
 def _write(
     folder: Path, keys: Sequence[Hashable], encode: Encode, progress: Callable[[int], None], batch_size: int
 ) -> None:
-    begun, maps = time.perf_counter(), list[np.memmap]()
-    for start in range(0, len(keys), batch_size):
-        part = list(keys[start : start + batch_size])
-        levels = [level.to(torch.bfloat16).cpu().contiguous() for level in encode(part)]
-        for level in levels[len(maps) :]:
-            file, shape = folder / f"level{len(maps)}.bin", (len(keys), *level.shape[1:])
-            maps.append(np.memmap(file, np.uint16, "w+", shape=shape))
-        for memory, level in zip(maps, levels, strict=True):
-            if level.shape[1:] != memory.shape[1:]:
-                raise UserError(
-                    f"image '{part[0]}' has a feature map {tuple(level.shape[1:])}, others {memory.shape[1:]}: only "
-                    "maps of one size can be cached. Set cache_features: false"
-                )
-            memory[start : start + len(part)] = level.view(torch.uint16).numpy()
-        progress(start + len(part))
-    for memory in maps:
-        memory.flush()
-    meta = {"shapes": [memory.shape for memory in maps], "seconds": time.perf_counter() - begun}
+    begun, shapes, sums = time.perf_counter(), list[tuple[int, ...]](), list[int]()
+    with ExitStack() as stack:
+        files: list[BinaryIO] = []  # no memory maps: at these, a full disk kills the process
+        for start in range(0, len(keys), batch_size):
+            part = list(keys[start : start + batch_size])
+            levels = [level.to(torch.bfloat16).cpu().contiguous().view(torch.uint16).numpy() for level in encode(part)]
+            for level in levels[len(files) :]:
+                files.append(stack.enter_context((folder / f"level{len(files)}.bin").open("wb")))
+                shapes.append((len(keys), *level.shape[1:]))
+            for file, shape, level in zip(files, shapes, levels, strict=True):
+                if level.shape[1:] != shape[1:]:
+                    raise UserError(
+                        f"image '{part[0]}' has a feature map {level.shape[1:]}, others {shape[1:]}: only maps of one "
+                        "size can be cached. Set cache_features: false"
+                    )
+                file.write(level.data)
+            sums += [_sum(level[number] for level in levels) for number in range(len(part))]
+            progress(start + len(part))
+    for number in range(len(shapes)):
+        flush(folder / f"level{number}.bin")
+    meta = {"shapes": shapes, "seconds": time.perf_counter() - begun, "sums": sums}
     (folder / "cache.json").write_text(json.dumps(meta))
+    flush(folder / "cache.json")

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sparsight.errors import UserError
 
-MAX_PIXELS = 150_000_000  # more are refused from the header, before decoding: in memory, these are 600 MB
+MAX_PIXELS = 150_000_000  # more are refused from the header, before decoding: each takes 4 bytes, 16 if transparent
 _ALLOWED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
 Image.init()
 # Formats that are opened, whatever a file's name: Pillow would hand EPS to a program. Not every Pillow has AVIF.
@@ -32,11 +32,19 @@ def load_image(source: str | Path | bytes | Image.Image, name: str | None = None
         UserError: the file is missing or cannot be read, has 32-bit pixels, or more than `MAX_PIXELS`.
     """
     with _opened(source, name) as opened:
-        image = _eight_bits(ImageOps.exif_transpose(opened), opened.format)
+        image: Image.Image = opened
+        if isinstance(source, Image.Image):
+            image = ImageOps.exif_transpose(opened)  # a copy: the caller's stays as it is
+        else:
+            ImageOps.exif_transpose(opened, in_place=True)
+        image = _eight_bits(image, opened.format)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        if image.mode != "RGB":
+            return image.convert("RGB")
+        image.load()  # before the file is closed; `convert` would make a second one of as many bytes
+        return image
 
 
 def size_of_image(source: str | Path | bytes, name: str | None = None) -> tuple[int, int]:

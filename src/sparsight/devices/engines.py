@@ -26,6 +26,14 @@ _REFUSED = {
     "PARALLELISM_CONFIG_CP_SIZE": "context parallelism",
     "PARALLELISM_CONFIG_SP_SIZE": "sequence parallelism",
 }
+_CUTS = "it cuts the sequence before images are put into it: use fsdp2 or zero3, and packing for long rows"
+WHY_REFUSED = {
+    "Megatron-LM": "it trains models of its own, and none of transformers: use fsdp2 or zero3",
+    "tensor parallelism": "its Trainer cannot resume, and stages could not be handed on: use fsdp2 or zero3, or see "
+    "docs/engines.md for a Trainer of your own",
+    "context parallelism": _CUTS,
+    "sequence parallelism": _CUTS,
+}
 
 
 def engine() -> str:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+T = TypeVar("T")
+
 
 def process_state() -> PartialState:
     """This process's rank. The first call joins the group that a launcher such as torchrun made, if there is one.
 
-    The timeout is long: the other ranks wait while the first measures samples or encodes images.
+    The group's timeout is long: the other ranks wait while the first measures samples or encodes images. While it
+    trains, `training.stalls` ends a process that hangs.
     """
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
 
@@ -36,6 +40,14 @@ def largest(number: int, device: torch.device) -> int:
     found = torch.tensor(number, device=device)
     torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
     return int(found)
+
+
+def from_first(value: T) -> T:
+    """The first rank's value, on all ranks."""
+    found = [value]
+    if several_ranks():
+        torch.distributed.broadcast_object_list(found)
+    return found[0]
 
 
 def is_shard(parameter: torch.Tensor) -> bool:

@@ -65,6 +65,14 @@ def model_type(folder: str | Path) -> str | None:
     return str(read_json(file).get("model_type")) if file.is_file() else None
 
 
+def complete(kind: Any, name: str | Path, **options: Any) -> Any:
+    """``kind.from_pretrained``. Raises UserError for weights that are missing: transformers draws them at random."""
+    model, found = kind.from_pretrained(name, output_loading_info=True, **options)
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"{len(missing)} weights are missing, such as {missing[0]}; they would be random. Get it anew")
+    return model
+
+
 @contextmanager
 def loading(part: str, name: str) -> Iterator[None]:
     """Around what transformers loads: its errors say neither which part they are about, nor what to do."""

@@ -22,12 +22,12 @@ from sparsight.aside import moved_aside
 from sparsight.assets import emoji_folder
 from sparsight.console import Console
 from sparsight.devices.precision import default_device, device_name, fast_bf16, precision_on
-from sparsight.devices.ranks import process_state
+from sparsight.devices.ranks import from_first, process_state
 from sparsight.errors import UserError
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.modeling.build import own_image_size
 from sparsight.modeling.configuration import SparsightConfig
-from sparsight.modeling.folders import loading, model_type, read_json
+from sparsight.modeling.folders import complete, loading, model_type, read_json
 from sparsight.modeling.quantised import check_packages, save_model
 from sparsight.reporting import RunLog, environment, read_run, write_card
 from sparsight.safety import MANIFEST, describe, faults, flush, locked, naming_space, write_manifest
@@ -235,15 +235,12 @@ def save(
 def finished(recipe: Recipe, out: Path, console: Console) -> list[str]:
     """Names of the stages whose models lie in ``out``. On the first rank, damaged ones are named and moved aside: the
     stage goes on from its last checkpoint."""
-    with process_state().main_process_first():
-        for folder in (
-            [out / stage.name / "model" for stage in recipe.stages] if process_state().is_main_process else []
-        ):
-            if (folder / MANIFEST).exists() and (wrong := faults(folder)):
-                new = moved_aside(folder, "damaged-model")
-                text = f"{folder} is damaged ({describe(wrong)}); it is now {new}, and its stage is trained again"
-                console.print(Text(text, style="yellow"), soft_wrap=True)
-        return [stage.name for stage in recipe.stages if (out / stage.name / "model").is_dir()]
+    for folder in [out / stage.name / "model" for stage in recipe.stages] if process_state().is_main_process else []:
+        if (folder / MANIFEST).exists() and (wrong := faults(folder)):
+            new = moved_aside(folder, "damaged-model")
+            text = f"{folder} is damaged ({describe(wrong)}); it is now {new}, and its stage is trained again"
+            console.print(Text(text, style="yellow"), soft_wrap=True)
+    return from_first([stage.name for stage in recipe.stages if (out / stage.name / "model").is_dir()])
 
 
 def load(folder: str | Path) -> tuple[SparsightForConditionalGeneration, SparsightProcessor]:
@@ -256,12 +253,14 @@ def load(folder: str | Path) -> tuple[SparsightForConditionalGeneration, Sparsig
     if (kind := model_type(folder)) != SparsightConfig.model_type:
         found = "no model there; expected a folder with config.json" if kind is None else f"a model of type '{kind}'"
         raise UserError(f"{folder}: {found}. Expected one that sparsight.build or `sparsight train` has made")
+    if lacks := {"vision_config", "text_config"} - read_json(folder / "config.json").keys():
+        raise UserError(f"{folder / 'config.json'} lacks {sorted(lacks)}: it is damaged. Get it anew")
     check_packages(folder)
     if (folder / RECIPE_FILE).is_file() and not (folder / MANIFEST).exists():
         warnings.warn(f"{folder} has no {MANIFEST}: its files could not be checked", stacklevel=2)
     # transformers gives all weights one dtype; here a frozen part may be in bf16, beside a trained one in fp32.
     with loading("model", str(folder)):
-        model = SparsightForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        model = complete(SparsightForConditionalGeneration, folder, dtype=torch.float32)
         processor = SparsightProcessor.from_pretrained(folder, trust_remote_code=False)
     narrow = _in_bf16(folder)
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
@@ -280,7 +279,7 @@ def load_any(name: str, **options: Any) -> tuple[Any, Any]:
     if Path(name).is_dir() and model_type(Path(name)) is None:
         raise UserError(f"{name}: no model there; expected a folder with config.json")
     with loading("vision-language model", name):
-        model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=False, **options)
+        model = complete(AutoModelForImageTextToText, name, trust_remote_code=False, **options)
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
     if not hasattr(processor, "image_processor"):
         raise UserError(f"{name}: expected a processor for images and text, found {type(processor).__name__}")

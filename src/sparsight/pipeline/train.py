@@ -21,7 +21,7 @@ from sparsight.cost import Trains
 from sparsight.data.chat import stop_tokens
 from sparsight.data.collate import TrainingSet
 from sparsight.data.sources import Source, open_source
-from sparsight.devices.engines import deepspeed_config, engine, make_whole
+from sparsight.devices.engines import WHY_REFUSED, deepspeed_config, engine, make_whole
 from sparsight.devices.flops import recomputes
 from sparsight.devices.precision import default_device
 from sparsight.devices.ranks import process_state, several_ranks
@@ -145,10 +145,14 @@ def _hand_on(
 def check_engine(recipe: Recipe) -> None:
     """Raises UserError if the engine that the launcher chose cannot do what the recipe asks; says why."""
     found, why = engine(), ""
-    if found == "ddp":
-        return
     fsdp = found == "fsdp2"
-    if found not in ("fsdp2", "zero1", "zero2", "zero3"):
+    if found == "ddp":
+        told = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()  # as accelerate does for several
+        if told and process_state().num_processes == 1:
+            why = "it starts one process alone on CPUs without MPI: use torchrun, or --engine ddp --ranks N"
+    elif found in WHY_REFUSED:
+        why = WHY_REFUSED[found]
+    elif found not in ("fsdp2", "zero1", "zero2", "zero3"):
         why = "models are trained with DDP, FSDP version 2 (fsdp_version: 2), and DeepSpeed's ZeRO-1 to ZeRO-3"
     elif not several_ranks() or (fsdp and process_state().distributed_type == DistributedType.MULTI_CPU):
         why = "accelerate shards over ranks on GPUs alone, started by `accelerate launch`; on CPUs use torchrun (DDP)"

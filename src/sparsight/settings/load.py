@@ -69,6 +69,8 @@ def _read_yaml(file: Path, overrides: list[str] | None = None, preset: str | Non
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{file}: nested too deeply to be a recipe: expected keys, values and lists of stages") from None
     if not isinstance(values, dict):
         raise UserError(f"{file}: expected a mapping of keys to values, found {type(values).__name__}")
     if preset is not None:
@@ -160,7 +162,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
             node.pop(names[last == names[0]], None)
     try:
         node[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"override '{override}': not valid YAML: {error}") from None
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import threading
 import time
 import warnings
@@ -17,16 +18,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from rich.text import Text
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from sparsight.aside import moved_aside
 from sparsight.console import Console
-from sparsight.devices.ranks import largest, process_state, several_ranks
+from sparsight.devices.ranks import from_first, largest, process_state, several_ranks
 from sparsight.errors import UserError
 from sparsight.safety import check_manifest, describe, faults, locked, naming_space, write_manifest
 from sparsight.sparse.callback import _caller
+from sparsight.training.stalls import WAITS_FOR
 
 STATE = "trainer_state.json"
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -77,11 +80,22 @@ class StopSignals:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """`locked`, on all ranks; the first rank first."""
+def held(folder: Path, shared: bool = True) -> Iterator[None]:
+    """`locked`, on all ranks; the first rank first.
+
+    Raises:
+        UserError: another run holds it; or it is to be ``shared`` by all ranks, and is not.
+    """
+    rank = process_state().process_index
     with ExitStack() as stack:
         with process_state().main_process_first():
-            stack.enter_context(locked(folder, process_state().process_index))
+            seen = stack.enter_context(locked(folder, rank))
+        blind = gather_object([] if seen else [f"rank {rank} on {socket.gethostname()}"])
+        if shared and blind:
+            raise UserError(
+                f"{folder} is another folder for {', '.join(blind)} than for the first rank: all need the same one, on a "
+                "disk that all machines share"
+            )
         yield
 
 
@@ -111,13 +125,11 @@ def agreed_checkpoint(folder: Path, console: Console) -> str | None:
     Raises:
         UserError: this rank does not see it.
     """
-    found = [last_checkpoint(folder, console) if process_state().is_main_process else None]
-    if several_ranks():
-        torch.distributed.broadcast_object_list(found)
-        if found[0] and not Path(found[0]).is_dir():
-            rank = process_state().process_index
-            raise UserError(f"rank {rank} does not see {found[0]}: all ranks need the same folder, on a shared disk")
-    return found[0]
+    found = from_first(last_checkpoint(folder, console) if process_state().is_main_process else None)
+    if found and not Path(found).is_dir():
+        rank = process_state().process_index
+        raise UserError(f"rank {rank} does not see {found}: all ranks need the same folder, on a shared disk")
+    return found
 
 
 class SafeCheckpoints(TrainerCallback):
@@ -190,7 +202,7 @@ class SafeCheckpoints(TrainerCallback):
 
     def _train(self, train: Callable[..., Any], resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         own, trainer, resume = self.trainer.args, self.trainer, resume_from_checkpoint
-        with held(Path(own.output_dir)), self.signals:
+        with held(Path(own.output_dir), not own.save_on_each_node), self.signals:
             if resume is True:
                 resume = agreed_checkpoint(Path(own.output_dir), self.console) or True
             elif resume and resume != self.checked and process_state().is_main_process:
@@ -267,6 +279,8 @@ def explained(error: Exception) -> str:
         return ""
     if "DataLoader worker (pid" in text or isinstance(error, EOFError | ConnectionError):
         why = "a process that loads data was killed, perhaps for want of memory: lower workers, or free memory"
+    elif "DataLoader timed out" in text:
+        why = f"the processes that load data have given no batch: does a disk hang? {WAITS_FOR} minutes are waited"
     elif isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         why = "out of memory outside of a pass over a batch: lower micro_batch_size or batch_tokens, or free memory"
     elif several_ranks() and any(each in text.lower() for each in ("gloo", "nccl", "peer", "connection", "socket")):

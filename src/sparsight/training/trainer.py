@@ -28,7 +28,7 @@ from sparsight.modeling import SparsightForConditionalGeneration, SparsightProce
 from sparsight.settings.recipe import Recipe, Stage
 from sparsight.sparse.attach import attach
 from sparsight.sparse.callback import SparsightCallback
-from sparsight.training import idle
+from sparsight.training import idle, stalls
 from sparsight.training.checkpoints import SafeCheckpoints, agreed_checkpoint
 from sparsight.training.counter import StepCounter
 from sparsight.training.optimizer import LayerwiseAdamW, MuonAdamW, optimizer_flops
@@ -91,6 +91,7 @@ class SparsightTrainer(Trainer):
             batch_sampler=RankBatches(self.plan, self.args.process_index, self.args.world_size),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            timeout=stalls.patience() if self.args.dataloader_num_workers else 0,
             pin_memory=self.args.dataloader_pin_memory,
         )
 
@@ -354,7 +355,9 @@ def train_stage(
         if resume:  # without a checkpoint, too: steps that are in the log, but not in the weights, do not count
             log.write("resume", stage=stage.name, step=began)
         try:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            with stalls.Watchdog(f"stage '{stage.name}'") as watchdog:
+                trainer.add_callback(watchdog)
+                trainer.train(resume_from_checkpoint=checkpoint)
         finally:
             if handle is not None and engine() == "ddp":  # else wrapped by the engine, and not to be run again
                 handle.detach()
