@@ -143,6 +143,72 @@ def shards_table(name: str, result: dict) -> str:
     )
 
 
+def ranks_table(name: str, result: dict) -> str:
+    """Weak and strong scaling over this machine's ranks, by the clock."""
+    loads = [row["load_before"] for row in result["rows"]]
+    where = f"{result['env']['hardware']['cpu']}, {result['cores']} cores; medians of {result['steps']} steps"
+    lines = [
+        f"**Measured** ({where}; load of the machine before the runs {min(loads):.1f} to {max(loads):.1f}; "
+        f"`benchmarks/results/{result['file']}`)",
+        "",
+        "| | ranks | samples a step | seconds | CPU seconds of the first rank | all-reduce alone, seconds | speed-up | "
+        "cores allow |",
+        "|---" * 8 + "|",
+    ]
+    for row in result["rows"]:
+        cells = (row["kind"], row["ranks"], row["batch"], f"{row['seconds']:.2f}", f"{row['cpu_seconds']:.2f}")
+        rest = (f"{row['all_reduce_seconds']:.3f}", f"{row['speedup']:.2f}", row["at_most"])
+        lines.append("| " + " | ".join(map(str, (*cells, *rest))) + " |")
+    return "\n".join(lines)
+
+
+def cluster_table(name: str, result: dict, kind: str) -> str:
+    """Computed steps by engine and number of GPUs."""
+    rows = [row for row in result["scaling"] if row["kind"] == kind]
+    each = "16 samples on each GPU" if kind == "weak" else "1,024 samples over all GPUs"
+    lines = [
+        f"**Computed, {kind} scaling**: {each} ({result['machine']['name']}; `benchmarks/results/{result['file']}`)",
+        "",
+        "| engine | GPUs | seconds a step | computing | communication that nothing hides | waiting | optimizer | "
+        "GB a GPU | efficiency | breaks |",
+        "|---" * 10 + "|",
+    ]
+    for row in rows:
+        parts = (f"{row[key] / row['seconds']:.0%}" for key in ("compute", "communication", "waiting", "optimizer"))
+        cells = (row["engine"], f"{row['gpus']:,}", f"{row['seconds']:.2f}", *parts, f"{row['gigabytes']:.0f}")
+        lines.append("| " + " | ".join((*cells, f"{row['efficiency']:.2f}", row["breaks"])) + " |")
+    return "\n".join(lines)
+
+
+def waiting_table(name: str, result: dict) -> str:
+    """Work of the rank that has most over the mean, as samples are dealt out."""
+    lines = [
+        f"**Computed, unequal samples**: work of the rank that has most, over the mean "
+        f"(`benchmarks/results/{result['file']}`)",
+        "",
+        "| GPUs | samples on each | as `plan_steps` deals them out | at random |",
+        "|---|---|---|---|",
+    ]
+    for row in result["waiting"]:
+        lines.append(f"| {row['gpus']:,} | {row['samples_per_gpu']} | {row['planned']:.2f} | {row['at_random']:.2f} |")
+    return "\n".join(lines)
+
+
+def published_table(name: str, result: dict) -> str:
+    """What papers say beside what is computed; within 15%, or not."""
+    lines = [
+        f"**Published figures**, and the same computed (`benchmarks/results/{result['file']}`)",
+        "",
+        "| | published | computed | off by | within 15% | how |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["published"]:
+        word = "yes" if abs(row["off"]) <= 0.15 else "no"
+        figures = f"{row['published']:.3g} | {row['computed']:.3g} | {row['off']:+.0%} | {word}"
+        lines.append(f"| {row['what']} | {figures} | {row['how']} |")
+    return "\n".join(lines)
+
+
 def pins_table(name: str, result: dict) -> str:
     """Which versions pip finds together with this package, one trainer or engine at a time."""
     lines = [
@@ -509,6 +575,13 @@ PAGES: dict[str, list[tuple[str, Show]]] = {
     ],
     "docs/speed.md": [("speed-", speed_table)],
     "docs/data.md": [("data-", data_table), ("shards", shards_table)],
+    "docs/scaling.md": [
+        ("ranks", ranks_table),
+        ("cluster", partial(cluster_table, kind="weak")),
+        ("cluster", partial(cluster_table, kind="strong")),
+        ("cluster", waiting_table),
+        ("cluster", published_table),
+    ],
     "docs/methods/chain-of-sight.md": [("quality", core), ("scenes-60min", table)],
     "docs/methods/compressor.md": [("speed-", methods), ("sparse-scenes", table)],
     "docs/methods/skipper.md": [("speed-", methods), ("sparse-scenes", table)],

@@ -54,6 +54,7 @@ def forked(folder: Path, work: Callable[[int], None], ranks: int = 2, timeout: f
 
 def _begin(rank: int, ranks: int, port: int, folder: Path) -> None:
     sys.stdout = sys.stderr = (folder / f"{rank}.txt").open("w", buffering=1)
+    os.dup2(sys.stderr.fileno(), 2)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     torch.set_num_threads(1)  # threads of the parent are not here

@@ -97,7 +97,7 @@ def _ends_clearly() -> Iterator[None]:
         if isinstance(error, Interrupted):
             console.print(f"[yellow]{error}[/]. Go on with the same command and --resume")
             raise typer.Exit(error.code) from None
-        if isinstance(error, Exception) and (text := explained(error)):
+        if text := explained(error):
             raise UserError(text) from error
         raise
 
@@ -126,9 +126,7 @@ def demo(
     changes = [*(_SHORT if short else ()), *(overrides or [])]
     comparison = load_comparison(recipe or builtin_recipe("demo.yaml"), changes)
     console = _console()
-    run_comparison(
-        comparison, out or Path("runs/demo-short" if short else "runs/demo"), console, resume, overwrite
-    )
+    run_comparison(comparison, out or Path("runs/demo-short" if short else "runs/demo"), console, resume, overwrite)
     if short:
         console.print("[yellow]--short: scores mean nothing after so few steps[/]; without it the demo takes minutes")
 

@@ -147,7 +147,9 @@ def test_D12_a_large_image_takes_as_many_bytes_as_documented(tmp_path: Path, kin
     pixels = 16_000_000
     Image.new(kind, (4000, pixels // 4000)).save(tmp_path / "a.png", compress_level=1)
     script = "import sys; from sparsight.data.images import load_image\n"
-    script += "high = lambda: int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1]) * 1024\n"
+    script += (
+        "high = lambda: int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1]) * 1024\n"
+    )
     script += "before = high(); load_image(sys.argv[1]); print(high() - before)"
     command = [sys.executable, "-c", script, str(tmp_path / "a.png")]
     found = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

@@ -119,7 +119,9 @@ def raises(error: BaseException) -> Callable[[], None]:
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("where", ["on_step_begin", "on_save", "on_train_end"])
-def test_D04_a_signal_saves_the_step_and_is_the_exit_code(tmp_path: Path, straight: Trainer, name: str, where: str) -> None:
+def test_D04_a_signal_saves_the_step_and_sets_the_code(
+    tmp_path: Path, straight: Trainer, name: str, where: str
+) -> None:
     number = getattr(signal, name)
     step = {"on_step_begin": 4, "on_save": 3, "on_train_end": STEPS}[where]
     before = signal.getsignal(number)
@@ -236,8 +238,8 @@ def test_D04_a_launchers_signal_to_what_loads_data_does_not_end_the_step(tmp_pat
 
 
 def test_D12_memory_in_the_optimizers_step_is_explained(tmp_path: Path, straight: Trainer) -> None:
-    """On a CPU and on a GPU; some weights have moved, so that nothing is saved, and the checkpoint before it counts."""
-    event = At("on_pre_optimizer_step", 4, raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")))
+    """Some weights have moved, so that nothing is saved; the checkpoint before it counts."""
+    event = At("on_optimizer_step", 4, raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")))
     trainer, console = make(tmp_path, None, event)
     with pytest.raises(torch.OutOfMemoryError) as told:
         trainer.train()

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_checkpoints import At, Rows, make
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from forked import forked
 from sparsight.training.checkpoints import explained
 from sparsight.training.stalls import Watchdog
-from test_checkpoints import At, Rows, make
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -29,7 +30,7 @@ def train(folder: Path, data: Rows | None = None, *others: TrainerCallback) -> T
             trainer.add_callback(watchdog)
             trainer.train()
     except Exception as error:
-        print(explained(error))
+        sys.stderr.write(explained(error))
         raise SystemExit(7) from error
     return trainer
 

@@ -72,10 +72,7 @@ class FeatureCache:
 
 def _sum(levels: Iterable[np.ndarray]) -> int:
     """Of an image's features."""
-    total = 0
-    for level in levels:
-        total = zlib.crc32(np.ascontiguousarray(level), total)
-    return total
+    return zlib.crc32(b"".join(level.tobytes() for level in levels))
 
 
 def image_rows(fingerprints: Mapping[Hashable, str]) -> tuple[dict[Hashable, int], str]:

@@ -20,20 +20,14 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from sparsight.devices.ranks import is_shard, several_ranks
 from sparsight.errors import UserError
 
-_REFUSED = {
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "PARALLELISM_CONFIG_TP_SIZE": "tensor parallelism",
-    "PARALLELISM_CONFIG_CP_SIZE": "context parallelism",
-    "PARALLELISM_CONFIG_SP_SIZE": "sequence parallelism",
+_CUTS = "it cuts the sequence before images are put into it: use fsdp2 or zero3"
+_OTHERS = {
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "it trains models of its own: use fsdp2 or zero3"),
+    "PARALLELISM_CONFIG_TP_SIZE": ("tensor parallelism", "its Trainer cannot resume: use fsdp2 or zero3"),
+    "PARALLELISM_CONFIG_CP_SIZE": ("context parallelism", _CUTS),
+    "PARALLELISM_CONFIG_SP_SIZE": ("sequence parallelism", _CUTS),
 }
-_CUTS = "it cuts the sequence before images are put into it: use fsdp2 or zero3, and packing for long rows"
-WHY_REFUSED = {
-    "Megatron-LM": "it trains models of its own, and none of transformers: use fsdp2 or zero3",
-    "tensor parallelism": "its Trainer cannot resume, and stages could not be handed on: use fsdp2 or zero3, or see "
-    "docs/engines.md for a Trainer of your own",
-    "context parallelism": _CUTS,
-    "sequence parallelism": _CUTS,
-}
+WHY_REFUSED = dict(_OTHERS.values())
 
 
 def engine() -> str:
@@ -43,7 +37,7 @@ def engine() -> str:
     def says(name: str) -> bool:
         return os.environ.get(name, "").lower() not in ("", "0", "false", *(["1"] if name.endswith("_SIZE") else []))
 
-    if other := [name for variable, name in _REFUSED.items() if says(variable)]:
+    if other := [name for variable, (name, _) in _OTHERS.items() if says(variable)]:
         return other[0]
     if says("ACCELERATE_USE_FSDP"):
         return f"fsdp{os.environ.get('FSDP_VERSION', '1')}"

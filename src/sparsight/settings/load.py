@@ -70,7 +70,9 @@ def _read_yaml(file: Path, overrides: list[str] | None = None, preset: str | Non
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not valid YAML: {error}") from None
     except RecursionError:
-        raise UserError(f"{file}: nested too deeply to be a recipe: expected keys, values and lists of stages") from None
+        raise UserError(
+            f"{file}: nested too deeply to be a recipe: expected keys, values and lists of stages"
+        ) from None
     if not isinstance(values, dict):
         raise UserError(f"{file}: expected a mapping of keys to values, found {type(values).__name__}")
     if preset is not None:

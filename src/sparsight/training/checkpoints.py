@@ -93,8 +93,8 @@ def held(folder: Path, shared: bool = True) -> Iterator[None]:
         blind = gather_object([] if seen else [f"rank {rank} on {socket.gethostname()}"])
         if shared and blind:
             raise UserError(
-                f"{folder} is another folder for {', '.join(blind)} than for the first rank: all need the same one, on a "
-                "disk that all machines share"
+                f"{folder} is another folder for {', '.join(blind)} than for the first rank: all need the same one, on "
+                "a disk that all machines share"
             )
         yield
 
@@ -272,7 +272,7 @@ def _bytes(trainer: Any) -> int:
     return sum(each.numel() * each.element_size() for each in tensors if isinstance(each, torch.Tensor))
 
 
-def explained(error: Exception) -> str:
+def explained(error: BaseException) -> str:
     """What an error of the machine means to a user, and what to do; empty for other errors."""
     text = str(error)
     if isinstance(error, UserError):

@@ -1,4 +1,4 @@
-"""An end for a training that hangs: a rank in which nothing happens for minutes says so, with who is behind, and where."""
+"""An end for a training that hangs: a rank in which nothing happens for minutes says where, and who is behind."""
 
 from __future__ import annotations
 
@@ -48,13 +48,11 @@ class Watchdog(TrainerCallback):
     def _watch(self) -> None:
         while not self.ended.wait(min(1.0, self.patience / 10)):
             if time.monotonic() - self.since > self.patience:
-                frame = sys._current_frames()[threading.main_thread().ident or 0]
-                where = f"in {frame.f_code.co_name} ({frame.f_code.co_filename}, line {frame.f_lineno})"
-                rank = process_state().process_index
-                text = f"{self.name}: rank {rank} on {socket.gethostname()} hangs {where}, for {self.patience / 60:g} min"
-                text += f"{self._behind(rank)}. Go on with --resume; {WAITS_FOR}=MINUTES waits longer"
-                sys.stderr.write(printable(text) + "\n")
-                sys.stderr.flush()
+                frame, rank = sys._current_frames()[threading.main_thread().ident or 0], process_state().process_index
+                where = f"{frame.f_code.co_name} ({frame.f_code.co_filename}, line {frame.f_lineno})"
+                text = f"{self.name}: rank {rank} on {socket.gethostname()} hangs in {where} for {self.patience / 60:g}"
+                text += f" min{self._behind(rank)}. Go on with --resume; {WAITS_FOR}=MINUTES waits longer\n"
+                os.write(2, printable(text).encode())
                 os._exit(1)
 
     def _behind(self, rank: int) -> str:
