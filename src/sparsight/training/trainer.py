@@ -348,16 +348,14 @@ def train_stage(
     safe = SafeCheckpoints(console, f"stage '{stage.name}'", checkpoint)
     callbacks = [safe] if handle is None else [safe, SparsightCallback(handle)]
     trainer = SparsightTrainer(model, arguments, callbacks=callbacks, **settings)
-    with Progress(console=console) as bar:
+    with Progress(console=console) as bar, stalls.Watchdog(f"stage '{stage.name}'") as watchdog:
         show = partial(bar.update, bar.add_task(stage.name, total=len(plan)))
         recorder = _Recorder(trainer, log, console, show, quarantine, scorer)
         trainer.add_callback(recorder)
         if resume:  # without a checkpoint, too: steps that are in the log, but not in the weights, do not count
             log.write("resume", stage=stage.name, step=began)
         try:
-            with stalls.Watchdog(f"stage '{stage.name}'") as watchdog:
-                trainer.add_callback(watchdog)
-                trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=checkpoint)
         finally:
             if handle is not None and engine() == "ddp":  # else wrapped by the engine, and not to be run again
                 handle.detach()
