@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -44,6 +46,18 @@ class Watchdog(TrainerCallback):
         self.parts, self.since = self.parts + 1, time.monotonic()
 
     on_step_begin = on_substep_end = on_pre_optimizer_step = on_step_end = on_save = on_evaluate = _goes_on
+
+    def unwatched(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """The same, which may take as long as it takes."""
+
+        def run(*args: Any) -> Any:
+            self.since = math.inf
+            try:
+                return work(*args)
+            finally:
+                self._goes_on()
+
+        return run
 
     def _watch(self) -> None:
         while not self.ended.wait(min(1.0, self.patience / 10)):

@@ -350,8 +350,8 @@ def train_stage(
     trainer = SparsightTrainer(model, arguments, callbacks=callbacks, **settings)
     with Progress(console=console) as bar, stalls.Watchdog(f"stage '{stage.name}'") as watchdog:
         show = partial(bar.update, bar.add_task(stage.name, total=len(plan)))
-        recorder = _Recorder(trainer, log, console, show, quarantine, scorer)
-        trainer.add_callback(recorder)
+        trainer.add_callback(watchdog)
+        trainer.add_callback(_Recorder(trainer, log, console, show, quarantine, scorer and watchdog.unwatched(scorer)))
         if resume:  # without a checkpoint, too: steps that are in the log, but not in the weights, do not count
             log.write("resume", stage=stage.name, step=began)
         try:
