@@ -93,6 +93,11 @@ def test_D08_two_stages_under_fsdp2_are_those_of_one_process(tmp_path: Path, fol
     assert launched("fsdp2", folder, tmp_path, "mixed", "resume") == ""
     assert differences(tmp_path / "whole", tmp_path / "mixed") == (0.0, 0.0)
 
+    cut(tmp_path / "mixed")  # and on twice as many ranks, up to rounding
+    assert launched("fsdp2", folder, tmp_path, "mixed", "resume", ranks=4) == ""
+    losses, weights = differences(tmp_path / "whole", tmp_path / "mixed")
+    assert losses < TOLERANCE and weights < TOLERANCE
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
@@ -109,6 +114,24 @@ def test_D07_two_stages_under_deepspeed_are_those_of_one_process(tmp_path: Path,
     cut(tmp_path / case)
     assert launched(engine, folder, tmp_path, case, "resume", ranks=1) == ""
     assert "shards of 2 ranks" in (tmp_path / f"{case}.refused").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2"])
+def test_F07_a_skipped_layer_of_sparsight_train_keeps_weights_and_moments(
+    tmp_path: Path, folder: Path, engine: str
+) -> None:
+    """Bit by bit, with AdamW and weight decay, on two ranks; of a layer that runs, nearly all change."""
+    if engine == "zero2":
+        pytest.importorskip("deepspeed")
+    assert engines.recipe(folder, "skipper").stages[0].weight_decay > 0
+    assert launched(engine, folder, tmp_path, "skipper", "watch") == ""
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"watched-{rank}.json").read_text())
+        later = [each for each in found if each["step"] > 1 and each["tensors"] == each["moments"]]
+        skipped = [each for each in later if each["skipped"]]
+        assert skipped and all(each["all"] for each in skipped)
+        assert not any(each["all"] for each in later if not each["skipped"])
 
 
 def test_the_table_in_the_docs_is_that_of_the_newest_results() -> None:
