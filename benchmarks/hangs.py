@@ -8,27 +8,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 import time
 import warnings
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("src", "tests", "tests/sparse", "tests/reliability")]
 
-import hypothesis  # noqa: E402
 from collectives import divergence  # noqa: E402
-from hypothesis import HealthCheck, Phase, settings  # noqa: E402
-from mixes import Mix, mixes, records  # noqa: E402
+from mixes import Mix, random_mix, records  # noqa: E402
 
 from sparsight.reporting.runlog import environment  # noqa: E402
 
-CHUNK = 50  # mixes between looks at the clock
-QUIET = settings(max_examples=CHUNK, database=None, deadline=None, phases=[Phase.generate])
-QUIET = settings(QUIET, suppress_health_check=list(HealthCheck))
+METHODS = ("compressor", "skipper", "lora", "packing", "checkpointing", "frozen_vision")
+SHOWN = 50  # mixes between lines on the screen
 
 
 def main() -> None:
@@ -38,11 +35,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     asked, start = parser.parse_args(), time.monotonic()
     seen, parted, counts, calls = set[Mix](), list[dict[str, str]](), Counter[str](), 0
-
-    def one(mix: Mix) -> None:
-        nonlocal calls
-        if mix in seen or len(seen) >= asked.mixes:
-            return
+    choose = random.Random(asked.seed).choice
+    warnings.simplefilter("ignore")
+    while len(seen) < asked.mixes and time.monotonic() - start < 60 * asked.minutes:
+        mix = random_mix(choose)
         seen.add(mix)
         found = records(mix)
         calls += sum(len(record.calls) for record in found)
@@ -50,16 +46,9 @@ def main() -> None:
             parted.append({"mix": repr(mix), "where": where})
             sys.stderr.write(f"{parted[-1]}\n")
         counts.update([f"{len(mix.kinds)} ranks", mix.engine, mix.model, *set(mix.kinds)])
-        methods = ("compressor", "skipper", "lora", "packing", "checkpointing", "frozen_vision")
-        counts.update(name for name in methods if getattr(mix, name))
-
-    warnings.simplefilter("ignore")
-    chunk = asked.seed
-    while len(seen) < asked.mixes and time.monotonic() - start < 60 * asked.minutes:
-        draw: Any = hypothesis.seed(chunk)(QUIET(hypothesis.given(mixes())(one)))
-        draw()
-        chunk += 1
-        sys.stderr.write(f"{len(seen)} mixes, {len(parted)} in which ranks part\n")
+        counts.update(name for name in METHODS if getattr(mix, name))
+        if len(seen) % SHOWN == 0:
+            sys.stderr.write(f"{len(seen)} mixes, {len(parted)} in which ranks part\n")
     now = datetime.now(UTC)
     values = {
         "made": now.isoformat(timespec="seconds"),
@@ -74,7 +63,9 @@ def main() -> None:
     }
     file = ROOT / "benchmarks" / "results" / f"hangs-cpu-{now:%Y-%m-%dT%H%M}.json"
     file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(f"{values['mixes']} mixes, {values['collectives']} collectives, {len(parted)} divergences: {file}\n")
+    sys.stdout.write(
+        f"{values['mixes']} mixes, {values['collectives']} collectives, {len(parted)} divergences: {file}\n"
+    )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -34,6 +34,7 @@ KINDS: dict[str, tuple[tuple[int, int], ...]] = {
 }
 STILLS = ("llava, clip + llama", "sparsight", "smolvlm")
 MOVING = ("qwen2_5_vl", "qwen3_vl", "llava_onevision")
+MODELS = (*STILLS, *MOVING)
 PACKS = STILLS[:2]  # those whose position ids are numbers of positions, and not of frames, rows and columns
 SIZES = (2,) * 8 + (3, 4) * 6 + (5, 6, 8) * 2 + (12, 16, 32, 64)  # of worlds; small ones more often, as they are quick
 BUCKET = 0.01  # MiB of gradients that DDP reduces together: several, as in a large model
@@ -56,24 +57,30 @@ class Mix:
     seed: int = 0
 
 
-@st.composite
-def mixes(draw: Any, largest: int = 64, models: Sequence[str] = (*STILLS, *MOVING)) -> Mix:
-    """Shrinks to few ranks, text, DDP, and nothing switched on."""
-    model, ranks = draw(st.sampled_from(models)), draw(st.sampled_from([n for n in SIZES if n <= largest]))
-    kinds = st.sampled_from([kind for kind in KINDS if model in MOVING or kind not in ("video", "both")])
+def random_mix(choose: Callable[[Sequence[Any]], Any], largest: int = 64, models: Sequence[str] = MODELS) -> Mix:
+    """``choose`` one of several values; the first ones are the simplest."""
+    model, ranks = choose(models), choose([size for size in SIZES if size <= largest])
+    kinds = [kind for kind in KINDS if model in MOVING or kind not in ("video", "both")]
+    yes = (False, True)
     return Mix(
-        kinds=tuple(draw(st.lists(kinds, min_size=ranks, max_size=ranks))),
+        kinds=tuple(choose(kinds) for _ in range(ranks)),
         model=model,
-        engine=draw(st.sampled_from(["ddp", "fsdp2"])),
-        steps=draw(st.sampled_from([1, 1, 2])),
-        compressor=draw(st.sampled_from(["", "uniform", "similarity"])),
-        skipper=draw(st.booleans()),
-        lora=draw(st.booleans()),
-        packing=model in PACKS and draw(st.booleans()),
-        checkpointing=draw(st.booleans()),
-        frozen_vision=draw(st.booleans()),
-        seed=draw(st.integers(0, 999)),
+        engine=choose(("ddp", "fsdp2")),
+        steps=choose((1, 1, 2)),
+        compressor=choose(("", "uniform", "similarity")),
+        skipper=choose(yes),
+        lora=choose(yes),
+        packing=model in PACKS and choose(yes),
+        checkpointing=choose(yes),
+        frozen_vision=choose(yes),
+        seed=choose(range(999)),
     )
+
+
+@st.composite
+def mixes(draw: Any, **limits: Any) -> Mix:
+    """The same for hypothesis, which shrinks them."""
+    return random_mix(lambda values: draw(st.sampled_from(values)), **limits)
 
 
 @cache
@@ -90,7 +97,11 @@ def _plain(name: str, lora: bool) -> Any:
 @cache
 def _words_for_image(name: str) -> int:
     model = _plain(name, False)
-    return model.config.num_image_tokens if name == "sparsight" else len(batch_of(name, model, (1,))["input_ids"].eq(IMAGE).nonzero())
+    return (
+        model.config.num_image_tokens
+        if name == "sparsight"
+        else len(batch_of(name, model, (1,))["input_ids"].eq(IMAGE).nonzero())
+    )
 
 
 def batch(mix: Mix, kind: str, seed: int) -> dict[str, Any]:

@@ -50,7 +50,9 @@ def test_all_ranks_ask_for_the_same(mix: Mix) -> None:
 
 def test_the_largest_world(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = tuple(mixes.KINDS)[:3] * 22
-    assert parted(Mix(kinds[:64], engine="fsdp2", skipper=True, compressor="uniform", lora=True, frozen_vision=True)) == ""
+    assert (
+        parted(Mix(kinds[:64], engine="fsdp2", skipper=True, compressor="uniform", lora=True, frozen_vision=True)) == ""
+    )
 
 
 def _by_rank(chances: Any, seed: int, *more: Any, plain: Any) -> Any:
@@ -121,7 +123,9 @@ def test_D08_a_skipped_layer_is_neither_gathered_nor_reduced_nor_updated(
             handle.detach()
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
     if engine == "fsdp2":
-        run, skip = ([(each["_allgather_base"], each["_reduce_scatter_base SUM"]) for each in calls[i::3]] for i in (0, 1))
+        run, skip = (
+            [(each["_allgather_base"], each["_reduce_scatter_base SUM"]) for each in calls[i::3]] for i in (0, 1)
+        )
         assert (run, skip) == ([], [])
 
 
