@@ -1,5 +1,5 @@
-"""Train random mixes of batches, engines and methods as every rank of a world, each rank alone under torch's fake process
-group, and compare what the ranks ask of one another. Writes a result to benchmarks/results.
+"""Train random mixes of batches, engines and methods as every rank of a world, each alone under torch's fake process
+group, and compare the collectives that they ask for. Writes a result to benchmarks/results.
 
     python benchmarks/hangs.py [--mixes 2000] [--minutes 60] [--seed 0]
 """
@@ -63,9 +63,7 @@ def main() -> None:
     }
     file = ROOT / "benchmarks" / "results" / f"hangs-cpu-{now:%Y-%m-%dT%H%M}.json"
     file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(
-        f"{values['mixes']} mixes, {values['collectives']} collectives, {len(parted)} divergences: {file}\n"
-    )
+    sys.stdout.write(f"{len(seen)} mixes, {calls} collectives, {len(parted)} divergences: {file}\n")
 
 
 if __name__ == "__main__":

@@ -80,13 +80,14 @@ class Recorder(dist.ProcessGroup):
         group = tuple(dist.distributed_c10d._world.pg_group_ranks[self])
         record.calls.append(Call(f"{operation} {reduction}".strip(), sizes, group))
         getattr(self.fake, operation)(*args, **kwargs)
-        if operation == "broadcast" or (operation == "allreduce" and reduction == "MAX"):
-            if not tensors[0].is_floating_point():
-                record.said.append((operation, tensors[0].clone()))
-                if len(record.heard) < len(self.others) and self.others[len(record.heard)].shape == tensors[0].shape:
-                    heard = self.others[len(record.heard)]
-                    tensors[0].copy_(torch.maximum(heard, tensors[0]) if operation == "allreduce" else heard)
-                record.heard.append(tensors[0].clone())
+        decides = operation == "broadcast" or (operation == "allreduce" and reduction == "MAX")
+        if decides and not tensors[0].is_floating_point():
+            own = tensors[0].clone()
+            heard = next(iter(self.others[len(record.heard) :]), own)
+            record.said.append((operation, own))
+            if heard.shape == own.shape:
+                tensors[0].copy_(torch.maximum(heard, own) if operation == "allreduce" else heard)
+            record.heard.append(tensors[0].clone())
         future: Future = Future()
         future.set_result(args[0] if args else None)
         return _create_work_from_future(future)

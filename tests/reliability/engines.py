@@ -1,8 +1,8 @@
 """Whole runs of two stages on two ranks, under an engine of accelerate, run by test_engines.py.
 
 engines.py FOLDER OUT CASE,CASE [resume] [watch]: each case's recipe, from the encoder in FOLDER, trained in OUT/CASE;
-or OUT/CASE.refused says why not. With ``watch``, OUT/watched-RANK.json says what each step did to each layer. The engine
-is in the environment, as `accelerate launch` says it.
+or OUT/CASE.refused says why not. With ``watch``, OUT/watched-RANK.json says what each step did to each layer. The
+engine is in the environment, as `accelerate launch` says it.
 """
 
 from __future__ import annotations

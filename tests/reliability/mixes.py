@@ -1,4 +1,4 @@
-"""Mixes of what ranks may have to train on, how they are sharded, and what is switched on; and a step or two of each."""
+"""Mixes of what ranks may have to train on, how they are sharded and what is switched on; a step or two of each."""
 
 from __future__ import annotations
 
@@ -97,11 +97,9 @@ def _plain(name: str, lora: bool) -> Any:
 @cache
 def _words_for_image(name: str) -> int:
     model = _plain(name, False)
-    return (
-        model.config.num_image_tokens
-        if name == "sparsight"
-        else len(batch_of(name, model, (1,))["input_ids"].eq(IMAGE).nonzero())
-    )
+    if name == "sparsight":
+        return model.config.num_image_tokens
+    return int(batch_of(name, model, (1,))["input_ids"].eq(IMAGE).sum())
 
 
 def batch(mix: Mix, kind: str, seed: int) -> dict[str, Any]:

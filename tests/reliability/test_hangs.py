@@ -1,4 +1,4 @@
-"""Ranks hang when one of them asks for a collective that another does not: here each asks alone, and all are compared."""
+"""Ranks hang when one asks for a collective that another does not: here each asks alone, and all are compared."""
 
 from __future__ import annotations
 
@@ -48,11 +48,9 @@ def test_all_ranks_ask_for_the_same(mix: Mix) -> None:
     assert parted(mix) == ""
 
 
-def test_the_largest_world(monkeypatch: pytest.MonkeyPatch) -> None:
-    kinds = tuple(mixes.KINDS)[:3] * 22
-    assert (
-        parted(Mix(kinds[:64], engine="fsdp2", skipper=True, compressor="uniform", lora=True, frozen_vision=True)) == ""
-    )
+def test_the_largest_world() -> None:
+    kinds = ("text", "image", "images", "text") * 16
+    assert parted(Mix(kinds, engine="fsdp2", skipper=True, compressor="uniform", lora=True, frozen_vision=True)) == ""
 
 
 def _by_rank(chances: Any, seed: int, *more: Any, plain: Any) -> Any:
@@ -93,8 +91,8 @@ def test_a_composed_model_without_blank_images_is_found(monkeypatch: pytest.Monk
 def test_D08_a_skipped_layer_is_neither_gathered_nor_reduced_nor_updated(
     engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under FSDP2, bit by bit what it was with the gathers; AdamW with weight decay leaves it alone, also where the loop
-    keeps gradients of zero from one step to the next."""
+    """Under FSDP2, bit by bit what it was with the gathers. AdamW with weight decay leaves it alone, also where the
+    loop keeps gradients of zero from one step to the next."""
     calls: list[Counter[str]] = []
     ends: list[dict[str, torch.Tensor]] = []
     for gathers in (False, True):
@@ -123,10 +121,8 @@ def test_D08_a_skipped_layer_is_neither_gathered_nor_reduced_nor_updated(
             handle.detach()
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
     if engine == "fsdp2":
-        run, skip = (
-            [(each["_allgather_base"], each["_reduce_scatter_base SUM"]) for each in calls[i::3]] for i in (0, 1)
-        )
-        assert (run, skip) == ([], [])
+        asked = [(each["_allgather_base"], each["_reduce_scatter_base SUM"]) for each in calls]
+        assert asked == [(12, 7), (10, 6), (12, 7), (12, 7), (12, 7), (12, 7)]
 
 
 def _local(tensor: Any) -> torch.Tensor:
