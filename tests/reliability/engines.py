@@ -119,8 +119,8 @@ class Watching(trainer._Recorder):
     def on_step_end(self, args: Any, state: Any, *more: Any, optimizer: Any, **kwargs: Any) -> None:
         for layer, (was, now) in enumerate(zip(self.before, self.held(optimizer), strict=True)):
             same = [torch.equal(a, b) for a, b in zip(was, now, strict=False)]
-            seen = {"all": all(same), "any": any(same), "tensors": len(was), "moments": len(now)}
-            self.found.append({"step": state.global_step, "layer": layer, "skipped": self.skipped[layer]} | seen)
+            seen = {"skipped": self.skipped[layer], "all": all(same), "held": len(was), "later": len(now)}
+            self.found.append({"step": state.global_step, "layer": layer} | seen)
         super().on_step_end(args, state, *more, optimizer=optimizer, **kwargs)
 
 
