@@ -62,7 +62,7 @@ SAID = {
 # Much at once, so that few runs see it.
 MIXED = (
     {"learning_rate": VISION, "gradient_checkpointing": True, "skipper": SKIPPER, "compressor": {"keep": 0.5}}
-    | {"max_grad_norm": 0.05},
+    | {"max_grad_norm": 0.05, "weight_decay": 0.5},
     {"lora": LORA} | PACKING,
 )
 
@@ -100,7 +100,8 @@ class Watching(trainer._Recorder):
     found: list[dict[str, Any]] = []
 
     def held(self, optimizer: Any) -> list[list[torch.Tensor]]:
-        layers = [list(layer.parameters()) for layer in self.trainer.handle.layers]
+        handle = self.trainer.handle
+        layers = [] if handle is None else [list(layer.parameters()) for layer in handle.layers]
         flat: list[list[Any]] = [[] for _ in layers]  # DeepSpeed's, of a layer's groups
         for group in optimizer.param_groups:
             if group.get("layer") is not None:
@@ -114,7 +115,7 @@ class Watching(trainer._Recorder):
 
     def on_step_begin(self, *args: Any, optimizer: Any, **kwargs: Any) -> None:
         super().on_step_begin(*args, optimizer=optimizer, **kwargs)
-        self.skipped, self.before = self.trainer.handle.skipped, self.held(optimizer)
+        self.skipped, self.before = getattr(self.trainer.handle, "skipped", ()), self.held(optimizer)
 
     def on_step_end(self, args: Any, state: Any, *more: Any, optimizer: Any, **kwargs: Any) -> None:
         for layer, (was, now) in enumerate(zip(self.before, self.held(optimizer), strict=True)):
