@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,11 @@ class Batch:
     kept: Kept | None = None  # the positions that the decoder got; None if all
 
 
+def _fsdp(layer: nn.Module) -> Any:
+    """What FSDP version 2 knows of a layer, its hooks' owner; None if it does not shard the layer."""
+    return layer._get_fsdp_state() if isinstance(layer, FSDPModule) else None
+
+
 class Forwards:
     """The patches and hooks of a model, what they have seen, and how to take them off."""
 
@@ -160,7 +166,7 @@ class Forwards:
         self._told: set[str] = set()
         self._idle: Counter[str] = Counter()
         self._patched: list[tuple[Any, str, Any, Any]] = []  # owner, attribute, ours, what stood on the instance
-        self._gathering: list[tuple[dict[int, Any], int]] = []  # hooks of layers that FSDP shards, and the place there
+        self._gathering: dict[int, list[Any]] = {}  # layer -> its hooks, and those of FSDP among them
         self._hooks = [
             model.register_forward_pre_hook(hook(self._called), with_kwargs=True, prepend=True),
             model.register_forward_pre_hook(hook(self._before), with_kwargs=True),
@@ -197,8 +203,8 @@ class Forwards:
                 setattr(owner, name, before)
         for registered in self._hooks:
             registered.remove()
-        for hooks, key in self._gathering:
-            hooks[key] = hooks[key].instead
+        for hooks, theirs in chain.from_iterable(self._gathering.values()):
+            hooks |= theirs
         self.attached, self.last = False, None
         self.encoder_calls.clear()
 
@@ -313,12 +319,16 @@ class Forwards:
         """A layer's shards are gathered by FSDP's hooks, before our patch of its forward is asked: those of a skipped
         layer are not called. Here, as models are sharded before or after they are attached to."""
         for number, layer in enumerate(self.layers):
-            state = layer._get_fsdp_state() if isinstance(layer, FSDPModule) else None
-            for hooks in (layer._forward_pre_hooks, layer._forward_hooks) if state is not None else ():
-                for key, plain in hooks.items():
-                    if getattr(plain, "__self__", None) is state:
-                        hooks[key] = Held(partial(self._unless_skipped, number, plain), plain)
-                        self._gathering.append((hooks, key))
+            state = _fsdp(layer) if self.state.skipped[number] and number not in self._gathering else None
+            if state is None:
+                continue
+            layer.unshard()  # once: else FSDP, accumulating gradients in another type, would miss the weights
+            layer.reshard()
+            self._gathering[number] = []
+            for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+                theirs = {key: plain for key, plain in hooks.items() if getattr(plain, "__self__", None) is state}
+                self._gathering[number].append((hooks, theirs))
+                hooks |= {k: Held(partial(self._unless_skipped, number, plain), plain) for k, plain in theirs.items()}
 
     def _unless_skipped(self, number: int, plain: Any, *args: Any) -> Any:
         return None if self.state.skipped[number] and self.active() else plain(*args)
@@ -333,8 +343,8 @@ class Forwards:
             out = torch.lerp(hidden, out, scale)  # hidden + scale * (out - hidden), exact where nothing was added
             return (out, *rest) if isinstance(found, tuple) else out
         layer = self.layers[number]
-        if isinstance(layer, FSDPModule):  # whose hooks cast, too
-            policy = layer._get_fsdp_state()._mp_policy
+        if (fsdp := _fsdp(layer)) is not None:  # whose hooks cast, too
+            policy = fsdp._mp_policy
             for dtype in (policy.cast_forward_inputs and policy.param_dtype, policy.output_dtype):
                 hidden = hidden.to(dtype or hidden.dtype)
         # Ranks wait for a gradient of every parameter: a zero, which `clear_gradients` takes away again.
