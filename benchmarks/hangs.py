@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -37,18 +38,19 @@ def main() -> None:
     seen, parted, counts, calls = set[Mix](), list[dict[str, str]](), Counter[str](), 0
     choose = random.Random(asked.seed).choice
     warnings.simplefilter("ignore")
-    while len(seen) < asked.mixes and time.monotonic() - start < 60 * asked.minutes:
-        mix = random_mix(choose)
-        seen.add(mix)
-        found = records(mix)
-        calls += sum(len(record.calls) for record in found)
-        if where := divergence(found):
-            parted.append({"mix": repr(mix), "where": where})
-            sys.stderr.write(f"{parted[-1]}\n")
-        counts.update([f"{len(mix.kinds)} ranks", mix.engine, mix.model, *set(mix.kinds)])
-        counts.update(name for name in METHODS if getattr(mix, name))
-        if len(seen) % SHOWN == 0:
-            sys.stderr.write(f"{len(seen)} mixes, {len(parted)} in which ranks part\n")
+    with suppress(KeyboardInterrupt):  # what was found until then is written
+        while len(seen) < asked.mixes and time.monotonic() - start < 60 * asked.minutes:
+            mix = random_mix(choose)
+            seen.add(mix)
+            found = records(mix)
+            calls += sum(len(record.calls) for record in found)
+            if where := divergence(found):
+                parted.append({"mix": repr(mix), "where": where})
+                sys.stderr.write(f"{parted[-1]}\n")
+            counts.update([f"{len(mix.kinds)} ranks", mix.engine, mix.model, *set(mix.kinds)])
+            counts.update(name for name in METHODS if getattr(mix, name))
+            if len(seen) % SHOWN == 0:
+                sys.stderr.write(f"{len(seen)} mixes, {len(parted)} in which ranks part\n")
     now = datetime.now(UTC)
     values = {
         "made": now.isoformat(timespec="seconds"),
