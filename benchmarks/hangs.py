@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import signal
 import sys
 import time
 import warnings
@@ -38,15 +39,16 @@ def main() -> None:
     seen, parted, counts, calls = set[Mix](), list[dict[str, str]](), Counter[str](), 0
     choose = random.Random(asked.seed).choice
     warnings.simplefilter("ignore")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt):  # what was found until then is written
         while len(seen) < asked.mixes and time.monotonic() - start < 60 * asked.minutes:
             mix = random_mix(choose)
-            seen.add(mix)
             found = records(mix)
             calls += sum(len(record.calls) for record in found)
             if where := divergence(found):
                 parted.append({"mix": repr(mix), "where": where})
                 sys.stderr.write(f"{parted[-1]}\n")
+            seen.add(mix)
             counts.update([f"{len(mix.kinds)} ranks", mix.engine, mix.model, *set(mix.kinds)])
             counts.update(name for name in METHODS if getattr(mix, name))
             if len(seen) % SHOWN == 0:
