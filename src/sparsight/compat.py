@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections.abc import Callable
+from functools import cache
 from textwrap import dedent
 from typing import Any, NoReturn
 
@@ -109,7 +111,12 @@ def returns_tuple(layer: nn.Module) -> bool:
     """Whether a decoder layer returns a tuple, hidden states first. Up to 5.3 those of Qwen, Gemma and many others do,
     since then few (Falcon, Bamba). Its source tells, as it would not do to wait for the first call: checkpointing
     recomputes calls."""
-    tree = ast.parse(dedent(inspect.getsource(inspect.unwrap(type(layer).forward))))
+    return _returns_tuple(type(layer).forward)
+
+
+@cache  # a model has many layers, of few types
+def _returns_tuple(forward: Callable[..., Any]) -> bool:
+    tree = ast.parse(dedent(inspect.getsource(inspect.unwrap(forward))))
     assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)]
     tuples = {ast.unparse(target) for node in assigned for target in node.targets}
     returned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return) and node.value is not None]

@@ -1,7 +1,8 @@
 """Whole runs of two stages on two ranks, under an engine of accelerate, run by test_engines.py.
 
-engines.py FOLDER OUT CASE,CASE [resume]: each case's recipe, from the encoder in FOLDER, trained in OUT/CASE; or
-OUT/CASE.refused says why not. The engine is in the environment, as `accelerate launch` says it.
+engines.py FOLDER OUT CASE,CASE [resume] [watch]: each case's recipe, from the encoder in FOLDER, trained in OUT/CASE;
+or OUT/CASE.refused says why not. With ``watch``, OUT/watched-RANK.json says what each step did to each layer. The
+engine is in the environment, as `accelerate launch` says it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from sharded import pretend
 
 from small_runs import FINER, quiet, recipe_values, save_encoder, stage_values
@@ -19,6 +21,7 @@ from sparsight.devices.ranks import leave
 from sparsight.errors import UserError
 from sparsight.pipeline import run
 from sparsight.settings.recipe import Recipe
+from sparsight.training import trainer
 from tiny import make_image
 
 LORA = {"rank": 4, "dropout": 0.0}
@@ -62,11 +65,13 @@ MIXED = (
     | {"max_grad_norm": 0.05},
     {"lora": LORA} | PACKING,
 )
+# Without the encoder: beyond one process, weights of it that nothing reaches get gradients of zero, and decay.
+DECAYED: tuple[dict[str, Any], ...] = ({"skipper": SKIPPER, "weight_decay": 0.5}, {})
 
 
 def recipe(folder: Path, case: str) -> Recipe:
     """Few visual tokens, then more of them: tokens are scaled in between; four steps each, a checkpoint every two."""
-    first, second = MIXED if case == "mixed" else (CASES[case],) * 2
+    first, second = {"mixed": MIXED, "decayed": DECAYED}.get(case) or (CASES[case],) * 2
     more: dict[str, Any] = {}
     if case == "text":  # half of the conversations have no image, so that a rank has none
         more["data"] = {"kind": "json", "path": str(folder / "text.json")}
@@ -91,15 +96,50 @@ def prepare(folder: Path) -> None:
     (folder / "text.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
+class Watching(trainer._Recorder):
+    """Compares each layer's weights and moments, bit by bit, before a step with those behind it."""
+
+    found: list[dict[str, Any]] = []
+
+    def held(self, optimizer: Any) -> list[list[torch.Tensor]]:
+        handle = self.trainer.handle
+        layers = [] if handle is None else [list(layer.parameters()) for layer in handle.layers]
+        flat: list[list[Any]] = [[] for _ in layers]  # DeepSpeed's, of a layer's groups
+        for group in optimizer.param_groups:
+            if group.get("layer") is not None:
+                flat[group["layer"]] += group["params"]
+        moments = [
+            [optimizer.state.get(p, {}).get("exp_avg") for p in more or own]
+            for own, more in zip(layers, flat, strict=True)
+        ]
+        every = [[*own, *(m for m in more if m is not None)] for own, more in zip(layers, moments, strict=True)]
+        return [[getattr(t, "_local_tensor", t).detach().clone() for t in each] for each in every]
+
+    def on_step_begin(self, *args: Any, optimizer: Any, **kwargs: Any) -> None:
+        super().on_step_begin(*args, optimizer=optimizer, **kwargs)
+        self.skipped, self.before = getattr(self.trainer.handle, "skipped", ()), self.held(optimizer)
+
+    def on_step_end(self, args: Any, state: Any, *more: Any, optimizer: Any, **kwargs: Any) -> None:
+        for layer, (was, now) in enumerate(zip(self.before, self.held(optimizer), strict=True)):
+            same = [torch.equal(a, b) for a, b in zip(was, now, strict=False)]
+            seen = {"skipped": self.skipped[layer], "all": all(same), "held": len(was), "later": len(now)}
+            self.found.append({"step": state.global_step, "layer": layer} | seen)
+        super().on_step_end(args, state, *more, optimizer=optimizer, **kwargs)
+
+
 def main() -> None:
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
     if "ACCELERATE_USE_FSDP" in os.environ:
         pretend()
+    if "watch" in sys.argv:
+        trainer._Recorder = Watching  # type: ignore[misc]
     for case in sys.argv[3].split(","):
         try:
             run(recipe(folder, case), out / case, quiet(), resume="resume" in sys.argv)
         except UserError as error:  # on all ranks
             (out / f"{case}.refused").write_text(str(error), encoding="utf-8")
+    if "watch" in sys.argv:
+        (out / f"watched-{os.environ['RANK']}.json").write_text(json.dumps(Watching.found), encoding="utf-8")
     leave()
 
 

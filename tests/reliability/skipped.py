@@ -42,7 +42,7 @@ def main() -> None:
         parallel(**batch_of(NAME, model, (1, 1), seed=2 * step + rank)).loss.backward()
         handle.clear_gradients()
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)  # a skipped layer would be decayed by what is left from the step before
         parameters = list(handle.layers[SKIPPED].parameters())
         states = [optimizer.state[p][key] for p in parameters for key in ("step", "exp_avg", "exp_avg_sq")]
         found[f"{step}"] = [whole(tensor) for tensor in (*parameters, *states)]

@@ -71,12 +71,23 @@ def cut(run: Path) -> None:
         shutil.rmtree(run / "finetune" / gone)
 
 
+def check_watched(folder: Path, out: Path) -> None:
+    """Of skipped layers weights and moments are the same bit by bit, with AdamW and weight decay; of others they are
+    not. The first step of a stage does not count, as there are no moments before it."""
+    for rank in (0, 1):
+        found = json.loads((out / f"watched-{rank}.json").read_text())
+        later = [each for each in found if each["held"] == each["later"]]
+        assert {each["skipped"] for each in later} == {False, True}
+        assert all(each["all"] if each["skipped"] else not each["all"] for each in later)
+
+
 @pytest.mark.slow
 def test_D08_two_stages_under_fsdp2_are_those_of_one_process(tmp_path: Path, folder: Path) -> None:
     """All that a stage may do, in two; what stages hand on is loaded by plain transformers. Resumed in the second
     stage, from shards, it is the same run bit by bit."""
     one = run(engines.recipe(folder, "mixed"), tmp_path / "one", quiet())
-    assert launched("fsdp2", folder, tmp_path, "mixed") == ""
+    assert launched("fsdp2", folder, tmp_path, "mixed,decayed", "watch") == ""
+    check_watched(folder, tmp_path)  # F07
     losses, weights = differences(tmp_path / "one", tmp_path / "mixed")
     assert losses < TOLERANCE and weights < TOLERANCE
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "mixed" / one.relative_to(tmp_path / "one"))
@@ -93,6 +104,11 @@ def test_D08_two_stages_under_fsdp2_are_those_of_one_process(tmp_path: Path, fol
     assert launched("fsdp2", folder, tmp_path, "mixed", "resume") == ""
     assert differences(tmp_path / "whole", tmp_path / "mixed") == (0.0, 0.0)
 
+    cut(tmp_path / "mixed")  # and on twice as many ranks, up to rounding
+    assert launched("fsdp2", folder, tmp_path, "mixed", "resume", ranks=4) == ""
+    losses, weights = differences(tmp_path / "whole", tmp_path / "mixed")
+    assert losses < TOLERANCE and weights < TOLERANCE
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
@@ -101,7 +117,9 @@ def test_D07_two_stages_under_deepspeed_are_those_of_one_process(tmp_path: Path,
     pytest.importorskip("deepspeed")
     case = "mixed" if engine == "zero2" else "lora"
     run(engines.recipe(folder, case), tmp_path / "one", quiet())
-    assert launched(engine, folder, tmp_path, f"{case},muon,skipper") == ""
+    assert launched(engine, folder, tmp_path, f"{case},muon,skipper,decayed", "watch") == ""
+    if engine == "zero2":
+        check_watched(folder, tmp_path)  # F07
     assert max(differences(tmp_path / "one", tmp_path / case)) < TOLERANCE
     assert (tmp_path / "skipper.refused").exists() == (engine == "zero3")
     assert "Muon needs whole matrices" in (tmp_path / "muon.refused").read_text()

@@ -15,11 +15,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from sparsight.compat import CACHE, returns_tuple
@@ -137,6 +139,11 @@ class Batch:
     kept: Kept | None = None  # the positions that the decoder got; None if all
 
 
+def _fsdp(layer: nn.Module) -> Any:
+    """What FSDP version 2 knows of a layer, its hooks' owner; None if it does not shard the layer."""
+    return layer._get_fsdp_state() if isinstance(layer, FSDPModule) else None
+
+
 class Forwards:
     """The patches and hooks of a model, what they have seen, and how to take them off."""
 
@@ -159,6 +166,7 @@ class Forwards:
         self._told: set[str] = set()
         self._idle: Counter[str] = Counter()
         self._patched: list[tuple[Any, str, Any, Any]] = []  # owner, attribute, ours, what stood on the instance
+        self._gathering: dict[int, list[Any]] = {}  # layer -> its hooks, and those of FSDP among them
         self._hooks = [
             model.register_forward_pre_hook(hook(self._called), with_kwargs=True, prepend=True),
             model.register_forward_pre_hook(hook(self._before), with_kwargs=True),
@@ -195,6 +203,8 @@ class Forwards:
                 setattr(owner, name, before)
         for registered in self._hooks:
             registered.remove()
+        for hooks, theirs in chain.from_iterable(self._gathering.values()):
+            hooks |= theirs
         self.attached, self.last = False, None
         self.encoder_calls.clear()
 
@@ -305,6 +315,24 @@ class Forwards:
                 if kind not in self.pixel_flops:
                     self.encoder_calls.setdefault(kind, ((), args, pixels.numel()))
 
+    def _watch_gathers(self) -> None:
+        """A layer's shards are gathered by FSDP's hooks, before our patch of its forward is asked: those of a skipped
+        layer are not called. Here, as models are sharded before or after they are attached to."""
+        for number, layer in enumerate(self.layers):
+            state = _fsdp(layer) if self.state.skipped[number] and number not in self._gathering else None
+            if state is None:
+                continue
+            layer.unshard()  # once: else FSDP, accumulating gradients in another type, would miss the weights
+            layer.reshard()
+            self._gathering[number] = []
+            for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+                theirs = {key: plain for key, plain in hooks.items() if getattr(plain, "__self__", None) is state}
+                self._gathering[number].append((hooks, theirs))
+                hooks |= {k: Held(partial(self._unless_skipped, number, plain), plain) for k, plain in theirs.items()}
+
+    def _unless_skipped(self, number: int, plain: Any, *args: Any) -> Any:
+        return None if self.state.skipped[number] and self.active() else plain(*args)
+
     def _layer(self, number: int, as_tuple: bool, plain: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         skipped, scale = self.state.skipped[number], self.state.scales[number]
         if not (skipped or scale != 1.0) or not self.active():
@@ -314,9 +342,15 @@ class Forwards:
             out, *rest = found if isinstance(found, tuple) else (found,)
             out = torch.lerp(hidden, out, scale)  # hidden + scale * (out - hidden), exact where nothing was added
             return (out, *rest) if isinstance(found, tuple) else out
+        layer = self.layers[number]
+        if (fsdp := _fsdp(layer)) is not None:  # whose hooks cast, too
+            policy = fsdp._mp_policy
+            for dtype in (policy.cast_forward_inputs and policy.param_dtype, policy.output_dtype):
+                hidden = hidden.to(dtype or hidden.dtype)
         # Ranks wait for a gradient of every parameter: a zero, which `clear_gradients` takes away again.
         if torch.is_grad_enabled() and several_ranks():
-            hidden, self.uncleared = touched(hidden, self.layers[number].parameters()), True
+            before, hidden = hidden, touched(hidden, layer.parameters())
+            self.uncleared = self.uncleared or hidden is not before  # shards that nobody gathers need none
         return (hidden, None) if as_tuple else hidden  # no attention weights
 
     def _project(self, plain: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -330,6 +364,7 @@ class Forwards:
         state, batch, embeds = self.state, self.batch, kwargs.get("inputs_embeds")
         renumbered = state.compressor is not None and state.compressor.positions == "renumbered"
         check_cache(kwargs.get(CACHE), given=batch.inputs.get("position_ids") is not None)
+        self._watch_gathers()
         if torch.is_grad_enabled():
             self.in_step += 1
             if self.in_step - 1 == self.patience > 0:
