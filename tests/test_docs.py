@@ -97,6 +97,13 @@ def test_F15_the_exceptions_are_still_needed() -> None:
     assert not [start for start in NOT_RUN if not any(line.startswith(start) for line in lines)]
 
 
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    """`make docs` finds the same, and dead links; this needs nothing that builds sites."""
+    listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:")[1]))
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert not pages - listed, "list it under nav: in mkdocs.yml"
+
+
 def command_line(monkeypatch: pytest.MonkeyPatch, arguments: str) -> None:
     """Runs `sparsight ARGUMENTS`, which must succeed."""
     monkeypatch.setattr(sys, "argv", ["sparsight", *shlex.split(arguments, comments=True)])
