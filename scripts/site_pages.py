@@ -88,7 +88,9 @@ def recipes() -> str:
 
 def modules(page: str) -> str:
     title, names = MODULES[page]
-    shown = [f"## sparsight.{name}\n\n::: sparsight.{name}\n    options: {{show_root_heading: false}}\n" for name in names]
+    shown = [
+        f"## sparsight.{name}\n\n::: sparsight.{name}\n    options: {{show_root_heading: false}}\n" for name in names
+    ]
     return "\n".join([f"# {title}\n", *shown])
 
 
