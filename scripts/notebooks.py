@@ -1,7 +1,7 @@
 """Make the notebooks of docs/tutorials from their pages, executed: python scripts/notebooks.py [PAGE ...]
 
-A notebook holds what its page says, and what its code printed and drew when it last ran; pages of the site show it. A test
-holds them against their pages. Needs `pip install -e '.[notebooks]'`, runs in an empty folder, minutes for own-data.
+A notebook holds what its page says, and what its code printed and drew when it last ran; pages of the site show it. A
+test holds them against their pages. Needs `pip install nbclient ipykernel`; own-data takes minutes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ FENCE = re.compile(r"^```(python|bash|yaml)\n(.*?)^```\n", re.DOTALL | re.MULTIL
 
 
 def cells(page: Path) -> list[tuple[str, str]]:
-    """(markdown | code | skipped, text): of commands a cell of Bash, of YAML one that writes the file that the text names."""
+    """(markdown | code | skipped, text): commands are a cell of Bash, YAML is one that writes the file that the text
+    names."""
     parts = FENCE.split(page.read_text(encoding="utf-8"))
     found, said = [("markdown", parts[0])], parts[0]
     for language, code, after in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
@@ -78,7 +79,7 @@ def tidied(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for each in outputs:
         if image := each.get("data", {}).get("image/png"):
             found.append(each | {"data": {"image/png": small(image)}})
-        elif "data" in each:
+        elif "data" in each and "text/html" not in each["data"]:  # progress bars
             found.append(each)
     return found
 

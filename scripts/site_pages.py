@@ -1,8 +1,8 @@
 """Lay out the pages of the documentation site, as plain Markdown: python scripts/site_pages.py FOLDER
 
-Files of docs/ read well where they lie; on the site they get more. README and the files beside it become pages, links into
-the repository lead to pages, every public name has its whole docstring, tutorials show what their notebooks printed and drew.
-`make docs` then builds FOLDER by mkdocs.yml.
+Files of docs/ read well where they lie; on the site they get more. README and the files beside it become pages, links
+into the repository lead to pages, every public name has its whole docstring, tutorials show what their notebooks
+printed and drew. `make docs` then builds FOLDER by mkdocs.yml.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def write(target: Path) -> None:
             text = with_outputs(text, notebook)
             for name, image in pictures(notebook):
                 (target / page).with_name(name).write_bytes(image)
-        put(target / page, re.sub(r"(\]\()([^)#:\s]+)(#[^)\s]*)?\)", lambda link: mended(link, source), text))
+        put(target / page, re.sub(r"(\]\()([^)#:\s]+)(#[^)\s]*)?\)", partial(mended, source=source), text))
     for page, text in {RECIPES: recipes(), **{page: modules(page) for page in MODULES}}.items():
         put(target / page, text)
 

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import families
 import pytest
@@ -48,14 +49,23 @@ def snippets_of(page: str, language: str) -> list[str]:
     return [text for found, text in blocks_of(f"docs/{page}") if found == language]
 
 
-def run_page(page: str, names: dict, monkeypatch: pytest.MonkeyPatch, fewer: dict[str, str] | None = None) -> None:
+def run_page(
+    page: str,
+    names: dict,
+    monkeypatch: pytest.MonkeyPatch,
+    fewer: dict[str, str] | None = None,
+    smaller: dict[str, str] | None = None,
+) -> None:
     """Run all Python and all commands of a page, in order, in the current folder.
 
     Args:
         names: what the page takes as given; gets what it defines.
         fewer: beginning of a command -> overrides that end its training early.
+        smaller: what stands in the page -> what is run in its place.
     """
     for language, text in blocks_of(page):
+        for whole, part in (smaller or {}).items():
+            text = text.replace(whole, part)
         if language == "python":
             exec(compile(text, page, "exec"), names)
         for line in text.splitlines() if language == "bash" else ():
@@ -77,7 +87,7 @@ def test_F15_every_page_with_code_is_run_by_a_test() -> None:
     tests = Path(__file__).read_text(encoding="utf-8")
     run = {page for page in with_code if f'run_page("{page}"' in tests}
     cards = {f"docs/methods/{card}.md" for card in ("compressor", "skipper")}
-    assert with_code - run == cards | {"docs/tutorials/own-data.md"}
+    assert with_code - run == cards
     fences = [line for page in pages for line in (ROOT / page).read_text(encoding="utf-8").splitlines()]
     assert {line for line in fences if line.startswith("```")} == {
         "```",
@@ -102,6 +112,39 @@ def test_every_page_is_in_the_navigation_of_the_site() -> None:
     listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:")[1]))
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     assert not pages - listed, "list it under nav: in mkdocs.yml"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TUTORIALS = sorted((ROOT / "docs/tutorials").glob("*.md"))
+
+
+def printed(page: Path) -> str:
+    """What the notebook of a tutorial printed."""
+    found = json.loads(page.with_suffix(".ipynb").read_text(encoding="utf-8"))["cells"]
+    return "".join(line for cell in found for output in cell.get("outputs", ()) for line in output.get("text", ()))
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda path: path.stem)
+def test_notebooks_are_those_of_their_pages_and_were_run(page: Path) -> None:
+    notebook = json.loads(page.with_suffix(".ipynb").read_text(encoding="utf-8"))
+    wanted = script("notebooks").made(page)["cells"]
+    assert [cell["source"] for cell in notebook["cells"]] == [cell["source"] for cell in wanted], (
+        f"run: python scripts/notebooks.py {page.relative_to(ROOT)}"
+    )
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    run = [cell["execution_count"] for cell in code if "tags" not in cell["metadata"]]
+    assert run == list(range(1, len(run) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert not re.search(r"/(tmp|root|home|work)/", printed(page)), "a path of the machine that ran it"
+    assert page.with_suffix(".ipynb").stat().st_size < 300_000
 
 
 def command_line(monkeypatch: pytest.MonkeyPatch, arguments: str) -> None:
@@ -225,17 +268,14 @@ def test_the_page_on_analysis_runs(outside: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_tutorial_on_own_data_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With few samples, so that nothing is learnt; its scores are shares all the same."""
     monkeypatch.chdir(tmp_path)
-    page = "tutorials/own-data.md"
-    (make,) = snippets_of(page, "python")
-    names: dict = {}
-    exec(compile(make.replace("range(144)", "range(32)").replace("120", "24"), page, "exec"), names)
-    (recipe,) = snippets_of(page, "yaml")
+    monkeypatch.setenv("SPARSIGHT_CACHE", str(tmp_path / "cache"))
+    (recipe,) = snippets_of("tutorials/own-data.md", "yaml")
     Path("mine.yaml").write_text(recipe, encoding="utf-8")
-    for line in "".join(snippets_of(page, "bash")).splitlines():
-        few = " stages.pretrain.samples=32 stages.finetune.samples=16" if "sparsight train" in line else ""
-        command_line(monkeypatch, line.removeprefix("sparsight ") + few)
+    few = {"sparsight train": "stages.pretrain.samples=32 stages.finetune.samples=16"}
+    smaller = {"range(144)": "range(32)", "120": "24", "images/130.png": "images/30.png"}
+    run_page("docs/tutorials/own-data.md", {}, monkeypatch, few, smaller)
     assert Path("preview.png").is_file() and json.loads(Path("check/check.json").read_text())["bad"] == []
-    assert Path("comparison/report.html").is_file()
+    assert Path("comparison/report.html").is_file() and Path("losses.png").is_file()
     run_page("docs/compare.md", {}, monkeypatch)
     for name in ("standard", "mine"):
         assert len(read_run(Path("runs") / name).points["things"].scores) == 8
@@ -255,7 +295,10 @@ def test_the_tutorial_on_trl_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_tutorial_on_layouts_runs(
     outside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "110")
     run_page("docs/tutorials/choosing-a-layout.md", {}, monkeypatch)
+    out = capsys.readouterr().out
+    assert out.split() == printed(ROOT / "docs/tutorials/choosing-a-layout.md").split(), "its notebook is to be run"
     text = (ROOT / "docs/tutorials/choosing-a-layout.md").read_text(encoding="utf-8")
     starts = re.findall(r"^\| `(cos-\d+)` .*?\| \d+ and \d+ \| (.*) \|$", text, re.MULTILINE)
     assert len(starts) == 3
@@ -263,7 +306,7 @@ def test_the_tutorial_on_layouts_runs(
         for target, tokens in re.findall(r"`([^`]+)`(?: \((\d+)\))?", targets):
             assert Layout.parse(start).source_scales(Layout.parse(target))
             assert not tokens or Layout.parse(target).tokens == int(tokens)
-    assert "cos-336" in capsys.readouterr().out
+    assert "cos-336" in out
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -335,8 +378,6 @@ def test_F28_the_readme_says_only_what_is_so() -> None:
 
 
 def test_the_page_of_public_names_is_what_the_script_makes() -> None:
-    spec = importlib.util.spec_from_file_location("api_page", ROOT / "scripts/api_page.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("api_page")
     assert (ROOT / "docs/api.md").read_text(encoding="utf-8") == module.page(), "run scripts/api_page.py"
     assert all(f"### `{name}`" in module.page() for name in sparsight.__all__ if name != "__version__")
