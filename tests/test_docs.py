@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if path.name != "presets.yaml"]
 
 
+FROM_README = ("docs/start.md", "docs/measured.md", "docs/limits.md")  # what is more than a visitor needs in a minute
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Commands that no test here runs, by how they begin, and why.
 NOT_RUN = {
@@ -203,7 +204,9 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_readme_snippets_run(outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict = {}
-    run_page("README.md", names, monkeypatch, {"sparsight train": FEW})
+    run_page("README.md", names, monkeypatch)
+    assert names["callback"].settings()["skipper"]["alpha"] == 0.6
+    run_page("docs/start.md", names, monkeypatch, {"sparsight train": FEW})
     assert names["answer"].shape[1] > names["inputs"]["input_ids"].shape[1]
     assert (outside / "my-vlm" / "processor_config.json").is_file()
     assert (outside / "my-vlm-336" / "config.json").is_file() and (outside / "inspect/index.html").is_file()
@@ -362,19 +365,22 @@ def test_F28_the_readme_says_only_what_is_so() -> None:
     sys.path.insert(0, str(ROOT / "scripts"))
     import results
 
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    prose = readme.split(results.END)[1].split("## More")[0]
+    page = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", *FROM_README)}
+    prose = page["docs/measured.md"].split(results.END)[1]
     figures = re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", prose)
-    tables = results.render("README.md")
+    tables = results.render("docs/measured.md")
     assert len(figures) >= 3 and not [figure for figure in figures if not re.search(rf"(?<!\d){figure}(?!\d)", tables)]
     presets = yaml.safe_load((ROOT / "recipes/presets.yaml").read_text(encoding="utf-8"))
-    assert all(f"`{name}`" in readme for name in presets)
+    assert all(f"`{name}`" in page["docs/start.md"] for name in presets)
     for broad in ("always run beside", "ordinary", "like any other"):
-        assert broad not in readme
+        assert not [name for name, text in page.items() if broad in text]
     card = (ROOT / "src/sparsight/reporting/card.md.j2").read_text(encoding="utf-8")
     assert "ordinary" not in card and "import sparsight" in card
-    limits = readme.split("## Limits")[1].split("## More")[0]
-    assert all(word in limits for word in ("GPU", "seed", "DeepSpeed", "FSDP version 1", "LLaVA's MLP"))
+    assert all(word in page["docs/limits.md"] for word in ("GPU", "seed", "DeepSpeed", "FSDP version 1", "LLaVA's MLP"))
+    short = page["README.md"].split("**Limits.**")[1].split("## ")[0]
+    assert all(word in short for word in ("GPU", "seed", "docs/limits.md"))
+    rows = [line for line in results.render("README.md").splitlines() if line.startswith("| ")][1:]
+    assert all(re.search(r"\| \d\.\d\d \|.* to .*\| \d \|$", row) for row in rows) and len(page["README.md"]) < 7000
 
 
 def test_the_page_of_public_names_is_what_the_script_makes() -> None:
