@@ -85,7 +85,7 @@ demo: setup assets ## train small models in two ways, compare them and write a r
 
 # Two workers with one thread each: more threads only fight for the same cores.
 test: setup assets ## run the tests, for example: make test ARGS='tests/test_layouts.py -x'
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 
 # README's install line as a user runs it today, not what constraints.txt pins; of that torch alone, as a looser range
 # pulls gigabytes of CUDA. pytest, its timeout and hypothesis are what the tests themselves need.

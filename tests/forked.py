@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -74,6 +75,12 @@ def serve() -> None:
             time.sleep(0.01)
         sys.stdout.write(f"{os.waitstatus_to_exitcode(found[1])}\n")
         sys.stdout.flush()
+
+
+def module() -> None:
+    """``python -m NAME ARGUMENTS``: `run` with "import forked; forked.module()", NAME, ARGUMENTS."""
+    sys.argv = sys.argv[1:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 def become(asked: dict) -> None:

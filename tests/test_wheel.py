@@ -17,6 +17,7 @@ from sparsight.settings.load import load_recipe
 from tiny import make_image
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.xdist_group("wheel")
 SMALL = "language={hidden: 64, layers: 2, heads: 2, intermediate: 128, vocabulary: 400}"
 
 

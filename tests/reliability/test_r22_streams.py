@@ -28,8 +28,7 @@ def launch(fresh: Forks, ranks: int, *arguments: Any) -> tuple[int, str]:
     """Exit code and standard error of streams.py."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     if ranks == 1:
-        code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-        done = fresh.run(code, streams.__file__, *arguments, env=env, timeout=240)
+        done = fresh.run("import forked; forked.module()", streams.__name__, *arguments, env=env, timeout=240)
     else:
         command = ["torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
         command = [sys.executable, "-m", *command, streams.__file__, *map(str, arguments)]

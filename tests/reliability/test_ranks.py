@@ -23,6 +23,9 @@ from sparsight.sparse.attach import attach
 from sparsight.sparse.blank import blank_features, blank_image
 
 
+pytestmark = pytest.mark.xdist_group("ranks")  # two processes of pytest would start them twice
+
+
 def free_port():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
