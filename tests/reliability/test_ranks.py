@@ -22,7 +22,6 @@ from sparsight.settings.methods import CompressorConfig
 from sparsight.sparse.attach import attach
 from sparsight.sparse.blank import blank_features, blank_image
 
-
 pytestmark = pytest.mark.xdist_group("ranks")  # two processes of pytest would start them twice
 
 
