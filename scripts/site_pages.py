@@ -30,6 +30,7 @@ PAGES = {
     "LOG.md": "project/log.md",
     "SECURITY.md": "project/security.md",
 }
+LONG = ("project/changelog.md", "project/log.md")  # they have every word: last in a search
 RECIPES = "project/recipes.md"
 # Modules beside the public names that pages of docs/ name.
 MODULES = {
@@ -53,6 +54,8 @@ def write(target: Path) -> None:
         text = path.read_text(encoding="utf-8")
         if source == "LICENSE":
             text = f"# License\n\n```text\n{text.rstrip()}\n```\n"
+        if page in LONG:
+            text = f"---\nsearch: {{boost: 0.2}}\n---\n{text}"
         if page == "api.md":
             text = whole_docstrings(text)
         if (notebook := path.with_suffix(".ipynb")).is_file():
