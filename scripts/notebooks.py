@@ -1,7 +1,8 @@
-"""Make the notebooks of docs/tutorials from their pages, executed: python scripts/notebooks.py [PAGE ...]
+"""Make the notebooks of docs/tutorials from their pages, executed: python scripts/notebooks.py [--run] [PAGE ...]
 
 A notebook holds what its page says, and what its code printed and drew when it last ran; pages of the site show it. A
-test holds them against their pages. Needs `pip install nbclient ipykernel`; own-data takes minutes.
+test holds them against their pages. Where no code has changed, outputs stay, unless ``--run`` is given. To run they
+need `pip install nbclient ipykernel`; own-data takes minutes.
 """
 
 from __future__ import annotations
@@ -94,8 +95,25 @@ def small(image: str) -> str:
     return min(base64.b64encode(buffer.getvalue()).decode(), image.strip(), key=len)
 
 
+def kept(notebook: dict[str, Any], file: Path) -> dict[str, Any] | None:
+    """The notebook with the outputs of that which is there, if its code is the same."""
+    old = json.loads(file.read_text(encoding="utf-8"))["cells"] if file.is_file() else []
+    pair = [[cell for cell in cells if cell["cell_type"] == "code"] for cells in (notebook["cells"], old)]
+    if [cell["source"] for cell in pair[0]] != [cell["source"] for cell in pair[1]]:
+        return None
+    for new, run in zip(*pair, strict=True):
+        new |= {key: run[key] for key in ("outputs", "execution_count")}
+    return notebook
+
+
+def main() -> None:
+    again, pages = "--run" in sys.argv, [Path(name) for name in sys.argv[1:] if name != "--run"]
+    for page in pages or sorted(FOLDER.glob("*.md")):
+        notebook, file = made(page), page.with_suffix(".ipynb")
+        done = (None if again else kept(notebook, file)) or executed(notebook)
+        file.write_text(json.dumps(done, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+        print(f"{file}: {file.stat().st_size / 1e3:.0f} kB")
+
+
 if __name__ == "__main__":
-    for page in map(Path, sys.argv[1:]) if sys.argv[1:] else sorted(FOLDER.glob("*.md")):
-        text = json.dumps(executed(made(page)), indent=1, ensure_ascii=False)
-        page.with_suffix(".ipynb").write_text(text + "\n", encoding="utf-8")
-        print(f"{page.with_suffix('.ipynb')}: {len(text) / 1e3:.0f} kB")
+    main()
