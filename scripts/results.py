@@ -380,6 +380,25 @@ def quality_table(
     return "\n".join(lines)
 
 
+def short_table(name: str, result: dict) -> str:
+    """The rows of the figure, in both precisions: what each costs of the baseline, and its mean score."""
+    rows = {key: seeds for key, seeds in entries(result).items() if key[0] in FIGURE}
+    base = baseline(rows)
+    assert base is not None
+    (first, *_), whole = rows[base], seconds(result, rows[base][0])
+    lines = [
+        "| trained with | FLOPs | time | mean score of seven tasks, % | seeds |",
+        "|---|---|---|---|---|",
+    ]
+    for key, seeds in sorted(rows.items(), key=lambda pair: (pair[0] != base, flops(pair[1][0]))):
+        total, mine = bootstrap(*grouped(seeds)), seconds(result, seeds[0])
+        clock = f"{mine / whole:.2f}" if mine and whole else ""
+        score = f"{100 * total.mean:.1f} ({100 * total.low:.1f} to {100 * total.high:.1f})"
+        cells = (f"{SHOWN[key[0]]} ({key[1]})", f"{flops(seeds[0]) / flops(first):.2f}", clock, score, str(len(seeds)))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def grouped(seeds: list[dict]) -> tuple[list[list[float]], list[int], list[str]]:
     """Points of each seed, and image and task of each point, as `sparsight.evaluation.significance` takes them."""
     points = [[*chain(*entry["test"]["points"].values())] for entry in seeds]
@@ -563,7 +582,8 @@ methods = partial(speed_table, only=("methods", "idle"))
 Show = Callable[[str, dict], str]
 # Page -> results whose names begin so, and how they are shown.
 PAGES: dict[str, list[tuple[str, Show]]] = {
-    "README.md": [("quality", headline), ("quality", core), ("demo", table), ("scenes-60min", table)],
+    "README.md": [("quality", short_table), ("quality", headline)],
+    "docs/measured.md": [("quality", headline), ("quality", core), ("demo", table), ("scenes-60min", table)],
     "docs/chain-of-sight.md": [("bridge-", bridge_table), ("scaling", scaling_table)],
     "docs/quality.md": [
         ("quality", quality_table),

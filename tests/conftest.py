@@ -28,3 +28,13 @@ def tiny_vlm():
     from tiny import make_vlm
 
     return make_vlm
+
+
+@pytest.fixture(scope="session")
+def fresh():
+    """`fresh.run(code, *arguments, cwd=, env=, timeout=)`: ``python -c`` with torch imported already; see forked.py."""
+    from forked import Forks
+
+    forks = Forks()
+    yield forks
+    forks.close()

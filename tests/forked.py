@@ -1,65 +1,100 @@
-"""Ranks without a launcher: processes forked from this one, which is the fastest way to several of them."""
+"""Processes that start with torch imported: a server imports it once, and forks itself for each process asked for.
+
+What runs there is alone as in a process of its own: neither transformers nor Sparsight is imported, and it may be
+killed. Only hashes are seeded alike. Of the seven seconds that most tests' processes take, torch and what transformers
+takes of it are five.
+"""
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
+import random
+import runpy
 import signal
-import socket
+import subprocess
 import sys
+import tempfile
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from accelerate.state import AcceleratorState, PartialState
+# What `import transformers` and its Auto classes import of others, by the time that it takes.
+MODULES = ("torch", "torch.distributed.tensor", "torch._dynamo", "scipy.optimize", "huggingface_hub", "tokenizers")
 
 
-def forked(folder: Path, work: Callable[[int], None], ranks: int = 2, timeout: float = 60.0) -> list[int | str]:
-    """Run ``work`` in each rank; exit codes (negative: of a signal), or "hangs" where it had to be killed. What a rank
-    says is in ``folder/RANK.txt``. Nobody ends the others when one ends, unlike under torchrun."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    children = []
-    for rank in range(ranks):
+class Forks:
+    """`run` is subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, ...)."""
+
+    def __init__(self) -> None:
+        paths = os.pathsep.join(path for path in sys.path if path)
+        env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", "import forked; forked.serve()"]
+        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+
+    def run(
+        self,
+        code: str,
+        *arguments: object,
+        cwd: str | Path | None = None,
+        env: dict[str, str] | None = None,
+        timeout: int = 200,
+        check: bool = False,
+    ) -> subprocess.CompletedProcess[str]:
+        assert self.server.stdin is not None and self.server.stdout is not None
+        with tempfile.TemporaryDirectory() as folder:
+            asked = {"code": code, "arguments": [*map(str, arguments)], "cwd": str(cwd or os.getcwd())}
+            asked |= {"env": env or dict(os.environ), "out": folder, "timeout": timeout}
+            self.server.stdin.write(json.dumps(asked) + "\n")
+            self.server.stdin.flush()
+            status = int(self.server.stdout.readline())
+            out, err = ((Path(folder) / name).read_text(errors="replace") for name in ("stdout", "stderr"))
+        done = subprocess.CompletedProcess([code, *asked["arguments"]], status, out, err)
+        if check:
+            done.check_returncode()
+        return done
+
+    def close(self) -> None:
+        self.server.communicate()
+
+
+def serve() -> None:
+    for name in MODULES:
+        importlib.import_module(name)
+    assert len(os.listdir("/proc/self/task")) == 1  # threads do not survive a fork
+    assert not {"transformers", "sparsight"} & sys.modules.keys()
+    while line := sys.stdin.readline():
+        asked = json.loads(line)
         if not (child := os.fork()):
-            code = 1
-            try:
-                _begin(rank, ranks, port, folder)
-                work(rank)
-                code = 0
-            except SystemExit as stopped:
-                code = int(stopped.code or 0)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    codes: dict[int, int | str] = {}
-    deadline = time.monotonic() + timeout
-    while len(codes) < ranks and time.monotonic() < deadline:
-        for rank in set(range(ranks)) - codes.keys():
-            if (ended := os.waitpid(children[rank], os.WNOHANG))[0]:
-                codes[rank] = os.waitstatus_to_exitcode(ended[1])
-        time.sleep(0.05)
-    for rank in set(range(ranks)) - codes.keys():
-        os.kill(children[rank], signal.SIGKILL)
-        os.waitpid(children[rank], 0)
-        codes[rank] = "hangs"
-    return [codes[rank] for rank in range(ranks)]
+            return become(asked)  # ends as any program does
+        until, found = time.monotonic() + asked["timeout"], (0, 0)
+        while not found[0]:
+            found = os.waitpid(child, os.WNOHANG)
+            if time.monotonic() > until:
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.01)
+        sys.stdout.write(f"{os.waitstatus_to_exitcode(found[1])}\n")
+        sys.stdout.flush()
 
 
-def _begin(rank: int, ranks: int, port: int, folder: Path) -> None:
-    sys.stdout = sys.stderr = (folder / f"{rank}.txt").open("w", buffering=1)
-    os.dup2(sys.stderr.fileno(), 2)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    torch.set_num_threads(1)  # threads of the parent are not here
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
-    if ranks > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def module() -> None:
+    """``python -m NAME ARGUMENTS``: `run` with "import forked; forked.module()", NAME, ARGUMENTS."""
+    sys.argv = sys.argv[1:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+def become(asked: dict) -> None:
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(os.path.join(asked["out"], name), os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(asked["cwd"])
+    paths = asked["env"].get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:] = ["", *filter(None, paths), *(path for path in sys.path if path and path not in paths)]
+    os.environ.clear()
+    os.environ.update(asked["env"])
+    sys.argv = ["-c", *asked["arguments"]]
+    random.seed()
+    names = sys.modules["__main__"].__dict__  # worker processes find classes there
+    names.clear()
+    names |= {"__name__": "__main__", "__builtins__": __builtins__}
+    exec(compile(asked["code"], "<string>", "exec"), names)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from PIL import Image, ImageDraw
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.trainer_utils import get_last_checkpoint
 
+from forked import Forks
 from small_runs import BRIDGE, FINER, quiet, recipe_values, save_encoder, stage_values
 from sparsight import cli
 from sparsight.data.collate import TrainingSet
@@ -58,9 +60,10 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-c", "from sparsight.cli import main; main()", *map(str, arguments)]
 
 
-def sparsight(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def sparsight(fresh: Forks) -> Callable[..., subprocess.CompletedProcess[str]]:
     """The command in its own process."""
-    return subprocess.run(command(*arguments), cwd=cwd, capture_output=True, text=True, timeout=120)
+    return partial(fresh.run, "from sparsight.cli import main; main()")
 
 
 @pytest.fixture
@@ -535,7 +538,9 @@ def when(process: subprocess.Popen[str], folder: Path, stage: str, steps: int) -
         time.sleep(0.005)
 
 
-def test_a_run_is_watched_from_another_terminal_and_compared(write: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_run_is_watched_from_another_terminal_and_compared(
+    sparsight: Callable[..., subprocess.CompletedProcess[str]], write: Callable[..., Path], tmp_path: Path
+) -> None:
     """Ctrl-C ends the watching, and not the run; what is left of a killed run is shown beside a whole one."""
     killed = write(stages=[stage_values(samples=80_000)]).rename(tmp_path / "long.yaml")  # longer than this test
     recipe, folder = write(), tmp_path / "out"
@@ -571,7 +576,7 @@ def test_a_folder_without_a_run_is_told(here: Callable[..., tuple[Any, str, str]
 
 
 def test_ctrl_c_and_kill_and_resume_give_the_run_that_was_never_interrupted(
-    write: Callable[..., Path], tmp_path: Path
+    sparsight: Callable[..., subprocess.CompletedProcess[str]], write: Callable[..., Path], tmp_path: Path
 ) -> None:
     """In the terminal, Ctrl-C reaches the whole group of processes, that which loads data too."""
     stages = [
@@ -596,9 +601,8 @@ def test_ctrl_c_and_kill_and_resume_give_the_run_that_was_never_interrupted(
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
 
-    process = started(recipe, folder, "--resume")
-    said, _ = process.communicate(timeout=90)
-    assert process.returncode == 0 and "done already" in said, said
+    done = sparsight("train", recipe, "--out", folder, "--resume")
+    assert done.returncode == 0 and "done already" in done.stdout, done.stderr
 
     found = read_run(folder)
     assert found.problems == [] and [stage.finished for stage in found.stages] == [True, True]
@@ -633,7 +637,11 @@ print(json.dumps([model.config.num_image_tokens, answers]))
 
 
 def test_own_images_in_and_a_model_of_transformers_out(
-    write: Callable[..., Path], images: Path, tmp_path: Path
+    fresh: Forks,
+    sparsight: Callable[..., subprocess.CompletedProcess[str]],
+    write: Callable[..., Path],
+    images: Path,
+    tmp_path: Path,
 ) -> None:
     """From a folder of images to a model that a new process loads as any other, and that has learnt the colours."""
     rates = {"bridge": 5e-3, "language": 5e-3}
@@ -647,13 +655,7 @@ def test_own_images_in_and_a_model_of_transformers_out(
     model = tmp_path / "runs" / "small" / "finetune" / "model"
     assert str(model.relative_to(tmp_path)) in result.stdout.replace("\n", "")
     files = sorted((images / "images").iterdir())
-    asked = subprocess.run(
-        [sys.executable, "-c", ASK, str(model), *map(str, files)],
-        cwd=images,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    asked = fresh.run(ASK, model, *files, cwd=images)
     assert asked.returncode == 0, asked.stderr
     tokens, answers = json.loads(asked.stdout.splitlines()[-1])
     assert tokens == 24

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import families
 import pytest
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if path.name != "presets.yaml"]
 
 
+FROM_README = ("docs/start.md", "docs/measured.md", "docs/limits.md")  # what is more than a visitor needs in a minute
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Commands that no test here runs, by how they begin, and why.
 NOT_RUN = {
@@ -48,14 +50,23 @@ def snippets_of(page: str, language: str) -> list[str]:
     return [text for found, text in blocks_of(f"docs/{page}") if found == language]
 
 
-def run_page(page: str, names: dict, monkeypatch: pytest.MonkeyPatch, fewer: dict[str, str] | None = None) -> None:
+def run_page(
+    page: str,
+    names: dict,
+    monkeypatch: pytest.MonkeyPatch,
+    fewer: dict[str, str] | None = None,
+    smaller: dict[str, str] | None = None,
+) -> None:
     """Run all Python and all commands of a page, in order, in the current folder.
 
     Args:
         names: what the page takes as given; gets what it defines.
         fewer: beginning of a command -> overrides that end its training early.
+        smaller: what stands in the page -> what is run in its place.
     """
     for language, text in blocks_of(page):
+        for whole, part in (smaller or {}).items():
+            text = text.replace(whole, part)
         if language == "python":
             exec(compile(text, page, "exec"), names)
         for line in text.splitlines() if language == "bash" else ():
@@ -77,7 +88,7 @@ def test_F15_every_page_with_code_is_run_by_a_test() -> None:
     tests = Path(__file__).read_text(encoding="utf-8")
     run = {page for page in with_code if f'run_page("{page}"' in tests}
     cards = {f"docs/methods/{card}.md" for card in ("compressor", "skipper")}
-    assert with_code - run == cards | {"docs/tutorials/own-data.md"}
+    assert with_code - run == cards
     fences = [line for page in pages for line in (ROOT / page).read_text(encoding="utf-8").splitlines()]
     assert {line for line in fences if line.startswith("```")} == {
         "```",
@@ -95,6 +106,46 @@ def test_F15_the_exceptions_are_still_needed() -> None:
     ]
     lines = "".join(commands).splitlines()
     assert not [start for start in NOT_RUN if not any(line.startswith(start) for line in lines)]
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    """`make docs` finds the same, and dead links; this needs nothing that builds sites."""
+    listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:")[1]))
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert not pages - listed, "list it under nav: in mkdocs.yml"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TUTORIALS = sorted((ROOT / "docs/tutorials").glob("*.md"))
+
+
+def printed(page: Path) -> str:
+    """What the notebook of a tutorial printed."""
+    found = json.loads(page.with_suffix(".ipynb").read_text(encoding="utf-8"))["cells"]
+    return "".join(line for cell in found for output in cell.get("outputs", ()) for line in output.get("text", ()))
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda path: path.stem)
+def test_notebooks_are_those_of_their_pages_and_were_run(page: Path) -> None:
+    notebook = json.loads(page.with_suffix(".ipynb").read_text(encoding="utf-8"))
+    wanted = script("notebooks").made(page)["cells"]
+    assert [cell["source"] for cell in notebook["cells"]] == [cell["source"] for cell in wanted], (
+        f"run: python scripts/notebooks.py {page.relative_to(ROOT)}"
+    )
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    run = [cell["execution_count"] for cell in code if "tags" not in cell["metadata"]]
+    assert run == list(range(1, len(run) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert not re.search(r"/(tmp|root|home|work)/", printed(page)), "a path of the machine that ran it"
+    assert page.with_suffix(".ipynb").stat().st_size < 300_000
 
 
 def command_line(monkeypatch: pytest.MonkeyPatch, arguments: str) -> None:
@@ -153,7 +204,9 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_readme_snippets_run(outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict = {}
-    run_page("README.md", names, monkeypatch, {"sparsight train": FEW})
+    run_page("README.md", names, monkeypatch)
+    assert names["callback"].settings()["skipper"]["alpha"] == 0.6
+    run_page("docs/start.md", names, monkeypatch, {"sparsight train": FEW})
     assert names["answer"].shape[1] > names["inputs"]["input_ids"].shape[1]
     assert (outside / "my-vlm" / "processor_config.json").is_file()
     assert (outside / "my-vlm-336" / "config.json").is_file() and (outside / "inspect/index.html").is_file()
@@ -218,17 +271,14 @@ def test_the_page_on_analysis_runs(outside: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_tutorial_on_own_data_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With few samples, so that nothing is learnt; its scores are shares all the same."""
     monkeypatch.chdir(tmp_path)
-    page = "tutorials/own-data.md"
-    (make,) = snippets_of(page, "python")
-    names: dict = {}
-    exec(compile(make.replace("range(144)", "range(32)").replace("120", "24"), page, "exec"), names)
-    (recipe,) = snippets_of(page, "yaml")
+    monkeypatch.setenv("SPARSIGHT_CACHE", str(tmp_path / "cache"))
+    (recipe,) = snippets_of("tutorials/own-data.md", "yaml")
     Path("mine.yaml").write_text(recipe, encoding="utf-8")
-    for line in "".join(snippets_of(page, "bash")).splitlines():
-        few = " stages.pretrain.samples=32 stages.finetune.samples=16" if "sparsight train" in line else ""
-        command_line(monkeypatch, line.removeprefix("sparsight ") + few)
+    few = {"sparsight train": "stages.pretrain.samples=32 stages.finetune.samples=16"}
+    smaller = {"range(144)": "range(32)", "120": "24", "images/130.png": "images/30.png"}
+    run_page("docs/tutorials/own-data.md", {}, monkeypatch, few, smaller)
     assert Path("preview.png").is_file() and json.loads(Path("check/check.json").read_text())["bad"] == []
-    assert Path("comparison/report.html").is_file()
+    assert Path("comparison/report.html").is_file() and Path("losses.png").is_file()
     run_page("docs/compare.md", {}, monkeypatch)
     for name in ("standard", "mine"):
         assert len(read_run(Path("runs") / name).points["things"].scores) == 8
@@ -248,7 +298,10 @@ def test_the_tutorial_on_trl_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_tutorial_on_layouts_runs(
     outside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "110")
     run_page("docs/tutorials/choosing-a-layout.md", {}, monkeypatch)
+    out = capsys.readouterr().out
+    assert out.split() == printed(ROOT / "docs/tutorials/choosing-a-layout.md").split(), "its notebook is to be run"
     text = (ROOT / "docs/tutorials/choosing-a-layout.md").read_text(encoding="utf-8")
     starts = re.findall(r"^\| `(cos-\d+)` .*?\| \d+ and \d+ \| (.*) \|$", text, re.MULTILINE)
     assert len(starts) == 3
@@ -256,7 +309,7 @@ def test_the_tutorial_on_layouts_runs(
         for target, tokens in re.findall(r"`([^`]+)`(?: \((\d+)\))?", targets):
             assert Layout.parse(start).source_scales(Layout.parse(target))
             assert not tokens or Layout.parse(target).tokens == int(tokens)
-    assert "cos-336" in capsys.readouterr().out
+    assert "cos-336" in out
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -312,24 +365,25 @@ def test_F28_the_readme_says_only_what_is_so() -> None:
     sys.path.insert(0, str(ROOT / "scripts"))
     import results
 
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    prose = readme.split(results.END)[1].split("## More")[0]
+    page = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", *FROM_README)}
+    prose = page["docs/measured.md"].split(results.END)[1]
     figures = re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", prose)
-    tables = results.render("README.md")
+    tables = results.render("docs/measured.md")
     assert len(figures) >= 3 and not [figure for figure in figures if not re.search(rf"(?<!\d){figure}(?!\d)", tables)]
     presets = yaml.safe_load((ROOT / "recipes/presets.yaml").read_text(encoding="utf-8"))
-    assert all(f"`{name}`" in readme for name in presets)
+    assert all(f"`{name}`" in page["docs/start.md"] for name in presets)
     for broad in ("always run beside", "ordinary", "like any other"):
-        assert broad not in readme
+        assert not [name for name, text in page.items() if broad in text]
     card = (ROOT / "src/sparsight/reporting/card.md.j2").read_text(encoding="utf-8")
     assert "ordinary" not in card and "import sparsight" in card
-    limits = readme.split("## Limits")[1].split("## More")[0]
-    assert all(word in limits for word in ("GPU", "seed", "DeepSpeed", "FSDP version 1", "LLaVA's MLP"))
+    assert all(word in page["docs/limits.md"] for word in ("GPU", "seed", "DeepSpeed", "FSDP version 1", "LLaVA's MLP"))
+    short = page["README.md"].split("**Limits.**")[1].split("## ")[0]
+    assert all(word in short for word in ("GPU", "seed", "docs/limits.md"))
+    rows = [line for line in results.render("README.md").splitlines() if line.startswith("| ")][1:]
+    assert all(re.search(r"\| \d\.\d\d \|.* to .*\| \d \|$", row) for row in rows) and len(page["README.md"]) < 7000
 
 
 def test_the_page_of_public_names_is_what_the_script_makes() -> None:
-    spec = importlib.util.spec_from_file_location("api_page", ROOT / "scripts/api_page.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("api_page")
     assert (ROOT / "docs/api.md").read_text(encoding="utf-8") == module.page(), "run scripts/api_page.py"
     assert all(f"### `{name}`" in module.page() for name in sparsight.__all__ if name != "__version__")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("memory")
 ALL = {"bridge": 1e-3, "language": 1e-3}
 CASES = {
     "full, bf16": ({"bridge": {"kind": "mlp"}, "learning_rate": ALL}, "bf16"),

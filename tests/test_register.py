@@ -1,8 +1,5 @@
 """`import sparsight` is enough for transformers' Auto classes, in whatever order the two are imported."""
 
-import subprocess
-import sys
-
 import pytest
 
 from tiny import make_vlm
@@ -33,7 +30,7 @@ CHECKS = {
         "import sparsight.modeling.encoders",
     ],
 )
-def test_auto_classes_know_our_model(saved, start):
+def test_auto_classes_know_our_model(fresh, saved, start):
     """The first Auto class of CHECKS that is used here loads by itself, and all others after it."""
     first = start.rsplit(" ", 1)[-1]
     names = sorted(CHECKS, key=lambda name: name != first)
@@ -47,11 +44,11 @@ assert callable(sparsight.build)
 for name in sparsight.modeling.__all__:
     assert getattr(sparsight.modeling, name).__name__ == name
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = fresh.run(code)
     assert result.returncode == 0, result.stderr[-2000:]
 
 
-def test_F11_a_transformers_too_old_for_composed_models_works_as_without_us(saved):
+def test_F11_a_transformers_too_old_for_composed_models_works_as_without_us(fresh, saved):
     """Its Auto classes import and load, attach imports, and who asks for a composed model is told what to install."""
     code = f"""
 import pytest, transformers
@@ -69,12 +66,12 @@ for ask in asked:
     with pytest.raises(ImportError, match='5.9.0 is installed, but .* need .*>=5.10,<6.*pip install'):
         ask()
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = fresh.run(code)
     assert result.returncode == 0, result.stderr[-2000:]
 
 
 @pytest.mark.parametrize("found", ["4.40.2", "6.0.0"])
-def test_a_transformers_that_attach_cannot_take_is_told_in_one_sentence(found):
+def test_a_transformers_that_attach_cannot_take_is_told_in_one_sentence(fresh, found):
     """transformers itself works as without us."""
     code = f"""
 import pytest, transformers
@@ -85,14 +82,14 @@ for name in ("attach", "find_parts", "SparsightCallback", "build"):
     with pytest.raises(ImportError, match='^transformers {found} is installed, but .* need.*,<6: pip install "[^"]*"$'):
         getattr(sparsight, name)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = fresh.run(code)
     assert result.returncode == 0, result.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
     "broken, autos", [("encoders", "AutoModel, AutoModelForImageTextToText"), ("processing", "AutoProcessor,")]
 )
-def test_F11_what_fails_in_our_modules_is_told_to_who_asks_for_a_composed_model(saved, broken, autos):
+def test_F11_what_fails_in_our_modules_is_told_to_who_asks_for_a_composed_model(fresh, saved, broken, autos):
     """It was swallowed: "Unrecognized configuration class", or another processor without a word."""
     code = f"""
 import sys, pytest
@@ -104,5 +101,5 @@ for auto in ({autos}):
     with pytest.raises(ImportError, match="import of sparsight.modeling.{broken} halted"):
         auto.from_pretrained({str(saved)!r})
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = fresh.run(code)
     assert result.returncode == 0, result.stderr[-2000:]

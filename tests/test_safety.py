@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
-from forked import forked
+from ranks_here import forked
 from small_runs import quiet, recipe_values, save_encoder, stage_values
 from sparsight.doctor import examine
 from sparsight.errors import UserError

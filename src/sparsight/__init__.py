@@ -35,9 +35,9 @@ _PUBLIC = {
     "SkipperConfig": "sparsight.settings.methods",
     "SparseHandle": "sparsight.sparse.attach",
     "SparsightCallback": "sparsight.sparse.callback",
-    "SparsightConfig": "sparsight.modeling",
-    "SparsightForConditionalGeneration": "sparsight.modeling",
-    "SparsightProcessor": "sparsight.modeling",
+    "SparsightConfig": "sparsight.modeling.configuration",
+    "SparsightForConditionalGeneration": "sparsight.modeling.vlm",
+    "SparsightProcessor": "sparsight.modeling.processing",
 }
 __all__ = ["__version__", *_PUBLIC]
 _RENAMED = {  # until the next release

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 
 import pytest
 
@@ -42,7 +40,6 @@ def test_the_second_trainer_is_refused(monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llamafactory") is not None, reason="LLaMA-Factory is installed")
-def test_without_the_trainer_the_command_says_what_to_install():
-    run = [sys.executable, "-m", "sparsight.integrations.llamafactory", "x.yaml"]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+def test_without_the_trainer_the_command_says_what_to_install(fresh):
+    done = fresh.run("import forked; forked.module()", "sparsight.integrations.llamafactory", "x.yaml")
     assert done.returncode == 1 and "pip install llamafactory" in done.stderr.splitlines()[-1]

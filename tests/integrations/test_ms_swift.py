@@ -1,8 +1,6 @@
 """ms-swift's plugin: settings, refusals, and batches whose images a hook of the trainer has embedded."""
 
 import importlib.util
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -39,8 +37,8 @@ def test_sequences_cut_over_ranks_are_refused(monkeypatch):
         ms_swift.make_callback(None, trainer)
 
 
-def test_the_module_prints_its_file():
-    done = subprocess.run([sys.executable, "-m", ms_swift.__name__], capture_output=True, text=True, check=True)
+def test_the_module_prints_its_file(fresh):
+    done = fresh.run("import forked; forked.module()", ms_swift.__name__, check=True)
     assert done.stdout.strip() == ms_swift.__file__
 
 

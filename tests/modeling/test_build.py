@@ -1,7 +1,5 @@
 import copy
 import logging
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -367,7 +365,7 @@ def test_parts_that_cannot_be_composed():
 # --- saving and loading ---
 
 
-def test_round_trip_in_a_new_process(tmp_path):
+def test_round_trip_in_a_new_process(fresh, tmp_path):
     """An ordinary checkpoint of transformers: `import sparsight` is all that loading needs. Bit-equal."""
     wanted = {}
     for name, (settings, _) in BRIDGES.items():
@@ -399,9 +397,7 @@ for name, (batch, logits) in torch.load(root / "wanted.pt").items():
         found = model(**again).logits
         assert torch.equal(found, logits), (name, (found - logits).abs().max())
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
-    )
+    result = fresh.run(code, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert not list(tmp_path.glob("*/*.bin"))  # safetensors alone
 

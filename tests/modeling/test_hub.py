@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -39,17 +37,15 @@ sys.meta_path.insert(0, Absent())
 """
 
 
-def run_fresh(code, cwd, tmp_path, absent=False):
+def run_fresh(fresh, code, cwd, tmp_path, absent=False):
     """Run ``code`` in a process of its own, as it is run where Sparsight is installed, or (``absent``) is not."""
     code = (ABSENT if absent else "") + code
     environment = os.environ | {"PYTHONPATH": SOURCE, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, cwd=cwd, env=environment
-    )
+    return fresh.run(code, cwd=cwd, env=environment)
 
 
-def loads(code, cwd, tmp_path):
-    result = run_fresh(code, cwd, tmp_path)
+def loads(fresh, code, cwd, tmp_path):
+    result = run_fresh(fresh, code, cwd, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
@@ -61,8 +57,9 @@ trust = {"trust_remote_code": True}
 """
 
 
-def test_F19_a_saved_folder_loads_without_import(saved, tmp_path):
+def test_F19_a_saved_folder_loads_without_import(fresh, saved, tmp_path):
     loads(
+        fresh,
         LOAD
         + """
 model = AutoModelForImageTextToText.from_pretrained(".", **trust)
@@ -73,7 +70,7 @@ model.save_pretrained("../again")  # what was loaded so is saved so
         saved,
         tmp_path,
     )
-    loads(LOAD + 'AutoModelForImageTextToText.from_pretrained(".", **trust)', saved.parent / "again", tmp_path)
+    loads(fresh, LOAD + 'AutoModelForImageTextToText.from_pretrained(".", **trust)', saved.parent / "again", tmp_path)
     stubs = sorted(path.name for path in (saved.parent / "again").glob("*.py"))
     assert stubs == ["modeling_sparsight.py"]
 
@@ -87,17 +84,19 @@ model.save_pretrained("../again")  # what was loaded so is saved so
         ("AutoTokenizer", "TokenizersBackend"),
     ],
 )
-def test_F19_each_auto_class_loads_first(saved, tmp_path, first, expected):
+def test_F19_each_auto_class_loads_first(fresh, saved, tmp_path, first, expected):
     loads(
+        fresh,
         LOAD + f'found = type({first}.from_pretrained(".", **trust)).__name__\nassert found == "{expected}", found',
         saved,
         tmp_path,
     )
 
 
-def test_F19_a_pipeline_answers(saved, tmp_path):
+def test_F19_a_pipeline_answers(fresh, saved, tmp_path):
     make_image().save(tmp_path / "image.png")
     loads(
+        fresh,
         f"""
 from transformers import pipeline
 ask = pipeline("image-text-to-text", ".", trust_remote_code=True)
@@ -110,9 +109,10 @@ assert found[0]["generated_text"][-1]["role"] == "assistant"
     )
 
 
-def test_F19_trl_takes_the_folder(saved, tmp_path):
+def test_F19_trl_takes_the_folder(fresh, saved, tmp_path):
     pytest.importorskip("trl")
     loads(
+        fresh,
         f"""
 from datasets import Dataset
 from PIL import Image
@@ -135,9 +135,10 @@ trainer.train()
     )
 
 
-def test_F19_where_sparsight_is_absent_the_error_says_what_to_install(saved, tmp_path):
+def test_F19_where_sparsight_is_absent_the_error_says_what_to_install(fresh, saved, tmp_path):
     for name in ("AutoModelForImageTextToText", "AutoProcessor"):
         result = run_fresh(
+            fresh,
             f'from transformers import {name}; {name}.from_pretrained(".", trust_remote_code=True)',
             saved,
             tmp_path,
@@ -147,8 +148,9 @@ def test_F19_where_sparsight_is_absent_the_error_says_what_to_install(saved, tmp
         assert "pip install sparsight" in result.stderr, result.stderr[-2000:]
 
 
-def test_F19_with_sparsight_imported_nobody_is_asked_to_trust(saved, tmp_path):
+def test_F19_with_sparsight_imported_nobody_is_asked_to_trust(fresh, saved, tmp_path):
     loads(
+        fresh,
         """
 import sparsight
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
@@ -163,9 +165,10 @@ pipeline("image-text-to-text", ".")
     )
 
 
-def test_F19_an_encoder_of_ours_loads_alone(tmp_path):
+def test_F19_an_encoder_of_ours_loads_alone(fresh, tmp_path):
     EfficientNetLiteModel(EfficientNetLiteConfig(image_size=64)).save_pretrained(tmp_path / "encoder")
     loads(
+        fresh,
         LOAD + 'assert type(AutoModel.from_pretrained(".", **trust)).__name__ == "EfficientNetLiteModel"',
         tmp_path / "encoder",
         tmp_path,
@@ -185,7 +188,7 @@ def test_F19_each_part_is_saved_with_the_module_that_it_names(tmp_path, which):
     assert {namespace[name.partition(".")[2]] for name in names.values()} <= ours
 
 
-def test_F19_a_scaled_checkpoint_loads_without_import(saved, tmp_path):
+def test_F19_a_scaled_checkpoint_loads_without_import(fresh, saved, tmp_path):
     old = tmp_path / "old"  # one that was saved before there were stubs
     old.mkdir()
     for path in saved.iterdir():
@@ -196,11 +199,11 @@ def test_F19_a_scaled_checkpoint_loads_without_import(saved, tmp_path):
         elif path.suffix != ".py":
             (old / path.name).write_bytes(path.read_bytes())
     sparsight.scale_checkpoint(old, tmp_path / "new", "1:4,2:4")
-    loads(LOAD + 'AutoModelForImageTextToText.from_pretrained(".", **trust)', tmp_path / "new", tmp_path)
+    loads(fresh, LOAD + 'AutoModelForImageTextToText.from_pretrained(".", **trust)', tmp_path / "new", tmp_path)
 
 
-def test_F19_the_snippet_of_the_card_runs_as_printed(saved, tmp_path):
+def test_F19_the_snippet_of_the_card_runs_as_printed(fresh, saved, tmp_path):
     write_card(saved, load_recipe(builtin_recipe("paper-7b.yaml")), Run("r", {}, [], {}, {}, {}, {}, [], []))
     snippets = re.findall(r"```python\n(.*?)```", (saved / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert len(snippets) == 1
-    loads(snippets[0] + "\nassert model and processor", saved, tmp_path)
+    loads(fresh, snippets[0] + "\nassert model and processor", saved, tmp_path)

@@ -1,11 +1,7 @@
-"""Two ranks on gloo, run by `torchrun` from test_ranks.py: one has audio, the other text alone.
-
-torchrun --nproc-per-node 2 audio_ranks.py FOLDER {ddp,fsdp}
-"""
+"""On two ranks of gloo (all_ranks.py): one has audio, the other text alone."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +23,7 @@ def batches(model: Any, second: int) -> list[dict[str, Any]]:
     return [batch_of(NAME, model, (1, 1)), batch_of(NAME, model, (second, second), seed=1)]
 
 
-def main() -> None:
-    folder, kind = Path(sys.argv[1]), sys.argv[2]
-    dist.init_process_group("gloo")
+def main(folder: Path, kind: str) -> None:
     rank, found = dist.get_rank(), dict[str, Any]()
     for second in (1, 0):
         model = made(NAME)
@@ -46,8 +40,3 @@ def main() -> None:
         except ValueError as error:
             found[str(second)] = str(error)
     torch.save(found, folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,7 @@
-"""Two ranks on gloo, run by `torchrun` from test_r23_bridge.py: each holds a shard of the bridge.
-
-torchrun --nproc-per-node 2 bridge_ranks.py FOLDER
-"""
+"""On two ranks of gloo (all_ranks.py): each holds a shard of the bridge."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -15,11 +11,11 @@ from torch.distributed.fsdp import fully_shard
 import sparsight
 from tiny import make_vlm
 
+LAYOUT = "1:4,2:2"
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    dist.init_process_group("gloo")
-    model = make_vlm("1:4,2:2")[0]
+
+def main(folder: Path, kind: str) -> None:
+    model = make_vlm(LAYOUT)[0]
     bridge = model.model.multi_modal_projector
     whole = sum(tensor.numel() for tensor in bridge.state_dict().values())
     fully_shard(bridge)
@@ -33,8 +29,3 @@ def main() -> None:
     sparsight.load_bridge(model, folder / "bridge.safetensors")
     found = {name: tensor.full_tensor() for name, tensor in bridge.state_dict().items()}
     torch.save(found, folder / f"rank{dist.get_rank()}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

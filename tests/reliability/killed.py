@@ -1,13 +1,9 @@
-"""A run under HF's Trainer or TRL's SFTTrainer that may die of SIGKILL in the middle of a step.
-
-python killed.py {hf,trl} FOLDER STEP
-"""
+"""A run under HF's Trainer or TRL's SFTTrainer that may die of SIGKILL in the middle of a step."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +96,3 @@ def train(kind: str, folder: Path, die_at: int | None = None, resume: bool = Fal
         trainer = SFTTrainer(model, arguments, train_dataset=chats(), processing_class=processor, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume or None)
     return trainer, recorder
-
-
-if __name__ == "__main__":
-    train(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,12 +1,8 @@
-"""Two ranks on gloo, run by `torchrun` from test_ranks.py: one has images, the other text alone.
-
-torchrun --nproc-per-node 2 ranks.py FOLDER {ddp,fsdp}
-"""
+"""On two ranks of gloo (all_ranks.py): one has images, the other text alone."""
 
 from __future__ import annotations
 
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +82,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {n: g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for n, g in found.items()}
 
 
-def main() -> None:
-    folder, kind = Path(sys.argv[1]), sys.argv[2]
-    dist.init_process_group("gloo")
+def main(folder: Path, kind: str) -> None:
     rank = dist.get_rank()
     found: dict[Any, Any] = {}
     for name in NAMES:
@@ -141,8 +135,3 @@ def main() -> None:
         found["long", step] = handle.skipped
     found["weights"] = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in model.state_dict().items()}
     torch.save(found, folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,7 @@
-"""Two ranks under the Trainer's own FSDP2: a run, and the same resumed from its middle. Started by test_ranks.py.
-
-torchrun --nproc-per-node 2 sharded.py FOLDER
-"""
+"""On two ranks (all_ranks.py) under the Trainer's own FSDP2: a run, and the same resumed from its middle."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +50,9 @@ def pretend() -> None:
     PartialState.__init__ = init  # type: ignore[method-assign]
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def main(folder: Path, kind: str) -> None:
     pretend()
     whole = trained(folder / "run")
     resumed = trained(folder / "run", folder / "run" / "checkpoint-2")
     itself = trained(folder / "itself", itself=True)
     torch.save([whole, resumed, itself], folder / f"rank{torch.distributed.get_rank()}.pt")
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

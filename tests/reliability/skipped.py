@@ -1,11 +1,7 @@
-"""Two ranks on gloo, run by `torchrun` from test_ranks.py: what AdamW does to a layer that is skipped.
-
-torchrun --nproc-per-node 2 skipped.py FOLDER {ddp,fsdp}
-"""
+"""On two ranks of gloo (all_ranks.py): what AdamW does to a layer that is skipped."""
 
 from __future__ import annotations
 
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,9 +23,7 @@ def whole(tensor: Any) -> torch.Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
-def main() -> None:
-    folder, kind = Path(sys.argv[1]), sys.argv[2]
-    dist.init_process_group("gloo")
+def main(folder: Path, kind: str) -> None:
     rank = dist.get_rank()
     model = made(NAME)
     handle = attach(model, skipper=SkipperConfig(alpha=0.5, epsilon=0.0))
@@ -55,8 +49,3 @@ def main() -> None:
             handle.step(len(STEPS), 1.0)
         told = [str(warning.message) for warning in caught]
     torch.save({"tensors": found, "told": told}, folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

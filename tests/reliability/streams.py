@@ -1,7 +1,7 @@
 """A run from shards and JSON, mixed and packed, on one rank or two, run by test_r22_streams.py.
 
-streams.py FOLDER OUT STEP|- [resume]: what each rank learns from goes to OUT/learnt-RANK.jsonl, what it decodes to
-OUT/decoded; in the given step (- for none) the process kills itself.
+streams.py FOLDER RUN ...: what each rank learns from goes to FOLDER/RUN/learnt-RANK.jsonl, what it decodes to
+FOLDER/RUN/decoded. In RUN:STEP the process kills itself in that step, and RUN:resume goes on.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def recipe(folder: Path) -> Recipe:
     )
 
 
-def main() -> None:
-    folder, out, last = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    out.mkdir(parents=True, exist_ok=True)
+def main(folder: Path, name: str, how: str) -> None:
+    out = folder / name
+    out.mkdir(exist_ok=True)
     step, load = SparsightTrainer.training_step, sources.load_image
 
     def noted(self: SparsightTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if str(self.state.global_step) == last:
+        if str(self.state.global_step) == how:
             os.kill(os.getpid(), signal.SIGKILL)
         with (out / f"learnt-{RANK}.jsonl").open("a") as file:
             file.write(json.dumps([self.state.global_step, inputs["info"]["ids"]]) + "\n")
@@ -60,8 +60,12 @@ def main() -> None:
         return load(content, name)
 
     SparsightTrainer.training_step, sources.load_image = noted, decoded  # type: ignore[method-assign, assignment]
-    run(recipe(folder), out / "run", quiet(), resume="resume" in sys.argv)
+    try:
+        run(recipe(folder), out / "run", quiet(), resume=how == "resume")
+    finally:
+        SparsightTrainer.training_step, sources.load_image = step, load  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
-    main()
+    for asked in sys.argv[2:]:
+        main(Path(sys.argv[1]), asked.partition(":")[0], asked.partition(":")[2])

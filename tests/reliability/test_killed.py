@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 
 import killed
@@ -12,11 +11,11 @@ import torch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hf", "trl"])
-def test_r21_resumed_after_a_kill_is_the_run_that_was_never_killed(tmp_path, kind):
-    command = [sys.executable, killed.__file__, kind, str(tmp_path / "run"), "5"]
+def test_r21_resumed_after_a_kill_is_the_run_that_was_never_killed(fresh, tmp_path, kind):
+    code = "import sys, pathlib, killed; killed.train(sys.argv[1], pathlib.Path(sys.argv[2]), 5)"
     # As many threads as here: they order the sums.
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
+    done = fresh.run(code, kind, tmp_path / "run", env=env, timeout=240)
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert (tmp_path / "run" / "checkpoint-4").is_dir() and not (tmp_path / "run" / "checkpoint-6").exists()
     resumed, after = killed.train(kind, tmp_path / "run", resume=True)

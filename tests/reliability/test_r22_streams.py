@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import streams
 from test_r19_waiting import captions
 from test_ranks import free_port
 
+from forked import Forks
 from shards import samples, write_tar
 from small_runs import save_encoder
 from sparsight.reporting.runlog import read_run
@@ -24,16 +24,16 @@ from sparsight.reporting.runlog import read_run
 KILLED = 7  # steps of ten; a checkpoint is every second one
 
 
-def launch(ranks: int, *arguments: Any) -> int:
-    command: Sequence[str] = [sys.executable]
-    if ranks > 1:
-        command = [*command, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
+def launch(fresh: Forks, ranks: int, *arguments: Any) -> tuple[int, str]:
+    """Exit code and standard error of streams.py."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, streams.__file__, *map(str, arguments)], capture_output=True, text=True, timeout=240, env=env
-    )
-    assert done.returncode == 0 or arguments[2] != "-", done.stderr[-3000:]
-    return done.returncode
+    if ranks == 1:
+        done = fresh.run("import forked; forked.module()", streams.__name__, *arguments, env=env, timeout=240)
+    else:
+        command = ["torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
+        command = [sys.executable, "-m", *command, streams.__file__, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
+    return done.returncode, done.stderr[-3000:]
 
 
 def learnt(out: Path, rank: int, begin: int = 0) -> list[Any]:
@@ -43,27 +43,27 @@ def learnt(out: Path, rank: int, begin: int = 0) -> list[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_after_a_kill_the_same_samples_follow(tmp_path: Path, ranks: int) -> None:
+def test_after_a_kill_the_same_samples_follow(fresh: Forks, tmp_path: Path, ranks: int) -> None:
     save_encoder(tmp_path / "encoder")
     (tmp_path / "shards").mkdir()
     write_tar(tmp_path / "shards" / "a.tar", samples(0, 9))
     write_tar(tmp_path / "shards" / "b.tar", samples(9, 7))
     captions(tmp_path, 8)
 
-    launch(ranks, tmp_path, tmp_path / "whole", "-")
+    code, said = launch(fresh, ranks, tmp_path, "whole", f"cut:{KILLED}")
+    assert code == (-signal.SIGKILL if ranks == 1 else 1), said
     whole = [learnt(tmp_path / "whole", rank) for rank in range(ranks)]
     ids = [name for stream in whole for _, names in stream for name in names]
     assert len(ids) == 60 and {name.split("/")[0] for name in ids} == {"tars", "rows"}
     assert all(len(names) == 6 // ranks for stream in whole for _, names in stream)
 
-    code = launch(ranks, tmp_path, tmp_path / "cut", KILLED)
-    assert code == (-signal.SIGKILL if ranks == 1 else 1)
     before = {rank: learnt(tmp_path / "cut", rank) for rank in range(ranks)}
     assert all(stream == whole[rank][: len(stream)] for rank, stream in before.items())
     (tmp_path / "cut" / "decoded").unlink()
     for rank in range(ranks):
         (tmp_path / "cut" / f"learnt-{rank}.jsonl").unlink()
-    launch(ranks, tmp_path, tmp_path / "cut", "-", "resume")
+    code, said = launch(fresh, ranks, tmp_path, "cut:resume")
+    assert code == 0, said
     began = KILLED // 2 * 2
     for rank in range(ranks):
         assert learnt(tmp_path / "cut", rank) == learnt(tmp_path / "whole", rank, began)

@@ -1,23 +1,28 @@
-"""R01 to R04, R06 to R08, R24: two ranks, one of them with text alone, compressor and skipper on."""
+"""R01 to R04, R06 to R08, R23, R24: two ranks, one of them with text alone, compressor and skipper on."""
 
 import os
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
+import all_ranks
 import audio_families
 import audio_ranks
+import bridge_ranks
 import pytest
 import ranks
-import sharded
-import skipped
 import torch
 from families import FAMILIES, made
+from safetensors.torch import load_file
 
 from sparsight.schedules import next_sparsity
 from sparsight.settings.methods import CompressorConfig
 from sparsight.sparse.attach import attach
 from sparsight.sparse.blank import blank_features, blank_image
+
+pytestmark = pytest.mark.xdist_group("ranks")  # two processes of pytest would start them twice
 
 
 def free_port():
@@ -26,14 +31,31 @@ def free_port():
         return found.getsockname()[1]
 
 
-def two_ranks(script, folder, *arguments):
-    """What each rank of a script wrote."""
+@dataclass
+class Ranks:
+    kind: str
+    folder: Path
+
+    def found(self, module):
+        """What each rank of a module wrote."""
+        return [torch.load(self.folder / module / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def both(request, tmp_path_factory):
+    """Two ranks under DDP or FSDP, started once; the last module tells accelerate that CPUs are accelerators."""
+    kind, folder = request.param, tmp_path_factory.mktemp("ranks")
+    modules = ["ranks", "audio_ranks", "skipped", *(["bridge_ranks", "sharded"] if kind == "fsdp" else [])]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(free_port()), script, str(folder), *arguments]
+    command += ["--master-port", str(free_port()), all_ranks.__file__, str(folder), kind, *modules]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)  # a hang is a failure
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env)  # a hang is a failure
     assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return Ranks(kind, folder)
+
+
+EITHER = pytest.mark.parametrize("both", ["ddp", "fsdp"], indirect=True, scope="module")
+SHARDED = pytest.mark.parametrize("both", ["fsdp"], indirect=True, scope="module")
 
 
 def check_gradients(found, wanted, where):
@@ -46,9 +68,9 @@ def check_gradients(found, wanted, where):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_r01_gradients_of_two_ranks_are_those_of_one_process(tmp_path, kind):
-    first, second = two_ranks(ranks.__file__, tmp_path, kind)
+@EITHER
+def test_r01_gradients_of_two_ranks_are_those_of_one_process(both):
+    first, second = both.found("ranks")
     drawn = [first["long", step] for step in range(ranks.LONG)]
     assert drawn == [second["long", step] for step in range(ranks.LONG)] and any(any(off) for off in drawn)
     assert all(torch.equal(tensor, second["weights"][name]) for name, tensor in first["weights"].items())
@@ -59,9 +81,9 @@ def test_r01_gradients_of_two_ranks_are_those_of_one_process(tmp_path, kind):
                 handle.step(step, 0.0)
             else:
                 handle.detach()
-            both = ranks.batches(name, model, step)
-            for batch in both:
-                ranks.loss_of(model, batch, ranks.labels_in(both), 1).backward()
+            batches = ranks.batches(name, model, step)
+            for batch in batches:
+                ranks.loss_of(model, batch, ranks.labels_in(batches), 1).backward()
             handle.clear_gradients()
             wanted = ranks.gradients(model)
             for recompute in (False, True):
@@ -85,9 +107,9 @@ def test_r01_gradients_of_two_ranks_are_those_of_one_process(tmp_path, kind):
         assert found["sparsity"] == next_sparsity(0.5, found["gap"]["gap"], 1.0)
     for name in ranks.VIDEOS:
         model, handle = ranks.prepared(name, False)
-        both = ranks.with_video(name, model)
-        for batch in both:
-            ranks.loss_of(model, batch, ranks.labels_in(both), 1).backward()
+        batches = ranks.with_video(name, model)
+        for batch in batches:
+            ranks.loss_of(model, batch, ranks.labels_in(batches), 1).backward()
         handle.clear_gradients()
         wanted = ranks.gradients(model)
         for found in (first, second):
@@ -97,42 +119,51 @@ def test_r01_gradients_of_two_ranks_are_those_of_one_process(tmp_path, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_rank_without_audio(tmp_path, kind):
+@EITHER
+def test_a_rank_without_audio(both):
     """Under DDP as one process; where the encoder's shards have to be gathered by all ranks, all are told why not."""
-    both = two_ranks(audio_ranks.__file__, tmp_path, kind)
     for second in (1, 0):
         model = audio_families.made(audio_ranks.NAME)
         attach(model, CompressorConfig(keep=0.5))
         batches = audio_ranks.batches(model, second)
         for batch in batches:
             ranks.loss_of(model, batch, ranks.labels_in(batches), 1).backward()
-        for found in both:
-            if kind == "fsdp" and not second:
+        for found in both.found("audio_ranks"):
+            if both.kind == "fsdp" and not second:
                 assert "some ranks' batches have audio, others none" in found["0"]
             else:
                 check_gradients(found[str(second)], ranks.gradients(model), second)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_F07_on_two_ranks_a_skipped_layer_is_not_updated(tmp_path, kind):
+@EITHER
+def test_F07_on_two_ranks_a_skipped_layer_is_not_updated(both):
     """Weights, moments and step count of AdamW with weight decay, bit by bit; what others give are zeros."""
-    both = two_ranks(skipped.__file__, tmp_path, kind)
-    for found in both:
+    for found in both.found("skipped"):
         before, after, later = found["tensors"].values()
         assert len(before) == 4 * 9 and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         assert not any(torch.equal(a, b) for a, b in zip(after, later, strict=True))
-        if kind == "ddp":
+        if both.kind == "ddp":
             assert len(found["told"]) == 1 and "call handle.clear_gradients() before each step" in found["told"][0]
-    first, second = (found["tensors"]["2"] for found in both)
+    first, second = (found["tensors"]["2"] for found in both.found("skipped"))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.slow
-def test_r24_resumed_in_shards_is_the_run_that_was_never_interrupted(tmp_path):
-    for whole, resumed, itself in two_ranks(sharded.__file__, tmp_path):
-        assert (tmp_path / "run" / "checkpoint-2" / "model.safetensors").is_file()  # that has the other names
+@SHARDED
+def test_r23_a_sharded_bridge_is_whole_in_its_file(both, tiny_vlm):
+    whole = tiny_vlm(bridge_ranks.LAYOUT)[0].model.multi_modal_projector.state_dict()  # the one that the ranks made
+    for found in (load_file(both.folder / "bridge_ranks" / "bridge.safetensors"), *both.found("bridge_ranks")):
+        assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+@pytest.mark.slow
+@SHARDED
+def test_r24_resumed_in_shards_is_the_run_that_was_never_interrupted(both):
+    for whole, resumed, itself in both.found("sharded"):
+        assert (
+            both.folder / "sharded" / "run" / "checkpoint-2" / "model.safetensors"
+        ).is_file()  # that has the other names
         assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
         assert all(torch.equal(tensor, itself[name]) for name, tensor in whole.items())
 

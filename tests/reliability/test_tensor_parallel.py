@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sharded import pretend
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
-from forked import forked
+from ranks_here import forked
 from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.attach import attach
 from sparsight.sparse.callback import SparsightCallback

@@ -15,7 +15,7 @@ from test_checkpoints import At, Rows, make
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
-from forked import forked
+from ranks_here import forked
 from sparsight.training.checkpoints import explained
 from sparsight.training.stalls import Watchdog
 
