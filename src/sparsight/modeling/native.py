@@ -48,7 +48,9 @@ def patchwise_parts(model: Any, form: str) -> tuple[Any, list[int], int]:
     else:
         tower = _at_size(tower, side, form)
         with torch.no_grad():
-            _, output, levels = encode(tower, next(tower.parameters()).new_zeros(1, 3, side, side), config.vision_levels)
+            _, output, levels = encode(
+                tower, next(tower.parameters()).new_zeros(1, 3, side, side), config.vision_levels
+            )
         return tower, levels, output.hidden_states[levels[0]].shape[1] - rows * columns
     raise UserError(f"--to {form} has no place for {lack}. --to remote-code takes any bridge")
 

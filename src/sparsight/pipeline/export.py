@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from rich.console import Console
 
 from sparsight.errors import UserError
 from sparsight.modeling.configuration import MODULE
+from sparsight.modeling.folders import read_json
+from sparsight.modeling.llamacpp import write_gguf
 from sparsight.modeling.native import to_native
 from sparsight.modeling.quantised import check_installed, save_model, without_adapters
 from sparsight.modeling.standalone import standalone_source
@@ -56,6 +59,11 @@ def export_model(folder: str | Path, out: str | Path, form: str, console: Consol
 def _native(model: Any, processor: Any, out: Path, _: str) -> str:
     for part in to_native(model, processor):
         part.save_pretrained(out)
+    file = out / "config.json"
+    values = read_json(file)
+    if values["model_type"] == "vipllava":  # so was it called before
+        values["vision_feature_layers"] = values["vision_feature_layer"]
+        file.write_text(json.dumps(values, indent=2), encoding="utf-8")
     return "a model of `transformers`' own class, which needs no other code.\n\n" + _LOADS.format(trust="")
 
 
@@ -66,6 +74,15 @@ def _remote_code(model: Any, processor: Any, out: Path, _: str) -> str:
     needs = re.search(r"it needs (.*?), and no Sparsight", source.replace("\n", " "))
     assert needs
     return f"with its code in `{MODULE}.py`, which needs {needs[1]}.\n\n" + _LOADS.format(trust=_TRUST)
+
+
+def _gguf(model: Any, processor: Any, out: Path, folder: str) -> str:
+    check_installed("gguf", "gguf", f"--to gguf: {folder}")
+    write_gguf(model, processor, out)
+    return (
+        "for llama.cpp: `llama-mtmd-cli -m language.gguf --mmproj mmproj.gguf --image IMAGE -p QUESTION`. Give it images "
+        f"of {model.config.image_size} x {model.config.image_size} pixels: it resizes others in its own way."
+    )
 
 
 def _lora(model: Any, _: Any, out: Path, base: str) -> str:
@@ -95,6 +112,7 @@ def _merged(model: Any, processor: Any, out: Path, folder: str) -> str:
 FORMS: dict[str, Callable[[Any, Any, Path, str], str]] = {
     "transformers": _native,
     "remote-code": _remote_code,
+    "gguf": _gguf,
     "lora": _lora,
     "merged": _merged,
 }
