@@ -1,7 +1,7 @@
 """Composed models for llama.cpp: the language model as GGUF, encoder and bridge as its ``mmproj``.
 
-Its LLaVA graph has no norm before the projector, but a post-norm behind the encoder's last layer: with one feature level
-as the last layer, ours goes there. Its GELU is the approximation by tanh, and its norms have the encoder's epsilon.
+Its LLaVA graph has no norm before the projector, but one behind the encoder's last layer: with one feature level as the
+last layer, ours goes there. Its GELU is the approximation by tanh, and its norms have the encoder's epsilon.
 """
 
 from __future__ import annotations

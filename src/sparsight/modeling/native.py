@@ -1,7 +1,7 @@
 """Composed models as models of transformers' own classes: the same modules under other names, so the same logits.
 
-Our patchwise bridges begin with a LayerNorm, which LLaVA's and Idefics3's projectors lack. Two classes have it: ViP-LLaVA
-(any encoder with one token before its patches, several feature levels) and InternVL (its own encoder, one level).
+Our patchwise bridges begin with a LayerNorm, which LLaVA's and Idefics3's projectors lack. Two classes have it:
+ViP-LLaVA (any encoder with one token before its patches, several levels) and InternVL (its own encoder, one level).
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def standalone_source(config: SparsightConfig) -> str:
     roots = list(SparsightConfig._auto_map.values())
     if encoder := config.vision_config.model_type == EfficientNetLiteConfig.model_type:
         roots += EfficientNetLiteConfig._auto_map.values()
-    for name in dict.fromkeys(roots + ["SparsightProcessor"]):
+    for name in dict.fromkeys([*roots, "SparsightProcessor"]):
         keep(f"sparsight.modeling.{_MODULES[name]}", name)
     texts = {id(s): _INSTEAD.get(name) or _segment(module, s) for name, (module, s) in kept.items()}
     # Auto classes find this encoder as a part of the model; the model itself they find by its folder.

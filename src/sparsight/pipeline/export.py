@@ -80,8 +80,8 @@ def _gguf(model: Any, processor: Any, out: Path, folder: str) -> str:
     check_installed("gguf", "gguf", f"--to gguf: {folder}")
     write_gguf(model, processor, out)
     return (
-        "for llama.cpp: `llama-mtmd-cli -m language.gguf --mmproj mmproj.gguf --image IMAGE -p QUESTION`. Give it images "
-        f"of {model.config.image_size} x {model.config.image_size} pixels: it resizes others in its own way."
+        "for llama.cpp: `llama-mtmd-cli -m language.gguf --mmproj mmproj.gguf --image IMAGE -p QUESTION`. Give it "
+        f"images of {model.config.image_size} x {model.config.image_size} pixels: it resizes others in its own way."
     )
 
 
@@ -103,6 +103,7 @@ def _merged(model: Any, processor: Any, out: Path, folder: str) -> str:
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.merge(safe_merge=True)
+    vars(model).pop("_weight_conversions", None)  # as in `save_model`: names would be those below adapters
     with without_adapters(model):
         model.save_pretrained(out)
     processor.save_pretrained(out)
