@@ -185,7 +185,7 @@ def gguf_model(root, **options):
 
 
 def test_gguf_holds_the_weights(tmp_path):
-    """As llama.cpp's graph multiplies them; `benchmarks/gguf.py` asks llama.cpp itself."""
+    """As llama.cpp's graph multiplies them; `benchmarks/llamacpp.py` asks llama.cpp itself."""
     gguf = pytest.importorskip("gguf")
     folder, out = gguf_model(tmp_path, bridge="linear", llama=True)
     from sparsight.pipeline import load
