@@ -22,7 +22,6 @@ from transformers import (
 
 from sparsight.errors import UserError
 from sparsight.modeling.encoders import encode, takes_grids
-from sparsight.modeling.processing import resize_mode
 
 
 def patchwise_parts(model: Any, form: str) -> tuple[Any, list[int], int]:
@@ -123,18 +122,10 @@ def to_native(model: Any, processor: Any) -> tuple[Any, LlavaProcessor]:
     native.model.vision_tower, native.model.language_model = tower, model.model.language_model
     native.lm_head = model.lm_head if tied or not config.tie_word_embeddings else deepcopy(model.lm_head)
     native.generation_config = model.generation_config
-    patch = tower.config.patch_size
-    return native.eval(), _processor(processor, (patch if isinstance(patch, int) else patch[0]) * factor)
-
-
-def _processor(processor: Any, patch: int) -> LlavaProcessor:
-    """LLaVA's, which counts patches: ``patch`` is the side in pixels of what becomes a token."""
-    assert resize_mode(processor.image_processor) != "keep"
-    return LlavaProcessor(
-        processor.image_processor,
-        processor.tokenizer,
-        patch_size=patch,
-        vision_feature_select_strategy="full",
-        chat_template=processor.chat_template,
-        image_token=processor.image_token,
+    patch, own = tower.config.patch_size, processor
+    side = (patch if isinstance(patch, int) else patch[0]) * factor  # of what becomes a token: LLaVA's counts those
+    options = {"chat_template": own.chat_template, "image_token": own.image_token, "patch_size": side}
+    native_processor = LlavaProcessor(
+        own.image_processor, own.tokenizer, vision_feature_select_strategy="full", **options
     )
+    return native.eval(), native_processor

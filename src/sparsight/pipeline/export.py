@@ -50,6 +50,11 @@ def export_model(folder: str | Path, out: str | Path, form: str, console: Consol
             found = "adapters beside its weights" if adapted else "no adapters"
             todo = "merge them first, by --to merged" if adapted else "give a model that was trained with lora.keep"
             raise UserError(f"--to {form}: {folder} has {found}; {todo}")
+        if getattr(model, "is_quantized", False) and form not in ("remote-code", "lora"):
+            raise UserError(
+                f"--to {form}: {folder} has packed weights, and this form is for full precision (adapters merged into "
+                "them would be rounded away in part). --to remote-code takes them as they are, --to lora adapters alone"
+            )
         used = FORMS[form](model.eval(), processor, partial, str(folder))
         _write_card(Path(folder), partial, used)
     console.print(f"wrote [bold]{out}[/]")
@@ -92,14 +97,9 @@ def _lora(model: Any, _: Any, out: Path, base: str) -> str:
     return f"adapters alone, for peft: `PeftModel.from_pretrained(model, folder)`, where `model` is that of `{base}`."
 
 
-def _merged(model: Any, processor: Any, out: Path, folder: str) -> str:
+def _merged(model: Any, processor: Any, out: Path, _: str) -> str:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if getattr(model, "is_quantized", False):
-        raise UserError(
-            f"--to merged: {folder} has packed weights, and adapters merged into them would be rounded away in part. "
-            "Load it in full precision, or serve it with its adapters, by --to remote-code"
-        )
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.merge(safe_merge=True)
