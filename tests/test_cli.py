@@ -45,6 +45,7 @@ SURFACE = {
         *["checkpoint", "--items", "--split", "--data", "--images", "--metric", "--choices"],
         *["--layouts", "--keep", "--method", "--out"],
     ],
+    "export": ["model", "--to", "--out"],
     "scale": ["checkpoint", "--out", "--layout", "--image-size", "--levels", "--source"],
     "inspect": ["checkpoint", "--image", "--out"],
     "analyze": ["model", "--data", "--images", "--samples", "--out"],

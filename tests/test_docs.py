@@ -24,7 +24,7 @@ from sparsight.reporting import read_run
 from sparsight.settings.load import load_comparison, load_recipe
 from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.settings.recipe import Recipe
-from tiny import ask, make_image
+from tiny import ask, make_image, make_vlm
 
 ROOT = Path(__file__).parents[1]
 RECIPES = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if path.name != "presets.yaml"]
@@ -154,6 +154,14 @@ def command_line(monkeypatch: pytest.MonkeyPatch, arguments: str) -> None:
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 0
+
+
+def test_the_page_on_export_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for part in make_vlm("mlp"):
+        part.save_pretrained("runs/mine/finetune/model")
+    run_page("docs/export.md", {}, monkeypatch)
+    assert (tmp_path / "exported/native/README.md").is_file() and (tmp_path / "exported/remote/README.md").is_file()
 
 
 def test_schema_is_current() -> None:

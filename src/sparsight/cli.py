@@ -272,6 +272,19 @@ def scale(
     )
 
 
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="folder of a model, such as runs/NAME/finetune/model")],
+    to: Annotated[str, typer.Option("--to", help="transformers, remote-code, gguf, lora or merged")],
+    out: Annotated[Path, typer.Option(help="folder to write; must not exist")],
+) -> None:
+    """Write a model in a form that runs without Sparsight: a class of transformers, its code beside it, or llama.cpp's
+    files; or its adapters alone, or merged."""
+    from sparsight.pipeline.export import export_model
+
+    export_model(model, out, to, _console())
+
+
 def _integers(text: str, separator: str, option: str, count: int | None = None) -> list[int]:
     parts = text.split(separator)
     if not all(part.strip().lstrip("-").isdigit() for part in parts) or count not in (None, len(parts)):

@@ -113,6 +113,26 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into: it gets a manifest and the name ``out`` once all is there, and else nothing is left.
+
+    Raises:
+        FileExistsError: ``out`` exists.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists already; choose another folder")
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)  # an error if it is there: then it is somebody's
+    try:
+        yield partial
+        write_manifest(partial)
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
 def naming_space(folder: Path, needed: Callable[[], int], kept: str) -> Iterator[None]:
     """Around what writes ``folder``: a full disk is a UserError that says how many bytes are needed, and what is left
     of the run (``kept``)."""

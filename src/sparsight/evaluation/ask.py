@@ -129,8 +129,8 @@ def visual_tokens(
     parts = []
     for start in range(0, len(numbers), batch_size):
         pixels = processor.pixels([image(number) for number in numbers[start : start + batch_size]]).to(model.device)
-        parts.append(model.get_image_features(**pixels, return_dict=True).pooler_output)
-    return torch.cat(parts)
+        parts += model.get_image_features(**pixels, return_dict=True).pooler_output
+    return torch.stack(parts)
 
 
 @lru_cache(4096)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from sparsight.modeling.encoders import probe
 from sparsight.modeling.folders import check_files, loading, model_type, read_json
 from sparsight.modeling.processing import SparsightProcessor, resize_mode
 from sparsight.modeling.vlm import SparsightForConditionalGeneration
-from sparsight.safety import write_manifest
+from sparsight.safety import whole_folder
 from sparsight.settings.bridges import ChainOfSightConfig, bridge_settings, check_scaling
 
 BRIDGE, INDEX = "model.multi_modal_projector.", "model.safetensors.index.json"
@@ -175,35 +174,27 @@ def scale_checkpoint(
         UserError: as `scale_tokens`; or ``folder`` holds no model of ours, or one that is cut short.
         FileExistsError: ``out`` exists.
     """
-    folder, out = Path(folder), Path(out)
-    if out.exists():
-        raise FileExistsError(f"{out} exists already; choose another folder")
-    where = _tensor_files(folder)
-    with loading("model", str(folder)):
-        config = SparsightConfig.from_pretrained(folder)
-        processor = SparsightProcessor.from_pretrained(folder, trust_remote_code=False)
-    bridge = build_bridge(config.bridge, config.level_widths, config.text_config.hidden_size)
-    old = _read(folder, where, [name for name in where if name.startswith(BRIDGE)])
-    bridge.load_state_dict({name.removeprefix(BRIDGE): tensor for name, tensor in old.items()}, assign=True)
-    with torch.device("meta"):
-        model = SparsightForConditionalGeneration(config)
-    model.model.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)  # for its shapes
-    model.model.multi_modal_projector = bridge
-    report = scale_tokens(model, processor, layout, image_size, sources, vision_levels)
-    new = {BRIDGE + name: tensor for name, tensor in model.model.multi_modal_projector.state_dict().items()}
-    if model.model.multi_modal_projector is bridge:
-        old = new = {}
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)  # an error if it is there: then it is somebody's
-    try:
+    folder = Path(folder)
+    with whole_folder(Path(out)) as partial:
+        where = _tensor_files(folder)
+        with loading("model", str(folder)):
+            config = SparsightConfig.from_pretrained(folder)
+            processor = SparsightProcessor.from_pretrained(folder, trust_remote_code=False)
+        bridge = build_bridge(config.bridge, config.level_widths, config.text_config.hidden_size)
+        old = _read(folder, where, [name for name in where if name.startswith(BRIDGE)])
+        bridge.load_state_dict({name.removeprefix(BRIDGE): tensor for name, tensor in old.items()}, assign=True)
+        with torch.device("meta"):
+            model = SparsightForConditionalGeneration(config)
+        # For its shapes.
+        model.model.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
+        model.model.multi_modal_projector = bridge
+        report = scale_tokens(model, processor, layout, image_size, sources, vision_levels)
+        new = {BRIDGE + name: tensor for name, tensor in model.model.multi_modal_projector.state_dict().items()}
+        if model.model.multi_modal_projector is bridge:
+            old = new = {}
         _write_files(folder, partial, where, old, new)
         config.save_pretrained(partial)
         processor.save_pretrained(partial)
-        write_manifest(partial)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return report
 
 

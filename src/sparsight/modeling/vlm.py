@@ -135,18 +135,20 @@ class SparsightModel(SparsightPreTrainedModel):
     def get_image_features(
         self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Visual tokens (I, N, E) in ``pooler_output``. The rest is the encoder's own: ``last_hidden_state``, and all
-        ``hidden_states`` and ``attentions`` where they are asked for (``output_hidden_states``, ``output_attentions``),
-        here or in its configuration."""
+        """Visual tokens (I, N, E) in ``pooler_output``; with grids a list of I tensors (N, E), by which engines tell
+        images of several sizes apart. The rest is the encoder's own: ``last_hidden_state``, and all ``hidden_states``
+        and ``attentions`` where they are asked for (``output_hidden_states``, ``output_attentions``), here or in its
+        configuration."""
         # No arguments of their own: `generate` hands those to this method alone, and the language model lacks them.
         every = kwargs.get("output_hidden_states") or self.config.vision_config.output_hidden_states
         asked = {"output_attentions": True} if kwargs.get("output_attentions") else {}
         levels_IHWC, output = self._encode(pixel_values, image_grid_thw, **asked)
         states = getattr(output, "hidden_states", None) or output.feature_maps
         last = getattr(output, "last_hidden_state", None)
+        visual_INE = self.bridge_features(levels_IHWC, image_grid_thw)
         return BaseModelOutputWithPooling(
             last_hidden_state=states[-1] if last is None else last,
-            pooler_output=self.bridge_features(levels_IHWC, image_grid_thw),
+            pooler_output=visual_INE if image_grid_thw is None else list(visual_INE),
             # Kept only on request: a frozen encoder's would stay in memory until the backward pass.
             hidden_states=tuple(states) if every else None,
             attentions=getattr(output, "attentions", None),
@@ -218,6 +220,8 @@ class SparsightModel(SparsightPreTrainedModel):
                 # As an encoder gives them: without autocast, weights in fp32 take no bf16.
                 levels = tuple(level.float() for level in encoded.hidden_states)
                 visual_INE = self.bridge_features(levels, image_grid_thw)
+            elif not isinstance(visual_INE, Tensor):
+                visual_INE = torch.stack(tuple(visual_INE))
             mask_BT1 = self.get_placeholder_mask(input_ids, inputs_embeds, visual_INE)
             inputs_embeds = inputs_embeds.masked_scatter(mask_BT1, visual_INE.to(inputs_embeds.dtype))
         elif self.training:  # in eval mode placeholders without images are words, as in other families
