@@ -72,10 +72,11 @@ def executed(notebook: dict[str, Any]) -> dict[str, Any]:
 
 
 def tidied(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was printed, whole and without colours, and of each picture the PNG alone; no warnings of libraries."""
+    """What was printed, whole, without colours, and of each picture the PNG alone; no warnings of libraries."""
     found: list[dict[str, Any]] = []
     printed = "".join(text for each in outputs if each.get("name") == "stdout" for text in each["text"])
-    if printed := re.sub(r"\x1b\[[\d;]*m", "", printed).rstrip():
+    printed = re.sub(r".*(\x1b\[2K|\r(?!\n))", "", printed)  # of progress bars the last state
+    if printed := re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", printed).rstrip():
         found = [{"name": "stdout", "output_type": "stream", "text": printed.splitlines(keepends=True)}]
     for each in outputs:
         if image := each.get("data", {}).get("image/png"):
