@@ -128,7 +128,7 @@ TUTORIALS = sorted((ROOT / "docs/tutorials").glob("*.md"))
 def printed(page: Path) -> str:
     """What the notebook of a tutorial printed."""
     found = json.loads(page.with_suffix(".ipynb").read_text(encoding="utf-8"))["cells"]
-    return "".join(line for cell in found for output in cell.get("outputs", ()) for line in output.get("text", ()))
+    return "\n".join("".join(output.get("text", ())) for cell in found for output in cell.get("outputs", ()))
 
 
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda path: path.stem)
