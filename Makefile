@@ -25,7 +25,7 @@ export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup assets emoji photos demo test test-newest test-matrix bench bench-gpu quality docs lint format clean clean-all
+.PHONY: help setup assets emoji photos demo test test-newest test-matrix test-lmms bench bench-gpu quality docs lint format clean clean-all
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -104,6 +104,13 @@ test-newest: setup assets ## run README's and the tutorials' code with the newes
 test-matrix: setup ## run attach's tests on many transformers, for example: ARGS='--only oldest newest', ARGS=--write
 	@OMP_NUM_THREADS=1 $(PY) scripts/test_matrix.py $(ARGS)
 
+# Its own dependencies would replace ours; these few are what it loads for a local task.
+LMMS_NEEDS := loguru sacrebleu portalocker tabulate colorama lxml evaluate pytz tenacity aiohttp multidict attrs yarl \
+	propcache aiohappyeyeballs aiosignal frozenlist
+test-lmms: setup ## run lmms-eval's command line on our models and a LLaVA, and compare with `sparsight eval`
+	@[ -d .lmms/lmms_eval ] || $(PIP) install --no-deps -c constraints.txt --target .lmms lmms-eval $(LMMS_NEEDS)
+	@OMP_NUM_THREADS=1 PYTHONPATH=.lmms $(PY) -m pytest tests/integrations/test_lmms_eval.py -q -s $(ARGS)
+
 bench: setup assets ## time the bridge, and training steps way by way, on the CPU; writes to benchmarks/results
 	@$(PY) benchmarks/bridge.py --device cpu $(ARGS)
 	@$(PY) benchmarks/speed.py --device cpu $(ARGS)
@@ -143,4 +150,4 @@ clean: ## remove caches and build products; keeps .venv, assets and runs
 	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-all: clean ## the same, and .venv and ./assets too
-	rm -rf $(VENV) $(NEWEST) .matrix assets
+	rm -rf $(VENV) $(NEWEST) .matrix .lmms assets

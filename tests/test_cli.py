@@ -42,7 +42,8 @@ SURFACE = {
     "watch": ["run"],
     "plan": ["recipe", "overrides", "--preset", "--device", "--mfu", "--memory", "--like", "--out"],
     "eval": [
-        *["checkpoint", "--items", "--split", "--data", "--images", "--metric", "--choices"],
+        *["checkpoint", "--items", "--split", "--data", "--images", "--metric"],
+        *["--format", "--answers", "--choices"],
         *["--layouts", "--keep", "--method", "--out"],
     ],
     "export": ["model", "--to", "--out"],

@@ -225,9 +225,11 @@ def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="folder of a model, such as runs/NAME/finetune/model")],
     items: Annotated[int, typer.Option(help="questions of each task", min=1)] = 100,
     split: Annotated[str, typer.Option(help="validation or test")] = "test",
-    data: Annotated[Path | None, typer.Option(help="held-out LLaVA JSON or messages, in place of scenes")] = None,
+    data: Annotated[Path | None, typer.Option(help="held-out conversations or a benchmark's file, for scenes")] = None,
     images: Annotated[Path | None, typer.Option(help="folder of the data's images; its own if not given")] = None,
-    metric: Annotated[str, typer.Option(help="exact_match, cider_d or box_match, for --data")] = "exact_match",
+    metric: Annotated[str | None, typer.Option(help="of --data; that of its format if not given")] = None,
+    format: Annotated[str | None, typer.Option(help="of --data: conversations, vqav2, gqa, pope, mmbench ...")] = None,
+    answers: Annotated[Path | None, typer.Option(help="second file of vqav2 and refcoco, with the answers")] = None,
     choices: Annotated[str | None, typer.Option(help="answers between commas; the likeliest is taken")] = None,
     layouts: Annotated[
         str | None, typer.Option(help="ask in each: cos-80,cos-336, or layouts of scales between semicolons")
@@ -244,7 +246,8 @@ def evaluate(
     the control with shuffled images. With --layouts or --keep: the curve of scores and costs by visual tokens."""
     from sparsight.settings.recipe import held_out_file
 
-    held_out = held_out_file(data, images, metric, items, choices)
+    more = {"format": format, "answers": str(answers) if answers else None, "split": split, "choices": choices}
+    held_out = held_out_file(data, images, metric, items, **more)
     from sparsight.pipeline import evaluate_checkpoint
 
     ways: Any = {"layouts": layouts, "keep": keep, "method": method}

@@ -74,9 +74,9 @@ def test_a_saved_model_is_asked(tmp_path: Path, tiny_vlm) -> None:
 
 
 def test_options_that_do_not_fit_are_told(tmp_path: Path) -> None:
-    assert held_out_file(None, None, "exact_match", 5) is None
+    assert held_out_file(None, None, None, 5, split="test") is None
     with pytest.raises(ValueError, match="expected --data as well"):
-        held_out_file(None, tmp_path, "exact_match", 5)
+        held_out_file(None, tmp_path, None, 5)
     with pytest.raises(ValueError, match="metric.*bleu"):
         held_out_file(tmp_path / "x.json", None, "bleu", 5)
 

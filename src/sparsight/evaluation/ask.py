@@ -15,7 +15,6 @@ from itertools import groupby
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
@@ -25,7 +24,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from sparsight.compat import CACHE
 from sparsight.data.chat import encode_conversation, stop_tokens
 from sparsight.errors import UserError
-from sparsight.evaluation.metrics import reads_yes
 from sparsight.evaluation.significance import Estimate, bootstrap
 from sparsight.modeling import SparsightProcessor
 
@@ -40,6 +38,10 @@ class Item:
     truth: str
     grades: Mapping[str, int | None] = field(default_factory=dict, compare=False)
     choices: tuple[str, ...] = ()
+    truths: tuple[str, ...] = ()  # all that count, where there are several
+    options: tuple[str, ...] = ()
+    group: str = ""  # of questions that are right together or not
+    category: str = ""
 
 
 _BLOCK = 2**30  # bytes of visual tokens that are held at once
@@ -49,12 +51,14 @@ _BLOCK = 2**30  # bytes of visual tokens that are held at once
 class Scores:
     """Answers and their points in [0, 1], by task in the order of the items.
 
-    ``shuffled_points`` are of the control, in which each question gets another image; empty without it.
+    ``shuffled_points`` are of the control, in which each question gets another image; empty without it. ``figures``
+    are what a benchmark reports beside.
     """
 
     answers: list[tuple[Item, str]] = field(default_factory=list)
     points: dict[str, list[float]] = field(default_factory=dict)
     shuffled_points: dict[str, list[float]] = field(default_factory=dict)
+    figures: dict[str, Estimate] = field(default_factory=dict)
 
     @property
     def scores(self) -> dict[str, float]:
@@ -80,7 +84,12 @@ class Scores:
     def questions(self) -> dict[str, str]:
         """A hash by task of images, questions and right answers: equal where the same was asked."""
         asked = {
-            task: repr([(i.image, i.question, i.truth, *([i.choices] if i.choices else [])) for i, _ in self._of(task)])
+            task: repr(
+                [
+                    (item.image, item.question, item.truth, *item.truths, *([item.choices] if item.choices else []))
+                    for item, _ in self._of(task)
+                ]
+            )
             for task in self.points
         }
         return {task: hashlib.sha256(text.encode()).hexdigest()[:16] for task, text in asked.items()}
@@ -92,15 +101,9 @@ class Scores:
         return {task: {grade: [each[grade] for each in own] for grade in own[0]} for task, own in of.items() if own[0]}
 
     def estimates(self) -> dict[str, Estimate]:
-        """Each task's score with its 95% interval; of existence also POPE's F1 and share of yes."""
+        """Each task's score with its 95% interval, and the figures."""
         images = self.images
-        found = {task: bootstrap(points, images[task]) for task, points in self.points.items()}
-        if pairs := self._of("existence"):
-            said = np.array([reads_yes(answer) for _, answer in pairs], float)
-            true = np.array([item.truth == "yes" for item, _ in pairs], float)
-            found["existence F1"] = bootstrap(2 * said * true, images["existence"], weights=said + true)
-            found["yes-ratio"] = bootstrap(said, images["existence"])
-        return found
+        return {task: bootstrap(points, images[task]) for task, points in self.points.items()} | self.figures
 
     def _of(self, task: str) -> list[tuple[Item, str]]:
         return [pair for pair in self.answers if pair[0].task == task]
@@ -108,11 +111,14 @@ class Scores:
 
 @dataclass(frozen=True)
 class Questions:
-    """Questions: ``image`` gives an image by its number, ``score`` the points of answers to items."""
+    """Questions: ``image`` gives an image by its number, ``score`` the points of answers to items, ``figures`` what is
+    reported beside their mean; ``note`` says what they are."""
 
     items: list[Item]
     image: Callable[[int], Image.Image]
     score: Callable[[Sequence[Item], Sequence[str]], list[float]]
+    figures: Callable[[Sequence[Item], Sequence[str], list[float]], dict[str, Estimate]] = lambda *_: {}
+    note: str = ""
 
     @property
     def tasks(self) -> list[str]:
@@ -345,6 +351,9 @@ def _scored(questions: Questions, answers: Mapping[int, str], control: Mapping[i
     for points, found in ((result.points, answers), (result.shuffled_points, control)):
         if found is not None:
             texts = [found[number] for number in range(len(items))]
-            for item, value in zip(items, questions.score(items, texts), strict=True):
+            values = questions.score(items, texts)
+            for item, value in zip(items, values, strict=True):
                 points.setdefault(item.task, []).append(value)
+            if found is answers:
+                result.figures = questions.figures(items, texts, values)
     return result

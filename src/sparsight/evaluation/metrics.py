@@ -6,8 +6,9 @@ Scores are in [0, 1], CIDEr-D's in [0, 10]. How sure a mean of them is: `sparsig
 from __future__ import annotations
 
 import re
+import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import exp, hypot, log
 
 from sparsight.errors import UserError
@@ -17,6 +18,7 @@ _DIGITS = {"none": "0"} | {
     word: str(number)
     for number, word in enumerate("zero one two three four five six seven eight nine ten".split())  # noqa: SIM905
 }
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 # Contractions that lack one apostrophe get it back. Those with a capital in the official list never match.
 _WHOLE = """
@@ -37,15 +39,20 @@ _LONGEST, _SIGMA = 4, 6.0  # CIDEr-D's longest n-gram, and width of its penalty 
 _Weights = dict[tuple[str, ...], float]
 
 
-def normalise_answer(answer: str) -> str:
+def normalise_answer(answer: str, textvqa: bool = False) -> str:
     """An answer as VQA's official evaluation reads it: no punctuation and articles, digits, whole contractions.
 
-    Source: Antol et al. 2015, as in the evaluation server's processor, slips of the official code included.
+    Args:
+        textvqa: as TextVQA's evaluation reads it, which first parts the 's of a possessive from its noun.
+
+    Source: Antol et al. 2015 (vqaEval.py) and Singh et al. 2019 (EvalAIAnswerProcessor), slips of their code included.
     """
+    if textvqa:
+        answer = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     answer = re.sub(r"[\n\t]", " ", answer).strip()
     bare = answer
     for sign in _PUNCTUATION:
-        removed = f"{sign} " in answer or f" {sign}" in answer or re.search(r"\d,+\d", answer)
+        removed = f"{sign} " in answer or f" {sign}" in answer or re.search(r"\d,\d", answer)
         bare = bare.replace(sign, "" if removed else " ")
     bare = re.sub(r"\.(?!\d)", "", bare, count=32)  # 32: the official code passes a flag as the count
     words = [_DIGITS.get(word, word) for word in bare.lower().split()]
@@ -62,14 +69,86 @@ def exact_match(answer: str, truth: str, normalise: bool = False) -> float:
     return float(answer.strip().lower() == truth.strip().lower())
 
 
-def vqa_accuracy(answer: str, humans: Sequence[str]) -> float:
+def bare_match(answer: str, truth: str) -> float:
+    """1 if the answer is the truth but for case, punctuation, and space around it (GQA's accuracy, as lmms-eval)."""
+    answer, truth = (text.lower().translate(_NO_PUNCTUATION).strip() for text in (answer, truth))
+    return float(answer == truth)
+
+
+def anls(answer: str, truths: Sequence[str]) -> float:
+    """Similarity to the nearest truth: 1 - edits / length of the longer one, below 0.5 none (Biten et al. 2019).
+
+    Case and repeated space do not count as edits, but do in the lengths, as in the official script.
+    """
+    plain = [" ".join(text.lower().split()) for text in (answer, *truths)]
+    pairs = zip(plain[1:], truths, strict=True)
+    nearest = max(1 - _edits(plain[0], text) / (max(len(answer), len(truth)) or 1) for text, truth in pairs)
+    return nearest if nearest >= 0.5 else 0.0
+
+
+def _edits(one: str, other: str) -> int:
+    """Levenshtein's distance."""
+    row = list(range(len(other) + 1))
+    for number, sign in enumerate(one, 1):
+        last, row[0] = row[0], number
+        for at, theirs in enumerate(other, 1):
+            last, row[at] = row[at], min(last + (sign != theirs), row[at] + 1, row[at - 1] + 1)
+    return row[-1]
+
+
+def relaxed_match(answer: str, truth: str) -> float:
+    """1 if a number is within 5% of the true one, or a text equals it but for case (ChartQA: Masry et al. 2022, 5.1).
+
+    A number may end in %, for hundredths. A truth of 0 is compared as text, as in the published code.
+    """
+    said, true = _number(answer), _number(truth)
+    if said is not None and true:
+        return float(abs(said - true) / abs(true) <= 0.05)
+    return float(answer.lower() == truth.lower())
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+def letter_match(answer: str, truth: str) -> float:
+    """1 if the answer is the true letter, in either case, or begins with it and a full stop (ScienceQA, as LLaVA)."""
+    named = answer[0] if re.match(r"[^\W\d_]\.", answer) and answer[0].isupper() else answer
+    return float(named.lower() == truth.lower())
+
+
+def chosen_letter(answer: str, options: Mapping[str, str]) -> str | None:
+    """The option that an answer names, by one letter standing alone or by its whole text; None if it names none or
+    several. MMBench's own reading before it asks another model (Liu et al. 2023)."""
+    words = answer.split()
+    for form in ("{}", *["{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{})."]):
+        found = [letter for letter in "ABCDE" if form.format(letter) in words]
+        if len(found) == 1 and not (form == "{}" and "A" in words and len(words) > 3):  # which may be an article
+            return found[0]
+    named = [letter for letter, text in options.items() if text.lower() in answer.lower()]
+    return named[0] if len(named) == 1 else None
+
+
+def mme_reading(answer: str) -> str:
+    """ "yes", "no", or "other": what MME takes an answer for, by its first four letters (Fu et al. 2023)."""
+    said = answer.lower().strip().replace(".", "")
+    if len(said) == 1:
+        return {"y": "yes", "n": "no"}.get(said, "other")
+    return next((word for word in ("yes", "no") if word in said[:4]), "other")
+
+
+def vqa_accuracy(answer: str, humans: Sequence[str], textvqa: bool = False) -> float:
     """VQA's accuracy: the mean of min(1, matches / 3) over all ways to leave one human out (ten are asked).
 
-    Answers are normalised always, as by the evaluation server. Raises UserError for fewer than two humans.
+    Answers are normalised always, as by lmms-eval; the official script does so only where the humans do not all agree.
+    ``textvqa``: as in `normalise_answer`. Raises UserError for fewer than two humans.
     """
     if len(humans) < 2:
         raise UserError(f"{len(humans)} human answers: expected ten, or at least two, as one at a time is left out")
-    same = [normalise_answer(human) for human in humans].count(normalise_answer(answer))
+    same = [normalise_answer(human, textvqa) for human in humans].count(normalise_answer(answer, textvqa))
     return (same * min(1, (same - 1) / 3) + (len(humans) - same) * min(1, same / 3)) / len(humans)
 
 
@@ -102,12 +181,23 @@ def yes_no_scores(answers: Sequence[str], truths: Sequence[str]) -> dict[str, fl
 def box_match(answer: str, truth: str, threshold: float = 0.5) -> float:
     """1 if the answer is a box that overlaps the true one with an IoU of at least ``threshold``, else 0.
 
-    Boxes are texts that `parse_box` reads. Raises UserError if the truth is none.
+    Boxes are four integers in percent, as `parse_box` reads, or four fractions in square brackets, of which the first
+    four count (RefCOCO, as lmms-eval). Raises UserError if the truth is none.
     """
-    box, true_box = parse_box(answer), parse_box(truth)
+    (box, side), (true_box, true_side) = _box(answer), _box(truth)
     if true_box is None:
-        raise UserError(f"the true box is {truth!r}, expected four integers of 0 to 99, such as '12 40 33 61'")
-    return float(box is not None and iou(box, true_box) >= threshold)
+        raise UserError(
+            f"the true box is {truth!r}, expected four integers of 0 to 99, such as '12 40 33 61', or fractions, such "
+            "as '[0.12, 0.4, 0.33, 0.61]'"
+        )
+    return float(box is not None and iou(tuple(value * (true_side / side) for value in box), true_box) >= threshold)
+
+
+def _box(text: str) -> tuple[tuple[float, ...] | None, int]:
+    """The box that a text names, and the length of an image's side in its unit."""
+    number = r"\s*(-?\d+(?:\.\d+)?)"
+    found = re.search(rf"\[{','.join([number] * 4)}\s*\]", text)
+    return (tuple(map(float, found.groups())), 1) if found else (parse_box(text), 100)
 
 
 def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:

@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 
 from sparsight.data.sources import open_source
 from sparsight.errors import UserError
 from sparsight.evaluation.ask import Item, Questions
-from sparsight.evaluation.metrics import box_match, cider_d, exact_match
+from sparsight.evaluation.benchmarks import benchmark_questions
+from sparsight.evaluation.metrics import box_match, exact_match
+from sparsight.evaluation.scoring import score, yes_no_figures
+from sparsight.evaluation.significance import Estimate
 from sparsight.scenes.questions import ALL_TASKS, TASKS, ScenesDataset, caption_recall, graded_question
 from sparsight.settings.recipe import HeldOut
 
 
-def _words(text: str) -> str:
-    """As CIDEr-D's own tokenizer leaves them, near enough: lower case, no punctuation."""
-    return " ".join(re.findall(r"\w+(?:'\w+)?", text.lower()))
-
-
-_SCORE: dict[str, Callable[[Sequence[str], Sequence[str]], list[float]]] = {
-    "exact_match": lambda answers, truths: [exact_match(a, t, True) for a, t in zip(answers, truths, strict=True)],
-    "box_match": lambda answers, truths: [box_match(a, t) for a, t in zip(answers, truths, strict=True)],
-    "cider_d": lambda answers, truths: [
-        min(1.0, value / 10) for value in cider_d([*map(_words, answers)], [[_words(truth)] for truth in truths])
-    ],
-}
-
-
 def held_out_questions(name: str, settings: HeldOut, image_size: int) -> Questions:
-    """Every question of the file's first conversations by itself, with its image and without the turns before it.
+    """Every question of the file's first conversations by itself, with its image and without the turns before it; or
+    those of a benchmark's own files.
 
     Raises:
         UserError: a conversation has not exactly one image, or turns that are no questions and answers; or the
-            image is not there.
+            image is not there; or as `benchmark_questions` says.
     """
+    if settings.format != "conversations":
+        return benchmark_questions(name, settings)
     source = open_source(settings.data, settings.items, image_size)
     items: list[Item] = []
     for row in range(len(source)):
@@ -57,10 +48,8 @@ def held_out_questions(name: str, settings: HeldOut, image_size: int) -> Questio
             raise UserError(f"{name}: sample '{sample.id}' has the answers {sorted(others)}, which are no choices")
         if len(items) >= settings.items:
             break
-    return Questions(
-        items[: settings.items],
-        lambda row: source.image(source[row].images[0]),
-        lambda items, answers: _SCORE[settings.metric](answers, [item.truth for item in items]),
+    return score(
+        items[: settings.items], lambda row: source.image(source[row].images[0]), settings.metric or "exact_match"
     )
 
 
@@ -84,4 +73,10 @@ def scene_questions(data: ScenesDataset, per_task: int) -> Questions:
             return caption_recall(answer, data.scene(item.image))
         return box_match(answer, item.truth) if item.task == "grounding" else exact_match(answer, item.truth)
 
-    return Questions(items, data.image, lambda own, answers: [*map(points, own, answers)])
+    def figures(items: Sequence[Item], answers: Sequence[str], _: list[float]) -> dict[str, Estimate]:
+        """Of existence, POPE's F1 and share of yes."""
+        own = [number for number, item in enumerate(items) if item.task == "existence"]
+        found = yes_no_figures([items[n] for n in own], [answers[n] for n in own], []) if own else {}
+        return {f"existence {name}" if name == "F1" else name: found[name] for name in ("F1", "yes-ratio") if found}
+
+    return Questions(items, data.image, lambda own, answers: [*map(points, own, answers)], figures)

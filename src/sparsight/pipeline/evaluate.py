@@ -87,7 +87,13 @@ def _answers(
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        return ask(model, processor, asked.questions, batch_size, progress=show, **options)
+        result = ask(model, processor, asked.questions, batch_size, progress=show, **options)
+    empty = sum(not answer for _, answer in result.answers)
+    if asked.questions.note:
+        console.print(asked.questions.note, highlight=False, markup=False)
+    if empty:
+        console.print(f"{empty} of {len(result.answers)} answers are empty: no points", style="yellow", highlight=False)
+    return result
 
 
 class DuringTraining:
@@ -136,6 +142,7 @@ def score_run(
             shuffled=result.shuffled,
             chance=asked.chance,
             items=result.items,
+            figures={name: found.mean for name, found in result.figures.items()},
             points=result.points,
             images=result.images,
             grades=result.grades,
@@ -149,7 +156,7 @@ def score_run(
                 image_png_base64=png(asked.questions.image(item.image), 512),
                 answer=answer,
                 correct=judged(item, answer, points),
-                **{key: value for key, value in asdict(item).items() if key not in ("image", "grades", "choices")},
+                **{key: value for key, value in asdict(item).items() if key in ("task", "question", "truth")},
             )
         rows += _rows(asked, result)
     session.console.print(table("scores in %", _HEADS, rows))
@@ -184,7 +191,8 @@ def evaluate_checkpoint(
         UserError: no model in ``folder``, no such split, conversations that cannot be asked, or a layout that the model
             cannot take; nothing has been asked then.
     """
-    settings = Evaluation.read({"items": items, "split": split}, "eval")
+    own = {"items": items} | ({"split": split} if held_out is None else {})  # which has a split of its own
+    settings = Evaluation.read(own, "eval")
     if Path(folder).is_dir() and model_type(Path(folder)) in (None, SparsightConfig.model_type):
         model, processor = load(folder)
         model.to(default_device())

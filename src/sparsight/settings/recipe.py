@@ -181,35 +181,82 @@ class Stage(Settings):
         return self.image_size
 
 
+# fmt: off
+Format = Literal[
+    "conversations", "vqav2", "gqa", "textvqa", "docvqa", "chartqa", "scienceqa", "pope", "mme", "mmbench", "refcoco",
+    "coco_captions",
+]
+Metric = Literal[
+    "exact_match", "bare_match", "vqa", "textvqa", "anls", "relaxed_match", "letter", "box_match", "cider_d", "yes_no",
+    "mmbench", "mme",
+]
+# fmt: on
+
+
 class HeldOut(Settings):
-    """Conversations to ask after training; each question is asked by itself."""
+    """Conversations, or a benchmark's files, to ask after training; each question is asked by itself."""
 
     data: ConversationData
-    metric: Literal["exact_match", "cider_d", "box_match"] = Field(
-        "exact_match", description="exact_match normalises answers as VQA does; cider_d is a tenth of CIDEr-D"
+    format: Format = Field(
+        "conversations", description="of the file at data.path: conversations, or as a benchmark publishes it"
+    )
+    answers: str | None = Field(None, description="the second file of vqav2 (annotations) and refcoco (instances)")
+    split: str = Field("test", description="rows of scienceqa and refcoco, whose files hold several splits")
+    prompt: str | None = Field(
+        None, description="the text around '{question}'; that of the format, as lmms-eval writes it, if not given"
+    )
+    metric: Metric | None = Field(
+        None,
+        description="that of the format if not given; of conversations exact_match, which normalises answers as VQA "
+        "does; cider_d is a tenth of CIDEr-D",
     )
     items: int = Field(500, ge=1, description="questions at most, from the first one")
     choices: tuple[str, ...] = Field(
         (), description="all answers that there are; the likeliest one is taken, and none is generated"
     )
 
+    @model_validator(mode="after")
+    def _all_used(self) -> HeldOut:
+        own = self.format
+        faults = {
+            f"answers '{self.answers}': {own} has none": self.answers and own not in ("vqav2", "refcoco"),
+            f"prompt: only a benchmark's questions have one, found format {own}": (
+                self.prompt and own == "conversations"
+            ),
+            f"choices: only conversations have them, found format {own}": self.choices and own != "conversations",
+            f"prompt '{self.prompt}': expected {{question}} in it": "{question}" not in (self.prompt or "{question}"),
+            f"metric {self.metric} needs format {self.metric}, found {own}": (
+                self.metric in ("mme", "mmbench") and own != self.metric
+            ),
+            f"data.kind '{self.data.kind}': format {own} is read from its own files; leave it out": (
+                own != "conversations" and self.data.kind != "json"
+            ),
+        }
+        for fault, found in faults.items():
+            if found:
+                raise UserError(fault)
+        return self
+
 
 def held_out_file(
-    data: Path | None, images: Path | None, metric: str, items: int, choices: str | None = None
+    data: Path | None, images: Path | None, metric: str | None, items: int, **more: str | None
 ) -> HeldOut | None:
-    """What `sparsight eval --data` asks; None without data.
+    """What `sparsight eval --data` asks; None without data. ``more`` are other keys of `HeldOut`.
 
     Raises:
-        UserError: images without data, no such metric, or a number out of range.
+        UserError: an option that needs data, no such format or metric, or a number out of range.
     """
     if data is None:
-        for option, given in {"--images": images, "--choices": choices}.items():
-            if given is not None:
-                raise UserError(f"{option} {given}: expected --data as well, the conversations about these images")
+        given = {"images": images, "metric": metric, **{key: more[key] for key in more if key != "split"}}
+        if unused := next((key for key in given if given[key] is not None), None):
+            raise UserError(f"--{unused} {given[unused]}: expected --data as well, the questions that it is about")
         return None
     source = {"path": str(data), "images": str(images) if images else None}
-    values = {"data": source, "metric": metric, "items": items}
-    return HeldOut.read(values | ({"choices": [c.strip() for c in choices.split(",")]} if choices else {}), "eval")
+    values: dict[str, Any] = {"data": source, "metric": metric, "items": items}
+    values |= {key: value for key, value in more.items() if value is not None}
+    if "choices" in values:
+        values["choices"] = [text.strip() for text in values["choices"].split(",")]
+    return HeldOut.read(values, "eval")
 
 
 class Evaluation(Settings):

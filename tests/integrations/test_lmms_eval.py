@@ -1,0 +1,172 @@
+"""lmms-eval's own command line on a local task, offline; `make test-lmms` installs it and runs this."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from evaluation.test_any_model import save_llava
+from sparsight.pipeline import evaluate_checkpoint
+from sparsight.settings.recipe import held_out_file
+from tiny import make_vlm
+
+ROOT = Path(__file__).parents[2]
+needs_lmms_eval = pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="needs `make test-lmms`")
+QUESTIONS = ["How many apples?", "What stands left of the red car?", "Read the number.", "Describe the image."]
+TASK = """
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+doc_to_visual: !function utils.images
+doc_to_text: question
+"""
+GENERATED = """task: local
+output_type: generate_until
+doc_to_target: answer
+generation_kwargs: {max_new_tokens: 24, until: ["<never>"]}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true}]
+"""
+CHOSEN = """task: local_choices
+output_type: multiple_choice
+doc_to_choice: choices
+doc_to_target: "{{choices.index(likely)}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+UTILS = """
+from PIL import Image
+def images(doc):
+    return [Image.open(doc["path"])]
+"""
+
+
+ANSWERS = ["12", "a small dog", "it is 47", "two trees and a boat", "3", "a house"] * 2
+
+
+def trained(model, processor, folder: Path) -> Path:
+    """The model, which has learnt most of `ANSWERS` by heart."""
+    chats = [
+        [
+            *question(number),
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
+        for number, answer in enumerate(ANSWERS)
+    ]
+    inputs = processor.apply_chat_template(
+        chats, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
+    )
+    unsupervised = (inputs["attention_mask"] == 0) | (inputs["input_ids"] == processor.image_token_id)
+    labels = inputs["input_ids"].masked_fill(unsupervised, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    model.train()
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(**inputs, labels=labels).loss.backward()
+        optimizer.step()
+    model.eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def question(number: int) -> list[dict]:
+    content = [{"type": "image", "image": picture(number)}, {"type": "text", "text": QUESTIONS[number % 4]}]
+    return [{"role": "user", "content": content}]
+
+
+def picture(number: int) -> Image.Image:
+    return Image.new("RGB", (64 + 8 * (number % 3), 64), (20 * number, 255 - 20 * number, 128))
+
+
+def ours(folder: Path) -> Path:
+    return trained(*make_vlm(), folder)
+
+
+def llava(folder: Path) -> Path:
+    save_llava(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    return trained(model, AutoProcessor.from_pretrained(folder), folder)
+
+
+def write_rows(folder: Path, answers: list[str]) -> Path:
+    """A LLaVA file of twelve questions, whose answers are these."""
+    rows = []
+    for number, answer in enumerate(answers):
+        picture(number).save(folder / f"{number}.png")
+        turns = [
+            {"from": "human", "value": f"<image>\n{QUESTIONS[number % 4]}"},
+            {"from": "gpt", "value": answer},
+        ]
+        rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder / "rows.json"
+
+
+def said_by(model: Path, rows: Path) -> tuple[list[str], float]:
+    (result,) = evaluate_checkpoint(
+        model, 100, "test", Console(file=StringIO()), held_out_file(rows, None, "bare_match", 100)
+    )
+    return [answer for _, answer in result.answers], result.scores["rows"]
+
+
+def lmms_eval(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """lmms-eval's command line, which finds our entry point as an installation would show it."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["lmms_eval.models"]
+    info = folder / "sparsight_checkout-0.dist-info"
+    info.mkdir(exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sparsight-checkout\nVersion: 0\n")
+    lines = [f"{name} = {target}" for name, target in declared.items()]
+    (info / "entry_points.txt").write_text("\n".join(["[lmms_eval.models]", *lines, ""]))
+    paths = [str(folder), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_DATASETS_CACHE": str(folder / "cache")}
+    command = [sys.executable, "-W", "ignore", "-m", "lmms_eval", "--model", "sparsight", *arguments]
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
+
+
+@needs_lmms_eval
+@pytest.mark.parametrize("save", [ours, llava])
+def test_lmms_eval_scores_as_we_do(save, tmp_path: Path) -> None:
+    """Of a third of the questions the file has another answer than the model has learnt; both agree on each item."""
+    model = save(tmp_path / "model")
+    answers = [answer if number % 3 else "it is a cat" for number, answer in enumerate(ANSWERS)]
+    rows = write_rows(tmp_path, answers)
+    said_by_us, score = said_by(model, rows)
+    assert 0.1 < score < 0.9 and len(set(said_by_us)) > 2
+    docs = [
+        {
+            "question": row["conversations"][0]["value"].removeprefix("<image>\n"),
+            "answer": row["conversations"][1]["value"],
+            "path": str(tmp_path / row["image"]),
+            "choices": ["a boat of trees", answer],
+            "likely": answer,
+        }
+        for row, answer in zip(json.loads(rows.read_text()), ANSWERS, strict=True)
+    ]
+    (tmp_path / "docs.json").write_text("\n".join(map(json.dumps, docs)))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/utils.py").write_text(UTILS)
+    for name, text in (("local", GENERATED), ("local_choices", CHOSEN)):
+        (tmp_path / f"tasks/{name}.yaml").write_text(text + TASK.format(rows=tmp_path / "docs.json"))
+    given = ["--tasks", "local,local_choices", "--include_path", str(tmp_path / "tasks"), "--batch_size", "5"]
+    more = ["--output_path", str(tmp_path / "out"), "--log_samples", "--model_args", f"pretrained={model}"]
+    done = lmms_eval(tmp_path, *given, *more)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    sys.stdout.write(done.stdout[done.stdout.find("|Tasks") :])
+    (results,) = (tmp_path / "out").rglob("*_results.json")
+    found = json.loads(results.read_text())["results"]
+    assert found["local"]["exact_match,none"] == score
+    (samples,) = (tmp_path / "out").rglob("*_samples_local.jsonl")
+    said = {row["doc_id"]: row["filtered_resps"][0] for row in map(json.loads, samples.read_text().splitlines())}
+    assert [said[number] for number in range(12)] == said_by_us
+    chosen = found["local_choices"]["acc,none"]  # of what it has learnt, and another text
+    assert chosen >= 0.75
