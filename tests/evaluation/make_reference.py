@@ -122,7 +122,9 @@ def judged(rng: random.Random, texts: list[str]) -> list[dict[str, Any]]:
     cases = []
     for number in range(200):
         pool = (
-            rng.sample(texts, rng.randint(1, 4)) if number % 2 else rng.sample(["two", "2", "a cat", "cat", "Cat."], 3)
+            rng.sample(texts, rng.randint(1, 4))
+            if number % 2
+            else rng.sample(["two", "2", "a cat", "cat", "Cat.", "the dog's", "dog 's"], 3)
         )
         humans = [rng.choice(pool) for _ in range(10)]
         answer = rng.choice([*pool, "something else"])

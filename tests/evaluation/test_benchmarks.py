@@ -355,7 +355,7 @@ def change(file: Path, old: str, new: str) -> None:
         (vqav2, "annotations.json", "393225000", "393225009", "of 3 of .*questions.json, 1 have no match by 'question_id', "
          "and 1 rows here match none; the first is question_id 393225000"),
         (vqav2, "questions.json", '"question":', '"qestion":', r"questions.json, questions\[0\]: expected a field 'question', "
-         r"found \['image_id', 'qestion', 'question_id'\]"),
+         "found .*'qestion'"),
         (gqa, "gqa.json", '"answer": "no"', '"answer": ""', "1 of 2 questions have no answer; the first is 201307251"),
         (gqa, "gqa.json", '"answer": "no", ', "", "gqa.json, 201307251: expected a field 'answer', found"),
         (gqa, "gqa.json", "n235859", "n0", "1 of 2 images are missing; the first is .*/n0.jpg"),

@@ -18,8 +18,11 @@ from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from evaluation.test_any_model import save_llava
+from sparsight.errors import UserError
+from sparsight.modeling import SparsightProcessor
 from sparsight.pipeline import evaluate_checkpoint
 from sparsight.settings.recipe import held_out_file
+from sparsight.sparse.forward import NoEffectWarning
 from tiny import make_vlm
 
 ROOT = Path(__file__).parents[2]
@@ -88,14 +91,14 @@ def picture(number: int) -> Image.Image:
     return Image.new("RGB", (64 + 8 * (number % 3), 64), (20 * number, 255 - 20 * number, 128))
 
 
-def ours(folder: Path) -> Path:
-    return trained(*make_vlm(), folder)
-
-
-def llava(folder: Path) -> Path:
+@pytest.fixture(scope="module", params=["ours", "llava"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "ours":
+        return trained(*make_vlm(), folder)
     save_llava(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder)
-    return trained(model, AutoProcessor.from_pretrained(folder), folder)
+    own = AutoModelForImageTextToText.from_pretrained(folder)
+    return trained(own, AutoProcessor.from_pretrained(folder), folder)
 
 
 def write_rows(folder: Path, answers: list[str]) -> Path:
@@ -134,10 +137,8 @@ def lmms_eval(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 
 
 @needs_lmms_eval
-@pytest.mark.parametrize("save", [ours, llava])
-def test_lmms_eval_scores_as_we_do(save, tmp_path: Path) -> None:
+def test_lmms_eval_scores_as_we_do(model: Path, tmp_path: Path) -> None:
     """Of a third of the questions the file has another answer than the model has learnt; both agree on each item."""
-    model = save(tmp_path / "model")
     answers = [answer if number % 3 else "it is a cat" for number, answer in enumerate(ANSWERS)]
     rows = write_rows(tmp_path, answers)
     said_by_us, score = said_by(model, rows)
@@ -170,3 +171,67 @@ def test_lmms_eval_scores_as_we_do(save, tmp_path: Path) -> None:
     assert [said[number] for number in range(12)] == said_by_us
     chosen = found["local_choices"]["acc,none"]  # of what it has learnt, and another text
     assert chosen >= 0.75
+
+
+def instances(kind: str, second: list, task: str = "t") -> list:
+    from lmms_eval.api.instance import Instance
+
+    return [
+        Instance(
+            kind,
+            (QUESTIONS[number % 4], each, lambda doc: [picture(doc)], number, task, "test"),
+            0,
+            metadata={"task": task, "doc_id": number, "repeats": 1},
+        )
+        for number, each in enumerate(second)
+    ]
+
+
+@needs_lmms_eval
+def test_batches_change_nothing_and_likelihoods_are_the_models_own(model: Path) -> None:
+    from sparsight.pipeline.lmms import Sparsight
+
+    answered, likely = [], []
+    for size in (1, "5"):
+        own = Sparsight(str(model), batch_size=size, max_batch_size=None)
+        own.task_dict = {"t": {"test": list(range(12))}}
+        options = [{"max_new_tokens": 3 + 9 * (number % 2), "until": ["boat"]} for number in range(12)]
+        answered.append(own.generate_until(instances("generate_until", options)))
+        likely.append(own.loglikelihood(instances("loglikelihood", [f" {answer}" for answer in ANSWERS])))
+    assert answered[0] == answered[1] and not any("boat" in text for text in answered[0])
+    assert [loss for loss, _ in likely[0]] == pytest.approx([loss for loss, _ in likely[1]], abs=1e-4)
+    assert len({greedy for _, greedy in likely[0]}) == 2
+    for number, (loss, _) in enumerate(likely[0]):
+        chat = [*question(number), {"role": "assistant", "content": [{"type": "text", "text": ANSWERS[number]}]}]
+        inputs = own.processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+        count = len(own.tokenizer(ANSWERS[number])["input_ids"])
+        labels = torch.full_like(inputs["input_ids"], -100)
+        labels[:, -count - 1 : -1] = inputs["input_ids"][:, -count - 1 : -1]  # behind it stands <|end|>
+        with torch.no_grad():
+            assert count * float(own.model(**inputs, labels=labels).loss) == pytest.approx(loss, abs=1e-3)
+
+
+@needs_lmms_eval
+def test_arguments_are_taken_or_refused(model: Path) -> None:
+    from sparsight.pipeline.lmms import Sparsight
+
+    for arguments, said in (
+        ("layuot=cos-80", "model_args: unknown 'layuot'; did you mean 'layout'"),
+        ("batch_size=auto", "a --batch_size of 1 or more; found .*batch_size=auto"),
+    ):
+        with pytest.raises(UserError, match=said):
+            Sparsight.create_from_arg_string(f"pretrained={model},{arguments}")
+    own = Sparsight(str(model))
+    own.task_dict = {"t": {"test": [0]}}
+    with pytest.raises(UserError, match="expected a text as an answer, found ' '"):
+        own.loglikelihood(instances("loglikelihood", [" "]))
+    with pytest.warns(NoEffectWarning, match=r"task t: \{'temperature': 0.7\} has no effect, answers are greedy"):
+        own.generate_until(instances("generate_until", [{"max_new_tokens": 1, "temperature": 0.7}]))
+    if not isinstance(own.processor, SparsightProcessor):
+        with pytest.raises(UserError, match="layout=cos-80, image_size=None: only models of ours have them"):
+            Sparsight(str(model), layout="cos-80")
+        return
+    finer = Sparsight.create_from_arg_string(f"pretrained={model},layout='1:4,2:1,4:1'")
+    assert (own.processor.num_image_tokens, finer.processor.num_image_tokens) == (8, 24)
+    finer.task_dict = own.task_dict
+    assert len(finer.generate_until(instances("generate_until", [{"max_new_tokens": 2}]))) == 1

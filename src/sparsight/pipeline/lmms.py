@@ -138,10 +138,8 @@ class Sparsight(lmms):
                 chats: list[Chat] = []
                 for number in rest[: self.batch_size]:
                     chat = self._chat(given[number])
-                    if chats and (len(chat[0]["content"]), same[number]) != (
-                        len(chats[0][0]["content"]),
-                        same[numbers[0]],
-                    ):
+                    alike = not chats or len(chat[0]["content"]) == len(chats[0][0]["content"])
+                    if not alike or same[number] != same[rest[0]]:
                         break
                     numbers, chats = [*numbers, number], [*chats, chat]
                 rest = rest[len(numbers) :]
@@ -184,6 +182,8 @@ class Sparsight(lmms):
         found = []
         for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             count = len(self.tokenizer(text)["input_ids"]) - len(self.tokenizer(prompt)["input_ids"])
+            if count < 1:
+                raise UserError(f"expected a text as an answer, found {answers[row]!r}, which has no tokens of its own")
             end = int(inputs["attention_mask"][row].sum())
             target = ids[row, end - count : end]
             log_probabilities = logits[row, end - count - 1 : end - 1].float().log_softmax(-1)
