@@ -77,7 +77,8 @@ class Sparsight(lmms):
             )
         self.model, self.processor = load(pretrained) if ours else load_any(pretrained)
         if layout or image_size:
-            scale_tokens(self.model, self.processor, layout, image_size)
+            written = layout and layout.strip("'\"")  # quotes, as commas part arguments
+            scale_tokens(self.model, self.processor, written, image_size)
         self.device = torch.device(device) if device else default_device()
         self.precision = precision_on(self.device, precision)
         if self.precision == "fp32" and not getattr(self.model, "is_quantized", False):
