@@ -106,7 +106,8 @@ test-matrix: setup ## run attach's tests on many transformers, for example: ARGS
 
 # Its own dependencies would replace ours; these few are what it loads for a local task.
 LMMS_NEEDS := loguru sacrebleu portalocker tabulate colorama lxml evaluate pytz tenacity aiohttp multidict attrs yarl \
-	propcache aiohappyeyeballs aiosignal frozenlist
+	propcache aiohappyeyeballs aiosignal frozenlist pytablewriter dataproperty mbstrdecoder pathvalidate tabledata tcolorpy \
+	typepy chardet python-dateutil six
 test-lmms: setup ## run lmms-eval's command line on our models and a LLaVA, and compare with `sparsight eval`
 	@[ -d .lmms/lmms_eval ] || $(PIP) install --no-deps -c constraints.txt --target .lmms lmms-eval $(LMMS_NEEDS)
 	@OMP_NUM_THREADS=1 PYTHONPATH=.lmms $(PY) -m pytest tests/integrations/test_lmms_eval.py -q -s $(ARGS)

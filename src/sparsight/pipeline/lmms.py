@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from PIL import Image
 
@@ -104,14 +105,14 @@ class Sparsight(lmms):
                 warnings.warn(said, NoEffectWarning, stacklevel=2)
         return self._batched(given, [options for _, options, *_ in given], self._answers)
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """Of each continuation as the answer: its negative log-likelihood, as lmms-eval takes the smallest of several,
-        and whether it is the greedy answer."""
+        and whether it is the greedy answer. lmms-eval 0.7.3 makes texts of pairs, but of those in a result."""
         given = [request.args for request in requests]
         if short := next((args for args in given if len(args) < 6), None):
             raise UserError(f"expected requests with an image's document, found {short}: acc_mutual_info has none")
         wanted = [text if isinstance(text, str) else text(self._row(args)) for args in given for text in args[1:2]]
-        return self._batched(given, wanted, self._likelihoods)
+        return [GenerationResult(pair) for pair in self._batched(given, wanted, self._likelihoods)]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         raise UserError("tasks of several rounds are not supported: choose one whose output_type is generate_until")
