@@ -297,7 +297,7 @@ def test_D08_what_the_engine_cannot_do_is_refused_before_training(
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_D08_a_configuration_that_starts_one_process_in_silence_is_refused(
     tmp_path: Path, recipe: Callable[..., Recipe]
 ) -> None:

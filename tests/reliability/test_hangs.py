@@ -68,7 +68,7 @@ def test_a_rank_without_a_blank_image_is_found_and_shrunk(monkeypatch: pytest.Mo
     assert "_allgather_base" in parted(found)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_layers_that_each_rank_draws_for_itself_are_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under DDP gradients are reduced all the same; they are not under FSDP2, where a skipped layer is not gathered."""
     from sparsight.sparse.forward import skipped_layers
@@ -179,9 +179,9 @@ STAGES: dict[str, dict[str, Any]] = {
     [
         ("methods", "ddp"),
         ("lora", "fsdp2"),
-        *(pytest.param(*each, marks=pytest.mark.slow) for each in product(("plain", "skipper"), ("ddp", "fsdp2"))),
-        pytest.param("methods", "fsdp2", marks=pytest.mark.slow),
-        pytest.param("lora", "ddp", marks=pytest.mark.slow),
+        *(pytest.param(*each, marks=pytest.mark.long) for each in product(("plain", "skipper"), ("ddp", "fsdp2"))),
+        pytest.param("methods", "fsdp2", marks=pytest.mark.long),
+        pytest.param("lora", "ddp", marks=pytest.mark.long),
     ],
 )
 def test_all_ranks_of_sparsight_train_ask_for_the_same(
