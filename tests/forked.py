@@ -55,7 +55,8 @@ class Forks:
         return done
 
     def close(self) -> None:
-        self.server.communicate()
+        self.server.terminate()  # processes forked meanwhile may hold its input open: it would wait for its end
+        self.server.wait()
 
 
 def serve() -> None:

@@ -32,6 +32,8 @@ MODELS = {
 # Run where Sparsight is absent: logits of every folder, and what its processor makes of the same image and text.
 ABSENT = """
 import json, sys
+
+pytestmark = pytest.mark.long
 class Absent:
     def find_spec(self, name, path, target=None):
         if name.partition(".")[0] == "sparsight":

@@ -172,7 +172,7 @@ def evaluate_checkpoint(
     layouts: str | None = None,
     keep: str | None = None,
     method: str = "uniform",
-    out: Path | None = None,
+    out: str | Path | None = None,
 ) -> list[Scores]:
     """Score a saved model on held-out conversations, or else on the scenes of its own recipe (the embedded ones if it
     was trained on other data).
@@ -199,7 +199,7 @@ def evaluate_checkpoint(
     else:
         model, processor = load_any(str(folder))
     ours, curved = isinstance(model.config, SparsightConfig), layouts is not None or keep is not None
-    out = Path("evaluation") if curved and out is None else out
+    out = Path("evaluation") if curved and out is None else Path(out) if out is not None else None
     if held_out is not None:
         settings = Evaluation(kind="none", held_out={Path(held_out.data.path).stem: held_out})
     (asked,) = _to_ask(settings, own_scenes(folder), model.config.image_size if ours else SIDE)

@@ -54,8 +54,9 @@ def curve_table(curve: Mapping[str, Any]) -> Table:
     return Table(columns, rows, title, _HINT.format(rows=curve["rows"]))
 
 
-def write_curve(curve: Mapping[str, Any], out: Path, console: Console) -> None:
+def write_curve(curve: Mapping[str, Any], out: str | Path, console: Console) -> None:
     """Print the table, and write ``curve.json`` and the page: scores and times against visual tokens."""
+    out = Path(out)
     write_atomic(out / "curve.json", json.dumps(curve, indent=1) + "\n")
     points = sorted(curve["points"], key=lambda point: point["visual_tokens"])
 
