@@ -18,6 +18,7 @@ from sparsight.modeling.quantised import save_model
 from sparsight.pipeline.export import export_model
 from tiny import ask, make_image, make_language, make_vlm
 
+pytestmark = pytest.mark.long
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
 SIGLIP = SiglipVisionConfig(patch_size=8, image_size=64, **SIZES)
 INTERNVL = InternVLVisionConfig(patch_size=8, image_size=64, **SIZES)
@@ -32,8 +33,6 @@ MODELS = {
 # Run where Sparsight is absent: logits of every folder, and what its processor makes of the same image and text.
 ABSENT = """
 import json, sys
-
-pytestmark = pytest.mark.long
 class Absent:
     def find_spec(self, name, path, target=None):
         if name.partition(".")[0] == "sparsight":
