@@ -121,7 +121,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_padded_ones(
 def test_text_alone_makes_a_batch_without_images(tiny_vlm, source: ConversationSource) -> None:
     model, processor = tiny_vlm()
     batch = Collator(0)([TrainingSet(source, processor, 4)[0]])
-    assert batch.keys() == {"info", "input_ids", "labels", "attention_mask"}
+    assert batch.keys() == {"info", "input_ids", "labels", "attention_mask", "supervised_index"}
     assert torch.isfinite(model(**batch, loss_only=True).loss)
 
 

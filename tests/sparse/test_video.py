@@ -1,5 +1,6 @@
 """Visual tokens of videos: the grid of their frames, compressed in space and time, against masked references."""
 
+import numpy as np
 import pytest
 import torch
 from families import IMAGE, PATCH, SIDE, WORDS, batch_of, made, masked_reference
@@ -214,7 +215,7 @@ def test_F35_images_beside_videos_keep_their_own(monkeypatch):
 
 def test_F35_no_grid_is_taken_for_granted_of_videos():
     """16 tokens of a video whose grid is not known are no square; those of an image are."""
-    positions_M2 = torch.tensor([(row, position) for row in (0, 1) for position in range(16)])
+    positions_M2 = np.array([(row, position) for row in (0, 1) for position in range(16)])
     config = made("llava, clip + llama").config
     found = runs(positions_M2, positions_M2[:, 0] == 1, {"image": [16], "video": [16]}, {}, config, on_grid=True)
     assert found == [Run(0, 16, (4, 4)), Run(16, 16, None)]

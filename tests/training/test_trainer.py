@@ -448,8 +448,8 @@ def test_F24_what_the_process_held_before_a_run_is_not_its_own():
     held = torch.ones(50_000_000, dtype=torch.uint8)  # of an earlier run
     recipe, stage = one_stage()
     model, _ = make_vlm()
-    own = StepCounter(model, Trains.of(stage), 0.0, "fp32", resident_now()).record()["memory_bytes"]
-    whole = StepCounter(model, Trains.of(stage), 0.0, "fp32", before).record()["memory_bytes"]
+    own = StepCounter(model, Trains.of(stage), 0.0, "fp32", resident_now()).record()()[0]["memory_bytes"]
+    whole = StepCounter(model, Trains.of(stage), 0.0, "fp32", before).record()()[0]["memory_bytes"]
     assert whole - own > 0.9 * held.numel() and own < 0.5 * held.numel()
 
 

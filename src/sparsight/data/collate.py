@@ -233,11 +233,15 @@ class Collator:
         if features:
             batch["mm_encoder_outputs"] = {"image": _Features(hidden_states=tuple(levels))}
         grids = batch["image_grid_thw"].tolist() if "image_grid_thw" in batch else []
+        # What the device need not count: where visual tokens stand, and where the next position has a label.
+        batch["supervised_index"] = (batch["labels"].flatten()[1:] != -100).nonzero()[:, 0]
+        if self.image_token_id is not None:
+            batch["visual_index"] = batch["input_ids"].flatten().eq(self.image_token_id).nonzero()[:, 0]
         batch["info"] = {
             "ids": [item["id"] for item in items],
             "filled": sum(lengths),
-            "visual_tokens": sum(item["input_ids"].count(self.image_token_id) for item in items),
-            "supervised": int((batch["labels"] != -100).sum()),
+            "visual_tokens": len(batch.get("visual_index", ())),
+            "supervised": len(batch["supervised_index"]),
             "images": len(levels[0] if features else grids or batch.get("pixel_values", ())),
             "grids": [(rows, columns) for _, rows, columns in grids],
             "replaced": [entry for item in items for entry in item.get("replaced", [])],

@@ -10,12 +10,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from sparsight.cost.shapes import pick_levels, tell_if_cut
+from sparsight.devices.copies import to_device
 from sparsight.devices.flops import flop_counter
 from sparsight.errors import UserError
 
@@ -140,7 +142,7 @@ def _patchify(pixel_values: Tensor, patch: int) -> tuple[Tensor, Tensor]:
     if any(side % patch for side in pixel_values.shape[2:]):
         raise UserError(f"images of {tuple(pixel_values.shape[2:])} pixels do not divide into patches of {patch}")
     x_IHWPPC = pixel_values.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 3, 5, 1)
-    grid = torch.tensor(x_IHWPPC.shape[1:3], device=pixel_values.device)
+    grid = to_device(np.array(x_IHWPPC.shape[1:3]), pixel_values.device)
     return x_IHWPPC.flatten(3).flatten(1, 2), grid.expand(len(pixel_values), 2)
 
 

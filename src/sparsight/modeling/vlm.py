@@ -164,7 +164,7 @@ class SparsightModel(SparsightPreTrainedModel):
             token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             mask_BT = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
         else:
-            mask_BT = input_ids == self.config.image_token_id
+            mask_BT = self._is_placeholder(input_ids)
         images, tokens, width = image_features.shape
         if width != inputs_embeds.shape[-1]:
             raise UserError(f"visual tokens are {width} wide, the language model {inputs_embeds.shape[-1]}")
@@ -177,6 +177,18 @@ class SparsightModel(SparsightPreTrainedModel):
             ),
         )
         return mask_BT[..., None]
+
+    def _is_placeholder(self, input_ids: Any) -> Tensor:
+        return input_ids == self.config.image_token_id
+
+    def _splice(
+        self, visual_INE: Tensor, input_ids: Tensor | None, embeds_BTE: Tensor, visual_index: Tensor | None
+    ) -> Tensor:
+        """Embeddings with visual tokens in place of their placeholders."""
+        visual_ME = visual_INE.flatten(0, 1).to(embeds_BTE.dtype)
+        if visual_index is not None and visual_ME.shape == (len(visual_index), embeds_BTE.shape[2]):
+            return embeds_BTE.flatten(0, 1).index_copy(0, visual_index, visual_ME).view_as(embeds_BTE)
+        return embeds_BTE.masked_scatter(self.get_placeholder_mask(input_ids, embeds_BTE, visual_INE), visual_ME)
 
     def _without_images(self, embeds_BTE: Tensor) -> Tensor:
         """A batch of text alone: every trainable parameter that it leaves out gets a gradient of zero.
@@ -201,6 +213,8 @@ class SparsightModel(SparsightPreTrainedModel):
         image_grid_thw: Tensor | None = None,
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
+        *,
+        visual_index: Tensor | None = None,
         **kwargs: Any,
     ) -> SparsightModelOutput:
         """See [`SparsightForConditionalGeneration.forward`]; ``kwargs`` go to the language model."""
@@ -222,11 +236,11 @@ class SparsightModel(SparsightPreTrainedModel):
                 visual_INE = self.bridge_features(levels, image_grid_thw)
             elif not isinstance(visual_INE, Tensor):
                 visual_INE = torch.stack(tuple(visual_INE))
-            mask_BT1 = self.get_placeholder_mask(input_ids, inputs_embeds, visual_INE)
-            inputs_embeds = inputs_embeds.masked_scatter(mask_BT1, visual_INE.to(inputs_embeds.dtype))
+            inputs_embeds = self._splice(visual_INE, input_ids, inputs_embeds, visual_index)
         elif self.training:  # in eval mode placeholders without images are words, as in other families
-            if input_ids is not None and input_ids.shape[1] > 1 and (input_ids == self.config.image_token_id).any():
-                count = (input_ids == self.config.image_token_id).sum(1).tolist()
+            given = input_ids is not None and input_ids.shape[1] > 1
+            if given and (len(visual_index) if visual_index is not None else self._is_placeholder(input_ids).any()):
+                count = self._is_placeholder(input_ids).sum(1).tolist()
                 raise UserError(f"the samples hold {count} image placeholders, but there are no images")
             inputs_embeds = self._without_images(inputs_embeds)
         if encoded is not None and self.training and several_ranks():
@@ -282,6 +296,8 @@ class SparsightForConditionalGeneration(Generates, SparsightPreTrainedModel, Gen
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_grid_thw: Tensor | None = None,
         loss_only: bool = False,
+        visual_index: Tensor | None = None,
+        supervised_index: Tensor | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> SparsightCausalLMOutput:
@@ -294,6 +310,9 @@ class SparsightForConditionalGeneration(Generates, SparsightPreTrainedModel, Gen
                 feature levels (I, H, W, C) in ``hidden_states``.
             labels: (B, T); -100 is not supervised.
             loss_only: project only the positions with a label on the vocabulary, and return no logits.
+            visual_index: where placeholders stand in the flattened batch, (images * tokens,), if that is known: looking
+                for them, the host would wait for the device.
+            supervised_index: the same of positions whose next one has a label, for ``loss_only``.
             cache: the same as ``past_key_values``, which transformers calls so from 5.24 on.
 
         Raises:
@@ -308,11 +327,12 @@ class SparsightForConditionalGeneration(Generates, SparsightPreTrainedModel, Gen
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             image_grid_thw=image_grid_thw,
+            visual_index=visual_index,
             **kwargs,
         )
         hidden_BTE, loss, logits = outputs.last_hidden_state, None, None
         if loss_only:
-            loss = self._sparse_loss(hidden_BTE, labels, kwargs.get("num_items_in_batch"))
+            loss = self._sparse_loss(hidden_BTE, labels, kwargs.get("num_items_in_batch"), supervised_index)
         else:
             logits = self.lm_head(slice_logits_to_keep(hidden_BTE, logits_to_keep))
             if labels is not None:
@@ -320,15 +340,17 @@ class SparsightForConditionalGeneration(Generates, SparsightPreTrainedModel, Gen
         rest = {key: value for key, value in outputs.items() if key != "last_hidden_state"}
         return SparsightCausalLMOutput(loss=loss, logits=logits, **rest)
 
-    def _sparse_loss(self, hidden_BTE: Tensor, labels: Any, items: Tensor | int | None) -> Tensor:
+    def _sparse_loss(
+        self, hidden_BTE: Tensor, labels: Any, items: Tensor | int | None, index_M: Tensor | None
+    ) -> Tensor:
         """The causal loss, with the vocabulary projection paid only where there is a label."""
         if labels is None:
             raise UserError("loss_only needs labels")
-        target_BT = F.pad(labels[:, 1:], (0, 1), value=-100)
-        supervised_BT = target_BT != -100
-        logits_MV = self.lm_head(hidden_BTE[supervised_BT]).float()
-        total = F.cross_entropy(logits_MV, target_BT[supervised_BT], reduction="sum")
-        return total / (items if items is not None else supervised_BT.sum())
+        target_X = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+        index_M = (target_X != -100).nonzero()[:, 0] if index_M is None else index_M
+        logits_MV = self.lm_head(hidden_BTE.flatten(0, 1)[index_M]).float()
+        total = F.cross_entropy(logits_MV, target_X[index_M], reduction="sum")
+        return total / (items if items is not None else len(index_M))
 
 
 AutoModelForImageTextToText.register(SparsightConfig, SparsightForConditionalGeneration, exist_ok=True)

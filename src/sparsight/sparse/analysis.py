@@ -13,6 +13,7 @@ from functools import partial
 from statistics import correlation, median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -126,7 +127,8 @@ class _Sums:
             raise UserError(f"layer {number}: its output in {y_BTD.dtype} is not finite; try another dtype")
         similar_BT = F.cosine_similarity(x_BTD.float(), y_BTD.float(), dim=-1).double()
         self.similar_L2[number] += torch.stack([similar_BT[at].sum() for at in (self.visual_BT, self.text_BT)]).cpu()
-        for x_ND in x_BTD[self.visual_BT].split(unbroken(self.visual_BT.nonzero())) if number == 0 else ():
+        lengths = unbroken(np.argwhere(self.visual_BT.cpu().numpy()))
+        for x_ND in x_BTD[self.visual_BT].split(lengths) if number == 0 else ():
             tokens, side = len(x_ND), math.isqrt(len(x_ND))
             square = side * side == tokens
             redundant_N = redundancy(x_ND[None], (side, side) if square else (1, tokens))[0].double().cpu()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
@@ -179,16 +179,17 @@ class SparseHandle:
         forwards, state, model = self._forwards, self._state, self.model
         if forwards.last is None:
             return {}
-        args, kwargs = forwards.last
+        args, kwargs, known = forwards.last
         kwargs = {key: value for key, value in kwargs.items() if key != "num_items_in_batch"}
         before = forwards.passes.copy(), state.drawn, state.train_only
         modes = [(module, module.training) for module in model.modules()]  # frozen parts may be in eval mode
         model.eval()
         forwards.probing, state.train_only = True, False
         try:
-            with self.disabled():
-                dense = model(*args, **kwargs).loss
-            sparse = model(*args, **kwargs).loss
+            with self.on_host(known):
+                with self.disabled():
+                    dense = model(*args, **kwargs).loss
+                sparse = model(*args, **kwargs).loss
         finally:
             forwards.probing = False
             forwards.passes, state.drawn, state.train_only = before
@@ -217,6 +218,15 @@ class SparseHandle:
     def set_sparsity(self, sparsity: float) -> None:
         """Go on with this from the next `step` on, as a run that is resumed does."""
         self._state.sparsity, self._state.unprobed = sparsity, 0
+
+    @contextmanager
+    def on_host(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Passes within are over a batch that the host has as well, by the same names: it is not copied back."""
+        self._forwards.known = inputs
+        try:
+            yield
+        finally:
+            self._forwards.known = {}
 
     def release(self) -> None:
         """Let go of the last batch, which is kept for `dense_probe`."""

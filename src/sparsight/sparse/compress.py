@@ -12,9 +12,11 @@ from itertools import pairwise
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
+from sparsight.devices.copies import to_device
 from sparsight.errors import UserError
 from sparsight.schedules import kept_tokens
 from sparsight.sparse.visual import Run
@@ -24,8 +26,8 @@ Compressed = tuple[torch.Tensor, torch.Tensor]
 
 def compress_batch(
     embeds_BTD: torch.Tensor,
-    keep_BT: torch.Tensor,
-    position_M2: torch.Tensor,
+    valid_BT: np.ndarray,
+    position_M2: np.ndarray,
     runs: Sequence[Run],
     keep: float,
     method: str,
@@ -36,43 +38,45 @@ def compress_batch(
     """Embeddings in which kept positions hold what they now stand for, and which positions are kept, (B, T).
 
     Args:
-        keep_BT: which positions are no padding.
+        valid_BT: which positions are no padding.
         position_M2: sample and position of each visual, then of each audio token.
         runs: tokens of each image or audio clip, by number among these.
         generators: for "random", one for each run.
-        packed_BT: the packed sample that a position belongs to, (B, T) or (1, T), if there are any.
+        packed_BT: for "text", the packed sample that a position belongs to, (B, T) or (1, T), if there are any.
     """
-    text_BT, keep_BT = keep_BT.clone(), keep_BT.clone()
-    text_BT[position_M2.unbind(1)] = False
+    length_T, text_BT = valid_BT.shape[1], valid_BT.copy()
+    text_BT[tuple(position_M2.T)] = False
     alike: dict[tuple[int, tuple[int, ...]], list[int]] = defaultdict(list)
     for number, run in enumerate(runs):
         alike[run.length, run.grid or (1, run.length)].append(number)
-    for (length, grid), members in alike.items():
-        starts_I = torch.tensor([runs[number].start for number in members], device=embeds_BTD.device)
-        numbers_IN = starts_I[:, None] + torch.arange(length, device=embeds_BTD.device)
-        sample_IN, position_IN = position_M2[numbers_IN].unbind(-1)
-        tokens_IND, options = embeds_BTD[sample_IN, position_IN], dict[str, Any]()
+    at_M = position_M2 @ (length_T, 1)
+    each = [at_M[np.array([runs[n].start for n in same])[:, None] + np.arange(of[0])] for of, same in alike.items()]
+    # All that the device has to know, in one copy.
+    sent = to_device(np.concatenate([text_BT.ravel(), *(at_IN.ravel() for at_IN in each)]), embeds_BTD.device)
+    text_X, *parts = sent.split([text_BT.size, *(at_IN.size for at_IN in each)])
+    embeds_XD, kept_X, mixes = embeds_BTD.flatten(0, 1), text_X.bool(), method in MIXING
+    for (length, grid), members, at_X in zip(alike, alike.values(), parts, strict=True):
+        at_IN, options = at_X.view(-1, length), dict[str, Any]()
         if method == "random":
             options["generators"] = [generators[number] for number in members]
         if method == "text":
-            row_I = sample_IN[:, 0]
-            text_IT = text_BT[row_I]
+            row_I = at_IN[:, 0] // length_T
+            text_IT = text_X.bool().view(valid_BT.shape)[row_I]
             if packed_BT is not None:  # that of the image's own sample
-                owner_BT = packed_BT.expand(len(keep_BT), -1)
-                text_IT = text_IT & (owner_BT[row_I] == owner_BT[row_I, position_IN[:, 0]][:, None])
+                owner_BT = packed_BT.expand(len(valid_BT), -1)
+                text_IT = text_IT & (owner_BT[row_I] == owner_BT.flatten()[at_IN[:, 0]][:, None])
             options |= {"text_BTD": embeds_BTD[row_I].detach(), "text_mask_BT": text_IT}
         if method == "similarity":
             options["follows"] = [runs[number].follows for number in members]
+        tokens_IND = (embeds_XD if mixes else embeds_XD.detach())[at_IN]
         few_IKD, index_IK = compress(tokens_IND, keep, method, grid=grid, **options)
         # The last position of an image predicts the token behind it: that one stays.
         index_IK = torch.cat([index_IK[:, :-1], torch.full_like(index_IK[:, :1], length - 1)], 1)
-        if method not in ("pool", "merge"):
-            few_IKD = tokens_IND.take_along_dim(index_IK[..., None], 1)
-        target = sample_IN.gather(1, index_IK), position_IN.gather(1, index_IK)
-        keep_BT[sample_IN, position_IN] = False
-        keep_BT[target] = True
-        embeds_BTD = embeds_BTD.index_put(target, few_IKD.to(embeds_BTD.dtype))
-    return embeds_BTD, keep_BT
+        target_IK = at_IN.gather(1, index_IK)
+        kept_X = kept_X.index_fill(0, target_IK.flatten(), True)
+        if mixes:
+            embeds_XD = embeds_XD.index_put((target_IK,), few_IKD.to(embeds_XD.dtype))
+    return embeds_XD.view_as(embeds_BTD), kept_X.view(valid_BT.shape)
 
 
 def compress(
@@ -131,7 +135,7 @@ def _random(tokens_BND: torch.Tensor, kept: int, generators: Any, **_: Any) -> C
     # Drawn on the CPU: the same tokens whatever the device; by image: whatever the batch.
     batch, tokens = tokens_BND.shape[:2]
     draws_BN = torch.stack([torch.rand(tokens, generator=each) for each in generators or [None] * batch])
-    return _best(tokens_BND, draws_BN.to(tokens_BND.device), kept)
+    return _best(tokens_BND, to_device(draws_BN.numpy(), tokens_BND.device), kept)
 
 
 def _text(
@@ -174,8 +178,9 @@ def _pool(tokens_BND: torch.Tensor, kept: int, grid: tuple[int, ...], **_: Any) 
     # The position of a cell is that of its member in the middle.
     middle_K = cell_N.argsort(stable=True)[count_K.cumsum(0) - count_K + count_K // 2]
     position_K, order_K = middle_K.sort()
-    pooled_BKD = share_KN[order_K].to(tokens_BND) @ tokens_BND
-    return pooled_BKD, position_K.to(tokens_BND.device).expand(tokens_BND.shape[0], -1)
+    sent_KN = to_device(share_KN[order_K].numpy(), tokens_BND.device)
+    pooled_BKD = sent_KN.to(tokens_BND.dtype) @ tokens_BND
+    return pooled_BKD, to_device(position_K.numpy(), tokens_BND.device).expand(tokens_BND.shape[0], -1)
 
 
 @torch.no_grad()
@@ -194,7 +199,7 @@ def redundancy(tokens_BND: torch.Tensor, grid: tuple[int, ...], follows: Sequenc
     found_XHW = total_XHW / count_XHW.clamp(min=1)
     behind_X = [frame > 0 or first for first in follows or [False] * len(tokens_BND) for frame in range(prod(outer))]
     if any(behind_X):
-        number_Y = torch.tensor(behind_X).nonzero()[:, 0].to(tokens_BND.device)
+        number_Y = to_device(np.flatnonzero(behind_X), tokens_BND.device)
         before_YHW = (unit_XHWD[number_Y] * unit_XHWD[number_Y - 1]).sum(-1)
         found_XHW[number_Y] = found_XHW[number_Y].maximum(before_YHW)
     return found_XHW.view(len(tokens_BND), -1)
@@ -243,4 +248,5 @@ METHODS: dict[str, Callable[..., Compressed]] = {
     "similarity": _similarity,
     "merge": _merge,
 }
+MIXING = ("pool", "merge")  # methods whose tokens are made of several
 ON_GRID = ("pool", "similarity")  # methods that go by rows and columns

@@ -12,11 +12,11 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +25,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from sparsight.compat import CACHE, returns_tuple
+from sparsight.devices.copies import Host
 from sparsight.devices.ranks import largest, several_ranks, touched
 from sparsight.errors import UserError
-from sparsight.schedules import skipped_layers
+from sparsight.schedules import kept_tokens, skipped_layers
 from sparsight.settings.methods import CompressorConfig, SkipperConfig, gap_of
 from sparsight.sparse.blank import blank_features
 from sparsight.sparse.compress import ON_GRID, compress_batch
@@ -39,6 +40,9 @@ from sparsight.sparse.visual import audio_runs, named, runs, sizes_of, without_v
 _IDLE = 50  # passes without an effect before the user is told
 _DENSE = 3  # the same, where it is known that no pass can have one
 _PASSES = 2**15  # kept at most, where nobody takes them
+# Inputs that say where tokens stand: they come to the host together.
+_GRIDS = tuple(f"{kind}_{what}" for kind in ("image", "video") for what in ("grid_thw", "merge_sizes", "sizes"))
+_WANTED = ("input_ids", "labels", "attention_mask", "position_ids", "cu_seq_lens_q", *_GRIDS)
 _NO_TOKENS = "no input_ids of a batch had {} tokens, at as many positions as the decoder was given"
 _WAITS = (
     "nobody has called handle.step(step, progress), which says where training stands. Give the Trainer "
@@ -128,15 +132,46 @@ class State:
 class Batch:
     """The batch that goes through the model at present."""
 
+    parts: Parts
+    video: int | None = None  # id of the tokens of videos, where it is not that of images
     inputs: Mapping[str, Any] = field(default_factory=dict)  # the model's, by name
+    host: Host = field(default_factory=Host)
     cached: bool = False  # whether keys and values were given
     embeds_due: bool = False  # whether its embeddings are still to come
-    visual_BT: torch.Tensor | None = None  # where visual tokens stand; None where that is not known
-    video_BT: torch.Tensor | None = None  # those of videos
-    audio_BT: torch.Tensor | None = None  # where audio tokens stand
     sizes: dict[str, list[int]] = field(default_factory=dict)  # visual tokens of each image, and of each video
     pixels: Counter[str] = field(default_factory=Counter)  # see `Pass`
     kept: Kept | None = None  # the positions that the decoder got; None if all
+
+    def _ids(self, ids: Sequence[int]) -> np.ndarray | None:
+        if not isinstance(given := self.inputs.get("input_ids"), torch.Tensor):
+            return None
+        return np.isin(self.host(given), ids) if ids else np.zeros(tuple(given.shape), dtype=bool)
+
+    @cached_property
+    def visual_BT(self) -> np.ndarray | None:
+        """Where visual tokens stand; None where that is not known."""
+        return self._ids(self.parts.visual_token_ids)
+
+    @cached_property
+    def audio_BT(self) -> np.ndarray | None:
+        return self._ids(self.parts.audio_token_ids)
+
+    @cached_property
+    def video_BT(self) -> np.ndarray | None:
+        found = self._ids(() if self.video is None else (self.video,))
+        if self.inputs.get("pixel_values_videos") is not None and found is not None and not found.any():
+            return self.visual_BT  # GLM-4V: frames stand at the positions of images
+        return found
+
+
+class Left(NamedTuple):
+    """What the host knows of the positions that stay: how many in each row, how many visual and audio tokens, and
+    whether all else stays and rows are of one length."""
+
+    lengths: np.ndarray
+    visual: int
+    audio: int
+    even: bool
 
 
 def _fsdp(layer: nn.Module) -> Any:
@@ -153,9 +188,11 @@ class Forwards:
         self.head, self.layers = model.get_submodule(parts.head), list(self.decoder.layers)
         self.embeddings = model.get_input_embeddings()
         self.splicer = find_splicer(model, parts.vision or parts.audio)
-        self.attached, self.batch, self.passes = True, Batch(), deque[Pass](maxlen=_PASSES)
+        self.attached, self.batch, self.passes = True, Batch(parts), deque[Pass](maxlen=_PASSES)
         self.given: dict[str, Any] = {}  # what the model was called with
-        self.last: tuple[Any, dict[str, Any]] | None = None  # arguments of the last batch that was trained on
+        self.known: Mapping[str, Any] = {}  # inputs of the batch at hand that the trainer has on the host
+        # Arguments of the last batch that was trained on, and what was known of it.
+        self.last: tuple[Any, dict[str, Any], Mapping[str, Any]] | None = None
         self.probing = False  # whether dense and sparse are compared at present
         self.uncleared = False  # whether skipped layers were given gradients of zero
         self.in_step, self.patience = 0, 0  # passes with gradients since the last step; after so many it is overdue
@@ -219,23 +256,22 @@ class Forwards:
         cached = any(self.given.get(name) is not None for name in (CACHE, "past_key_values"))
         if self.model.training and torch.is_grad_enabled() and not cached:
             # Without the graph behind what is given: it would live until the next batch.
-            self.last = args, {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+            kwargs = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+            self.last = args, kwargs, self.known
 
     def _before(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         inputs, config = named(self.model, args, kwargs), self.model.config
         cached = any(inputs.get(name) is not None for name in (CACHE, "past_key_values"))
-        batch = self.batch = Batch(self.given | inputs, cached, embeds_due=True)
-        if not isinstance(ids := batch.inputs.get("input_ids"), torch.Tensor):
-            return None
-        batch.visual_BT = torch.isin(ids, ids.new_tensor(self.parts.visual_token_ids))
-        batch.audio_BT = torch.isin(ids, ids.new_tensor(self.parts.audio_token_ids))
+        every = self.given | inputs
+        host = Host({name: every.get(name) for name in _WANTED}, self.known)
         image, video = (getattr(config, f"{kind}_token_id", None) for kind in ("image", "video"))
-        batch.video_BT = ids == video if video not in (None, image) else torch.zeros_like(batch.visual_BT)
-        if inputs.get("pixel_values_videos") is not None and not bool(batch.video_BT.any()):
-            batch.video_BT = batch.visual_BT  # GLM-4V: frames stand at the positions of images
+        video = None if video == image else video
+        batch = self.batch = Batch(self.parts, video, every, host, cached, embeds_due=True)
         # In training, and where dense and sparse are compared, no loss is taken on visual or audio tokens.
-        if self.probing or (self.model.training and self.state.enabled):
-            inputs, text = without_visual_labels(inputs, batch.visual_BT | batch.audio_BT, self.parts.kinds)
+        if inputs.get("labels") is not None and (self.probing or (self.model.training and self.state.enabled)):
+            if (visual_BT := batch.visual_BT) is None or (audio_BT := batch.audio_BT) is None:
+                return None
+            inputs, text = without_visual_labels(inputs, visual_BT | audio_BT, self.parts.kinds, host)
             if text:
                 self.tell("labels", text, UserWarning)
                 return (), inputs
@@ -277,7 +313,7 @@ class Forwards:
             )
 
     def _after(self, *_: Any) -> None:
-        self.batch = Batch()
+        self.batch = Batch(self.parts)
 
     def _generate(self, plain: Any, *args: Any, **kwargs: Any) -> Any:
         self._generating += 1
@@ -297,7 +333,7 @@ class Forwards:
             self._encoding = False
         given = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
         if kind != "audio":
-            self.batch.sizes[kind] = sizes_of(self.splicer, getattr(found, "pooler_output", found), given)
+            self.batch.sizes[kind] = sizes_of(self.splicer, found, given)
         if given is not None and self.active():
             self.batch.pixels[kind] += given.numel()
             if kind not in self.pixel_flops:
@@ -376,9 +412,8 @@ class Forwards:
             return plain(*args, **kwargs)
         visual_BT, audio_BT = batch.visual_BT, batch.audio_BT
         if visual_BT is None or audio_BT is None or visual_BT.shape != seen.shape[:2]:  # not known where they stand
-            visual_BT = audio_BT = torch.zeros(seen.shape[:2], dtype=torch.bool)
-        visual_BT, audio_BT = visual_BT.to(seen.device), audio_BT.to(seen.device)
-        visual, audio = int(visual_BT.sum()), int(audio_BT.sum()) if self.parts.audio else 0
+            visual_BT = audio_BT = np.zeros(tuple(seen.shape[:2]), dtype=bool)
+        visual, audio = int(visual_BT.sum()), int(audio_BT.sum())
         if visual and not batch.pixels:
             self._count_encoded()
         if not batch.cached:  # else a token of an answer
@@ -388,19 +423,20 @@ class Forwards:
         if state.keep == 1.0 or visual + audio == 0 or embeds is None:
             self.passes.append(done)
             return plain(*args, **kwargs)
-        embeds, keep_BT = self._compress(embeds, visual_BT, audio_BT, kwargs)
-        kept = batch.kept = Kept.of(keep_BT)
-        left, heard = (int((keep_BT & each_BT).sum()) for each_BT in (visual_BT, audio_BT))
-        self.passes.append(replace(done, length=kept.index_BK.shape[1], visual_out=left, audio_out=heard))
-        kwargs = gather_inputs(kwargs, kept, keep_BT, renumbered, self.decoder.config)
+        if self.known and self.known.get("attention_mask") is None:
+            kwargs["attention_mask"] = None  # `causal_mask` has made it of the position ids
+        embeds, keep_BT, left = self._compress(embeds, visual_BT, audio_BT, kwargs)
+        kept = batch.kept = Kept.of(keep_BT, int(left.lengths.max()))
+        self.passes.append(replace(done, length=kept.index_BK.shape[1], visual_out=left.visual, audio_out=left.audio))
+        there = np.flatnonzero(visual_BT), left.visual
+        kwargs = gather_inputs(kwargs, kept, keep_BT, renumbered, self.decoder.config, batch.host, there)
         output = plain(*args, **(kwargs | {"inputs_embeds": kept.gather(embeds, 1)}))
         if getattr(output, "router_logits", None) is not None:
             raise UserError(
                 f"{type(self.model).__name__} was asked for router_logits, whose loss balances experts over all "
                 "positions: with a compressor, set output_router_logits=False"
             )
-        even = bool(keep_BT[~(visual_BT | audio_BT)].all() and kept.valid_BK.all())
-        mark_cache(getattr(output, CACHE, None), even and not renumbered)
+        mark_cache(getattr(output, CACHE, None), left.even and not renumbered)
         for key in ("last_hidden_state", "hidden_states"):
             value = getattr(output, key, None)
             if isinstance(value, torch.Tensor):
@@ -410,32 +446,39 @@ class Forwards:
         return output
 
     def _compress(
-        self, embeds: torch.Tensor, visual_BT: torch.Tensor, audio_BT: torch.Tensor, inputs: Mapping[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings in which kept positions hold what they now stand for, and which positions are kept, (B, T)."""
-        batch, state, config = self.batch, self.state, self.model.config
+        self, embeds: torch.Tensor, visual_BT: np.ndarray, audio_BT: np.ndarray, inputs: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, Left]:
+        """Embeddings in which kept positions hold what they now stand for, which positions are kept, (B, T), and what
+        the host knows of these."""
+        batch, state, config, host = self.batch, self.state, self.model.config, self.batch.host
         assert state.compressor is not None and batch.video_BT is not None
-        valid_BT = torch.ones_like(visual_BT)
+        valid_BT, method = np.ones_like(visual_BT), state.compressor.method
         # Masks for each kind of layer do not tell padding, the model's own does.
-        for mask in (inputs.get("attention_mask"), batch.inputs.get("attention_mask")):
+        for mask in (each.get("attention_mask") for each in (inputs, batch.inputs, self.known)):
             if isinstance(mask, torch.Tensor) and mask.shape == valid_BT.shape:
-                valid_BT &= mask.to(valid_BT.device).bool()
+                valid_BT = valid_BT & host(mask).astype(bool)
         on_grid = getattr(self.splicer, "tokens_on_grid", not hasattr(config, "image_grid_pinpoints"))
-        video_M = batch.video_BT.to(visual_BT.device)[visual_BT]
-        newline, method = hasattr(self.splicer, "image_newline"), state.compressor.method
-        seen_M2, heard_M2 = visual_BT.nonzero(), audio_BT.nonzero()
-        found = runs(seen_M2, video_M, batch.sizes, batch.inputs, config, on_grid=on_grid, newline=newline)
+        seen_M2, heard_M2, video_M = np.argwhere(visual_BT), np.argwhere(audio_BT), batch.video_BT[visual_BT]
+        grids = {key: host(x) for key in _GRIDS if isinstance(x := batch.inputs.get(key), torch.Tensor)}
+        newline = hasattr(self.splicer, "image_newline")
+        found = runs(seen_M2, video_M, batch.sizes, {**batch.inputs, **grids}, config, on_grid=on_grid, newline=newline)
         if method in ON_GRID and any(run.grid is None and video_M[run.start] for run in found):
             raise UserError(
                 f"{type(self.model).__name__}: the rows and columns of a video's frames are not known, and method "
                 f"'{method}' goes by them. Take 'uniform', 'random', 'text' or 'merge'"
             )
-        found, at_M2 = found + audio_runs(heard_M2, len(seen_M2)), torch.cat([seen_M2, heard_M2])
-        generators = state.generators(len(found)) if method == "random" else []
-        packed_BT = packed_samples(dict(inputs), visual_BT)
-        return compress_batch(
-            embeds, valid_BT, at_M2, found, state.keep, method, generators=generators, packed_BT=packed_BT
-        )
+        every, at_M2 = found + audio_runs(heard_M2, len(seen_M2)), np.concatenate([seen_M2, heard_M2])
+        generators = state.generators(len(every)) if method == "random" else []
+        packed = packed_samples(inputs, embeds, host)
+        options: dict[str, Any] = {"generators": generators, "packed_BT": packed and packed.segment_BT}
+        embeds, keep_BT = compress_batch(embeds, valid_BT, at_M2, every, state.keep, method, **options)
+        few = [kept_tokens(run.length, state.keep) for run in every]
+        text_BT = ~(visual_BT | audio_BT)
+        rows = np.bincount(at_M2[[run.start for run in every], 0], few, len(valid_BT))
+        lengths = (valid_BT & text_BT).sum(1) + rows.astype(int)
+        seen = sum(few[: len(found)])
+        even = bool(valid_BT[text_BT].all() and (lengths == lengths[0]).all())
+        return embeds, keep_BT, Left(lengths, seen, sum(few) - seen, even)
 
     def tell(self, topic: str, text: str, category: type[Warning] = NoEffectWarning) -> None:
         """Warn, once for each topic."""

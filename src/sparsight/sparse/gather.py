@@ -5,13 +5,16 @@ Shapes: B samples, T positions, K kept ones, H heads, D width, M visual tokens o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 from sparsight.compat import COUNTED
+from sparsight.devices.copies import Host, to_device
 from sparsight.errors import UserError
 
 
@@ -27,10 +30,11 @@ class Kept:
     length: int
 
     @classmethod
-    def of(cls, keep_BT: torch.Tensor) -> Kept:
-        """From which positions are kept; rows that keep fewer than the fullest one are padded at the end."""
+    def of(cls, keep_BT: torch.Tensor, kept: int | None = None) -> Kept:
+        """From which positions are kept; rows that keep fewer than the fullest one, whose number the host may know, are
+        padded at the end."""
         lengths_B = keep_BT.sum(1)
-        kept = int(lengths_B.max())
+        kept = int(lengths_B.max()) if kept is None else kept
         index_BK = (~keep_BT).to(torch.uint8).argsort(dim=1, stable=True)[:, :kept]
         return cls(index_BK, torch.arange(kept, device=keep_BT.device) < lengths_B[:, None], keep_BT.shape[1])
 
@@ -70,13 +74,21 @@ _KNOWN = ("inputs_embeds", "attention_mask", "position_ids", *_DEEP, *_DEEP.valu
 
 
 def gather_inputs(
-    inputs: dict[str, Any], kept: Kept, keep_BT: torch.Tensor, renumbered: bool, config: Any
+    inputs: dict[str, Any],
+    kept: Kept,
+    keep_BT: torch.Tensor,
+    renumbered: bool,
+    config: Any,
+    host: Host | None = None,
+    visual: tuple[np.ndarray, int] = (np.empty(0), 0),
 ) -> dict[str, Any]:
     """Every input of a decoder that runs along the sequence, cut to the kept positions; embeddings are left alone.
 
     Args:
         renumbered: position ids without gaps (from 0 in each packed sample), in place of those that tokens had.
         config: the decoder's, which says what its attention takes.
+        host: of the batch.
+        visual: visual tokens' positions in the flattened batch, (M,), and how many of them stay.
 
     Raises:
         UserError: the mask, or packed samples, in a form that cannot be cut.
@@ -86,12 +98,13 @@ def gather_inputs(
         if key not in _KNOWN and isinstance(value, torch.Tensor) and value.shape[:2] == keep_BT.shape:
             inputs[key] = kept.gather(value, 1)
     positions, first_BK = inputs.get("position_ids"), torch.zeros_like(kept.index_BK)
-    if (segment_BT := packed_samples(inputs, keep_BT)) is None:
+    host = host or Host()
+    if (packed := packed_samples(inputs, keep_BT, host)) is None:
         inputs["attention_mask"] = _gather_mask(inputs.get("attention_mask"), kept)
     else:
-        segment_BK = kept.gather(segment_BT, 1)
+        segment_BK = kept.gather(packed.segment_BT, 1)
         first_BK = (segment_BK[..., None] == segment_BK[:, None]).int().argmax(-1)  # of the same sample
-        inputs |= _packed(segment_BK, kept, config, inputs["inputs_embeds"].dtype)
+        inputs |= _packed(segment_BK, packed, kept, config, inputs["inputs_embeds"].dtype)
     if renumbered:
         inputs["position_ids"] = torch.arange(kept.index_BK.shape[1], device=keep_BT.device) - first_BK
     elif positions is None:
@@ -101,41 +114,59 @@ def gather_inputs(
     for where, features in _DEEP.items():  # one for each visual position (M), in a list or by layer
         if (mask := inputs.get(where)) is None:
             continue
-        kept_M = keep_BT[(mask if mask.ndim == 2 else mask[..., 0]).to(keep_BT.device)]
-        levels = inputs[features]
-        if isinstance(levels, dict):
-            inputs[features] = {layer: level[kept_M.to(level.device)] for layer, level in levels.items()}
-        else:
-            inputs[features] = [level[kept_M.to(level.device)] for level in levels]
+        levels, (at_M, count) = inputs[features], visual
+        levels = levels if isinstance(levels, dict) else dict(enumerate(levels))
+        if any(len(level) != len(at_M) for level in levels.values()):  # not of those that we take for visual
+            at_M = np.flatnonzero(host(mask if mask.ndim == 2 else mask[..., 0]))
+            count = int(keep_BT.flatten()[to_device(at_M, keep_BT.device)].sum())
+        keep_M = keep_BT.flatten()[to_device(at_M, keep_BT.device)]
+        kept_M = (~keep_M).to(torch.uint8).argsort(stable=True)[:count]
+        levels = {layer: level[kept_M.to(level.device)] for layer, level in levels.items()}
+        inputs[features] = levels if isinstance(inputs[features], dict) else [*levels.values()]
         valid = kept.valid_BK if mask.ndim == 2 else kept.valid_BK[..., None]
         inputs[where] = kept.gather(mask, 1) & valid.to(mask.device)
     return inputs
 
 
-def packed_samples(inputs: dict[str, Any], keep_BT: torch.Tensor) -> torch.Tensor | None:
-    """The number of the packed sample that a position belongs to, (B, T) or (1, T); None where a row is one sample.
+class Packed(NamedTuple):
+    """Samples that share rows: the number of the one that a position belongs to, (B, T) or (1, T), how many there are
+    in a row, and the most positions that one has."""
+
+    segment_BT: torch.Tensor
+    samples: int
+    longest: int
+
+
+def packed_samples(inputs: Mapping[str, Any], like: torch.Tensor, host: Host) -> Packed | None:
+    """The packed samples of positions such as those of ``like`` (B, T, ...); None where a row is one sample.
 
     By the boundaries of variable-length attention, or, where there is no mask, by position ids that do not go on.
     """
     positions = inputs.get("position_ids")
     if (edges := inputs.get("cu_seq_lens_q")) is not None:
-        at_T = torch.arange(keep_BT.shape[1], device=edges.device)
-        return torch.bucketize(at_T, edges[1:].contiguous(), right=True)[None].to(keep_BT.device)
+        at_T = torch.arange(like.shape[1], device=edges.device)
+        segment_1T = torch.bucketize(at_T, edges[1:].contiguous(), right=True)[None]
+        return Packed(segment_1T.to(like.device), len(edges) - 1, int(inputs["max_length_q"]))
     if inputs.get("attention_mask") is not None or positions is None or (positions.ndim == 3 and len(positions) != 4):
         return None
-    positions = positions[0] if positions.ndim == 3 else positions  # of four axes, the first one is the text's
-    segment_BT = (positions.diff(prepend=positions[:, :1] - 1, dim=-1) != 1).cumsum(-1)
-    return segment_BT.expand(len(keep_BT), -1).to(keep_BT.device) if bool(segment_BT.any()) else None
+    at_BT = host(positions)
+    if positions.ndim == 3:  # of four axes, the first one is the text's
+        positions, at_BT = positions[0], at_BT[0]
+    if not (starts := np.diff(at_BT) != 1).any():
+        return None
+    segment_BT = _segments(positions).expand(len(like), -1).to(like.device)
+    return Packed(segment_BT, int(starts.sum(1).max()) + 1, int(at_BT.max()) + 1)
 
 
-def _packed(segment_BK: torch.Tensor, kept: Kept, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+def _packed(segment_BK: torch.Tensor, packed: Packed, kept: Kept, config: Any, dtype: torch.dtype) -> dict[str, Any]:
     """Inputs that keep packed samples apart: boundaries for variable-length attention, else a mask of blocks."""
     backend, length = getattr(config, "_attn_implementation", None) or "", segment_BK.shape[1]
     if "flash" in backend:
         if len(segment_BK) != 1:
             raise UserError(f"packed samples in {len(segment_BK)} rows under {backend}: expected one row")
-        counts = torch.bincount(segment_BK[0])
-        edges, longest = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32), int(counts.max())
+        counts = segment_BK.new_zeros(packed.samples).scatter_add(0, segment_BK[0], torch.ones_like(segment_BK[0]))
+        edges = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+        longest = min(packed.longest, length)  # at most: what is dropped of which sample need not be known here
         cut = {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
         return cut | {"attention_mask": None}
     window = getattr(config, "sliding_window", None)
@@ -147,6 +178,25 @@ def _packed(segment_BK: torch.Tensor, kept: Kept, config: Any, dtype: torch.dtyp
     seen = (segment_BK[:, None, :] == segment_BK[..., None]).tril()[:, None]
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
     return {"attention_mask": _apart_from_padding(mask if backend == "eager" else seen, kept)}
+
+
+def causal_mask(mask_BT: Any, positions_BT: Any, config: Any) -> Any:
+    """The mask (B, 1, T, T) that transformers makes of padding or packed samples for "sdpa". It looks at the values
+    first, so that the host would wait for a GPU. On the CPU, and for other kinds of attention, the mask as it was."""
+    like = positions_BT if mask_BT is None else mask_BT
+    kinds, window = set(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
+    plain = kinds <= {"full_attention"} and (window is None or window >= like.shape[1])
+    if like.device.type == "cpu" or config._attn_implementation != "sdpa" or not plain or like.ndim != 2:
+        return mask_BT
+    if mask_BT is not None:
+        return mask_BT.bool()[:, None].expand(-1, mask_BT.shape[1], -1).tril()[:, None]
+    segment_BT = _segments(positions_BT)
+    return (segment_BT[:, None] == segment_BT[..., None]).tril()[:, None]
+
+
+def _segments(positions_BT: torch.Tensor) -> torch.Tensor:
+    """The number of the packed sample of each position."""
+    return (positions_BT.diff(prepend=positions_BT[:, :1] - 1, dim=-1) != 1).cumsum(-1)
 
 
 def _gather_mask(mask: Any, kept: Kept) -> Any:

@@ -11,7 +11,10 @@ from itertools import accumulate
 from math import isqrt, prod
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+
+from sparsight.devices.copies import Host, to_device
 
 _IGNORED = -100  # what the loss of transformers leaves out
 Grid = tuple[int, ...]
@@ -33,7 +36,9 @@ def named(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[st
     return dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | dict(kwargs)
 
 
-def without_visual_labels(inputs: dict[str, Any], visual_BT: torch.Tensor, kinds: str) -> tuple[dict[str, Any], str]:
+def without_visual_labels(
+    inputs: dict[str, Any], visual_BT: np.ndarray, kinds: str, host: Host
+) -> tuple[dict[str, Any], str]:
     """A batch whose visual (and audio) positions carry no label, and a warning; "" where none did.
 
     ``num_items_in_batch``, which the Trainer has counted over all micro-batches before, goes down in proportion to this
@@ -42,14 +47,14 @@ def without_visual_labels(inputs: dict[str, Any], visual_BT: torch.Tensor, kinds
     labels = inputs.get("labels")
     if not isinstance(labels, torch.Tensor) or labels.shape != visual_BT.shape:
         return inputs, ""
-    visual_BT = visual_BT.to(labels.device)
-    visual, count = int(((labels != _IGNORED) & visual_BT).sum()), int((labels != _IGNORED).sum())
+    supervised_BT = host(labels) != _IGNORED
+    visual, count = int((supervised_BT & visual_BT).sum()), int(supervised_BT.sum())
     if not visual:
         return inputs, ""
-    inputs = inputs | {"labels": labels.masked_fill(visual_BT, _IGNORED)}
+    inputs = inputs | {"labels": labels.masked_fill(to_device(visual_BT, labels.device), _IGNORED)}
     if isinstance(shifted := inputs.get("shift_labels"), torch.Tensor) and shifted.shape == visual_BT.shape:
-        next_BT = torch.cat([visual_BT[:, 1:], torch.zeros_like(visual_BT[:, :1])], 1)
-        inputs["shift_labels"] = shifted.masked_fill(next_BT.to(shifted.device), _IGNORED)
+        next_BT = np.pad(visual_BT[:, 1:], ((0, 0), (0, 1)))
+        inputs["shift_labels"] = shifted.masked_fill(to_device(next_BT, shifted.device), _IGNORED)
     if inputs.get("num_items_in_batch") is not None and visual < count:
         inputs["num_items_in_batch"] = inputs["num_items_in_batch"] * ((count - visual) / count)
     return inputs, (
@@ -59,28 +64,28 @@ def without_visual_labels(inputs: dict[str, Any], visual_BT: torch.Tensor, kinds
     )
 
 
-def sizes_of(owner: Any, features: Any, pixels: Any) -> list[int]:
+def sizes_of(owner: Any, found: Any, pixels: Any) -> list[int]:
     """Visual tokens of each image, or video, from what ``get_..._features`` gave; empty ones are left out."""
-    if features is None:
+    if (features := getattr(found, "pooler_output", found)) is None:
         return []
     sizes = [int(tokens.shape[-2]) for tokens in features]
     per_sample = "pixel_attention_mask" in inspect.signature(owner.get_image_features).parameters
     if per_sample and isinstance(pixels, torch.Tensor) and pixels.ndim == 5 and len(sizes) == len(pixels):
         # SmolVLM, Idefics3: all images of a sample in one; those of zeros are padding, the others have equally many.
-        images = int((pixels != 0).flatten(2).any(-1).sum())
+        images = len(found.last_hidden_state)
         if images and sum(sizes) % images == 0:
             sizes = [sum(sizes) // images] * images
     return [size for size in sizes if size]
 
 
-def unbroken(positions_M2: torch.Tensor) -> list[int]:
+def unbroken(positions_M2: np.ndarray) -> list[int]:
     """Lengths of the runs of positions (sample, position) that follow one another."""
-    flat_M = positions_M2[:, 0] * 2**32 + positions_M2[:, 1]
-    offset_M = flat_M - torch.arange(len(flat_M), device=flat_M.device)
-    return offset_M.unique_consecutive(return_counts=True)[1].tolist()
+    offset_M = positions_M2 @ (2**32, 1) - np.arange(len(positions_M2))
+    ends = np.flatnonzero(np.diff(offset_M, append=-1)) + 1
+    return np.diff(ends, prepend=0).tolist()
 
 
-def audio_runs(positions_M2: torch.Tensor, first: int) -> list[Run]:
+def audio_runs(positions_M2: np.ndarray, first: int) -> list[Run]:
     """The clips of a batch, or their pieces where a video's tokens stand between; the first token is number ``first``.
     Clips with nothing between them are one."""
     lengths = unbroken(positions_M2)
@@ -89,8 +94,8 @@ def audio_runs(positions_M2: torch.Tensor, first: int) -> list[Run]:
 
 
 def runs(
-    positions_M2: torch.Tensor,
-    video_M: torch.Tensor,
+    positions_M2: np.ndarray,
+    video_M: np.ndarray,
     sizes: Mapping[str, list[int]],
     inputs: Mapping[str, Any],
     config: Any,
@@ -110,7 +115,7 @@ def runs(
     """
     found = []
     for kind, of_kind_M in (("image", ~video_M), ("video", video_M)):
-        starts = of_kind_M.nonzero().flatten()
+        starts = np.flatnonzero(of_kind_M)
         grids = _grids(kind, unbroken(positions_M2[starts]), sizes.get(kind, []), inputs, config, newline)
         firsts = accumulate((length for length, *_ in grids), initial=0)
         for (length, grid, follows), first in zip(grids, firsts, strict=False):
@@ -145,7 +150,7 @@ def _grids(
         return [(length, None, False) for length in lengths]
     if given is not None and len(given) == len(lengths) and hasattr(config, "spatial_merge_size"):
         pixels = vision.patch_size * config.spatial_merge_size  # type: ignore[union-attr]
-        tall = torch.as_tensor(given).tolist()
+        tall = np.asarray(given).tolist()
         return [(length, (h // pixels, w // pixels), False) for length, (h, w) in zip(lengths, tall, strict=True)]
     return [(length, (round(length**0.5),) * 2, False) for length in lengths]
 

@@ -6,15 +6,17 @@ import ctypes
 import gc
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
 from sparsight.cost import Trains, bridge_flops
+from sparsight.devices.copies import Sent, to_device
 from sparsight.devices.peaks import peak_flops
 from sparsight.devices.precision import default_device, device_name
 from sparsight.devices.ranks import process_state, several_ranks
@@ -54,8 +56,10 @@ class StepCounter:
         self.counts: dict[str, int] = defaultdict(int)
         self.flops: dict[str, float] = defaultdict(float)
         self.seconds: dict[str, float] = defaultdict(float)
-        self.loss, self.cpu = 0.0, cpu_seconds()
-        self.ids: list[str] = []  # of this rank's samples
+        self.cpu = cpu_seconds()
+        self.losses: list[torch.Tensor] = []  # of this rank's micro-batches
+        self.passes: list[list[str]] = []  # ids of their samples
+        self.norm = torch.zeros((), dtype=torch.float64)  # of the gradients
         self.replaced: list[dict[str, Any]] = []  # entries of bad samples, see `TrainingSet`
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -70,7 +74,7 @@ class StepCounter:
         for part, flops in parts.items():
             self.flops[part] += flops
         self.last_flops, self.layers_run = sum(parts.values()), done.layers_run
-        self.ids += info["ids"]
+        self.passes.append(info["ids"])
         self.counts["samples"] += len(info["ids"])
         self.counts["visual_tokens"] += visual
         self.counts["visual_tokens_kept"] += done.visual_out
@@ -105,36 +109,46 @@ class StepCounter:
             self.flops_of_grid[grid] = count_flops(tower, (height, width), self.model.config.vision_levels)
         return self.flops_of_grid[grid]
 
-    def record(self) -> dict[str, Any]:
-        """The step's record: counts and FLOPs of all ranks, their mean loss and bytes, and this rank's seconds."""
-        numbers = {**self.counts, **{f"flops {part}": flops for part, flops in self.flops.items()}, "loss": self.loss}
-        memory = [_memory(self.resident)]
+    def record(self) -> Callable[[], tuple[dict[str, Any], list[float], float]]:
+        """Send off what the device knows of the step. Called, the result waits for it, and gives the step's record:
+        counts and FLOPs of all ranks, their mean loss and bytes, and this rank's seconds; then the losses of this
+        rank's micro-batches, and the gradients' norm."""
+        state = process_state()
+        own = [0.0] * state.num_processes
+        own[state.process_index] = _memory(self.resident)
+        counts, parts = [*self.counts], [*self.flops]
+        numbers = np.array([*self.counts.values(), *self.flops.values(), *own], dtype=np.float64)
+        mine = torch.stack([self.norm, *self.losses])
+        everyone = torch.cat([mine[1:].sum()[None], to_device(numbers, mine.device)])
         if several_ranks():
-            ranks = torch.distributed.get_world_size()
-            own = [0.0] * ranks
-            own[torch.distributed.get_rank()] = memory[0]
-            everyone = torch.tensor([*numbers.values(), *own], dtype=torch.float64, device=self.model.device)
             torch.distributed.all_reduce(everyone)
-            found = everyone.tolist()
-            numbers, memory = dict(zip(numbers, found[:-ranks], strict=True)), [round(each) for each in found[-ranks:]]
-            numbers["loss"] /= ranks
-        parts = {part: numbers[f"flops {part}"] for part in self.flops}
-        flops = sum(parts.values())
-        reached = flops / process_state().num_processes / max(sum(self.seconds.values()), 1e-9)
-        return {
-            **{name: round(numbers[name]) for name in self.counts},
-            "replaced": len(self.replaced),
-            "loss": numbers["loss"],
-            "layers_run": self.layers_run,
-            "layers": self.layers,
-            "flops": flops,
-            "flops_by_part": parts,
-            **({} if self.peak is None else {"mfu": reached / self.peak}),
-            "seconds": dict(self.seconds),
-            "cpu_seconds": max(0.0, cpu_seconds() - self.cpu),
-            "memory_bytes": max(memory),
-            **({"memory_by_rank": memory} if len(memory) > 1 else {}),
-        }
+        sent, seconds, ranks = Sent(torch.cat([mine, everyone])), dict(self.seconds), state.num_processes
+        known = {"replaced": len(self.replaced), "layers_run": self.layers_run, "layers": self.layers}
+        spent = {"seconds": seconds, "cpu_seconds": max(0.0, cpu_seconds() - self.cpu)}
+
+        def read() -> tuple[dict[str, Any], list[float], float]:
+            norm, *values = sent.read()
+            losses, (loss, *found) = values[: len(mine) - 1], values[len(mine) - 1 :]
+            memory = [round(each) for each in found[-ranks:]]
+            flops = dict(zip(parts, found[len(counts) : -ranks], strict=True))
+            reached = sum(flops.values()) / ranks / max(sum(seconds.values()), 1e-9)
+            return (
+                {
+                    **{name: round(number) for name, number in zip(counts, found, strict=False)},
+                    **known,
+                    "loss": loss / ranks,
+                    "flops": sum(flops.values()),
+                    "flops_by_part": flops,
+                    **({} if self.peak is None else {"mfu": reached / self.peak}),
+                    **spent,
+                    "memory_bytes": max(memory),
+                    **({"memory_by_rank": memory} if ranks > 1 else {}),
+                },
+                losses,
+                norm,
+            )
+
+        return read
 
 
 def cpu_seconds() -> float:

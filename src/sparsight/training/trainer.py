@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from accelerate.utils import gather_object
 from rich.text import Text
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
@@ -22,12 +24,13 @@ from sparsight.data.batching import LARGEST, RankBatches, Step, micro_batches, p
 from sparsight.data.collate import Collator, TrainingSet
 from sparsight.data.sources import SceneSource
 from sparsight.devices.engines import check_resumed, engine, settle_bf16
-from sparsight.devices.ranks import process_state
+from sparsight.devices.ranks import process_state, several_ranks
 from sparsight.errors import UserError
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.settings.recipe import Recipe, Stage
 from sparsight.sparse.attach import attach
 from sparsight.sparse.callback import SparsightCallback
+from sparsight.sparse.gather import causal_mask
 from sparsight.training import idle, stalls
 from sparsight.training.checkpoints import SafeCheckpoints, agreed_checkpoint
 from sparsight.training.counter import StepCounter
@@ -52,6 +55,8 @@ class SparsightTrainer(Trainer):
         self, *args: Any, stage: Stage, plan: Sequence[Step], counter: StepCounter, handle: Any = None, **kwargs: Any
     ) -> None:
         self.stage, self.plan, self.counter, self.handle = stage, plan, counter, handle
+        self.look: Callable[[], None] = lambda: None  # at what the last step has sent
+        self.safe: Any = next(each for each in kwargs["callbacks"] if isinstance(each, SafeCheckpoints))
         model, adapted = args[0], getattr(args[0], "_hf_peft_config_loaded", False)
         self.frozen_base = adapted or getattr(model, "is_quantized", False)
         model._hf_peft_config_loaded = self.frozen_base  # a bridge may train on a packed base that has no adapters
@@ -59,6 +64,10 @@ class SparsightTrainer(Trainer):
         settle_bf16(self.accelerator.state, counter.precision)
         model._hf_peft_config_loaded = adapted
         self.remove_callback(PrinterCallback)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.look()  # nothing is saved behind a step that was not finite
+        super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """With packed weights, or adapters beside them, a checkpoint has the parts that train, and adapters alone of
@@ -103,17 +112,26 @@ class SparsightTrainer(Trainer):
             self.optimizer = cls(parameter_groups(self.model, self.stage, by_layer), **options)
         return self.optimizer
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+    def get_batch_samples(self, batches: Any, number: int, device: Any) -> Any:
         start = time.perf_counter()
-        result = super().get_batch_samples(*args, **kwargs)
+        # The number of labels stays where it was counted, unless ranks have to add theirs up.
+        result = super().get_batch_samples(batches, number, device if several_ranks() else torch.device("cpu"))
         self.counter.seconds["data"] += time.perf_counter() - start
         return result
+
+    def _prepare_input(self, data: Any) -> Any:
+        if isinstance(data, torch.Tensor) and not self.is_deepspeed_enabled:  # which changes types
+            return data.to(self.args.device, non_blocking=True)  # from pinned memory: nobody waits
+        return super()._prepare_input(data)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if "vision" not in self.stage.learning_rate.parts():
             self.model.model.vision_tower.eval()  # frozen is frozen: its batch norms keep their statistics too
         # Without a cache of keys and values: with one, transformers does not look for packed samples.
-        return super().compute_loss(model, {**inputs, "loss_only": True, "use_cache": False}, *args, **kwargs)
+        inputs = {**inputs, "loss_only": True, "use_cache": False}
+        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        inputs["attention_mask"] = causal_mask(mask, positions, self.model.config.text_config)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
         """FLOPs of the last pass, as counted; HF's own count sees neither dropped tokens nor skipped layers."""
@@ -123,7 +141,8 @@ class SparsightTrainer(Trainer):
         start, info = time.perf_counter(), inputs.pop("info")
         self.counter.replaced += info["replaced"]
         try:
-            loss = super().training_step(model, inputs, *args, **kwargs)
+            with nullcontext() if self.handle is None else self.handle.on_host(inputs):
+                loss = super().training_step(model, inputs, *args, **kwargs)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"step {self.state.global_step + 1}: out of memory on {tuple(inputs['input_ids'].shape)} positions "
@@ -132,26 +151,49 @@ class SparsightTrainer(Trainer):
             ) from error
         passes = self.handle.take_passes() if self.handle is not None else []
         self.counter.add(inputs, info, passes[0] if passes else None)
-        if not math.isfinite(value := loss.item()):
-            raise self._not_finite(f"loss is {value}", info["ids"])
-        self.counter.loss += value
+        self.counter.losses.append(loss.double())
         self.counter.seconds["compute"] += time.perf_counter() - start
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """The Trainer's, in every step (a recipe's ``max_grad_norm`` is above 0). A norm that is not finite would make
-        all weights NaN; ranks share gradients, so that all see it."""
+        all weights NaN; ranks share gradients, so that all see it.
+
+        Fused AdamW leaves weights and moments alone by itself then: nobody has to wait, and the step's end is looked at
+        in the next one. For another optimizer it is looked at here.
+        """
         start = time.perf_counter()
-        norm = super()._clip_grad_norm(model)
-        if not math.isfinite(norm):
-            found = f"norm of the gradients is {float(norm)}, though the loss is finite"
-            raise self._not_finite(found, gather_object(self.counter.ids))
-        self.counter.seconds["optimizer"] += time.perf_counter() - start  # on a GPU, it was waited for
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # in accelerate's
+        norm, losses = super()._clip_grad_norm(model), self.counter.losses
+        self.look()  # at the step before
+        self.before = self.state.global_step, self.state.epoch, self.lr_scheduler.state_dict()
+        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.counter.norm = torch.as_tensor(whole).to(losses[0])
+        found = torch.stack([self.counter.norm, *losses])
+        if engine() == "ddp" and optimizer.defaults.get("fused"):
+            optimizer.found_inf = (~found.isfinite().all()).float()
+        else:
+            here, *each = found.tolist()
+            self.check_finite(each, here, self.state.global_step + 1, self.counter.passes)
+        self.counter.seconds["optimizer"] += time.perf_counter() - start
         return norm
 
-    def _not_finite(self, found: str, ids: Sequence[str]) -> UserError:
-        step = self.state.global_step + 1
-        return UserError(f"step {step}: the {found}; training stops here. Its samples: " + ", ".join(ids))
+    def check_finite(self, losses: Sequence[float], norm: float, step: int, passes: Sequence[list[str]]) -> None:
+        """Raises UserError if the loss of a micro-batch or the gradients' norm is not."""
+        if bad := [n for n, loss in enumerate(losses) if not math.isfinite(loss)]:
+            found, ids = f"loss is {losses[bad[0]]}", [name for n in bad for name in passes[n]]
+        elif not math.isfinite(norm):
+            found = f"norm of the gradients is {norm}, though the loss is finite"
+            ids = gather_object([name for each in passes for name in each])
+        else:
+            return
+        if self.state.global_step == step:  # the optimizer has left it out: what is saved now is the step before
+            self.state.global_step, self.state.epoch, rates = self.before
+            self.lr_scheduler.load_state_dict(rates)
+            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
+            self.safe.updating = -1
+        raise UserError(f"step {step}: the {found}; training stops here. Its samples: " + ", ".join(ids))
 
 
 @dataclass(eq=False)
@@ -166,6 +208,10 @@ class _Recorder(TrainerCallback):
     scorer: Scorer | None
     rates: dict[str, float] = field(default_factory=dict)
     started: float = 0.0
+    last: Callable[[], None] | None = None  # what the last step still has to do, once its numbers have come
+
+    def __post_init__(self) -> None:
+        self.trainer.look = self.look
 
     def on_train_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         self.show(completed=state.global_step)
@@ -186,8 +232,6 @@ class _Recorder(TrainerCallback):
         self.started = time.perf_counter()
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        if torch.cuda.is_available():  # else the next wait for the device would be taken for one for data
-            torch.cuda.synchronize()
         self.trainer.counter.seconds["optimizer"] += time.perf_counter() - self.started
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, *, optimizer: Any, **_: Any) -> None:
@@ -199,20 +243,13 @@ class _Recorder(TrainerCallback):
             probe = {"sparsity": handle.sparsity, **handle.probe}
             if handle.probe:
                 counter.add_probe(handle.probe["probe_seconds"])
-        record = {"learning_rate": self.rates, **counter.record(), **probe}
-        self.log.write("step", stage=stage, step=step, **record)
-        if args.report_to:
-            self.trainer.track(record)
-        speed = record["samples"] / max(sum(record["seconds"].values()), 1e-9)
-        text = f"{stage}, loss {record['loss']:.3f}, {speed:.1f} samples/s"
+        self.last = partial(self._write, step, self.rates, counter.record(), probe, counter.passes)
+        looked_at = step == min(idle.AFTER, state.max_steps)
+        if control.should_training_stop or looked_at or step == state.max_steps:
+            self.look()
         if self.quarantine is not None:
-            self.quarantine.add(counter.replaced, step, record["samples"])
-            text += f", {len(self.quarantine.found)} bad" if self.quarantine.found else ""
-        self.show(completed=step, description=text)
-        found = ""
-        if step == min(idle.AFTER, state.max_steps):
-            found = idle.describe_idle(counter.model, optimizer, self.trainer.handle)
-        if found:
+            self.quarantine.add(counter.replaced, step, sum(map(len, self.trainer.plan[step - 1])))
+        if looked_at and (found := idle.describe_idle(counter.model, optimizer, self.trainer.handle)):
             note = f"stage '{stage}', after {step} steps: {found}"
             self.console.print(Text(note, style="yellow"))
             self.log.write("note", stage=stage, text=note)
@@ -221,6 +258,27 @@ class _Recorder(TrainerCallback):
             if scores is not None and args.report_to:
                 self.trainer.track({"score": scores})
         counter.clear()
+
+    def look(self) -> None:
+        """Wait for the last step's numbers, if nobody has, and write its record."""
+        last, self.last = self.last, None
+        if last is not None:
+            last()
+
+    def _write(self, step: int, rates: dict[str, float], read: Any, probe: dict[str, Any], passes: Any) -> None:
+        counter, stage, start = self.trainer.counter, self.trainer.stage.name, time.perf_counter()
+        numbers, losses, norm = read()
+        counter.seconds["compute"] += time.perf_counter() - start  # on a GPU, it was waited for
+        self.trainer.check_finite(losses, norm, step, passes)
+        record = {"learning_rate": rates, **numbers, **probe}
+        self.log.write("step", stage=stage, step=step, **record)
+        if self.trainer.args.report_to:
+            self.trainer.track(record)
+        speed = record["samples"] / max(sum(record["seconds"].values()), 1e-9)
+        text = f"{stage}, loss {record['loss']:.3f}, {speed:.1f} samples/s"
+        if self.quarantine is not None:
+            text += f", {len(self.quarantine.found)} bad" if self.quarantine.found else ""
+        self.show(completed=step, description=text)
 
 
 def plan_stage(data: TrainingSet, stage: Stage, seed: int, folder: Path, console: Console) -> list[Step]:
@@ -268,6 +326,7 @@ def training_arguments(recipe: Recipe, stage: Stage, steps: int, folder: Path) -
         save_steps=max(1, steps // max(stage.checkpoints, 1)),
         save_total_limit=2,
         logging_strategy="no",
+        logging_nan_inf_filter=False,  # it would wait for each micro-batch, to log what nobody asks for
         report_to=list(recipe.report_to),
         run_name=f"{recipe.name}-{stage.name}",
         remove_unused_columns=False,
@@ -357,6 +416,7 @@ def train_stage(
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         finally:
+            trainer.look()
             if handle is not None and engine() == "ddp":  # else wrapped by the engine, and not to be run again
                 handle.detach()
     return began
