@@ -103,7 +103,7 @@ def test_an_index_left_on_the_host_is_seen(monkeypatch, place):
                 waited(mode, model, batch)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", script.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 def test_one_copy_more_in_every_family(name):
     try:

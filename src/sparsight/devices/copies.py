@@ -9,10 +9,15 @@ import numpy as np
 import torch
 
 
+def may_overlap(device: torch.device) -> bool:
+    """Whether the host may go on while a copy to the device, or from it, is under way; else it reads too early."""
+    return device.type not in ("mps", "xpu")
+
+
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """An array on the device; the host goes on at once."""
     tensor = torch.from_numpy(array)
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=may_overlap(device))
 
 
 class Sent:
@@ -21,7 +26,7 @@ class Sent:
     def __init__(self, tensor: torch.Tensor) -> None:
         on_gpu = tensor.is_cuda
         self.copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
-        self.copy.copy_(tensor, non_blocking=True)
+        self.copy.copy_(tensor, non_blocking=may_overlap(tensor.device))
         self.event = torch.cuda.Event() if on_gpu else None
         if self.event is not None:
             self.event.record()

@@ -183,7 +183,8 @@ def _packed(segment_BK: torch.Tensor, packed: Packed, kept: Kept, config: Any, d
 def causal_mask(mask_BT: Any, positions_BT: Any, config: Any) -> Any:
     """The mask (B, 1, T, T) that transformers makes of padding or packed samples for "sdpa". It looks at the values
     first, so that the host would wait for a GPU. On the CPU, and for other kinds of attention, the mask as it was."""
-    like = positions_BT if mask_BT is None else mask_BT
+    if (like := positions_BT if mask_BT is None else mask_BT) is None:
+        return None
     kinds, window = set(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
     plain = kinds <= {"full_attention"} and (window is None or window >= like.shape[1])
     if like.device.type == "cpu" or config._attn_implementation != "sdpa" or not plain or like.ndim != 2:

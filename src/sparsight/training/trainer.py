@@ -23,6 +23,7 @@ from sparsight.console import Console, Progress
 from sparsight.data.batching import LARGEST, RankBatches, Step, micro_batches, plan_steps
 from sparsight.data.collate import Collator, TrainingSet
 from sparsight.data.sources import SceneSource
+from sparsight.devices.copies import may_overlap
 from sparsight.devices.engines import check_resumed, engine, settle_bf16
 from sparsight.devices.ranks import process_state, several_ranks
 from sparsight.errors import UserError
@@ -121,7 +122,8 @@ class SparsightTrainer(Trainer):
 
     def _prepare_input(self, data: Any) -> Any:
         if isinstance(data, torch.Tensor) and not self.is_deepspeed_enabled:  # which changes types
-            return data.to(self.args.device, non_blocking=True)  # from pinned memory: nobody waits
+            device = self.args.device
+            return data.to(device, non_blocking=may_overlap(device))  # from pinned memory: nobody waits
         return super()._prepare_input(data)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -139,6 +141,9 @@ class SparsightTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         start, info = time.perf_counter(), inputs.pop("info")
+        plain = not (self.stage.compressor or self.stage.proportional_attention or "position_ids" in inputs)
+        if plain and info["filled"] == inputs["input_ids"].numel():
+            del inputs["attention_mask"]  # nothing is padding: kernels that take no mask are quicker
         self.counter.replaced += info["replaced"]
         try:
             with nullcontext() if self.handle is None else self.handle.on_host(inputs):
@@ -350,11 +355,11 @@ def _collator(processor: SparsightProcessor, stage: Stage) -> Collator:
     return Collator(pad, stage.packing, length, processor.image_token_id, positions, weights)
 
 
-def _check_weights_can_be_taken(stage: str, attention: str) -> None:
-    """Raises UserError for an attention that takes no weights of tokens."""
-    if attention not in ("sdpa", "eager"):
+def _check_weights_can_be_taken(stage: Stage, attention: str) -> None:
+    """Raises UserError for an attention that takes no weights of tokens, where the stage gives some."""
+    if stage.proportional_attention and attention not in ("sdpa", "eager"):
         raise UserError(
-            f"stage '{stage}': proportional_attention needs attn_implementation sdpa or eager in the language model, "
+            f"stage '{stage.name}': proportional_attention needs attn_implementation sdpa or eager in the language model, "
             f"found '{attention}'"
         )
 
@@ -390,8 +395,7 @@ def train_stage(
         UserError: a bad sample, or more of them than the recipe allows; a loss or gradients that are not finite;
             or attention that takes no weights of tokens.
     """
-    if stage.proportional_attention:
-        _check_weights_can_be_taken(stage.name, model.model.language_model.config._attn_implementation)
+    _check_weights_can_be_taken(stage, model.model.language_model.config._attn_implementation)
     folder = Path(str(arguments.output_dir))
     checkpoint = agreed_checkpoint(folder, console) if resume else None
     if checkpoint:
