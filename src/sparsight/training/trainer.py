@@ -359,8 +359,8 @@ def _check_weights_can_be_taken(stage: Stage, attention: str) -> None:
     """Raises UserError for an attention that takes no weights of tokens, where the stage gives some."""
     if stage.proportional_attention and attention not in ("sdpa", "eager"):
         raise UserError(
-            f"stage '{stage.name}': proportional_attention needs attn_implementation sdpa or eager in the language model, "
-            f"found '{attention}'"
+            f"stage '{stage.name}': proportional_attention needs attn_implementation sdpa or eager in the language "
+            f"model, found '{attention}'"
         )
 
 
