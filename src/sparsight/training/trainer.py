@@ -57,7 +57,7 @@ class SparsightTrainer(Trainer):
     ) -> None:
         self.stage, self.plan, self.counter, self.handle = stage, plan, counter, handle
         self.look: Callable[[], None] = lambda: None  # at what the last step has sent
-        self.safe: Any = next(each for each in kwargs["callbacks"] if isinstance(each, SafeCheckpoints))
+        self.safe: Any = next((each for each in kwargs.get("callbacks", ()) if isinstance(each, SafeCheckpoints)), None)
         model, adapted = args[0], getattr(args[0], "_hf_peft_config_loaded", False)
         self.frozen_base = adapted or getattr(model, "is_quantized", False)
         model._hf_peft_config_loaded = self.frozen_base  # a bridge may train on a packed base that has no adapters
