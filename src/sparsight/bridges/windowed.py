@@ -56,6 +56,15 @@ def cut_windows(x_BLMD: Tensor, grid: int, sizes_B2: Tensor | None = None) -> tu
     return x_BLMD.flatten(0, 2).index_select(0, flat).unflatten(0, index_BWP.shape), valid_BWP
 
 
+class Matrix(nn.Module):
+    """A weight (F, C) with which its owner multiplies. No ``nn.Linear``: for those, serving engines and quantisers put
+    layers of their own, which hide their weights."""
+
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__()
+        self.weight = nn.Linear(inside, outside, bias=False).weight
+
+
 class ResamplerBlock(nn.Module):
     """Pre-norm cross-attention of a window's queries to its patches, then an MLP; both residual.
 
@@ -70,7 +79,7 @@ class ResamplerBlock(nn.Module):
         self.norm_query = nn.LayerNorm(width)
         self.norm_context = nn.LayerNorm(context_width)
         self.query = nn.Linear(width, width, bias=False)
-        self.key_value = nn.Linear(context_width, 2 * width, bias=False)
+        self.key_value = Matrix(context_width, 2 * width)
         self.out = nn.Linear(width, width)
         self.norm_mlp = nn.LayerNorm(width)
         hidden = int(width * mlp_ratio)
@@ -84,7 +93,7 @@ class ResamplerBlock(nn.Module):
     def attend(self, q_BWQD: Tensor, x_BLMC: Tensor, grid: int, sizes_B2: Tensor | None) -> Tensor:
         """Attention of each window's queries to its patches, (B, W, Q, D)."""
         batch, height, width = x_BLMC.shape[:3]
-        queries, patches, all_D = q_BWQD.shape[2], -(-height // grid) * -(-width // grid), self.query.out_features
+        queries, patches, all_D = q_BWQD.shape[2], -(-height // grid) * -(-width // grid), q_BWQD.shape[3]
         if absorbs(queries, patches, all_D // self.heads):
             weights_BWAQP, x_BWPC = self._weights(q_BWQD, x_BLMC, grid, sizes_B2)
             value_DC, bias_D = self._key_value(all_D)
@@ -106,7 +115,7 @@ class ResamplerBlock(nn.Module):
         """Attention weights (B, W, A, Q, P) and the patches (B, W, P, C), without making keys: a query goes through the
         key's weights to the patches' width, q . (K x + b) = (K^T q) . x + q . b, of which the last is the same for all
         patches."""
-        key_DC, _ = self._key_value(0, self.query.out_features)
+        key_DC, _ = self._key_value(0, q_BWQD.shape[3])
         x_BWPC, valid_BWP = cut_windows(x_BLMC, grid, sizes_B2)
         h_BWQAK = self.query(self.norm_query(q_BWQD)).unflatten(-1, (self.heads, -1))
         key_AKC = key_DC.unflatten(0, (self.heads, -1))
@@ -193,9 +202,9 @@ class WindowedResampler(nn.Module):
         """
         std = 0.02 * (1024 / self.proj.in_features) ** 0.5
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear | Matrix):
                 nn.init.trunc_normal_(module.weight, std=std)
-                if module.bias is not None:
+                if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, ScaleResampler):
                 spread = self.settings.query_std
@@ -213,7 +222,7 @@ class WindowedResampler(nn.Module):
     def _normalised(self, levels_BLMC: Sequence[Tensor]) -> list[Tensor]:
         """Each patch with mean 0 and variance 1, in the precision that the weights are worked with."""
         check_levels(levels_BLMC, self.level_widths)
-        device, weight = levels_BLMC[0].device.type, self.proj.weight
+        device, weight = levels_BLMC[0].device.type, self.norm.weight  # an engine may hide a map's
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         return [F.layer_norm(x_BLMC, x_BLMC.shape[-1:]).to(dtype) for x_BLMC in levels_BLMC]
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsight.bridges.windowed import Matrix
 from sparsight.devices.precision import forked_rng
 from sparsight.errors import UserError
 from sparsight.modeling import SparsightForConditionalGeneration
@@ -64,7 +65,7 @@ def parameter_groups(model: nn.Module, stage: Stage, by_layer: bool = False) -> 
     linear = {
         module.weight
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and ".lora_" not in name and module.weight is not head.weight
+        if isinstance(module, nn.Linear | Matrix) and ".lora_" not in name and module.weight is not head.weight
     }
     groups: dict[tuple[str, bool, bool, int | None], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
