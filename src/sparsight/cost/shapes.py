@@ -192,7 +192,6 @@ class VitShape:
     patch: int
     image_size: int
     gated: bool = False
-    pooling: bool = True
     weight_bytes: int = 4
 
     @property
@@ -215,8 +214,7 @@ class VitShape:
     def parameters(self) -> int:
         h, patches = self.hidden, (self.image_size // self.patch) ** 2
         block = sum(a * b for maps in self._maps() for a, b in maps)
-        head = {"siglip_vision_model": block, "vit": h * h}.get(self.kind, 0) * self.pooling
-        return self.layers * block + (3 * self.patch**2 + patches) * h + head
+        return self.layers * block + (3 * self.patch**2 + patches) * h + h * h * (self.kind == "vit")
 
     def flops(self, side: int, levels: Sequence[int] | None, trains: Trains) -> float:
         """Executed FLOPs of one image, forward and, below the last feature level, backward."""
@@ -225,8 +223,7 @@ class VitShape:
         attention, mlp = (2 * sum(a * b for a, b in maps) for maps in self._maps())
         block = tokens * (attention + mlp) + 4 * tokens**2 * h
         pixels = 2 * patches * 3 * self.patch**2 * h
-        pooled = {"siglip_vision_model": 4 * h * h * (tokens + 1) + mlp + 4 * tokens * h, "vit": 2 * h * h}
-        total = self.layers * block + pixels + pooled.get(self.kind, 0) * self.pooling
+        total = self.layers * block + pixels + 2 * h * h * (self.kind == "vit")  # its pooler
         if trains.vision:
             again = (block - 2 * tokens * self.intermediate * h) * trains.recompute
             total += max(pick_levels(self.layers + 1, False, levels, self.kind)) * (2 * block + again) + pixels
@@ -362,7 +359,6 @@ def encoder_shape(name: str) -> EncoderShape:
         values.get("patch_size", _VITS[kind][0]),
         values.get("image_size", 224),
         gated,
-        values.get("vision_use_head", True),
         _weight_bytes(values.get("dtype") or values.get("torch_dtype")),
     )
 

@@ -188,7 +188,7 @@ def _vision(vision: Any, image_processor: Any, image_size: int | None) -> tuple[
         own = None if image_processor else _pil_processor(name)
         vision = _load_tower(name, config)
     elif random:
-        vision = AutoModel.from_config(deepcopy(_tower_config(name, vision)), trust_remote_code=False)
+        vision = AutoModel.from_config(_tower_config(name, vision), trust_remote_code=False)
     if not isinstance(vision, nn.Module):
         raise UserError(f"vision: expected a name, a folder, a config or a module, found {type(vision).__name__}")
     encoder = getattr(vision, "vision_model", vision) if hasattr(vision, "text_model") else vision
@@ -216,7 +216,9 @@ def _vision_config(name: str) -> Any:
 
 
 def _tower_config(name: str, config: Any) -> Any:
-    part = getattr(config, "vision_config", config)
+    part = deepcopy(getattr(config, "vision_config", config))
+    if part.model_type.startswith("siglip"):
+        part.vision_use_head = False  # SigLIP's pooled token, which nothing reads
     if type(part) not in MODEL_MAPPING:  # Qwen's and others stand there from 5.18 on
         have = f"transformers {transformers_version} has no encoder"
         raise UserError(f"vision '{name}': {have} for a model of type '{part.model_type}'; a newer one may")
