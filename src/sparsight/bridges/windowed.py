@@ -204,8 +204,8 @@ class WindowedResampler(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | Matrix):
                 nn.init.trunc_normal_(module.weight, std=std)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
+                if (bias := getattr(module, "bias", None)) is not None:
+                    nn.init.zeros_(bias)
             elif isinstance(module, ScaleResampler):
                 spread = self.settings.query_std
                 nn.init.trunc_normal_(module.queries, std=spread, a=-2 * max(1, spread), b=2 * max(1, spread))

@@ -1,7 +1,8 @@
 """vLLM: `vllm serve FOLDER` of a composed model, by its backend for models of transformers.
 
-Written against vllm 0.33. That backend asks of a model what ours have: a processor that says where placeholders are
-and how many tokens they become, ``get_image_features``, an attention that can be exchanged, tensor-parallel plans.
+Run with vllm 0.32 (`make test-vllm`). That backend asks of a model what ours have: a processor that says where
+placeholders are and how many tokens they become, ``get_image_features``, an attention that can be exchanged,
+tensor-parallel plans.
 """
 
 from __future__ import annotations
