@@ -5,8 +5,8 @@ waits for its kind of moment (in a step; while a checkpoint or a stage's model i
 SIGKILL or SIGTERM, starts the same with --resume, and compares the files of both stages' models and of the last
 checkpoints (weights, optimizer, schedule, random states) bit by bit with the straight run's, by their manifests, and
 the losses of all steps. On two ranks, SIGKILL hits one of them, and the other must end by itself; SIGTERM is sent to
-both, as launchers do. Faults follow: a process that loads data is killed, memory ends, the disk is full; each must end
-in a minute, with one line that says what to do, and resume.
+both, as launchers do. Faults of the last rank follow: a process that loads data is killed, memory ends, the loss is
+NaN, the disk is full; all ranks must end in a minute, each with one line that says what to do, and resume.
 
 Ranks are forked from this process, which has imported all: that is what a start of `sparsight train` does after that.
 
@@ -20,6 +20,7 @@ import atexit
 import contextlib
 import hashlib
 import json
+import math
 import os
 import random
 import resource
@@ -46,6 +47,7 @@ import sparsight.cli
 import sparsight.pipeline
 from sparsight.reporting import read_run
 from sparsight.safety import MANIFEST
+from sparsight.training.trainer import SparsightTrainer
 
 STAGES, STEPS, EVERY = ("align", "finetune"), 16, 4
 KINDS = ("step", "checkpoint", "model", "between")
@@ -92,7 +94,9 @@ def recipe(work: Path) -> Path:
 class Run:
     """`sparsight train` on some ranks, each a fork of this process with a log of its own."""
 
-    def __init__(self, file: Path, out: Path, ranks: int, *more: str) -> None:
+    def __init__(
+        self, file: Path, out: Path, ranks: int, *more: str, prepare: Callable[[], None] = lambda: None
+    ) -> None:
         self.out, self.said, self.codes = out, out.with_suffix(f".{len(more)}"), {}
         arguments = ["sparsight", "train", str(file), "--out", str(out), *more]
         with socket.socket() as free:
@@ -105,6 +109,8 @@ class Run:
                 self.pids.append(pid)
                 continue
             os.environ |= group | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if group else {})
+            if rank == ranks - 1:
+                prepare()
             _become(arguments, Path(f"{self.said}-{rank}.log"))
 
     def poll(self) -> bool:
@@ -273,51 +279,65 @@ def trial(file: Path, work: Path, number: int, ranks: int, seed: int, straight: 
 
 
 def _kill_worker(run: Run) -> None:
-    child = psutil.Process(run.pids[0]).children()
-    child[0].kill()
+    psutil.Process(run.pids[-1]).children()[0].kill()
 
 
 def _end_memory(run: Run) -> None:
     """Let the process have no more memory than it has, as far as that is counted."""
-    now = psutil.Process(run.pids[0]).memory_info().vms
-    resource.prlimit(run.pids[0], resource.RLIMIT_AS, (now // 4, now // 4))
+    now = psutil.Process(run.pids[-1]).memory_info().vms
+    resource.prlimit(run.pids[-1], resource.RLIMIT_AS, (now, now))
 
 
-FAULTS: dict[str, Callable[[Run], None]] = {"a process that loads data is killed": _kill_worker, "memory": _end_memory}
+def _spoil() -> None:
+    """Multiply the loss of this process's sixth step by NaN."""
+    plain = SparsightTrainer.compute_loss
+
+    def spoiled(trainer: SparsightTrainer, *args: Any, **kwargs: Any) -> Any:
+        return plain(trainer, *args, **kwargs) * (math.nan if trainer.state.global_step == 5 else 1.0)
+
+    SparsightTrainer.compute_loss = spoiled
 
 
-def fault(file: Path, work: Path, name: str, straight: dict[str, Any]) -> dict[str, Any]:
-    """A fault in the first stage's sixth step, or later."""
-    out = work / name.replace(" ", "-")
-    run = Run(file, out, 1)
+FAULTS: dict[str, Callable[[Run], None]] = {
+    "a process that loads data is killed": _kill_worker,
+    "memory": _end_memory,
+    "the loss is NaN": lambda _: None,  # by `_spoil`
+}
+
+
+def fault(file: Path, work: Path, name: str, ranks: int, straight: dict[str, Any]) -> dict[str, Any]:
+    """A fault of the last rank in the first stage's sixth step, or later."""
+    out = work / f"{name.replace(' ', '-')}-{ranks}"
+    run = Run(file, out, ranks, prepare=_spoil if "NaN" in name else lambda: None)
     while not run.poll() and logged(out, STAGES[0]) < 6:
         time.sleep(0.001)
     FAULTS[name](run)
-    return ended(run, name) | resumed(file, out, 1, straight)
+    return ended(run, name) | resumed(file, out, ranks, straight)
 
 
 def ended(run: Run, name: str) -> dict[str, Any]:
     seconds = run.wait(WITHIN)
     lines = [line for line in run.text().splitlines() if line.startswith("error:")]
-    clear = len(lines) == 1 and "Traceback" not in run.text()
+    clear = len(lines) == len(run.pids) and "Traceback" not in run.text()
     return {"fault": name, "seconds_to_end": round(seconds, 2), "codes": run.codes, "said": lines, "clear": clear}
 
 
-def full_disk(file: Path, work: Path, straight: dict[str, Any]) -> dict[str, Any]:
+def full_disk(file: Path, work: Path, ranks: int, straight: dict[str, Any]) -> dict[str, Any]:
     """On a file system of memory that holds one checkpoint and not two; then it grows."""
-    disk, name = work / "disk", "the disk is full"
+    disk, name = work / f"disk-{ranks}", "the disk is full"
     disk.mkdir()
     size = sum(
-        path.stat().st_size for path in (work / f"straight-1/{STAGES[0]}/checkpoints/checkpoint-{STEPS}").iterdir()
+        path.stat().st_size
+        for path in (work / f"straight-{ranks}/{STAGES[0]}/checkpoints/checkpoint-{STEPS}").iterdir()
     )
     mount = ["mount", "-t", "tmpfs", "-o", f"size={int(1.6 * size)}", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         return {"fault": name, "not_run": "no file system can be mounted here"}
     try:
-        record = ended(Run(file, disk / "run", 1), name)
+        record = ended(Run(file, disk / "run", ranks), name)
         kept = sorted(path.parent.name for path in disk.rglob(f"checkpoint-*/{MANIFEST}"))
         subprocess.run(["mount", "-o", f"remount,size={200 * size}", str(disk)], check=True)
-        return record | {"kept": kept} | resumed(file, disk / "run", 1, straight)
+        return record | {"kept": kept} | resumed(file, disk / "run", ranks, straight)
     finally:
         subprocess.run(["umount", str(disk)], check=False)
 
@@ -349,10 +369,9 @@ def main() -> None:
         good = sum(each["good"] for each in trials)
         console.print(f"{ranks} rank(s): {good} of {count} bit-equal")
         result[f"ranks_{ranks}"] = {"good": good, "of": count, "trials": trials}
-        if ranks == 1:
-            faults = [fault(file, work, name, straight) for name in FAULTS]
-            result["faults"] = [*faults, full_disk(file, work, straight)]
-            console.print(result["faults"], markup=False)
+        faults = [fault(file, work, name, ranks, straight) for name in FAULTS]
+        result[f"faults_{ranks}"] = [*faults, full_disk(file, work, ranks, straight)]
+        console.print(result[f"faults_{ranks}"], markup=False)
     write_result("crash", result, options.out, console)
 
 

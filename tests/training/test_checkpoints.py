@@ -253,6 +253,7 @@ def test_D12_memory_that_cannot_be_had_is_explained(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError) as told:
         trainer.train()
     assert explained(told.value).startswith("out of memory") and "checkpoint-4" in whole(tmp_path)
+    assert explained(RuntimeError("unable to mmap 624 bytes: Cannot allocate memory (12)")).startswith("out of memory")
     assert explained(RuntimeError("a bug")) == "" == explained(UserError("DataLoader worker (pid 3)"))
 
 

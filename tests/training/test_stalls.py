@@ -11,26 +11,27 @@ from typing import Any
 
 import pytest
 import torch
-from test_checkpoints import At, Rows, make
+from test_checkpoints import At, Rows, make, whole
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from ranks_here import forked
+from sparsight.safety import MANIFEST
 from sparsight.training.checkpoints import explained
 from sparsight.training.stalls import Watchdog
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
-def train(folder: Path, data: Rows | None = None, *others: TrainerCallback) -> Trainer:
+def train(folder: Path, data: Rows | None = None, *others: TrainerCallback, **options: Any) -> Trainer:
     """Under the watchdog, as `train_stage` does."""
-    trainer, _ = make(folder, data, *others)
+    trainer, _ = make(folder, data, *others, **options)
     try:
         with Watchdog("stage 'a'") as watchdog:
             trainer.add_callback(watchdog)
             trainer.train()
     except Exception as error:
-        sys.stderr.write(explained(error))
+        sys.stderr.write(explained(error) or str(error))
         raise SystemExit(7) from error
     return trainer
 
@@ -41,6 +42,42 @@ def hangs() -> None:
 
 def stops() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def full(folder: Path) -> None:
+    (folder / "checkpoint-6").mkdir()
+    (folder / "checkpoint-6" / "optimizer.pt").symlink_to("/dev/full")
+
+
+@pytest.mark.parametrize(
+    "kind, text, left",
+    [("dies", "", "24"), ("data", "loads data was killed", "2"), ("disk", "checkpoint-6 could not be written", "24")],
+)
+def test_D12_a_fault_of_one_rank_ends_both_and_leaves_a_whole_checkpoint(
+    tmp_path: Path, kind: str, text: str, left: str
+) -> None:
+    """The long version, which resumes, is benchmarks/crash.py."""
+    folder = tmp_path / "run"
+
+    def dies() -> None:
+        end = time.monotonic() + 20
+        while not (folder / "checkpoint-2" / MANIFEST).exists() and time.monotonic() < end:  # what loads data is ahead
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def work(rank: int) -> None:
+        faulty = rank == 1
+        others = [At("on_step_begin", 5, dies)] * (faulty and kind == "dies")
+        others += [At("on_step_begin", 5, lambda: full(folder))] * (not faulty and kind == "disk")
+        data, workers = (Rows(7, dies), 1) if faulty and kind == "data" else (None, 0)
+        train(folder, data, *others, save_steps=2, dataloader_num_workers=workers)
+
+    codes = forked(tmp_path, work, timeout=60)
+    at = 0 if kind == "disk" else 1
+    said, other = ((tmp_path / f"{rank}.txt").read_text() for rank in (at, 1 - at))
+    assert codes[at] == (-signal.SIGKILL if kind == "dies" else 7) and text in said
+    assert codes[1 - at] == 7 and "another rank has ended, or cannot be reached" in other
+    assert whole(folder) == [f"checkpoint-{step}" for step in left]
 
 
 @pytest.mark.parametrize("event, told", [(hangs, 1), (stops, 0)])

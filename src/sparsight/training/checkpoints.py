@@ -281,7 +281,7 @@ def explained(error: BaseException) -> str:
         why = "a process that loads data was killed, perhaps for want of memory: lower workers, or free memory"
     elif "DataLoader timed out" in text:
         why = f"the processes that load data have given no batch: does a disk hang? {WAITS_FOR} minutes are waited"
-    elif isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+    elif isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
         why = "out of memory outside of a pass over a batch: lower micro_batch_size or batch_tokens, or free memory"
     elif several_ranks() and any(each in text.lower() for each in ("gloo", "nccl", "peer", "connection", "socket")):
         why = "another rank has ended, or cannot be reached; see what it says"
