@@ -82,9 +82,10 @@ def check_watched(folder: Path, out: Path) -> None:
 
 
 @pytest.mark.slow
-def test_D08_two_stages_under_fsdp2_are_those_of_one_process(tmp_path: Path, folder: Path) -> None:
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_D08_two_stages_under_fsdp2_are_those_of_one_process(tmp_path: Path, folder: Path, ranks: int) -> None:
     """All that a stage may do, in two; what stages hand on is loaded by plain transformers. Resumed in the second
-    stage, from shards, it is the same run bit by bit."""
+    stage, from shards, it is the same run bit by bit; on twice as many ranks, up to rounding."""
     one = run(engines.recipe(folder, "mixed"), tmp_path / "one", quiet())
     assert launched("fsdp2", folder, tmp_path, "mixed,decayed", "watch") == ""
     check_watched(folder, tmp_path)  # F07
@@ -101,13 +102,9 @@ def test_D08_two_stages_under_fsdp2_are_those_of_one_process(tmp_path: Path, fol
 
     shutil.copytree(tmp_path / "mixed", tmp_path / "whole")
     cut(tmp_path / "mixed")
-    assert launched("fsdp2", folder, tmp_path, "mixed", "resume") == ""
-    assert differences(tmp_path / "whole", tmp_path / "mixed") == (0.0, 0.0)
-
-    cut(tmp_path / "mixed")  # and on twice as many ranks, up to rounding
-    assert launched("fsdp2", folder, tmp_path, "mixed", "resume", ranks=4) == ""
+    assert launched("fsdp2", folder, tmp_path, "mixed", "resume", ranks=ranks) == ""
     losses, weights = differences(tmp_path / "whole", tmp_path / "mixed")
-    assert losses < TOLERANCE and weights < TOLERANCE
+    assert max(losses, weights) < (TOLERANCE if ranks > 2 else 1e-30)
 
 
 @pytest.mark.slow
