@@ -59,7 +59,7 @@ class StepCounter:
         self.cpu = cpu_seconds()
         self.losses: list[torch.Tensor] = []  # of this rank's micro-batches
         self.passes: list[list[str]] = []  # ids of their samples
-        self.norm = torch.zeros((), dtype=torch.float64)  # of the gradients
+        self.norm = torch.zeros(())  # of the gradients
         self.replaced: list[dict[str, Any]] = []  # entries of bad samples, see `TrainingSet`
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -118,17 +118,19 @@ class StepCounter:
         own[state.process_index] = _memory(self.resident)
         counts, parts = [*self.counts], [*self.flops]
         numbers = np.array([*self.counts.values(), *self.flops.values(), *own], dtype=np.float64)
-        mine = torch.stack([self.norm, *self.losses])
-        everyone = torch.cat([mine[1:].sum()[None], to_device(numbers, mine.device)])
+        mine, ranks = torch.stack([self.norm, *self.losses]), state.num_processes
         if several_ranks():
+            mine = mine.double()
+            everyone = torch.cat([mine[1:].sum()[None], to_device(numbers, mine.device)])
             torch.distributed.all_reduce(everyone)
-        sent, seconds, ranks = Sent(torch.cat([mine, everyone])), dict(self.seconds), state.num_processes
+            mine = torch.cat([mine, everyone])
+        sent, seconds, passes = Sent(mine), dict(self.seconds), len(self.losses)
         known = {"replaced": len(self.replaced), "layers_run": self.layers_run, "layers": self.layers}
         spent = {"seconds": seconds, "cpu_seconds": max(0.0, cpu_seconds() - self.cpu)}
 
         def read() -> tuple[dict[str, Any], list[float], float]:
             norm, *values = sent.read()
-            losses, (loss, *found) = values[: len(mine) - 1], values[len(mine) - 1 :]
+            losses, (loss, *found) = values[:passes], values[passes:] or [sum(values), *numbers.tolist()]
             memory = [round(each) for each in found[-ranks:]]
             flops = dict(zip(parts, found[len(counts) : -ranks], strict=True))
             reached = sum(flops.values()) / ranks / max(sum(seconds.values()), 1e-9)

@@ -156,7 +156,7 @@ class SparsightTrainer(Trainer):
             ) from error
         passes = self.handle.take_passes() if self.handle is not None else []
         self.counter.add(inputs, info, passes[0] if passes else None)
-        self.counter.losses.append(loss.double())
+        self.counter.losses.append(loss)
         self.counter.seconds["compute"] += time.perf_counter() - start
         return loss
 
