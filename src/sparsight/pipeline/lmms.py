@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,11 @@ from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from PIL import Image
 
-from sparsight.data.chat import stop_tokens
 from sparsight.data.images import load_image
 from sparsight.devices.precision import default_device, precision_on
 from sparsight.devices.ranks import process_state
 from sparsight.errors import UserError
-from sparsight.modeling import SparsightProcessor
+from sparsight.evaluation.ask import Item, Prompts, answer, any_prompts, batches, choice_losses
 from sparsight.modeling.configuration import SparsightConfig
 from sparsight.modeling.folders import model_type
 from sparsight.modeling.scaling import scale_tokens
@@ -32,7 +32,6 @@ from sparsight.sparse.forward import NoEffectWarning
 
 _ARGUMENTS = ("pretrained", "layout", "image_size", "precision", "batch_size", "device")
 _USED = {"max_new_tokens", "until", "num_beams", "do_sample", "temperature", "top_p"}
-Chat = list[dict[str, Any]]
 
 
 class Sparsight(lmms):
@@ -86,33 +85,52 @@ class Sparsight(lmms):
             self.model.float()
         self.model.to(self.device).eval()
         self.tokenizer, self.batch_size = self.processor.tokenizer, int(batch_size)
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        if not (getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template):
-            raise UserError(f"{pretrained}: expected chat_template.jinja beside the model, to write a question with")
         self._rank, self._world_size = process_state().process_index, process_state().num_processes
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Greedy answers, cut before the first of a task's stop texts."""
         given = [request.args for request in requests]
         for task, options in {args[-2]: args[1] for args in given}.items():
-            sampled = (
-                ("temperature", "do_sample") if options.get("temperature") and options.get("do_sample", True) else ()
-            )
-            unused = {key: options[key] for key in options if key in sampled or key not in _USED}
-            if unused:
+            sampled = options.get("temperature") and options.get("do_sample", True)
+            idle = {"temperature", "do_sample"} if sampled else set()
+            idle |= {"num_beams"} if (options.get("num_beams") or 1) > 1 else set()
+            if unused := {key: value for key, value in options.items() if key in idle or key not in _USED}:
                 said = f"task {task}: {unused} has no effect, answers are greedy"
                 warnings.warn(said, NoEffectWarning, stacklevel=2)
-        return self._batched(given, [options for _, options, *_ in given], self._answers)
+        room = {repr(args[1]): int(args[1].get("max_new_tokens", 1024)) for args in given}
+        items = [Item(repr(args[1]), number, args[0], "") for number, args in enumerate(given)]
+        with autocast(self.precision, self.device):
+            texts = answer(self.model, self.processor, items, self._prompts(items, given), self.batch_size, room=room)
+        for at, args in enumerate(given):
+            stops = args[1].get("until") or []
+            for stop in [stops] if isinstance(stops, str) else stops:
+                texts[at] = texts[at].split(stop)[0].strip() if stop else texts[at]
+        return texts
 
+    @torch.no_grad()
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
-        """Of each continuation as the answer: its negative log-likelihood, as lmms-eval takes the smallest of several,
-        and whether it is the greedy answer. lmms-eval 0.7.3 makes texts of pairs, but of those in a result."""
+        """Of each continuation as the answer, stop token included, as `sparsight eval --choices`: its negative
+        log-likelihood, as lmms-eval takes the smallest of several, and whether it is the greedy answer. A prompt is
+        read once for all of its continuations. lmms-eval 0.7.3 makes texts of pairs, but of those in a result."""
         given = [request.args for request in requests]
         if short := next((args for args in given if len(args) < 6), None):
             raise UserError(f"expected requests with an image's document, found {short}: acc_mutual_info has none")
-        wanted = [text if isinstance(text, str) else text(self._row(args)) for args in given for text in args[1:2]]
-        return [GenerationResult(pair) for pair in self._batched(given, wanted, self._likelihoods)]
+        texts = [args[1] if isinstance(args[1], str) else args[1](self._row(args)) for args in given]
+        if empty := next((text for text in texts if not text.strip()), None):
+            raise UserError(f"expected a text as an answer, found {empty!r}, which has no tokens of its own")
+        own: dict[Any, list[int]] = {}
+        for number, args in enumerate(given):
+            own.setdefault((args[0], *args[3:]), []).append(number)
+        rows = list(own.values())
+        items = [Item("", 0, given[row[0]][0], "", choices=tuple(texts[at].strip() for at in row)) for row in rows]
+        prompts, found = self._prompts(items, [given[row[0]] for row in rows]), list[Any]([None] * len(given))
+        with autocast(self.precision, self.device):
+            for numbers, inputs in batches(items, prompts, {"": 0}, self.batch_size):
+                choices = [items[number].choices for number in numbers]
+                pairs = [part.flatten().tolist() for part in choice_losses(self.model, self.tokenizer, inputs, choices)]
+                for at, *pair in zip((at for number in numbers for at in rows[number]), *pairs, strict=True):
+                    found[at] = GenerationResult(tuple(pair))
+        return found
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         raise UserError("tasks of several rounds are not supported: choose one whose output_type is generate_until")
@@ -121,87 +139,11 @@ class Sparsight(lmms):
         *_, number, task, split = args
         return self.task_dict[task][split][number]
 
-    def _chat(self, args: Any) -> Chat:
+    def _images(self, args: Any) -> list[Image.Image]:
         images = (args[2](self._row(args)) if args[2] else None) or []
         if other := [type(each).__name__ for each in images if not isinstance(each, Image.Image | str)]:
             raise UserError(f"task {args[-2]}: expected images, found {other[0]}; videos and audio are not supported")
-        parts = [{"type": "image", "image": load_image(each)} for each in images]
-        return [{"role": "user", "content": [*parts, {"type": "text", "text": args[0]}]}]
+        return [load_image(each) for each in images]
 
-    @torch.no_grad()
-    def _batched(self, given: Sequence[Any], more: Sequence[Any], answer: Callable[..., list[Any]]) -> list[Any]:
-        """``answer`` for chats and what belongs to them, in batches of like length; as many images each."""
-        found: list[Any] = [None] * len(given)
-        same = [str(own) if isinstance(own, dict) else "" for own in more]
-        rest = sorted(range(len(given)), key=lambda n: (same[n], len(given[n][0]), n))
-        with autocast(self.precision, self.device):
-            while rest:
-                numbers: list[int] = []
-                chats: list[Chat] = []
-                for number in rest[: self.batch_size]:
-                    chat = self._chat(given[number])
-                    alike = not chats or len(chat[0]["content"]) == len(chats[0][0]["content"])
-                    if not alike or same[number] != same[rest[0]]:
-                        break
-                    numbers, chats = [*numbers, number], [*chats, chat]
-                rest = rest[len(numbers) :]
-                for number, value in zip(numbers, answer(chats, [more[n] for n in numbers]), strict=True):
-                    found[number] = value
-        return found
-
-    def _inputs(self, texts: list[str], chats: list[Chat], side: str) -> Any:
-        self.tokenizer.padding_side = side
-        images = [[part["image"] for part in chat[0]["content"][:-1]] for chat in chats]
-        bos = self.tokenizer.bos_token
-        written = bool(bos) and texts[0].startswith(bos)  # by the chat template
-        options = {"padding": True, "return_tensors": "pt", "add_special_tokens": not written}
-        inputs = self.processor(text=texts, **({"images": images} if images[0] else {}), **options)
-        return inputs.to(self.device, dtype=self.model.dtype)
-
-    def _answers(self, chats: list[Chat], options: list[dict[str, Any]]) -> list[str]:
-        inputs, own = self._inputs([self._written(chat) for chat in chats], chats, "left"), options[0]
-        ends = self.model.generation_config.eos_token_id
-        produced = self.model.generate(
-            **inputs,
-            max_new_tokens=own.get("max_new_tokens", 1024),
-            num_beams=own.get("num_beams") or 1,
-            do_sample=False,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=stop_tokens(self.tokenizer, ends) if isinstance(self.processor, SparsightProcessor) else ends,
-        )
-        tail = produced[:, inputs["input_ids"].shape[1] :]
-        texts: list[str] = self.tokenizer.batch_decode(tail, skip_special_tokens=True)
-        stops = own.get("until") or []
-        for stop in [stops] if isinstance(stops, str) else stops:
-            texts = [text.split(stop)[0] if stop else text for text in texts]
-        return [text.strip() for text in texts]
-
-    def _likelihoods(self, chats: list[Chat], answers: list[str]) -> list[tuple[float, bool]]:
-        prompts = [self._written(chat) for chat in chats]
-        texts = [self._written(chat, answer.strip()) for chat, answer in zip(chats, answers, strict=True)]
-        inputs = self._inputs(texts, chats, "right")
-        logits, ids = self.model(**inputs).logits, inputs["input_ids"]
-        found = []
-        for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-            count = len(self.tokenizer(text)["input_ids"]) - len(self.tokenizer(prompt)["input_ids"])
-            if count < 1:
-                raise UserError(f"expected a text as an answer, found {answers[row]!r}, which has no tokens of its own")
-            end = int(inputs["attention_mask"][row].sum())
-            target = ids[row, end - count : end]
-            log_probabilities = logits[row, end - count - 1 : end - 1].float().log_softmax(-1)
-            chosen = log_probabilities.gather(1, target[:, None])
-            found.append((-float(chosen.sum()), bool((log_probabilities.argmax(-1) == target).all())))
-        return found
-
-    def _written(self, chat: Chat, answer: str | None = None) -> str:
-        """The chat as text, up to where an answer begins, or to its end."""
-        write = self.processor.apply_chat_template
-        prompt: str = write(chat, tokenize=False, add_generation_prompt=True)
-        if answer is None:
-            return prompt
-        whole: str = write(
-            [*chat, {"role": "assistant", "content": [{"type": "text", "text": answer}]}], tokenize=False
-        )
-        if not whole.startswith(prompt):
-            return prompt + answer
-        return whole[: whole.index(answer, len(prompt)) + len(answer)]
+    def _prompts(self, items: Sequence[Item], given: Sequence[Any]) -> Prompts:
+        return any_prompts(self.model, self.processor, items, [partial(self._images, args) for args in given])

@@ -104,7 +104,7 @@ def _measured(model: Any, processor: Any, questions: Questions, count: bool) -> 
         encode = partial(model.get_image_features, **pixels, return_dict=True)
         _, prompt = our_prompts(model, processor, items, encode().pooler_output, torch.arange(rows, device=device))
     else:
-        _, prompt = any_prompts(model, processor, items, [partial(questions.image, items[0].image)] * rows)
+        _, prompt = any_prompts(model, processor, items, [lambda: [questions.image(items[0].image)]] * rows)
     inputs, pad = prompt(range(rows)), processor.tokenizer.pad_token_id
 
     def generate(tokens: int) -> Any:
