@@ -44,7 +44,7 @@ SURFACE = {
     "eval": [
         *["checkpoint", "--items", "--split", "--data", "--images", "--metric"],
         *["--format", "--answers", "--choices"],
-        *["--layouts", "--keep", "--method", "--out"],
+        *["--layouts", "--keep", "--method", "--out", "--against"],
     ],
     "export": ["model", "--to", "--out"],
     "scale": ["checkpoint", "--out", "--layout", "--image-size", "--levels", "--source"],

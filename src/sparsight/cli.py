@@ -241,6 +241,7 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="folder of answers, and of the curve; there a killed eval goes on")
     ] = None,
+    against: Annotated[Path | None, typer.Option(help="another model: test the difference of each task")] = None,
 ) -> None:
     """Ask a model the embedded scenes' questions, or those of a file; print scores with their intervals, chance, and
     the control with shuffled images. With --layouts or --keep: the curve of scores and costs by visual tokens."""
@@ -250,7 +251,7 @@ def evaluate(
     held_out = held_out_file(data, images, metric, items, **more)
     from sparsight.pipeline import evaluate_checkpoint
 
-    ways: Any = {"layouts": layouts, "keep": keep, "method": method}
+    ways: Any = {"layouts": layouts, "keep": keep, "method": method, "against": against}
     evaluate_checkpoint(checkpoint, items, split, _console(), held_out, out=out, **ways)
 
 

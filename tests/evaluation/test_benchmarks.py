@@ -93,24 +93,6 @@ def textvqa(folder: Path) -> dict:
     return {"data": {"path": dump(folder / "textvqa.json", top)}}
 
 
-def docvqa(folder: Path) -> dict:
-    """Of val_v1.0_withQT.json."""
-    row = {
-        "questionId": 49153, "question": "What is the 'actual' value?", "question_types": ["figure/diagram"],
-        "image": "documents/pybv0228_81.png", "docId": 14465, "ucsf_document_id": "pybv0228",
-        "ucsf_document_page_no": "81", "answers": ["0.28", "28 percent"], "data_split": "val",
-    }  # fmt: skip
-    image(folder, "documents/pybv0228_81.png")
-    return {"data": {"path": dump(folder / "docvqa.json", {"dataset_name": "SP-DocVQA", "data": [row]})}}
-
-
-def chartqa(folder: Path) -> dict:
-    """Of test_human.json."""
-    image(folder, "41699051005347.png")
-    rows = [{"imgname": "41699051005347.png", "query": "How many food items?", "label": "14"}]
-    return {"data": {"path": dump(folder / "chartqa.json", rows)}}
-
-
 def scienceqa(folder: Path) -> dict:
     """Of problems.json."""
     row = {
@@ -222,7 +204,7 @@ def coco_captions(folder: Path) -> dict:
     return {"data": {"path": dump(folder / "captions.json", top)}}
 
 
-MINIATURES = (vqav2, gqa, textvqa, docvqa, chartqa, scienceqa, pope, mme, mmbench, refcoco, coco_captions)
+MINIATURES = (vqav2, gqa, textvqa, scienceqa, pope, mme, mmbench, refcoco, coco_captions)
 SHORT = "\nAnswer the question using a single word or phrase."
 
 
@@ -245,10 +227,6 @@ EXPECTED: dict[str, tuple[str, str, list[tuple[list[str], list[float]]]]] = {
     "textvqa": (f"What is the brand of this camera?{SHORT}", "dakota", [
         (["Dakota?"], [1]), (["dakota's"], [0.3]), (["dakota 's"], [0.3]), (["the dakota digital"], [0.9]),
     ]),
-    "docvqa": (f"What is the 'actual' value?{SHORT}", "0.28", [
-        (["28 Percent"], [1]), (["0.29"], [0.75]), (["0.99"], [0.5]), (["9.99"], [0])
-    ]),
-    "chartqa": (f"How many food items?{SHORT}", "14", [(["14.7"], [1]), (["14.71"], [0]), (["fourteen"], [0])]),
     "scienceqa": (
         "Context: Select the better answer.\nWhich property do these match?\nA. rough\nB. soft\nC. yellow\n"
         "Answer with the option's letter from the given choices directly.",
@@ -313,6 +291,21 @@ def test_mme_has_two_scores(tmp_path: Path) -> None:
     assert sum(map(len, MME.values())) == 14
 
 
+@pytest.mark.parametrize("inside", ["MME_Benchmark", "."])
+def test_mme_takes_the_folder_above_and_its_own_categories_alone(inside: str, tmp_path: Path) -> None:
+    """A category that is none would be in neither score."""
+    folder = Path(mme(tmp_path)["data"]["path"])
+    folder.rename(tmp_path / "MME_Benchmark")
+    settings = HeldOut(format="mme", data={"path": str(tmp_path / inside)})
+    questions = benchmark_questions("own", settings)
+    assert [item.category for item in questions.items][::2] == ["code_reasoning", "existence", "existence", "posters"]
+    (tmp_path / "MME_Benchmark/existence").rename(tmp_path / "MME_Benchmark/existance")
+    with pytest.raises(
+        ValueError, match="0001.txt: 'existance' is no category of MME; expected folders of existence, count"
+    ):
+        benchmark_questions("own", settings)
+
+
 def test_mmbench_is_right_only_in_every_order(tmp_path: Path) -> None:
     questions = read(mmbench, tmp_path)
     assert [item.truth for item in questions.items] == ["B", "C", "A", "A", "B"]
@@ -363,8 +356,15 @@ def change(file: Path, old: str, new: str) -> None:
         (textvqa, "textvqa.json", '"answers": [', '"answers": [], "old": [', "1 of 1 questions have no answer"),
         (scienceqa, "problems.json", '"split": "test"', '"split": "tset"', "expected rows of split 'test', and no others .* found {'tset': 1"),
         (mme, "mme/existence/0001.txt", "\tNo", " No", "0001.txt: expected two lines, each a question, a tab, and Yes or No"),
+        (textvqa, "textvqa.json", '"answers": [', '"answers": "dakota", "old": [', "'answers': expected list, found 'dakota'"),
+        (scienceqa, "problems.json", '"answer": 1', '"answer": 3', "problems.json, 4: the answer is 3, expected one of 0 to 2"),
+        (scienceqa, "problems.json", '"answer": 1', '"answer": -1', "the answer is -1, expected one of 0 to 2"),
+        (mmbench, "mmbench.tsv", "\tB\ttopic", "\tD\ttopic", r"row 0: expected .* the letter of one as answer; found '241', .* 'D'"),
+        (mmbench, "mmbench.tsv", "\tB\ttopic", "\t\ttopic", r"mmbench.tsv: 3 of 5 questions have no answer; the first is 241"),
+        (mmbench, "mmbench.tsv", "\tdog\t", "\t\t", "row 0: expected .* options from A on without a gap"),
+        (mmbench, "mmbench.tsv", "241\t", "two\t", "row 0: expected a number as index"),
         (mmbench, "mmbench.tsv", "hint\t", "hnt\t", "mmbench.tsv, row 0: expected a field 'hint'"),
-        (mmbench, "mmbench.tsv", "\t/9j/", "\t?9j/", "mmbench.tsv, row 0: the image is not base64"),
+        (mmbench, "mmbench.tsv", "\t/9j/", "\t?9j/", "mmbench.tsv, row 0: the image is neither base64 nor another row's index"),
         (refcoco, "instances.json", '"id": 1719310', '"id": 1', "1 of 1 refs name an image or a box that is not in it; the "
          "first is ref_id 0"),
         (coco_captions, "captions.json", '"image_id": 190236', '"image_id": 1', "captions.json, annotations: of 2 of images, 1 "
@@ -425,3 +425,14 @@ def test_a_saved_model_is_asked_and_its_empty_answers_are_counted(tmp_path: Path
     assert {name: value.mean for name, value in result.figures.items()} == dict.fromkeys(result.figures, 0)
     assert f"pope: 4 of 4 questions of {file}" in out.getvalue().replace("\n", "")
     assert "4 of 4 answers are empty: no points" in out.getvalue() and "yes-ratio" in out.getvalue()
+    assert "not above the control with shuffled images: pope. Nothing shows" in out.getvalue()
+
+
+def test_lines_of_other_alphabets_are_no_rows(tmp_path: Path) -> None:
+    """Signs at which Python's splitlines parts lines stand in questions of tables and of MME."""
+    settings = {each.__name__: each(tmp_path) for each in (mmbench, mme)}
+    change(tmp_path / "mmbench.tsv", "The passage.", "The\u2028passage.\x85")
+    change(tmp_path / "mme/existence/0001.txt", "Is 0001 in it?", "Is\x0b0001\u2028in it?")
+    asked = {name: benchmark_questions(name, HeldOut(format=name, **own)).items for name, own in settings.items()}
+    assert asked["mmbench"][3].question.startswith("The\u2028passage.\x85 Is it so?")
+    assert asked["mme"][2].question.startswith("Is\x0b0001\u2028in it?")

@@ -7,6 +7,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
@@ -71,6 +72,34 @@ def test_a_saved_model_is_asked(tmp_path: Path, tiny_vlm) -> None:
     (result,) = evaluate_checkpoint(tmp_path / "model", 10, "test", Console(file=out, width=120), held_out)
     assert result.items == {"held_out": 4} and len(result.answers) == 4
     assert "held_out" in out.getvalue() and "25.0" in out.getvalue()  # chance
+
+
+def test_two_models_are_asked_the_same_and_compared(tmp_path: Path, tiny_vlm) -> None:
+    rows = [(f"why {number} ?", ("so", "no")[number % 2]) for number in range(12)]
+    held_out = held_out_file(write(tmp_path, rows), None, None, 12, choices="so,no")
+    model, processor = tiny_vlm()
+    for name in ("one", "other"):
+        model.lm_head.weight.data.normal_(generator=torch.Generator().manual_seed(len(name)))
+        model.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+    out, (one, other) = StringIO(), (tmp_path / "one", tmp_path / "other")
+    ours, theirs = evaluate_checkpoint(one, 12, "test", Console(file=out, width=160), held_out, against=other)
+    (alone,) = evaluate_checkpoint(other, 12, "test", Console(file=StringIO()), held_out)
+    assert theirs.answers == alone.answers and theirs.answers != ours.answers
+    difference = 100 * (ours.scores["held_out"] - theirs.scores["held_out"])
+    assert f"{difference:+.1f}" in out.getvalue() and "no difference can be told" in out.getvalue()
+    with pytest.raises(ValueError, match="leave out --layouts and --keep"):
+        evaluate_checkpoint(one, 12, "test", Console(file=out), held_out, against=other, keep="1,0.5")
+
+
+def test_a_score_that_is_not_above_the_controls_is_blind() -> None:
+    items = [(Item(task, number, "?", "x"), "x") for task in ("seen", "guessed") for number in range(20)]
+    right, wrong = [1.0] * 20, [1.0, 0.0] * 10
+    assert Scores(items, {"seen": right, "guessed": wrong}, {"seen": wrong, "guessed": wrong[::-1]}).blind == [
+        "guessed"
+    ]
+    assert Scores(items, {"seen": wrong, "guessed": right}, {"seen": right, "guessed": wrong}).blind == ["seen"]
+    assert Scores(items, {"seen": right, "guessed": wrong}).blind == []  # without the control
 
 
 def test_options_that_do_not_fit_are_told(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsight.evaluation.metrics import yes_no_scores
-from sparsight.evaluation.significance import bootstrap, by_grade, holm, paired_test
+from sparsight.evaluation.significance import PairedTest, bootstrap, by_grade, holm, paired_test, paired_tests
 
 POINT = st.sampled_from([0.0, 0.25, 1.0])
 
@@ -206,6 +206,23 @@ def test_of_families_without_a_difference_one_in_twenty_has_one_below_the_level(
     found = np.mean([min(holm(list(rng.random(7)))) < 0.05 for _ in range(4000)])
     assert found == pytest.approx(0.05, abs=0.01)
     assert np.mean([min(rng.random(7)) < 0.05 for _ in range(4000)]) > 0.25  # what it corrects
+
+
+def test_a_difference_is_told_where_interval_and_corrected_p_both_say_so() -> None:
+    rng = np.random.default_rng(0)
+    right, images = (rng.random(60) < 0.9).astype(float), list(range(60))
+    theirs = {"better": 1 - right, "worse": right, "alike": right, "alone": right}
+    ours = {"better": right, "worse": 1 - right, "alike": np.roll(right, 1), "other": right}
+    found = paired_tests(ours, theirs, dict.fromkeys(ours, images))
+    assert {task: test.told for task, test in found.items()} == {"better": 1, "worse": -1, "alike": 0}
+    alone = {task: paired_test(ours[task], theirs[task], images) for task in found}
+    raised = holm([test.p_value for test in alone.values()])
+    assert [test.p_value for test in found.values()] == raised and all(found[t][:3] == alone[t][:3] for t in found)
+    assert [PairedTest(0.1, *rest).told for rest in ((0.05, 0.2, 0.06), (-0.05, 0.2, 0.01), (0.05, 0.2, 0.01))] == [
+        0,
+        0,
+        1,
+    ]
 
 
 # ---------------------------------------------------------------------------------------- grades

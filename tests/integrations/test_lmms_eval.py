@@ -173,13 +173,17 @@ def test_lmms_eval_scores_as_we_do(model: Path, tmp_path: Path) -> None:
     assert chosen >= 0.75
 
 
-def instances(kind: str, second: list, task: str = "t") -> list:
+def instances(kind: str, second: list, task: str = "t", images: int | None = 1) -> list:
+    """Requests about so many images each; none given: of none, one and two in turn."""
     from lmms_eval.api.instance import Instance
+
+    def shown(doc: int) -> list[Image.Image]:
+        return [picture(doc + 5 * at) for at in range(doc % 3 if images is None else images)]
 
     return [
         Instance(
             kind,
-            (QUESTIONS[number % 4], each, lambda doc: [picture(doc)], number, task, "test"),
+            (QUESTIONS[number % 4], each, shown, number, task, "test"),
             0,
             metadata={"task": task, "doc_id": number, "repeats": 1},
         )
@@ -197,19 +201,25 @@ def test_batches_change_nothing_and_likelihoods_are_the_models_own(model: Path) 
         own.task_dict = {"t": {"test": list(range(12))}}
         options = [{"max_new_tokens": 3 + 9 * (number % 2), "until": ["boat"]} for number in range(12)]
         answered.append(own.generate_until(instances("generate_until", options)))
-        asked = instances("loglikelihood", [f" {answer}" for answer in ANSWERS])
+        answered.append(own.generate_until(instances("generate_until", options, images=None)))
+        choices = [[f" {answer}" for answer in ANSWERS], ["a boat"] * 12]  # of a document apart from each other
+        asked = [each for texts in choices for each in instances("loglikelihood", texts)]
         likely.append([result.text for result in own.loglikelihood(asked)])
-    assert answered[0] == answered[1] and not any("boat" in text for text in answered[0])
+    assert answered[:2] == answered[2:] and not any("boat" in text for text in answered[0])
+    assert answered[0] != answered[1]
     assert [loss for loss, _ in likely[0]] == pytest.approx([loss for loss, _ in likely[1]], abs=1e-4)
     assert len({greedy for _, greedy in likely[0]}) == 2
-    for number, (loss, _) in enumerate(likely[0]):
-        chat = [*question(number), {"role": "assistant", "content": [{"type": "text", "text": ANSWERS[number]}]}]
+    for number, (loss, greedy) in enumerate(likely[0]):
+        text = [*ANSWERS, *["a boat"] * 12][number]
+        chat = [*question(number % 12), {"role": "assistant", "content": [{"type": "text", "text": text}]}]
         inputs = own.processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
-        count = len(own.tokenizer(ANSWERS[number])["input_ids"]) + 1  # with <|end|>
+        count = len(own.tokenizer(text)["input_ids"]) + 1  # with <|end|>
         labels = torch.full_like(inputs["input_ids"], -100)
         labels[:, -count:] = inputs["input_ids"][:, -count:]
         with torch.no_grad():
-            assert count * float(own.model(**inputs, labels=labels).loss) == pytest.approx(loss, abs=1e-3)
+            found = own.model(**inputs, labels=labels)
+        assert count * float(found.loss) == pytest.approx(loss, abs=1e-3)
+        assert greedy == bool((found.logits[:, -count - 1 : -1].argmax(-1) == labels[:, -count:]).all())
 
 
 @needs_lmms_eval

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from sparsight.compat import CACHE
 from sparsight.data.chat import encode_conversation, stop_tokens
 from sparsight.errors import UserError
-from sparsight.evaluation.significance import Estimate, bootstrap
+from sparsight.evaluation.significance import Estimate, bootstrap, paired_tests
 from sparsight.modeling import SparsightProcessor
 
 
@@ -104,6 +104,12 @@ class Scores:
         """Each task's score with its 95% interval, and the figures."""
         images = self.images
         return {task: bootstrap(points, images[task]) for task, points in self.points.items()} | self.figures
+
+    @property
+    def blind(self) -> list[str]:
+        """Tasks whose score is not above that of the control: nothing shows that their answers come from the images."""
+        found = paired_tests(self.points, self.shuffled_points, self.images)
+        return [task for task, test in found.items() if test.told < 1]
 
     def _of(self, task: str) -> list[tuple[Item, str]]:
         return [pair for pair in self.answers if pair[0].task == task]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import csv
+import io
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from sparsight.data.cells import find_file
@@ -23,7 +25,7 @@ from sparsight.data.images import load_image
 from sparsight.data.rows import decode, parse
 from sparsight.errors import UserError
 from sparsight.evaluation.ask import Item, Questions
-from sparsight.evaluation.scoring import score
+from sparsight.evaluation.scoring import MME, score
 from sparsight.settings.recipe import HeldOut
 
 _SHORT = "{question}\nAnswer the question using a single word or phrase."
@@ -63,10 +65,13 @@ class _Row(dict[str, Any]):
     def __missing__(self, key: str) -> Any:
         raise UserError(f"{self.where}: expected a field '{key}', found {sorted(map(str, self))[:20]}")
 
+    def of(self, key: str, kind: type) -> Any:
+        if not isinstance(self[key], kind):
+            raise UserError(f"{self.where}, '{key}': expected {kind.__name__}, found {self[key]!r:.80}")
+        return self[key]
+
     def rows(self, key: str) -> Iterator[_Row]:
-        if not isinstance(self[key], list):
-            raise UserError(f"{self.where}, '{key}': expected a list, found {type(self[key]).__name__}")
-        return (_Row(values, f"{self.where}, {key}[{number}]") for number, values in enumerate(self[key]))
+        return (_Row(values, f"{self.where}, {key}[{number}]") for number, values in enumerate(self.of(key, list)))
 
 
 def _content(path: str) -> bytes:
@@ -88,10 +93,6 @@ def _answers(settings: HeldOut, what: str) -> _Row:
     if settings.answers is None:
         raise UserError(f"format {settings.format} keeps its answers in a file of its own; give it as answers: {what}")
     return _file(settings.answers)
-
-
-def _under(key: str) -> Callable[[HeldOut], Iterator[_Row]]:
-    return lambda settings: _file(settings.data.path).rows(key)
 
 
 def _named(settings: HeldOut) -> Iterator[_Row]:
@@ -127,17 +128,20 @@ def _vqav2(settings: HeldOut) -> Iterator[_Row]:
     told = _by_id(notes.rows("annotations"), "question_id", notes.where, wanted, top.where)
     for row in rows:
         said = [each["answer"] for each in told[row["question_id"]].rows("answers")]
-        yield _Row(row | {"answers": said, "file": f"COCO_{top['data_subtype']}_{row['image_id']:012d}.jpg"}, row.where)
+        file = f"COCO_{top['data_subtype']}_{row.of('image_id', int):012d}.jpg"
+        yield _Row(row | {"answers": said, "file": file}, row.where)
 
 
 def _textvqa(settings: HeldOut) -> Iterator[_Row]:
     rows = _file(settings.data.path).rows("data")
-    return (_Row(row | {"question": row["question"].capitalize()}, row.where) for row in rows)
+    return (_Row(row | {"question": row.of("question", str).capitalize()}, row.where) for row in rows)
 
 
 def _scienceqa(settings: HeldOut) -> Iterator[Question]:
     for row in _of_split(list(_named(settings)), settings):
-        letters = [chr(ord("A") + number) for number in range(len(row["choices"]))]
+        letters = ascii_uppercase[: len(row.of("choices", list))]
+        if row.of("answer", int) not in range(len(letters)):
+            raise UserError(f"{row.where}: the answer is {row['answer']}, expected one of 0 to {len(letters) - 1}")
         choices = [f"{letter}. {choice}" for letter, choice in zip(letters, row["choices"], strict=True)]
         text = "\n".join([*([f"Context: {row['hint']}"] if row["hint"] else []), row["question"], *choices])
         image = row["image"] and f"{row['split']}/{row['id']}/{row['image']}"
@@ -147,39 +151,45 @@ def _scienceqa(settings: HeldOut) -> Iterator[Question]:
 def _mme(settings: HeldOut) -> Iterator[Question]:
     folder = Path(settings.data.path)
     for file in sorted(folder.rglob("*.txt")):
-        lines = [line for line in decode(_content(str(file)), str(file)).splitlines() if line.strip()]
-        pairs = [line.rsplit("\t", 1) for line in lines]
-        if len(pairs) != 2 or any(len(pair) != 2 or pair[1].strip() not in ("Yes", "No") for pair in pairs):
+        lines = [line for line in decode(_content(str(file)), str(file)).split("\n") if line.strip()]
+        pairs = [line.strip().rsplit("\t", 1) for line in lines]
+        if len(pairs) != 2 or any(len(pair) != 2 or pair[1] not in ("Yes", "No") for pair in pairs):
             raise UserError(f"{file}: expected two lines, each a question, a tab, and Yes or No; found {lines}")
-        own, name = file.relative_to(folder), file.stem
-        beside = [file.parent / f"{name}{end}" for end in (".jpg", ".png")]
-        beside += [file.parent.parent / "images" / each.name for each in beside]  # of questions_answers_YN
+        parent, own, name = file.parent, file.parent, file.stem
+        if parent.name == "questions_answers_YN":
+            parent, own = parent.parent / "images", parent.parent
+        if own.name not in (known := [*MME["perception"], *MME["cognition"]]):
+            raise UserError(f"{file}: '{own.name}' is no category of MME; expected folders of {', '.join(known)}")
+        beside = [parent / f"{name}{end}" for end in (".jpg", ".png")]
         image = next((each for each in beside if each.is_file()), beside[0]).relative_to(folder)
         for number, (text, truth) in enumerate(pairs):
-            group = f"{own.parts[0]}/{name}"
-            yield Question(f"{group}/{number}", str(image), text, (truth.strip(),), group=group, category=own.parts[0])
+            group = f"{own.name}/{name}"
+            yield Question(f"{group}/{number}", str(image), text, (truth,), group=group, category=own.name)
 
 
 def _mmbench(settings: HeldOut) -> Iterator[Question]:
     path = settings.data.path
     csv.field_size_limit(sys.maxsize)
-    lines = decode(_content(path), path).splitlines(keepends=True)
-    rows = [_Row(row, f"{path}, row {number}") for number, row in enumerate(csv.DictReader(lines, delimiter="\t"))]
+    table = csv.DictReader(io.StringIO(decode(_content(path), path), newline=""), delimiter="\t")
+    rows = [_Row(row, f"{path}, row {number}") for number, row in enumerate(table)]
     images = {row["index"]: row["image"] for row in rows}
     questions = []
     for row in rows:
-        options = [row[letter] for letter in "ABCDE" if row.get(letter) not in (None, "", "nan")]
+        given = {letter: row[letter] for letter in "ABCDE" if row.get(letter) not in (None, "", "nan")}
+        letters = ascii_uppercase[: len(given)]
+        if [*given] != [*letters] or row["answer"] not in ("", *letters) or not row["index"].isdigit():
+            raise UserError(
+                f"{row.where}: expected a number as index, options from A on without a gap, and the letter of one as "
+                f"answer; found '{row['index']}', {given}, '{row['answer']}'"
+            )
         hint = "" if row["hint"] in (None, "", "nan") else f"{row['hint']} "
-        number, image = int(row["index"]), row["image"]
-        image = images.get(image, image) if len(image) < 20 else image  # a number: that of another row
+        image = images.get(row["image"], row.of("image", str))  # a number: that of another row
         try:
             content = base64.b64decode(image, validate=True)
         except binascii.Error as error:
-            raise UserError(f"{row.where}: the image is not base64: {error}") from None
-        group = str(number % _ROLLED)
-        questions.append(
-            Question(row["index"], content, f"{hint}{row['question']}", (row["answer"],), tuple(options), group)
-        )
+            raise UserError(f"{row.where}: the image is neither base64 nor another row's index: {error}") from None
+        group, text = str(int(row["index"]) % _ROLLED), f"{hint}{row['question']}"
+        questions.append(Question(row["index"], content, text, (row["answer"],), tuple(given.values()), group))
     if len({question.group for question in questions}) == len(questions):  # a file without rolled rows
         questions = [_rolled(question, by) for question in questions for by in range(len(question.options))]
     for each in questions:
@@ -191,8 +201,8 @@ def _rolled(question: Question, by: int) -> Question:
     """The same question with its options moved on by so many letters, and its true letter with them."""
     count = len(question.options)
     options = tuple(question.options[(number - by) % count] for number in range(count))
-    letter = "ABCDE"[("ABCDE".index(question.truths[0]) + by) % count]
-    return replace(question, id=str(int(question.id) + by * _ROLLED), options=options, truths=(letter,))
+    truth = question.truths[0] and "ABCDE"[("ABCDE".index(question.truths[0]) + by) % count]  # none: of no order
+    return replace(question, id=str(int(question.id) + by * _ROLLED), options=options, truths=(truth,))
 
 
 def _refcoco(settings: HeldOut) -> Iterator[Question]:
@@ -245,7 +255,7 @@ def _each(
 
     def read(settings: HeldOut) -> Iterator[Question]:
         for row in rows(settings):
-            yield Question(str(row[key]), image.format_map(row), row[text], tuple(truths(row)))
+            yield Question(str(row[key]), image.format_map(row), row.of(text, str), tuple(truths(row)))
 
     return read
 
@@ -263,15 +273,13 @@ FORMATS: Mapping[str, Format] = {
     "vqav2": Format(_each(_vqav2, "question_id", "{file}", "question", lambda row: _usual(row["answers"])), "vqa"),
     "gqa": Format(_each(_named, "id", "{imageId}.jpg", "question", lambda row: [row["answer"]]), "bare_match"),
     "textvqa": Format(
-        _each(_textvqa, "question_id", "{image_id}.jpg", "question", lambda row: _usual(row["answers"])),
+        _each(_textvqa, "question_id", "{image_id}.jpg", "question", lambda row: _usual(row.of("answers", list))),
         "textvqa",
     ),
-    "docvqa": Format(_each(_under("data"), "questionId", "{image}", "question", lambda row: row["answers"]), "anls"),
-    "chartqa": Format(
-        _each(_under("rows"), "imgname", "{imgname}", "query", lambda row: [str(row["label"])]), "relaxed_match"
-    ),
     "scienceqa": Format(_scienceqa, "letter", _LETTER),
-    "pope": Format(_each(_lines, "question_id", "{image}", "text", lambda row: [row["label"].lower()]), "yes_no"),
+    "pope": Format(
+        _each(_lines, "question_id", "{image}", "text", lambda row: [row.of("label", str).lower()]), "yes_no"
+    ),
     "mme": Format(_mme, "mme", "{question}"),  # which says how to answer
     "mmbench": Format(_mmbench, "mmbench", _LETTER),
     "refcoco": Format(_refcoco, "box_match", _BOX),

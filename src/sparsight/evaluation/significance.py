@@ -40,6 +40,11 @@ class PairedTest(NamedTuple):
     high: float
     p_value: float
 
+    @property
+    def told(self) -> int:
+        """1 or -1 where ours is better or worse: the interval excludes 0, and p is below 0.05. Else 0."""
+        return ((self.low > 0) - (self.high < 0)) * (self.p_value < 0.05)
+
 
 def bootstrap(
     points: ArrayLike,
@@ -115,6 +120,15 @@ def paired_test(
     return PairedTest(
         estimate.mean, estimate.low, estimate.high, _sign_flips(shares_C[shares_C != 0], permutations, seed)
     )
+
+
+def paired_tests(
+    ours: Mapping[str, ArrayLike], theirs: Mapping[str, ArrayLike], images: Mapping[str, Sequence[Hashable]]
+) -> dict[str, PairedTest]:
+    """`paired_test` of each task that both have, with p-values raised for their number (`holm`)."""
+    found = {task: paired_test(own, theirs[task], images[task]) for task, own in ours.items() if task in theirs}
+    raised = holm([test.p_value for test in found.values()])
+    return {task: test._replace(p_value=p) for (task, test), p in zip(found.items(), raised, strict=True)}
 
 
 def _sign_flips(shares_C: Floats, permutations: int, seed: int) -> float:

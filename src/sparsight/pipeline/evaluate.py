@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from PIL import Image
 from sparsight.console import Console, Progress
 from sparsight.data.sources import scene_config
 from sparsight.devices.precision import default_device, forked_rng, precision_on
+from sparsight.errors import UserError
 from sparsight.evaluation.ask import Item, Questions, Scores, ask
 from sparsight.evaluation.questions import guess, held_out_questions, scene_questions
-from sparsight.evaluation.significance import by_grade
+from sparsight.evaluation.significance import by_grade, paired_tests
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.modeling.configuration import SparsightConfig
 from sparsight.modeling.folders import model_type
@@ -32,6 +33,7 @@ from sparsight.settings.recipe import Evaluation, HeldOut, Recipe, Stage
 
 EXAMPLES = 8
 _HEADS = ("task", "items", "score", "95% interval", "chance", "shuffled images")
+_AGAINST = ("task", "points", "95% interval", "p (Holm)", "the first is")
 SIDE = 256  # pixels of a scene for a model that is not ours; its own processor resizes it
 
 
@@ -96,6 +98,14 @@ def _answers(
     return result
 
 
+def _tell_blind(tasks: Sequence[str], said: str, console: Console) -> None:
+    text = (
+        f"not above the control with shuffled images{said}: {', '.join(tasks)}. Nothing shows that these answers come"
+    )
+    if tasks:
+        console.print(f"{text} from the images", style="yellow", highlight=False, markup=False)
+
+
 class DuringTraining:
     """Asks a subset of a recipe's questions while a stage trains, and logs the scores by task. In eval mode, so that
     methods are off; in the layout that the stage's positions are for. Training goes on as if nothing had happened.
@@ -131,7 +141,7 @@ def score_run(
     """Ask the recipe's questions; log scores, the shuffled control and examples."""
     recipe, log, settings = session.recipe, session.log, session.recipe.evaluation
     model.to(default_device())  # where it is already, if it was trained in this sitting
-    precision, rows = settle(model, recipe), []
+    precision, rows, blind = settle(model, recipe), list[list[str]](), list[str]()
     for asked in _to_ask(settings, recipe.scenes() or SceneData(), model.config.image_size):
         start = time.perf_counter()
         result = _answers(model, processor, asked, precision, settings.batch_size, session.console)
@@ -147,6 +157,7 @@ def score_run(
             images=result.images,
             grades=result.grades,
             questions=result.questions,
+            blind=result.blind,
             seconds=time.perf_counter() - start,
         )
         for item, answer, points in _examples(result):
@@ -158,8 +169,9 @@ def score_run(
                 correct=judged(item, answer, points),
                 **{key: value for key, value in asdict(item).items() if key in ("task", "question", "truth")},
             )
-        rows += _rows(asked, result)
+        rows, blind = rows + _rows(asked, result), blind + result.blind
     session.console.print(table("scores in %", _HEADS, rows))
+    _tell_blind(blind, "", session.console)
 
 
 def evaluate_checkpoint(
@@ -173,6 +185,7 @@ def evaluate_checkpoint(
     keep: str | None = None,
     method: str = "uniform",
     out: str | Path | None = None,
+    against: str | Path | None = None,
 ) -> list[Scores]:
     """Score a saved model on held-out conversations, or else on the scenes of its own recipe (the embedded ones if it
     was trained on other data).
@@ -183,14 +196,19 @@ def evaluate_checkpoint(
             measure what a question costs. The model on disk stays as it is.
         out: gets the answers, from which an evaluation that was killed goes on, and the curve as ``curve.json`` and
             ``curve.html``; "evaluation" for a curve, none else.
+        against: another model, which is asked the same; the difference of each task is tested (`paired_tests`).
 
     Returns:
-        The scores in each way.
+        The scores in each way; or of both models.
 
     Raises:
-        UserError: no model in ``folder``, no such split, conversations that cannot be asked, or a layout that the model
-            cannot take; nothing has been asked then.
+        UserError: no model in ``folder``, no such split, conversations that cannot be asked, a layout that the model
+            cannot take, or two models with scenes of their own; nothing has been asked then.
     """
+    if against is not None and (layouts, keep) != (None, None):
+        raise UserError(f"--against {against}: two models are compared as they are; leave out --layouts and --keep")
+    if against is not None and held_out is None and own_scenes(folder) != own_scenes(against):
+        raise UserError(f"{folder} and {against} were trained on scenes of other settings; give --data, to ask both it")
     own = {"items": items} | ({"split": split} if held_out is None else {})  # which has a split of its own
     settings = Evaluation.read(own, "eval")
     if Path(folder).is_dir() and model_type(Path(folder)) in (None, SparsightConfig.model_type):
@@ -214,12 +232,28 @@ def evaluate_checkpoint(
             results.append(_answers(model, processor, asked, precision, size, console, said, **options))
     if not curved or out is None:
         console.print(table(f"{folder}: scores in %", _HEADS, _rows(asked, results[0])))
+        _tell_blind(results[0].blind, "", console)
+        if against is not None:
+            results += evaluate_checkpoint(against, items, split, console, held_out, out=out)
+            console.print(table(f"{folder} against {against}", _AGAINST, _differences(*results)))
         return results
     with autocast(precision, model.device):
         costs = costs_of(model, processor, ways, asked.questions)
     facts = {"model": str(folder), "asked": asked.source, "precision": precision, "rows": ROWS, "chance": asked.chance}
     write_curve(facts | {"points": curve_of(ways, results, costs), "env": environment()}, out, console)
+    for way, result in zip(ways, results, strict=True):
+        _tell_blind(result.blind, f" ({way})", console)
     return results
+
+
+def _differences(ours: Scores, theirs: Scores) -> list[list[str]]:
+    """Rows of the table of two models: a task, its difference and interval in points, p, and which is better."""
+    rows = []
+    for task, test in paired_tests(ours.points, theirs.points, ours.images).items():
+        difference, low, high = (f"{100 * value:+z.1f}" for value in test[:3])
+        told = {1: "better", 0: "no difference can be told", -1: "worse"}[test.told]
+        rows.append([task, difference, f"{low} to {high}", f"{test.p_value:.4f}", told])
+    return rows
 
 
 def _rows(asked: _Asked, result: Scores) -> list[list[str]]:

@@ -183,8 +183,7 @@ class Stage(Settings):
 
 # fmt: off
 Format = Literal[
-    "conversations", "vqav2", "gqa", "textvqa", "docvqa", "chartqa", "scienceqa", "pope", "mme", "mmbench", "refcoco",
-    "coco_captions",
+    "conversations", "vqav2", "gqa", "textvqa", "scienceqa", "pope", "mme", "mmbench", "refcoco", "coco_captions",
 ]
 Metric = Literal[
     "exact_match", "bare_match", "vqa", "textvqa", "anls", "relaxed_match", "letter", "box_match", "cider_d", "yes_no",
