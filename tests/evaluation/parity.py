@@ -73,13 +73,11 @@ def _vqa(key: str, textvqa: bool) -> Iterable[tuple[float, float]]:
 
 def _pope() -> Iterable[tuple[float, float]]:
     for case in REFERENCE["pope"]:
-        found = metrics.yes_no_scores(case["answers"], case["truths"])
         items = [Item("", number, "", truth) for number, truth in enumerate(case["truths"])]
         points = METRICS["yes_no"].points(items, case["answers"])
         figures = METRICS["yes_no"].figures(items, case["answers"], points)
         yield sum(points) / len(points), case["scores"]["accuracy"]
         for key, theirs in case["scores"].items():
-            yield found[key], theirs
             if key != "accuracy":
                 yield figures[key.replace("f1", "F1")].mean, theirs
 

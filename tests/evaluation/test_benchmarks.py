@@ -347,6 +347,9 @@ def change(file: Path, old: str, new: str) -> None:
     [
         (vqav2, "annotations.json", "393225000", "393225009", "of 3 of .*questions.json, 1 have no match by 'question_id', "
          "and 1 rows here match none; the first is question_id 393225000"),
+        (vqav2, "annotations.json", '"annotations": [{', '"annotations": [], "old": [{', "of 3 of .*questions.json, 3 have no match by "
+         "'question_id', and 0 rows"),
+        (vqav2, "questions.json", '"questions": [{', '"questions": [], "old": [{', "0 have no match by 'question_id', and 3 rows"),
         (vqav2, "questions.json", '"question":', '"qestion":', r"questions.json, questions\[0\]: expected a field 'question', "
          "found .*'qestion'"),
         (gqa, "gqa.json", '"answer": "no"', '"answer": ""', "1 of 2 questions have no answer; the first is 201307251"),

@@ -157,27 +157,6 @@ def reads_yes(answer: str) -> bool:
     return not {"No", "no", "not"} & set(answer.partition(".")[0].replace(",", "").split(" "))
 
 
-def yes_no_scores(answers: Sequence[str], truths: Sequence[str]) -> dict[str, float]:
-    """POPE's accuracy, precision, recall, F1 (of "yes"), and the share of yes among the answers; 0 for 0 / 0.
-
-    Raises UserError if there are no answers, not as many as truths, or a truth is neither "yes" nor "no".
-    """
-    if not answers or len(answers) != len(truths) or not set(truths) <= {"yes", "no"}:
-        raise UserError(
-            f"{len(answers)} answers and {len(truths)} truths of {sorted(set(truths))}: expected as many truths, at "
-            "least one, each 'yes' or 'no'"
-        )
-    pairs = Counter((reads_yes(answer), truth == "yes") for answer, truth in zip(answers, truths, strict=True))
-    hits, said, true = pairs[True, True], pairs[True, True] + pairs[True, False], pairs[True, True] + pairs[False, True]
-    return {
-        "accuracy": (hits + pairs[False, False]) / len(answers),
-        "precision": hits / max(said, 1),
-        "recall": hits / max(true, 1),
-        "f1": 2 * hits / max(said + true, 1),
-        "yes_ratio": said / len(answers),
-    }
-
-
 def box_match(answer: str, truth: str, threshold: float = 0.5) -> float:
     """1 if the answer is a box that overlaps the true one with an IoU of at least ``threshold``, else 0.
 

@@ -22,8 +22,7 @@ from sparsight.evaluation.questions import guess, held_out_questions, scene_ques
 from sparsight.evaluation.significance import by_grade, paired_tests
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.modeling.configuration import SparsightConfig
-from sparsight.modeling.folders import model_type
-from sparsight.pipeline.files import Session, load, load_any, own_scenes, trained_by
+from sparsight.pipeline.files import Session, load_either, own_scenes, trained_by
 from sparsight.pipeline.ways import ROWS, Way, costs_of, curve_of, ways_of
 from sparsight.reporting import environment, write_curve
 from sparsight.reporting.tables import percent, table
@@ -188,7 +187,7 @@ def evaluate_checkpoint(
     against: str | Path | None = None,
 ) -> list[Scores]:
     """Score a saved model on held-out conversations, or else on the scenes of its own recipe (the embedded ones if it
-    was trained on other data).
+    was trained on other data). Returns the scores in each way, or of both models.
 
     Args:
         folder: of a model of ours, or that or the hub id of any image-text-to-text model of transformers.
@@ -198,34 +197,24 @@ def evaluate_checkpoint(
             ``curve.html``; "evaluation" for a curve, none else.
         against: another model, which is asked the same; the difference of each task is tested (`paired_tests`).
 
-    Returns:
-        The scores in each way; or of both models.
-
     Raises:
         UserError: no model in ``folder``, no such split, conversations that cannot be asked, a layout that the model
             cannot take, or two models with scenes of their own; nothing has been asked then.
     """
-    if against is not None and (layouts, keep) != (None, None):
-        raise UserError(f"--against {against}: two models are compared as they are; leave out --layouts and --keep")
-    if against is not None and held_out is None and own_scenes(folder) != own_scenes(against):
-        raise UserError(f"{folder} and {against} were trained on scenes of other settings; give --data, to ask both it")
-    own = {"items": items} | ({"split": split} if held_out is None else {})  # which has a split of its own
-    settings = Evaluation.read(own, "eval")
-    if Path(folder).is_dir() and model_type(Path(folder)) in (None, SparsightConfig.model_type):
-        model, processor = load(folder)
-        model.to(default_device())
-    else:
-        model, processor = load_any(str(folder))
+    if against is not None:
+        _refuse(folder, against, (layouts, keep), held_out is None)
+    settings = Evaluation.read({"items": items} | ({"split": split} if held_out is None else {}), "eval")
+    (model, processor), results = load_either(folder), list[Scores]()
     ours, curved = isinstance(model.config, SparsightConfig), layouts is not None or keep is not None
-    out = Path("evaluation") if curved and out is None else Path(out) if out is not None else None
+    out = "evaluation" if curved and out is None else out
     if held_out is not None:
         settings = Evaluation(kind="none", held_out={Path(held_out.data.path).stem: held_out})
     (asked,) = _to_ask(settings, own_scenes(folder), model.config.image_size if ours else SIDE)
-    precision, ways, results = settle(model, trained_by(folder)), ways_of(model, processor, layouts, keep, method), []
+    precision, ways = settle(model, trained_by(folder)), ways_of(model, processor, layouts, keep, method)
     decides = precision, getattr(model.config, "_commit_hash", None), asked.questions.items
     for way in ways:
         few = way.keep < 1
-        options = {"even": few, "kept": way.kept(out, folder, *decides) if out is not None else ()}
+        options = {"even": few, "kept": way.kept(Path(out), folder, *decides) if out is not None else ()}
         size = 1 if few and not ours else settings.batch_size
         with way.taken(model, processor):
             said = f", {way}" if curved else ""
@@ -244,6 +233,13 @@ def evaluate_checkpoint(
     for way, result in zip(ways, results, strict=True):
         _tell_blind(result.blind, f" ({way})", console)
     return results
+
+
+def _refuse(folder: str | Path, against: str | Path, ways: tuple[str | None, ...], scenes: bool) -> None:
+    if ways != (None, None):
+        raise UserError(f"--against {against}: two models are compared as they are; leave out --layouts and --keep")
+    if scenes and own_scenes(folder) != own_scenes(against):
+        raise UserError(f"{folder} and {against} were trained on scenes of other settings: give --data, to ask both it")
 
 
 def _differences(ours: Scores, theirs: Scores) -> list[list[str]]:

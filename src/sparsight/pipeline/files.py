@@ -269,6 +269,14 @@ def load(folder: str | Path) -> tuple[SparsightForConditionalGeneration, Sparsig
     return model, processor
 
 
+def load_either(name: str | Path) -> tuple[Any, Any]:
+    """A model of ours on the default device, or else any of transformers (`load`, `load_any`)."""
+    if not Path(name).is_dir() or model_type(Path(name)) not in (None, SparsightConfig.model_type):
+        return load_any(str(name))
+    model, processor = load(name)
+    return model.to(default_device()), processor
+
+
 def load_any(name: str, **options: Any) -> tuple[Any, Any]:
     """A VLM of transformers in eval mode, on the GPU if there is one, and its processor; ``options`` go to its
     ``from_pretrained``.

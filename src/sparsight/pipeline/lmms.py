@@ -10,7 +10,6 @@ import difflib
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +23,9 @@ from sparsight.devices.ranks import process_state
 from sparsight.errors import UserError
 from sparsight.evaluation.ask import Item, Prompts, answer, any_prompts, batches, choice_losses
 from sparsight.modeling.configuration import SparsightConfig
-from sparsight.modeling.folders import model_type
 from sparsight.modeling.scaling import scale_tokens
 from sparsight.pipeline.evaluate import autocast
-from sparsight.pipeline.files import load, load_any
+from sparsight.pipeline.files import load_either
 from sparsight.sparse.forward import NoEffectWarning
 
 _ARGUMENTS = ("pretrained", "layout", "image_size", "precision", "batch_size", "device")
@@ -70,12 +68,11 @@ class Sparsight(lmms):
                 f"expected model_args pretrained=DIR and a --batch_size of 1 or more; found pretrained='{pretrained}', "
                 f"batch_size={batch_size}"
             )
-        ours = Path(pretrained).is_dir() and model_type(Path(pretrained)) in (None, SparsightConfig.model_type)
-        if not ours and (layout or image_size):
+        self.model, self.processor = load_either(pretrained)
+        if (layout or image_size) and not isinstance(self.model.config, SparsightConfig):
             raise UserError(
                 f"layout={layout}, image_size={image_size}: only models of ours have them, found {pretrained}"
             )
-        self.model, self.processor = load(pretrained) if ours else load_any(pretrained)
         if layout or image_size:
             written = layout and layout.strip("'\"")  # quotes, as commas part arguments
             scale_tokens(self.model, self.processor, written, image_size)
