@@ -304,6 +304,8 @@ def test_mme_takes_the_folder_above_and_its_own_categories_alone(inside: str, tm
         ValueError, match="0001.txt: 'existance' is no category of MME; expected folders of existence, count"
     ):
         benchmark_questions("own", settings)
+    with pytest.raises(ValueError, match="0020.txt: expected the folder that holds MME's categories"):
+        benchmark_questions("own", HeldOut(format="mme", data={"path": str(tmp_path / "0020.txt")}))
 
 
 def test_mmbench_is_right_only_in_every_order(tmp_path: Path) -> None:
@@ -386,7 +388,10 @@ def test_what_a_file_lacks_is_named_and_counted(make, file, old, new, said, tmp_
     "keys, said",
     [
         ({"format": "vqa2"}, "format: expected one of 'conversations', 'vqav2'"),
-        ({"format": "vqav2"}, "format vqav2 keeps its answers in a file of its own; give it as answers: v2_mscoco"),
+        (
+            {"format": "vqav2"},
+            r"format vqav2 keeps its answers in a file of its own; give it as answers \(--answers\): v2_mscoco",
+        ),
         ({"format": "gqa", "answers": "a.json"}, "answers 'a.json': gqa has none"),
         ({"format": "gqa", "prompt": "Say:"}, r"prompt 'Say:': expected \{question\} in it"),
         ({"metric": "mme"}, "metric mme needs format mme, found conversations"),

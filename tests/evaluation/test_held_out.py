@@ -88,8 +88,9 @@ def test_two_models_are_asked_the_same_and_compared(tmp_path: Path, tiny_vlm) ->
     assert theirs.answers == alone.answers and theirs.answers != ours.answers
     difference = 100 * (ours.scores["held_out"] - theirs.scores["held_out"])
     assert f"{difference:+.1f}" in out.getvalue() and "no difference can be told" in out.getvalue()
-    with pytest.raises(ValueError, match="leave out --layouts and --keep"):
-        evaluate_checkpoint(one, 12, "test", Console(file=out), held_out, against=other, keep="1,0.5")
+    for second, keep, said in ((other, "1,0.5", "leave out --layouts and --keep"), (tmp_path, None, "no model there")):
+        with pytest.raises(ValueError, match=f"--against .*{said}"):
+            evaluate_checkpoint(one, 12, "test", Console(file=out), held_out, against=second, keep=keep)
 
 
 def test_a_score_that_is_not_above_the_controls_is_blind() -> None:

@@ -91,7 +91,9 @@ def _file(path: str) -> _Row:
 
 def _answers(settings: HeldOut, what: str) -> _Row:
     if settings.answers is None:
-        raise UserError(f"format {settings.format} keeps its answers in a file of its own; give it as answers: {what}")
+        raise UserError(
+            f"format {settings.format} keeps its answers in a file of its own; give it as answers (--answers): {what}"
+        )
     return _file(settings.answers)
 
 
@@ -150,6 +152,8 @@ def _scienceqa(settings: HeldOut) -> Iterator[Question]:
 
 def _mme(settings: HeldOut) -> Iterator[Question]:
     folder = Path(settings.data.path)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: expected the folder that holds MME's categories")
     for file in sorted(folder.rglob("*.txt")):
         lines = [line for line in decode(_content(str(file)), str(file)).split("\n") if line.strip()]
         pairs = [line.strip().rsplit("\t", 1) for line in lines]

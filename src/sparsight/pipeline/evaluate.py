@@ -238,6 +238,8 @@ def evaluate_checkpoint(
 def _refuse(folder: str | Path, against: str | Path, ways: tuple[str | None, ...], scenes: bool) -> None:
     if ways != (None, None):
         raise UserError(f"--against {against}: two models are compared as they are; leave out --layouts and --keep")
+    if Path(against).is_dir() and model_type(Path(against)) is None:
+        raise UserError(f"--against {against}: no model there; expected a folder with config.json")
     if scenes and own_scenes(folder) != own_scenes(against):
         raise UserError(f"{folder} and {against} were trained on scenes of other settings: give --data, to ask both it")
 
