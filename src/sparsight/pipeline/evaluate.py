@@ -22,6 +22,7 @@ from sparsight.evaluation.questions import guess, held_out_questions, scene_ques
 from sparsight.evaluation.significance import by_grade, paired_tests
 from sparsight.modeling import SparsightForConditionalGeneration, SparsightProcessor
 from sparsight.modeling.configuration import SparsightConfig
+from sparsight.modeling.folders import model_type
 from sparsight.pipeline.files import Session, load_either, own_scenes, trained_by
 from sparsight.pipeline.ways import ROWS, Way, costs_of, curve_of, ways_of
 from sparsight.reporting import environment, write_curve
