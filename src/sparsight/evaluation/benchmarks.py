@@ -155,15 +155,15 @@ def _mme(settings: HeldOut) -> Iterator[Question]:
     if not folder.is_dir():
         raise UserError(f"{folder}: expected the folder that holds MME's categories")
     for file in sorted(folder.rglob("*.txt")):
-        lines = [line for line in decode(_content(str(file)), str(file)).split("\n") if line.strip()]
-        pairs = [line.strip().rsplit("\t", 1) for line in lines]
-        if len(pairs) != 2 or any(len(pair) != 2 or pair[1] not in ("Yes", "No") for pair in pairs):
-            raise UserError(f"{file}: expected two lines, each a question, a tab, and Yes or No; found {lines}")
         parent, own, name = file.parent, file.parent, file.stem
         if parent.name == "questions_answers_YN":
             parent, own = parent.parent / "images", parent.parent
         if own.name not in (known := [*MME["perception"], *MME["cognition"]]):
             raise UserError(f"{file}: '{own.name}' is no category of MME; expected folders of {', '.join(known)}")
+        lines = [line.strip() for line in decode(_content(str(file)), str(file)).split("\n") if line.strip()]
+        pairs = [line.rsplit("\t", 1) for line in lines]
+        if len(pairs) != 2 or any(len(pair) != 2 or pair[1] not in ("Yes", "No") for pair in pairs):
+            raise UserError(f"{file}: expected two lines, each a question, a tab, and Yes or No; found {lines!r:.200}")
         beside = [parent / f"{name}{end}" for end in (".jpg", ".png")]
         image = next((each for each in beside if each.is_file()), beside[0]).relative_to(folder)
         for number, (text, truth) in enumerate(pairs):

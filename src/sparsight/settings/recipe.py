@@ -211,7 +211,7 @@ class HeldOut(Settings):
     )
     items: int = Field(500, ge=1, description="questions at most, from the first one")
     choices: tuple[str, ...] = Field(
-        (), description="all answers that there are; the likeliest one is taken, and none is generated"
+        (), description="all answers that there are; the likeliest one is taken, and none is generated: not quicker"
     )
 
     @model_validator(mode="after")
