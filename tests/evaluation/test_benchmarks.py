@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 import pytest
 import yaml
+from PIL import Image
 from rich.console import Console
 
 from sparsight.evaluation.ask import Questions
@@ -125,7 +126,11 @@ def pope(folder: Path) -> dict:
 
 def mme(folder: Path) -> dict:
     """Of MME_Benchmark_release_version: both of its forms of folders."""
-    for category, text in (("existence", "0001"), ("existence", "0002"), ("code_reasoning", "0020")):
+    for category, text in (
+        ("existence", "0001"),
+        ("existence", "0002"),
+        ("code_reasoning", "0001"),
+    ):  # whose names recur
         (folder / "mme" / category).mkdir(parents=True, exist_ok=True)
         lines = [f"Is {text} in it? Please answer yes or no.\tYes", "Is it not? Please answer yes or no.\tNo"]
         (folder / "mme" / category / f"{text}.txt").write_text("\n".join(lines))
@@ -142,13 +147,14 @@ COLUMNS = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category"
 
 def mmbench(folder: Path, rolled: bool = False) -> dict:
     """Of mmbench_dev_20230712.tsv; ``rolled``: of mmbench_dev_en_20231003.tsv, which holds the rolled options."""
-    buffer = io.BytesIO()
-    make_image(1, 40).save(buffer, format="JPEG")
-    picture = base64.b64encode(buffer.getvalue()).decode()
+    buffers = [io.BytesIO(), io.BytesIO()]
+    for number, buffer in enumerate(buffers):
+        make_image(number, 40).save(buffer, format="JPEG")
+    one, other = (base64.b64encode(buffer.getvalue()).decode() for buffer in buffers)
     rows = [
-        dict(zip(COLUMNS, [241, "Which is\nthe main topic?", "", "cat", "dog", "a fish", "", "B", "topic", picture, "s",
+        dict(zip(COLUMNS, [241, "Which is\nthe main topic?", "", "cat", "dog", "a fish", "", "B", "topic", one, "s",
                            "coarse", "", "dev"], strict=True)),
-        dict(zip(COLUMNS, [252, "Is it so?", "The passage.", "yes", "no", "", "", "A", "topic", picture, "s", "fine", "",
+        dict(zip(COLUMNS, [252, "Is it so?", "The passage.", "yes", "no", "", "", "A", "topic", other, "s", "fine", "",
                            "dev"], strict=True)),
     ]  # fmt: skip
     if rolled:
@@ -176,11 +182,13 @@ def refcoco(folder: Path) -> dict:
     coco = {
         "info": {},
         "images": [
-            {"license": 1, "file_name": "COCO_train2014_000000581857.jpg", "height": 400, "width": 640, "id": 581857}
+            {"license": 1, "file_name": "COCO_train2014_000000000009.jpg", "height": 300, "width": 300, "id": 9},
+            {"license": 1, "file_name": "COCO_train2014_000000581857.jpg", "height": 400, "width": 640, "id": 581857},
         ],
         "annotations": [
             {"segmentation": [], "area": 1, "iscrowd": 0, "image_id": 581857, "bbox": [64.0, 40.0, 320.0, 200.0],
-             "category_id": 1, "id": 1719310}
+             "category_id": 1, "id": 1719310},
+            {"segmentation": [], "area": 1, "iscrowd": 0, "image_id": 9, "bbox": [1.0, 2.0, 3.0, 4.0], "category_id": 1, "id": 7},
         ],
         "categories": [],
     }  # fmt: skip
@@ -236,7 +244,7 @@ EXPECTED: dict[str, tuple[str, str, list[tuple[list[str], list[float]]]]] = {
     "pope": (f"Is there a snowboard in the image?{SHORT}", "yes", [
         (["yes", "no", "Yes, there is", "No, there is not"], [1, 1, 1, 1]), (["yes", "yes", "no", "yes"], [1, 0, 0, 0]),
     ]),
-    "mme": ("Is 0020 in it? Please answer yes or no.", "Yes", [
+    "mme": ("Is 0001 in it? Please answer yes or no.", "Yes", [
         (["Yes", "no", "Yes.", "No", "maybe", "no", "yes", "no"], [1, 1, 1, 1, 0, 1, 1, 1])
     ]),
     "mmbench": (
@@ -264,6 +272,19 @@ def test_a_miniature_of_the_published_file(make: Any, tmp_path: Path) -> None:
         assert questions.score(questions.items, answers) == pytest.approx(points), answers
     assert f"own: {len(questions.items)} of {len(questions.items)} questions of " in questions.note
     assert questions.score(questions.items, [""] * len(questions.items)) == [0] * len(questions.items)
+
+
+@pytest.mark.parametrize(
+    "make, last, images", [(vqav2, "COCO_val2014_000000393225.jpg", [0, 0, 1]), (gqa, "n235859.jpg", [0, 1])]
+)
+def test_a_question_is_about_its_own_image(make: Any, last: str, images: list[int], tmp_path: Path) -> None:
+    questions = read(make, tmp_path)
+    assert [item.image for item in questions.items] == images
+    assert (
+        questions.image(1).tobytes()
+        == Image.open(tmp_path / last).convert("RGB").tobytes()
+        != questions.image(0).tobytes()
+    )
 
 
 def test_science_questions_without_an_image_are_counted(tmp_path: Path) -> None:
@@ -304,8 +325,8 @@ def test_mme_takes_the_folder_above_and_its_own_categories_alone(inside: str, tm
         ValueError, match="0001.txt: 'existance' is no category of MME; expected folders of existence, count"
     ):
         benchmark_questions("own", settings)
-    with pytest.raises(ValueError, match="0020.txt: expected the folder that holds MME's categories"):
-        benchmark_questions("own", HeldOut(format="mme", data={"path": str(tmp_path / "0020.txt")}))
+    with pytest.raises(ValueError, match="note.txt: expected the folder that holds MME's categories"):
+        benchmark_questions("own", HeldOut(format="mme", data={"path": str(tmp_path / "note.txt")}))
 
 
 def test_mmbench_is_right_only_in_every_order(tmp_path: Path) -> None:
@@ -321,7 +342,7 @@ def test_mmbench_takes_the_rolled_rows_of_a_file(tmp_path: Path) -> None:
     settings = HeldOut(format="mmbench", **mmbench(tmp_path, rolled=True))
     questions = benchmark_questions("own", settings)
     assert [(item.group, item.truth) for item in questions.items] == [("241", "B"), ("252", "A"), ("252", "B")]
-    assert questions.image(questions.items[2].image).size == (40, 40)
+    assert [item.image for item in questions.items] == [0, 1, 1]
 
 
 def test_captions_have_the_usual_scale(tmp_path: Path) -> None:
@@ -329,6 +350,7 @@ def test_captions_have_the_usual_scale(tmp_path: Path) -> None:
     answers = [item.truths[0] for item in questions.items]
     points = questions.score(questions.items, answers)
     found = questions.figures(questions.items, answers, points)
+    assert [len(item.truths) for item in questions.items] == [2, 1]
     assert found["CIDEr-D"].mean == pytest.approx(10 * sum(points) / 2) and points[1] == pytest.approx(1)
 
 

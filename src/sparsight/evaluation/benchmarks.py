@@ -281,9 +281,7 @@ FORMATS: Mapping[str, Format] = {
         "textvqa",
     ),
     "scienceqa": Format(_scienceqa, "letter", _LETTER),
-    "pope": Format(
-        _each(_lines, "question_id", "{image}", "text", lambda row: [row.of("label", str).lower()]), "yes_no"
-    ),
+    "pope": Format(_each(_lines, "question_id", "{image}", "text", lambda row: [row["label"]]), "yes_no"),
     "mme": Format(_mme, "mme", "{question}"),  # which says how to answer
     "mmbench": Format(_mmbench, "mmbench", _LETTER),
     "refcoco": Format(_refcoco, "box_match", _BOX),

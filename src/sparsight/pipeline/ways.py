@@ -165,5 +165,6 @@ def curve_of(ways: Sequence[Way], results: Sequence[Scores], costs: Sequence[dic
         if test is not None:
             record |= {"difference": test.difference, "difference_interval": [test.low, test.high]}
             record["p_value"] = next(raised)
-        curve.append(record | {"scores": result.scores, "shuffled": result.shuffled, "items": result.items})
+        record |= {"scores": result.scores, "shuffled": result.shuffled, "blind": result.blind}
+        curve.append(record | {"items": result.items})
     return curve
