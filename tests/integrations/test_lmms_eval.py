@@ -163,7 +163,7 @@ def test_lmms_eval_scores_as_we_do(model: Path, tmp_path: Path) -> None:
     done = lmms_eval(tmp_path, *given, *more)
     made = [*(tmp_path / "out").rglob("*_results.json")]  # it ends with 0 also after an error
     assert done.returncode == 0 and len(made) == 1, done.stdout[-3000:] + done.stderr[-3000:]
-    print("", *(line for line in done.stdout.splitlines() if line.startswith("|")), sep="\n")
+    sys.stdout.write("\n".join(["", *(line for line in done.stdout.splitlines() if line.startswith("|")), ""]))
     found = json.loads(made[0].read_text())["results"]
     assert found["local"]["exact_match,none"] == score
     (samples,) = (tmp_path / "out").rglob("*_samples_local.jsonl")
