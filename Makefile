@@ -126,9 +126,8 @@ bench: setup assets ## time the bridge, and training steps way by way, on the CP
 	@$(PY) benchmarks/bridge.py --device cpu $(ARGS)
 	@$(PY) benchmarks/speed.py --device cpu $(ARGS)
 
-bench-gpu: setup assets ## the same on a GPU (the installed torch must see one)
-	@$(PY) benchmarks/bridge.py --device cuda $(ARGS)
-	@$(PY) benchmarks/speed.py --device cuda $(ARGS)
+bench-gpu: setup assets ## eight minutes on a GPU (the installed torch must see one): speed, memory, methods, compile, the demo
+	@$(PY) benchmarks/gpu.py --device cuda $(ARGS)
 
 quality: setup assets ## train the core rows of docs/quality.md, three seeds; hours, goes on where it stopped; ARGS='--only mlp-256'
 	@OMP_NUM_THREADS=1 $(PY) benchmarks/quality.py $(or $(ARGS),--rows core --seeds 0 1 2)

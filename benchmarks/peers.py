@@ -19,9 +19,9 @@ from sparsight.sparse.gather import Kept
 CLIP = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 
 
-def build_llava(language: Any, image_id: int) -> tuple[Any, torch.nn.Module]:
+def build_llava(language: Any, image_id: int, clip: dict[str, int] = CLIP) -> tuple[Any, torch.nn.Module]:
     """transformers' LLaVA around ``language``, for cached features of CLIP-L, and its projector."""
-    vision = CLIPVisionConfig(**CLIP, patch_size=14)
+    vision = CLIPVisionConfig(**clip, patch_size=14)
     config = LlavaConfig(vision_config=vision, text_config=language.config, image_token_id=image_id)
     with torch.device("meta"):  # the tower never runs
         model = LlavaForConditionalGeneration(config)

@@ -93,22 +93,24 @@ class Bench:
     device: torch.device
     layers: int | None
     batch: int
+    sizes: tuple[dict[str, int], dict[str, int], dict[str, int]] | None = None  # of a Llama, a CLIP, and bridges
     models: dict[str, tuple[Any, Any, torch.optim.Optimizer]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.width: dict[str, int] = {"width": 192, "heads": 3}
         self.vision: Any = "efficientnet-lite0"
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and self.sizes is None:
             folder = language_folder("smollm2-135m")
             fewer = {} if self.layers is None else {"num_hidden_layers": self.layers}
             self.language = AutoModelForCausalLM.from_pretrained(folder, **fewer)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
             return
-        self.width = {}
-        llama = LlamaConfig(num_hidden_layers=self.layers or 32)
+        llama, clip, self.width = self.sizes or ({}, CLIP, {})
+        fewer, dtype = {} if self.layers is None else {"num_hidden_layers": self.layers}, torch.bfloat16
+        dtype = torch.float32 if self.device.type == "cpu" else dtype
         with self.device:
-            self.vision = AutoModel.from_config(CLIPVisionConfig(**CLIP, patch_size=14), dtype=torch.bfloat16)
-            self.language = AutoModelForCausalLM.from_config(llama, dtype=torch.bfloat16)
+            self.vision = AutoModel.from_config(CLIPVisionConfig(**clip, patch_size=14), dtype=dtype)
+            self.language = AutoModelForCausalLM.from_config(LlamaConfig(**(llama | fewer)), dtype=dtype)
         self.tokenizer = scratch_tokenizer(ScratchLanguage(), ["Describe the image. dog dog"])
 
     @contextmanager

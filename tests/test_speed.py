@@ -11,6 +11,14 @@ from forked import Forks
 from sparsight import assets
 
 ROOT = Path(__file__).parents[1]
+GPU = """
+import sys
+folder, *arguments, short = sys.argv[1:]
+sys.path.insert(0, folder)
+import gpu
+for sys.argv in (["gpu.py", *arguments], ["gpu.py", *arguments[:-1], short, "--minutes", "0.001"]):
+    gpu.main()
+"""
 TWICE = """
 import sys
 folder, *arguments = sys.argv[1:]
@@ -20,6 +28,18 @@ for group in ("methods", "idle"):
     sys.argv = ["speed.py", *arguments, group]
     speed.main()
 """
+
+
+def test_the_gpu_script_writes_group_after_group_and_ends_in_its_minutes(fresh: Forks, tmp_path: Path) -> None:
+    """On the CPU with tiny sizes: what the Trainer was given trains, and what is measured is in the file."""
+    out, none = tmp_path / "gpu.json", tmp_path / "none.json"
+    sizes = ["--device", "cpu", "--rounds", "1", "--batch", "2", "--only", "trainer", "--out", out]
+    told = fresh.run(GPU, ROOT / "benchmarks", *sizes, none, check=True, timeout=300).stdout
+    groups = {group["group"]: group["rows"] for group in json.loads(out.read_text())["groups"]}
+    ways = [row["variant"].split(", ")[-1] for row in groups["trainer"]]
+    assert ways == [f"{tokens} tokens" for tokens in (576, 576, 336, 80, 32)]
+    assert all(row["seconds"] > 0 and row["batch"] == 2 for row in groups["trainer"])
+    assert "minutes are over" in told and not none.exists()
 
 
 @pytest.mark.skipif(

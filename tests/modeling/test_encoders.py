@@ -1,4 +1,5 @@
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -20,11 +21,13 @@ from transformers import (
     ViTConfig,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 
 from sparsight import assets
 from sparsight.modeling.configuration import EfficientNetLiteConfig
 from sparsight.modeling.efficientnet_lite import EfficientNetLiteModel, _ConvNorm
-from sparsight.modeling.encoders import feature_levels, has_own_positions, sincos_2d
+from sparsight.modeling.encoders import encode, feature_levels, has_own_positions, sincos_2d
 from tiny import clip_config
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 8}
@@ -39,6 +42,18 @@ TRANSFORMERS = {
     "vit": ViTConfig(**FIXED),
 }
 PREFIX = {"clip": 1, "dinov2": 1, "dinov2 with registers": 4, "dinov3": 5, "vit": 1}
+NATIVE = {
+    "depth": 3,
+    "num_heads": 2,
+    "patch_size": 8,
+    "hidden_size": 32,
+    "out_hidden_size": 32,
+    "intermediate_size": 64,
+}
+NATIVES = {
+    "qwen2_5_vl": Qwen2_5_VLVisionConfig(**NATIVE, window_size=32, fullatt_block_indexes=[1]),
+    "qwen3_vl": Qwen3VLVisionConfig(**NATIVE, num_position_embeddings=64, deepstack_visual_indexes=[0, 1, 2]),
+}
 CONVOLUTIONAL = {
     "resnet": (ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1] * 4, layer_type="basic"), 8),
     "convnext": (ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1] * 4), 8),
@@ -106,6 +121,23 @@ def test_levels_can_be_chosen():
     chosen = feature_levels(encoder, x, [1, -1, 0])
     for level, features in zip((1, 4, 0), chosen, strict=True):
         assert torch.equal(features, states[level][:, 1:].reshape(2, 8, 8, 32))
+
+
+@pytest.mark.parametrize("name", [*TRANSFORMERS, *NATIVES])
+def test_what_no_level_needs_does_not_run_and_changes_no_level(name, monkeypatch):
+    """Of the linear maps, those of the first block alone run for level 1: none of later blocks, heads and mergers."""
+    encoder, x, ran, plain = made((TRANSFORMERS | NATIVES)[name]), pixels(64), [], nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: ran.append(self) or plain(self, x))
+    whole = encode(encoder, x, [0, 1], whole=True)[0]
+    before = {path: set(module.__dict__) for path, module in encoder.named_modules()}
+    every, ran[:] = len(ran), []
+    levels = feature_levels(encoder, x, [0, 1])
+    assert all(torch.equal(one, other) for one, other in zip(levels, whole, strict=True))
+    names = [path for path, module in encoder.named_modules() if module in ran]
+    blocks = [re.search(r"(?:layers?|blocks)\.(\d+)\.", path) for path in names]
+    assert {block[1] for block in blocks if block} == {"0"} and 0 < len(ran) < every / 2, names
+    assert not any(re.search("merger|head|pooler", path) for path in names)
+    assert {path: set(module.__dict__) for path, module in encoder.named_modules()} == before
 
 
 @pytest.mark.parametrize("depth, levels", [(24, [16, 23]), (12, [8, 11]), (4, [2, 3]), (3, [2]), (2, [1]), (1, [1])])

@@ -61,7 +61,8 @@ def test_one_copy_to_the_host_a_pass_and_what_the_cpu_gives(name, method):
         handle.step(1, 0.5)  # the same draws
         loss, there = step(model, batch)
         assert (loss - wanted).abs() <= 1e-6 * wanted and grads.keys() == there.keys()  # kernels differ a little
-        assert all((grad - there[key]).abs().max() <= 1e-5 * (1e-3 + grad.abs().max()) for key, grad in grads.items())
+        # That of a bias of keys is zero but for rounding.
+        assert all((grad - there[key]).abs().max() <= 1e-5 * (1e-2 + grad.abs().max()) for key, grad in grads.items())
         with handle.disabled():
             assert len(waited(mode, model, batch)) == len(plain)
 
@@ -77,8 +78,11 @@ def test_packed_samples_and_labels_on_visual_tokens(method):
         move(model)
         batch = on_device(batch)
         plain = waited(mode, model, batch)
-        sparse(model, method)
+        handle = sparse(model, method)
         assert len(waited(mode, model, batch)) <= len(plain) + MORE
+        handle.detach()
+        handle = attach(model, CompressorConfig(keep=0.5, method=method), supervised_logits_only=True)
+        assert len(waited(mode, model, batch)) <= len(plain) + MORE and handle.take_passes()[0].labels
         batch["labels"] = batch["input_ids"].clone()
         with pytest.warns(UserWarning, match="labels of this batch stood on visual tokens"):
             assert len(waited(mode, model, batch)) <= len(plain) + MORE

@@ -28,7 +28,8 @@ PAGE = (Path(__file__).parents[2] / "docs" / "speed.md").read_text(encoding="utf
 SKIPPER = {"alpha": 0.5, "epsilon": 0.3}
 RATES = {"bridge": 2e-3, "language": 1e-3, "vision": 1e-3}
 CASES: dict[str, dict[str, Any]] = {
-    "chain_of_sight, LoRA, recomputation, compressor, skipper": {
+    "chain_of_sight, positions of more tokens, LoRA, recomputation, compressor, skipper": {
+        "position_layout": "1:4,2:1,4:1",
         "lora": {"rank": 4},
         "gradient_checkpointing": True,
         "compressor": {"keep": 0.5, "method": "random"},

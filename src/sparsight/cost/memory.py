@@ -104,7 +104,7 @@ def encoder_activations(
     block = hidden * (2 * (4 + narrow) + 4 * narrow) + 2 * encoder.intermediate * narrow
     used = max(pick_levels(encoder.layers + 1, False, levels, encoder.kind))
     kept = used if trains.vision and not trains.recompute else 1
-    return images * tokens * ((encoder.layers + 1) * hidden * 4 + block * kept)
+    return images * tokens * ((used + 1) * hidden * 4 + block * kept)
 
 
 def step_memory(parts: Parts, kept: float, running: float, work: float, accumulates: bool) -> dict[str, float]:

@@ -217,17 +217,15 @@ class VitShape:
         return self.layers * block + (3 * self.patch**2 + patches) * h + h * h * (self.kind == "vit")
 
     def flops(self, side: int, levels: Sequence[int] | None, trains: Trains) -> float:
-        """Executed FLOPs of one image, forward and, below the last feature level, backward."""
+        """Executed FLOPs of one image, up to the last feature level: forward and, if it trains, backward."""
         h, patches = self.hidden, (side // self.patch) ** 2
         tokens = patches + self.prefix
         attention, mlp = (2 * sum(a * b for a, b in maps) for maps in self._maps())
         block = tokens * (attention + mlp) + 4 * tokens**2 * h
         pixels = 2 * patches * 3 * self.patch**2 * h
-        total = self.layers * block + pixels + 2 * h * h * (self.kind == "vit")  # its pooler
-        if trains.vision:
-            again = (block - 2 * tokens * self.intermediate * h) * trains.recompute
-            total += max(pick_levels(self.layers + 1, False, levels, self.kind)) * (2 * block + again) + pixels
-        return float(total)
+        again = (block - 2 * tokens * self.intermediate * h) * trains.recompute
+        last = max(pick_levels(self.layers + 1, False, levels, self.kind))
+        return float(last * (block + trains.vision * (2 * block + again)) + pixels * (1 + trains.vision))
 
 
 # Expansion, kernel, stride, repeats, channels out (EfficientNet-lite0).

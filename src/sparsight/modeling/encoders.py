@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from sparsight.compat import returns_tuple
 from sparsight.cost.shapes import pick_levels, tell_if_cut
 from sparsight.devices.copies import to_device
 from sparsight.devices.flops import flop_counter
 from sparsight.errors import UserError
 
 _POSITIONS = re.compile(r"position|rotary|pos_emb|\brope")
+# What makes of hidden states that which a language model or a classifier reads.
+_HEADS = re.compile(r"([a-z]\w*\.)*(merger|head|pooler|deepstack_merger_list\.\d+)")
 
 
 def feature_levels(
@@ -32,7 +37,8 @@ def feature_levels(
 ) -> list[Tensor]:
     """Feature levels (I, H, W, C_level) of any vision encoder, lower level first, all on the grid of the finest.
 
-    Prefix tokens (CLS, registers) are dropped. Raises UserError where there are no spatial features, or no such level.
+    Blocks of a transformer above the last level do not run, nor heads or mergers: nobody reads them (ours). Prefix
+    tokens (CLS, registers) are dropped. Raises UserError where there are no spatial features, or no such level.
 
     Args:
         encoder: gives ``feature_maps`` (I, C, H, W), or ``hidden_states`` as (I, S, C) or (I, C, H, W).
@@ -50,26 +56,63 @@ def encode(
     pixel_values: Tensor,
     levels: Sequence[int] | None = None,
     image_grid_thw: Tensor | None = None,
+    *,
+    whole: bool = False,
     **asked: bool,
 ) -> tuple[list[Tensor], Any, list[int]]:
-    """`feature_levels`, the encoder's whole output, and the levels' indices from 0; ``asked`` is what else the encoder
-    is to give (output_attentions)."""
+    """`feature_levels`, the encoder's output, and the levels' indices from 0; ``whole``: all of the encoder runs, and
+    all of its output counts; ``asked`` is what else the encoder is to give (output_attentions)."""
     name, native = type(encoder).__name__, takes_grids(encoder)
+    # A compiled graph leaves out by itself what nobody reads.
+    blocks = [] if whole or torch.compiler.is_compiling() else _blocks(encoder)
     states: Any
-    if native:
-        states, output = _native_maps(encoder, pixel_values, image_grid_thw, **asked)
-    elif image_grid_thw is not None:
-        raise UserError(f"{name} takes images of one size, but was given grids of patches (image_grid_thw)")
-    else:
-        output = _run(encoder, pixel_values, **asked)
-        states = getattr(output, "feature_maps", None) or getattr(output, "hidden_states", None)
-        if not states:
-            found = list(output) if isinstance(output, dict) else type(output).__name__
-            raise UserError(f"{name} gives no spatial features: its output has no hidden states, only {found}")
+    with _unread(encoder, blocks, max(pick_levels(len(blocks) + 1, False, levels, name)) if blocks else 0):
+        if native:
+            states, output = _native_maps(encoder, pixel_values, image_grid_thw, **asked)
+        elif image_grid_thw is not None:
+            raise UserError(f"{name} takes images of one size, but was given grids of patches (image_grid_thw)")
+        else:
+            output = _run(encoder, pixel_values, **asked)
+            states = getattr(output, "feature_maps", None) or getattr(output, "hidden_states", None)
+            if not states:
+                found = list(output) if isinstance(output, dict) else type(output).__name__
+                raise UserError(f"{name} gives no spatial features: its output has no hidden states, only {found}")
+    assert not blocks or len(states) == len(blocks) + 1
     numbers = pick_levels(len(states), getattr(output, "feature_maps", None) is not None, levels, name)
     maps = [states[n] if native else _spatial(states[n], encoder, pixel_values) for n in numbers]
     height, width = (max(x_IHWC.shape[axis] for x_IHWC in maps) for axis in (1, 2))
     return [_stretch(x_IHWC, height, width) for x_IHWC in maps], output, numbers
+
+
+def _blocks(encoder: Any) -> list[nn.Module]:
+    """The blocks whose inputs and last output are the hidden states; none, where they are not all alike."""
+    config = getattr(encoder, "config", None)
+    count = next((n for key in ("num_hidden_layers", "depth") if (n := getattr(config, key, None)) is not None), None)
+    for module in encoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            first, last = ([p.shape for p in block.parameters()] for block in (module[0], module[-1]))
+            return list(module) if first == last and len({*map(type, module)}) == 1 else []
+    return []
+
+
+@contextmanager
+def _unread(encoder: nn.Module, blocks: Sequence[nn.Module], last: int) -> Iterator[None]:
+    """Within, blocks from ``last`` on, and heads, hand on what they are given. Without blocks, all of it runs."""
+    heads = [module for name, module in encoder.named_modules() if blocks and _HEADS.fullmatch(name)]
+    before = {module: module.__dict__.get("forward") for module in (*blocks[last:], *heads)}
+    for module in before:
+        module.forward = partial(_handed_on, module not in heads and returns_tuple(module))
+    try:
+        yield
+    finally:
+        for module, plain in before.items():
+            del module.forward
+            if plain is not None:
+                module.forward = plain
+
+
+def _handed_on(as_tuple: bool, x: Tensor, *_: Any, **__: Any) -> Any:
+    return (x, None) if as_tuple else x
 
 
 @torch.no_grad()

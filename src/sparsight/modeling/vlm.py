@@ -25,6 +25,8 @@ from sparsight.modeling.configuration import EfficientNetLiteConfig, Registered,
 from sparsight.modeling.efficientnet_lite import EfficientNetLiteModel
 from sparsight.modeling.encoders import encode, sincos_2d
 
+_LEAN = {"levels_only": True, "return_dict": True}
+
 
 @dataclass
 class SparsightCausalLMOutput(CausalLMOutputWithPast):
@@ -97,7 +99,7 @@ class SparsightModel(SparsightPreTrainedModel):
     def _encode(
         self, pixel_values: Tensor, image_grid_thw: Tensor | None, **asked: bool
     ) -> tuple[tuple[Tensor, ...], Any]:
-        """Feature levels, and all that the encoder gave."""
+        """Feature levels, and what the encoder gave."""
         tower, frozen = self.vision_tower, not any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             levels_IHWC, output, _ = encode(tower, pixel_values, self.config.vision_levels, image_grid_thw, **asked)
@@ -138,14 +140,17 @@ class SparsightModel(SparsightPreTrainedModel):
         """Visual tokens (I, N, E) in ``pooler_output``; with grids a list of I tensors (N, E), by which engines tell
         images of several sizes apart. The rest is the encoder's own: ``last_hidden_state``, and all ``hidden_states``
         and ``attentions`` where they are asked for (``output_hidden_states``, ``output_attentions``), here or in its
-        configuration."""
+        configuration. `forward` asks for ``levels_only``, without these."""
         # No arguments of their own: `generate` hands those to this method alone, and the language model lacks them.
         every = kwargs.get("output_hidden_states") or self.config.vision_config.output_hidden_states
         asked = {"output_attentions": True} if kwargs.get("output_attentions") else {}
-        levels_IHWC, output = self._encode(pixel_values, image_grid_thw, **asked)
+        lean = kwargs.get("levels_only") and not (every or asked)
+        levels_IHWC, output = self._encode(pixel_values, image_grid_thw, whole=not lean, **asked)
+        visual_INE = self.bridge_features(levels_IHWC, image_grid_thw)
+        if lean:
+            return BaseModelOutputWithPooling(pooler_output=visual_INE)
         states = getattr(output, "hidden_states", None) or output.feature_maps
         last = getattr(output, "last_hidden_state", None)
-        visual_INE = self.bridge_features(levels_IHWC, image_grid_thw)
         return BaseModelOutputWithPooling(
             last_hidden_state=states[-1] if last is None else last,
             pooler_output=visual_INE if image_grid_thw is None else list(visual_INE),
@@ -199,7 +204,7 @@ class SparsightModel(SparsightPreTrainedModel):
         """
         if several_ranks():
             side = self.config.image_size
-            blank = self.get_image_features(embeds_BTE.new_zeros(1, 3, side, side), return_dict=True).pooler_output
+            blank = self.get_image_features(embeds_BTE.new_zeros(1, 3, side, side), **_LEAN).pooler_output
             embeds_BTE = embeds_BTE + 0.0 * blank.sum().to(embeds_BTE.dtype)
         return touched(embeds_BTE, (*self.multi_modal_projector.parameters(), *self.vision_tower.parameters()))
 
@@ -226,7 +231,7 @@ class SparsightModel(SparsightPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         encoded = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
-            encoded = self.get_image_features(pixel_values, image_grid_thw, return_dict=True)
+            encoded = self.get_image_features(pixel_values, image_grid_thw, **_LEAN)
         visual_INE = None
         if encoded is not None:
             visual_INE = encoded.pooler_output

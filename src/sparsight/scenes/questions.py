@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ _CAPTION = "describe the image ."
 
 # (question, answer, the fact that it gives away, boxes it is about): two turns about a fact would answer each other
 _Turn = tuple[str, str, str, tuple[Box | None, ...]]
+
+
+_scene = lru_cache(4096)(make_scene)  # several questions are asked about each, and in each stage
 
 
 def _with_article(name: str) -> str:
@@ -328,7 +332,7 @@ class ScenesDataset:
 
     def scene(self, number: int) -> Scene:
         """The truth about an image."""
-        return make_scene(self.config, self.split, number, self.seed)
+        return _scene(self.config, self.split, number, self.seed)
 
     def image(self, number: int) -> Image.Image:
         """The image, RGB, image_size x image_size."""

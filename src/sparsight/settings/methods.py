@@ -30,6 +30,8 @@ class CompressorConfig(Settings):
         gap: of ``schedule: gap``.
         dense_every: every so many steps all tokens stay; never if not given.
         positions: tokens that stay keep their "original" positions, or are "renumbered" without gaps.
+        pad_to_multiple_of: lengths after compression, in training (ours); if not given, 8 on a GPU, 64 there where
+            layers are compiled, and 1 on a CPU. Rows of packed samples are not padded.
     """
 
     keep: float = Field(0.25, gt=0, le=1)
@@ -38,6 +40,7 @@ class CompressorConfig(Settings):
     schedule: Anneal | Literal["gap"] = "linear"
     dense_every: int | None = Field(None, ge=1)
     positions: Literal["original", "renumbered"] = "original"
+    pad_to_multiple_of: int | None = Field(None, ge=1)
     gap: GapConfig | None = None
 
     @model_validator(mode="after")

@@ -31,6 +31,7 @@ def attach(
     *,
     seed: int = 0,
     train_only: bool = True,
+    supervised_logits_only: bool = False,
     plan: bool = False,
 ) -> SparseHandle:
     """Compress visual and audio tokens and skip layers of any VLM in training; layers also of models with text alone.
@@ -43,10 +44,13 @@ def attach(
         seed: of the methods' draws, which are functions of (seed, step, layer) alone.
         train_only: in eval mode the model is the plain one, and so it is in any mode inside of ``generate`` and where a
             cache of keys and values is given.
+        supervised_logits_only: project on the vocabulary only the positions that predict a label (ours): loss and
+            gradients are the same, and the memory of all other logits is saved. There are no logits to look at then.
+            Neither method is needed beside it.
         plan: the former way to `find_parts`, until the next release.
 
     Raises:
-        UserError: the model cannot take them, or has them already, or none is given.
+        UserError: the model cannot take them, or has them already, or none is given; or its loss needs all logits.
     """
     if plan:
         text = "attach(model, plan=True) is now sparsight.find_parts(model); plan goes with the next release"
@@ -54,7 +58,7 @@ def attach(
         return find_parts(model)  # type: ignore[return-value]
     if isinstance(compressor, SkipperConfig) or isinstance(skipper, CompressorConfig):
         compressor, skipper = skipper, compressor
-    if compressor is None and skipper is None:
+    if compressor is None and skipper is None and not supervised_logits_only:
         raise UserError(
             "attach was given neither a compressor nor a skipper: write attach(model, CompressorConfig(...), "
             "SkipperConfig(...)), or one of them"
@@ -70,7 +74,9 @@ def attach(
         check_skippable(model, model.get_submodule(parts.decoder).layers)
     if getattr(model, "_sparsight_handle", None) is not None:
         raise UserError(f"{type(model).__name__} has something attached already: detach() that handle first")
-    return SparseHandle(model, parts, State(parts.layers, compressor, skipper, seed, train_only))  # type: ignore[arg-type]
+    methods: Any = compressor, skipper
+    state = State(parts.layers, methods[0], methods[1], seed, train_only, supervised_logits_only)
+    return SparseHandle(model, parts, state)
 
 
 def _read(path: str) -> Any:

@@ -46,10 +46,10 @@ def figures(handle: SparseHandle, passes: Sequence[Pass]) -> dict[str, float]:
     shapes, trains, layers = language_shapes(config.get_text_config()), _trains(handle), handle.parts.layers
 
     def flops(each: Sequence[Pass]) -> float:
-        return sum(sum(pass_flops(done, shapes, trains).values()) for done in each)
+        return sum(sum(pass_flops(done, shapes, trains, done.labels).values()) for done in each)
 
     executed = flops(passes)
-    plain = flops([replace(done, length=done.length_in, layers_run=layers) for done in passes])
+    plain = flops([replace(done, length=done.length_in, layers_run=layers, labels=None) for done in passes])
     found = {
         "keep": handle.keep,
         "visual_tokens_in": sum(done.visual_in for done in passes),

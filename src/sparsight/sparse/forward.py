@@ -23,9 +23,10 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from sparsight.compat import CACHE, returns_tuple
-from sparsight.devices.copies import Host
+from sparsight.devices.copies import Host, to_device
 from sparsight.devices.ranks import largest, several_ranks, touched
 from sparsight.errors import UserError
 from sparsight.schedules import kept_tokens, skipped_layers
@@ -33,10 +34,11 @@ from sparsight.settings.methods import CompressorConfig, SkipperConfig, gap_of
 from sparsight.sparse.blank import blank_features
 from sparsight.sparse.compress import ON_GRID, compress_batch
 from sparsight.sparse.gather import Kept, check_cache, gather_inputs, mark_cache, packed_samples
-from sparsight.sparse.parts import Parts, find_splicer
-from sparsight.sparse.patches import Held, hook
+from sparsight.sparse.parts import Parts, find_loss_owner, find_splicer
+from sparsight.sparse.patches import Held, hook, keep_out_of_graphs
 from sparsight.sparse.visual import audio_runs, named, runs, sizes_of, without_visual_labels
 
+_IGNORED = -100  # what the loss of transformers leaves out
 _IDLE = 50  # passes without an effect before the user is told
 _DENSE = 3  # the same, where it is known that no pass can have one
 _PASSES = 2**15  # kept at most, where nobody takes them
@@ -54,6 +56,9 @@ _SAME_STEP = (
     "layers. The trainer's loop does not call on_step_begin of its callbacks: call handle.step(step, progress) "
     "before each optimizer step, and handle.clear_gradients() before the optimizer"
 )
+
+
+_ALL_LOGITS = "the model is given no labels, so the trainer takes its loss from all logits: leave it out"
 
 
 class NoEffectWarning(UserWarning):
@@ -75,6 +80,20 @@ class Pass:
     pixels: Mapping[str, int] = field(default_factory=dict)
     audio_in: int = 0
     audio_out: int = 0
+    labels: int | None = None  # positions projected on the vocabulary, where not all of those that the decoder got are
+
+
+class _NoLogits:
+    """Stands where logits would."""
+
+    def __getattr__(self, name: str) -> Any:
+        text = f"logits.{name}: with supervised_logits_only there are no logits to look at in training, only the loss"
+        raise AttributeError(f"{text}: leave it out where a trainer takes its loss or metrics from logits")
+
+
+def _targets(labels: torch.Tensor | None, shifted: torch.Tensor | None) -> torch.Tensor | None:
+    """The label that each position predicts, (B, T), as transformers shifts them; None without labels."""
+    return shifted if shifted is not None or labels is None else F.pad(labels[:, 1:], (0, 1), value=_IGNORED)
 
 
 class State:
@@ -87,8 +106,9 @@ class State:
         skipper: SkipperConfig | None,
         seed: int,
         train_only: bool,
+        supervised_only: bool = False,
     ) -> None:
-        self.layers, self.compressor, self.skipper = layers, compressor, skipper
+        self.layers, self.compressor, self.skipper, self.supervised_only = layers, compressor, skipper, supervised_only
         self.seed, self.train_only, self.enabled = seed, train_only, True
         scheduled = compressor is not None and compressor.scheduled
         self.waits = scheduled or skipper is not None  # dense, until `step` says what is kept and skipped
@@ -141,6 +161,7 @@ class Batch:
     sizes: dict[str, list[int]] = field(default_factory=dict)  # visual tokens of each image, and of each video
     pixels: Counter[str] = field(default_factory=Counter)  # see `Pass`
     kept: Kept | None = None  # the positions that the decoder got; None if all
+    projected_M: torch.Tensor | None = None  # numbers of the positions that have logits; None if all have
 
     def _ids(self, ids: Sequence[int]) -> np.ndarray | None:
         if not isinstance(given := self.inputs.get("input_ids"), torch.Tensor):
@@ -183,6 +204,8 @@ class Forwards:
     """The patches and hooks of a model, what they have seen, and how to take them off."""
 
     def __init__(self, model: Any, parts: Parts, state: State) -> None:
+        keep_out_of_graphs()
+        loss = find_loss_owner(model) if state.supervised_only else None
         self.model, self.parts, self.state = model, parts, state
         self.decoder = model.get_submodule(parts.decoder)
         self.head, self.layers = model.get_submodule(parts.head), list(self.decoder.layers)
@@ -212,6 +235,8 @@ class Forwards:
         ]
         self._patch(self.decoder, "forward", self._decode)
         self._patch(self.head, "forward", self._project)
+        if loss is not None:
+            self._patch(loss, "_loss_function", self._loss, loss.loss_function)
         for number, layer in enumerate(self.layers):
             self._patch(layer, "forward", partial(self._layer, number, returns_tuple(layer)))
         for kind in ("image", "video", "audio"):
@@ -221,8 +246,8 @@ class Forwards:
             if hasattr(type(module), "generate"):
                 self._patch(module, "generate", self._generate)
 
-    def _patch(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-        plain = getattr(owner, name)
+    def _patch(self, owner: Any, name: str, wrapper: Callable[..., Any], plain: Any = None) -> None:
+        plain = getattr(owner, name) if plain is None else plain
         ours = Held(partial(wrapper, plain), plain)
         self._patched.append((owner, name, ours, owner.__dict__.get(name)))
         setattr(owner, name, ours)
@@ -312,8 +337,14 @@ class Forwards:
                 "the shards of the audio encoder together: put one clip into every rank's batch, or use DDP"
             )
 
-    def _after(self, *_: Any) -> None:
-        self.batch = Batch(self.parts)
+    def _after(self, _: nn.Module, __: Any, output: Any) -> Any:
+        done, self.batch = self.batch, Batch(self.parts)
+        if done.projected_M is None or output is None:
+            return None
+        if isinstance(output, tuple):
+            return output[0], _NoLogits(), *output[2:]
+        output.logits = _NoLogits()
+        return output
 
     def _generate(self, plain: Any, *args: Any, **kwargs: Any) -> Any:
         self._generating += 1
@@ -390,11 +421,28 @@ class Forwards:
         return (hidden, None) if as_tuple else hidden  # no attention weights
 
     def _project(self, plain: Any, hidden: torch.Tensor) -> torch.Tensor:
-        """The vocabulary's projection, paid for kept positions alone."""
-        kept = self.batch.kept
+        """The vocabulary's projection, paid for kept positions alone, or for those that predict a label."""
+        batch, kept = self.batch, self.batch.kept
+        if self.state.supervised_only and self.active():
+            given = (batch.inputs.get(name) for name in ("labels", "shift_labels"))
+            target_BT = _targets(*(x if x is None else torch.from_numpy(batch.host(x)) for x in given))
+            known = target_BT is not None and target_BT.shape == hidden.shape[:2]
+            self._watch("supervised_logits_only", not known, _ALL_LOGITS, _DENSE)
+            if known and target_BT is not None:
+                batch.projected_M = to_device(np.flatnonzero(target_BT.numpy() != _IGNORED), hidden.device)
+                if self.passes:
+                    self.passes[-1] = replace(self.passes[-1], labels=len(batch.projected_M))
+                return plain(hidden.flatten(0, 1).index_select(0, batch.projected_M)[None])
         if kept is None or hidden.ndim != 3 or hidden.shape[1] != kept.length:
             return plain(hidden)
         return kept.scatter(plain(kept.gather(hidden, 1)))
+
+    def _loss(self, plain: Any, logits: torch.Tensor, labels: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The loss of the logits that there are."""
+        if (at_M := self.batch.projected_M) is not None:
+            target_BT: Any = _targets(labels, kwargs.get("shift_labels"))
+            kwargs["shift_labels"] = target_BT.flatten()[at_M.to(target_BT.device)][None]
+        return plain(logits, labels, *args, **kwargs)
 
     def _decode(self, plain: Any, *args: Any, **kwargs: Any) -> Any:
         state, batch, embeds = self.state, self.batch, kwargs.get("inputs_embeds")
@@ -426,8 +474,9 @@ class Forwards:
         if self.known and self.known.get("attention_mask") is None:
             kwargs["attention_mask"] = None  # `causal_mask` has made it of the position ids
         embeds, keep_BT, left = self._compress(embeds, visual_BT, audio_BT, kwargs)
-        kept = batch.kept = Kept.of(keep_BT, int(left.lengths.max()))
-        self.passes.append(replace(done, length=kept.index_BK.shape[1], visual_out=left.visual, audio_out=left.audio))
+        kept = batch.kept = Kept.of(keep_BT, left.lengths, self._multiple(kwargs, embeds.device))
+        length = kept.index_BK.shape[1]
+        self.passes.append(replace(done, length=length, visual_out=left.visual, audio_out=left.audio))
         there = np.flatnonzero(visual_BT), left.visual
         kwargs = gather_inputs(kwargs, kept, keep_BT, renumbered, self.decoder.config, batch.host, there)
         output = plain(*args, **(kwargs | {"inputs_embeds": kept.gather(embeds, 1)}))
@@ -436,7 +485,8 @@ class Forwards:
                 f"{type(self.model).__name__} was asked for router_logits, whose loss balances experts over all "
                 "positions: with a compressor, set output_router_logits=False"
             )
-        mark_cache(getattr(output, CACHE, None), left.even and not renumbered)
+        padded = length > left.lengths.max()
+        mark_cache(getattr(output, CACHE, None), left.even and not (padded or renumbered))
         for key in ("last_hidden_state", "hidden_states"):
             value = getattr(output, key, None)
             if isinstance(value, torch.Tensor):
@@ -444,6 +494,15 @@ class Forwards:
             elif value is not None:
                 output[key] = tuple(kept.scatter(each) for each in value)
         return output
+
+    def _multiple(self, inputs: Mapping[str, Any], device: torch.device) -> int:
+        """What lengths after compression are padded to a multiple of."""
+        may_be_packed = inputs.get("attention_mask") is None and inputs.get("position_ids") is not None
+        if self.state.compressor is None or not self.model.training or may_be_packed:
+            return 1
+        compiled = any(each._compiled_call_impl is not None for each in (self.model, self.decoder, *self.layers))
+        usual = 1 if device.type == "cpu" else 64 if compiled else 8
+        return self.state.compressor.pad_to_multiple_of or usual
 
     def _compress(
         self, embeds: torch.Tensor, visual_BT: np.ndarray, audio_BT: np.ndarray, inputs: Mapping[str, Any]

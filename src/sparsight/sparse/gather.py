@@ -28,15 +28,21 @@ class Kept:
     index_BK: torch.Tensor
     valid_BK: torch.Tensor
     length: int
+    even: bool = False  # all rows keep as many: under a causal mask, none of these sees the padding behind them
 
     @classmethod
-    def of(cls, keep_BT: torch.Tensor, kept: int | None = None) -> Kept:
-        """From which positions are kept; rows that keep fewer than the fullest one, whose number the host may know, are
-        padded at the end."""
+    def of(cls, keep_BT: torch.Tensor, lengths: np.ndarray | None = None, multiple: int = 1) -> Kept:
+        """From which positions are kept; rows are padded at the end, to a multiple of the fullest one's length.
+
+        ``lengths``: positions that each row keeps, if the host knows them.
+        """
         lengths_B = keep_BT.sum(1)
-        kept = int(lengths_B.max()) if kept is None else kept
+        lengths = lengths_B.cpu().numpy() if lengths is None else lengths
+        kept = -(-int(lengths.max()) // multiple) * multiple
         index_BK = (~keep_BT).to(torch.uint8).argsort(dim=1, stable=True)[:, :kept]
-        return cls(index_BK, torch.arange(kept, device=keep_BT.device) < lengths_B[:, None], keep_BT.shape[1])
+        index_BK = F.pad(index_BK, (0, kept - index_BK.shape[1]))
+        valid_BK = torch.arange(kept, device=keep_BT.device) < lengths_B[:, None]
+        return cls(index_BK, valid_BK, keep_BT.shape[1], bool((lengths == lengths[0]).all()))
 
     def gather(self, x: torch.Tensor, axis: int, samples: int = 0) -> torch.Tensor:
         """Keep these positions along ``axis``; the samples stand on axis ``samples``."""
@@ -202,8 +208,8 @@ def _segments(positions_BT: torch.Tensor) -> torch.Tensor:
 
 def _gather_mask(mask: Any, kept: Kept) -> Any:
     """The mask of any backend that is a tensor, for the kept positions."""
-    if mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2):
-        return kept.valid_BK.long()
+    if mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2):  # the decoder makes it causal
+        return (kept.valid_BK | kept.even).long()
     if isinstance(mask, dict):  # one for each kind of layer
         return {key: _gather_mask(value, kept) for key, value in mask.items()}
     if not isinstance(mask, torch.Tensor) or mask.ndim != 4:

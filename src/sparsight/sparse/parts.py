@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from sparsight.errors import UserError
 
@@ -112,6 +113,19 @@ def find_splicer(model: nn.Module, encoder: str) -> Any:
         if any(hasattr(type(owner), f"get_{kind}_features") for kind in ("image", "audio")):
             return owner
     return model
+
+
+def find_loss_owner(model: nn.Module) -> Any:
+    """The module that takes the loss, also inside of adapters. Raises UserError unless it does so as most do."""
+    for owner in model.modules():
+        if hasattr(type(owner), "loss_function"):
+            source = inspect.getsource(inspect.unwrap(type(owner).forward))
+            if "self.loss_function(" in source and owner.loss_function is ForCausalLMLoss:
+                return owner
+    raise UserError(
+        f"{type(model).__name__} needs the logits of all positions: supervised_logits_only expects a model whose "
+        "forward takes transformers' ForCausalLMLoss, as self.loss_function(...); leave it out"
+    )
 
 
 def check_skippable(model: Any, layers: Sequence[nn.Module]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import update_wrapper
+from functools import cache, update_wrapper
 from typing import Any
 
 
@@ -28,6 +28,14 @@ class Held:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return copy.copy, (self.instead,)
+
+
+@cache
+def keep_out_of_graphs() -> None:
+    """Let torch.compile break its graphs at our wrappers: each choice of skipped layers would be a graph of its own."""
+    from torch._dynamo import trace_rules  # here, as it takes a second
+
+    trace_rules.add("sparsight.sparse")
 
 
 def hook(call: Callable[..., Any]) -> Held:
