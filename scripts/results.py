@@ -131,6 +131,22 @@ def data_table(name: str, result: dict) -> str:
     return "\n".join(lines)
 
 
+def evaluate_table(name: str, result: dict) -> str:
+    """Times of an evaluation, way by way."""
+    hardware = result["env"]["hardware"]
+    where = f"{hardware['cpu']}, {hardware['threads']} of {hardware['cores']} cores"
+    lines = [
+        f"**{name}**: a model of the demo on its scenes, fp32, medians of {result['rounds']} rounds ({where}; "
+        f"`benchmarks/results/{result['file']}`)",
+        "",
+        "| way | against | time | answers alike |",
+        "|---|---|---|---|",
+    ]
+    for way, row in result["rows"].items():
+        lines.append(f"| {way} | {row['against']} | {row['ratio']:.2f} | {row['same']} of {row['of']} |")
+    return "\n".join(lines)
+
+
 def shards_table(name: str, result: dict) -> str:
     """Tar shards: index, resume, memory."""
     seconds = {key: result[f"{key}_seconds"]["median"] for key in ("indexing", "resume")}
@@ -594,6 +610,7 @@ PAGES: dict[str, list[tuple[str, Show]]] = {
         ("quality", orderings_table),
     ],
     "docs/speed.md": [("speed-", speed_table)],
+    "docs/evaluation.md": [("evaluate-", evaluate_table)],
     "docs/data.md": [("data-", data_table), ("shards", shards_table)],
     "docs/scaling.md": [
         ("ranks", ranks_table),
