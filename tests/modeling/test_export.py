@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, LoraModel
-from transformers import InternVLVisionConfig, LlamaConfig, LlamaForCausalLM, SiglipVisionConfig
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, InternVLVisionConfig, LlamaConfig, LlamaForCausalLM, SiglipVisionConfig
 
 from sparsight.console import Console
 from sparsight.errors import UserError
@@ -18,7 +20,6 @@ from sparsight.modeling.quantised import save_model
 from sparsight.pipeline.export import export_model
 from tiny import ask, make_image, make_language, make_vlm
 
-pytestmark = pytest.mark.long
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
 SIGLIP = SiglipVisionConfig(patch_size=8, image_size=64, **SIZES)
 INTERNVL = InternVLVisionConfig(patch_size=8, image_size=64, **SIZES)
@@ -30,35 +31,13 @@ MODELS = {
     "efficientnet": {"bridge": "1:4,2:1"},
     "siglip": {"bridge": "mlp", "vision": SIGLIP, "vision_levels": [3]},
 }
-# Run where Sparsight is absent: logits of every folder, and what its processor makes of the same image and text.
-ABSENT = """
-import json, sys
-class Absent:
-    def find_spec(self, name, path, target=None):
-        if name.partition(".")[0] == "sparsight":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Absent())
-import torch
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-found = {}
-for folder, trust in json.loads(sys.argv[1]).items():
-    trust = {"trust_remote_code": True} if trust else {}
-    model = AutoModelForImageTextToText.from_pretrained(folder, **trust)
-    processor = AutoProcessor.from_pretrained(folder, **trust)
-    inputs = torch.load(folder + "/../inputs.pt")
-    image = Image.open(folder + "/../image.png")
-    own = processor(images=[image], text=inputs.pop("text"), return_tensors="pt", add_special_tokens=False)
-    assert own["input_ids"].equal(inputs["input_ids"]) and own["pixel_values"].equal(inputs["pixel_values"])
-    with torch.no_grad():
-        found[folder] = type(model).__name__, model(**inputs).logits
-    if trust:  # what was loaded so is saved so
-        model.save_pretrained(folder + "/../again")
-        processor.save_pretrained(folder + "/../again")
-        AutoModelForImageTextToText.from_pretrained(folder + "/../again", **trust)
-assert "sparsight" not in sys.modules
-torch.save(found, sys.argv[2])
-"""
+# Forms and models that are loaded where Sparsight is absent; more of them in the long tests.
+SHORT = (("transformers", "mlp"), ("remote-code", "chain_of_sight"))
+MORE = (
+    *(("transformers", name) for name in ("linear", "pixel_shuffle")),
+    *(("remote-code", name) for name in ("linear", "pixel_shuffle", "efficientnet", "siglip")),
+    *((form, "adapted") for form in ("lora", "merged")),
+)
 
 
 def saved(root, name, **options):
@@ -81,49 +60,114 @@ def saved(root, name, **options):
         return folder, model(**inputs).logits
 
 
+def adapted(root):
+    """The folder of a model with adapters, a remote-code one of the model below them, and logits with them."""
+    saved(root, "mlp")
+    model, processor = make_vlm("mlp")
+    inside = [n for n, m in model.named_modules() if ".language_model." in n and isinstance(m, torch.nn.Linear)]
+    LoraModel(model, LoraConfig(r=2, lora_alpha=6, target_modules=inside, init_lora_weights=False), "default")
+    model._hf_peft_config_loaded = True
+    save_model(model, root / "mlp" / "adapted")
+    processor.save_pretrained(root / "mlp" / "adapted")
+    inputs = torch.load(root / "mlp" / "inputs.pt")
+    inputs.pop("text")
+    with torch.no_grad():
+        wanted = model.eval()(**inputs).logits
+    return root / "mlp" / "adapted", export(root / "mlp" / "saved", root / "mlp" / "base", "remote-code"), wanted
+
+
+def export(folder, out, form):
+    return export_model(folder, out, form, Console(quiet=True))
+
+
+def exports(root, pairs):
+    """A task of `without_sparsight` for each pair of a form and a model, and the original's logits."""
+    logits, tasks = {}, {}
+    for form, name in pairs:
+        if form in ("lora", "merged"):
+            if name not in logits:
+                *folders, logits[name] = adapted(root / name)
+            out = export(folders[0], root / name / "mlp" / form, form)
+            if form == "lora":
+                tasks[form, name] = (str(folders[1]), True, str(out))
+            else:  # ours, and so exported once more
+                tasks[form, name] = str(export(out, root / name / "mlp" / "merged-remote", "remote-code")), True, ""
+        else:
+            if name not in logits:
+                _, logits[name] = saved(root, name)
+            out = export(root / name / "saved", root / name / form, form)
+            tasks[form, name] = str(out), form == "remote-code", ""
+    return tasks, logits
+
+
+def load_without_sparsight(tasks, root, python=sys.executable):
+    """By task: the class, logits and sameness of inputs that it found, or why it did not load."""
+    root.mkdir(exist_ok=True)
+    command = [str(python), Path(__file__).with_name("without_sparsight.py"), json.dumps([*tasks.values()])]
+    modules = {"HF_MODULES_CACHE": str(root / "modules")}
+    out = root / "found.pt"
+    done = subprocess.run([*command, out], capture_output=True, text=True, timeout=400, env=os.environ | modules)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(zip(tasks, torch.load(out), strict=True))
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """By form and model: the class that loads it, its logits without Sparsight, and the original's."""
-    root, logits, folders = tmp_path_factory.mktemp("exported"), {}, {}
-    for name in ("mlp", "linear", "pixel_shuffle", "chain_of_sight", "efficientnet"):
-        folder, logits[name] = saved(root, name)
-        for form in ("transformers", "remote-code") if len(MODELS[name]) > 1 or name == "mlp" else ("remote-code",):
-            if (form, name) != ("remote-code", "mlp"):
-                folders[str(export_model(folder, root / name / form, form, Console(quiet=True)))] = form, name
-    modules = {"HF_MODULES_CACHE": str(root / "modules")}
-    given = json.dumps({folder: form == "remote-code" for folder, (form, _) in folders.items()})
-    command = [sys.executable, "-c", ABSENT, given, str(root / "found.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ | modules)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = torch.load(root / "found.pt")
-    return {folders[folder]: (*each, logits[folders[folder][1]], folder) for folder, each in found.items()}
+    """Of a pair: the class that loads it, its logits without Sparsight, the original's, and its folder."""
+
+    @cache
+    def batch(pairs):
+        root = tmp_path_factory.mktemp("exported")
+        tasks, logits = exports(root, pairs)
+        return {
+            pair: (kind, own, logits[pair[1]], Path(tasks[pair][0]))
+            for pair, (kind, own, same) in load_without_sparsight(tasks, root).items()
+            if same
+        }
+
+    return lambda pair: batch(next(pairs for pairs in (SHORT, MORE) if pair in pairs))[pair]
 
 
-@pytest.mark.parametrize("name", ["mlp", "linear", "pixel_shuffle"])
+def each(form):
+    return [name for of, name in SHORT if of == form] + [
+        pytest.param(name, marks=pytest.mark.long) for of, name in MORE if of == form
+    ]
+
+
+@pytest.mark.parametrize("name", each("transformers"))
 def test_a_class_of_transformers_gives_the_same_bits(exported, name):
-    kind, found, wanted, _ = exported["transformers", name]
+    kind, found, wanted, folder = exported(("transformers", name))
     assert kind == ("InternVL" if name == "pixel_shuffle" else "VipLlava") + "ForConditionalGeneration"
     assert torch.equal(found, wanted)
+    check_card(folder, "transformers")
 
 
-@pytest.mark.parametrize("name", ["linear", "pixel_shuffle", "chain_of_sight", "efficientnet"])
+@pytest.mark.parametrize("name", each("remote-code"))
 def test_remote_code_gives_the_same_bits(exported, name):
-    kind, found, wanted, folder = exported["remote-code", name]
+    kind, found, wanted, folder = exported(("remote-code", name))
     assert kind == "SparsightForConditionalGeneration" and torch.equal(found, wanted)
-    source = (Path(folder) / "modeling_sparsight.py").read_text(encoding="utf-8")
+    source = (folder / "modeling_sparsight.py").read_text(encoding="utf-8")
     assert not re.search(r"^\s*(import|from) sparsight", source, re.MULTILINE) and "Apache-2.0" in source
     assert ("EfficientNet" in source) == (name == "efficientnet")  # nothing that the model does not reach
-    assert (Path(folder).parent / "again" / "modeling_sparsight.py").read_text(encoding="utf-8") == source
+    assert (folder.parent / "again" / "modeling_sparsight.py").read_text(encoding="utf-8") == source
+    check_card(folder, "remote-code")
 
 
-def test_the_card_says_how_the_form_is_loaded(exported):
-    for (form, name), (*_, folder) in exported.items():
-        card = (Path(folder) / "README.md").read_text(encoding="utf-8")
-        assert card.startswith("---\n") and "library_name: transformers" in card
-        assert ("trust_remote_code=True" in card) == (form == "remote-code"), name
-        assert "pip install sparsight" not in card
+@pytest.mark.long
+@pytest.mark.parametrize(("form", "allowed"), [("lora", 0.0), ("merged", 1e-5)])  # measured 0, 1e-7
+def test_adapters_alone_and_merged(exported, form, allowed):
+    _, found, wanted, _ = exported((form, "adapted"))
+    assert (found - wanted).abs().max() <= allowed
 
 
+def check_card(folder, form):
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\n") and "library_name: transformers" in card
+    assert ("trust_remote_code=True" in card) == (form == "remote-code")
+    assert "pip install sparsight" not in card
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "form", "said"),
     [
@@ -140,38 +184,17 @@ def test_the_card_says_how_the_form_is_loaded(exported):
 def test_what_a_form_cannot_express_is_refused(tmp_path, name, form, said):
     folder, _ = saved(tmp_path, name)
     with pytest.raises(UserError, match=said):
-        export_model(folder, tmp_path / "out", form, Console(quiet=True))
+        export(folder, tmp_path / "out", form)
     assert not list(tmp_path.glob("out*"))
 
 
-def test_adapters_alone_and_merged(tmp_path):
-    from peft import PeftModel
-    from transformers import AutoModelForImageTextToText
-
-    base, _ = saved(tmp_path, "mlp")
-    model, processor = make_vlm("mlp")
-    inside = [n for n, m in model.named_modules() if ".language_model." in n and isinstance(m, torch.nn.Linear)]
-    LoraModel(model, LoraConfig(r=2, target_modules=inside, init_lora_weights=False), "default")
-    model._hf_peft_config_loaded = True
-    inputs = ask(processor, make_image(), "How many apples?")
-    with torch.no_grad():
-        wanted = model.eval()(**inputs).logits
-        assert (wanted - AutoModelForImageTextToText.from_pretrained(base)(**inputs).logits).abs().max() > 1e-3
-    save_model(model, tmp_path / "adapted")
-    processor.save_pretrained(tmp_path / "adapted")
+@pytest.mark.long
+def test_adapters_must_be_merged_first(tmp_path):
+    folder, *_ = adapted(tmp_path)
     with pytest.raises(UserError, match="adapters beside its weights; merge them first, by --to merged"):
-        export_model(tmp_path / "adapted", tmp_path / "native", "transformers", Console(quiet=True))
-    lora, merged = (
-        export_model(tmp_path / "adapted", tmp_path / form, form, Console(quiet=True)) for form in ("lora", "merged")
-    )
+        export(folder, tmp_path / "native", "transformers")
+    lora, merged = (export(folder, tmp_path / form, form) for form in ("lora", "merged"))
     assert not (merged / "adapter_config.json").exists() and not (lora / "model.safetensors").exists()
-    found = [
-        PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), lora),
-        AutoModelForImageTextToText.from_pretrained(merged),
-    ]
-    with torch.no_grad():
-        errors = [(each.eval()(**inputs).logits - wanted).abs().max().item() for each in found]
-    assert errors[0] == 0 and errors[1] <= 1e-5, errors  # measured 0, 1e-7
 
 
 def gguf_model(root, **options):
@@ -182,33 +205,60 @@ def gguf_model(root, **options):
         config = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=len(tokenizer) + 6, tie_word_embeddings=True)
         language = LlamaForCausalLM(config)
     folder, _ = saved(root, "siglip", language=language, tokenizer=tokenizer, **options)
-    return folder, export_model(folder, root / "gguf", "gguf", Console(quiet=True))
+    return folder, export(folder, root / "gguf", "gguf")
 
 
-def test_gguf_holds_the_weights(tmp_path):
-    """As llama.cpp's graph multiplies them; `benchmarks/llamacpp.py` asks llama.cpp itself."""
+def llava_graph(tensors, settings, pixels):
+    """What llama.cpp computes of an image; in its projector it approximates GELU, which is left out here."""
+
+    def linear(x, name):
+        return F.linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+    def norm(x, name):
+        eps = settings("attention.layer_norm_epsilon")
+        return F.layer_norm(x, x.shape[-1:], tensors[f"{name}.weight"], tensors[f"{name}.bias"], eps)
+
+    patches = F.conv2d(
+        pixels, *(tensors[f"v.patch_embd.{kind}"] for kind in ("weight", "bias")), settings("patch_size")
+    )
+    x = patches.flatten(2).mT + tensors["v.position_embd.weight"]
+    for layer in range(settings("block_count")):
+        block, heads = f"v.blk.{layer}", settings("attention.head_count")
+        h = norm(x, f"{block}.ln1")
+        q, k, v = (linear(h, f"{block}.attn_{each}").unflatten(-1, (heads, -1)).transpose(1, 2) for each in "qkv")
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + linear(h, f"{block}.attn_out")
+        h = F.gelu(linear(norm(x, f"{block}.ln2"), f"{block}.ffn_up"), approximate="tanh")
+        x = x + linear(h, f"{block}.ffn_down")
+    return linear(F.gelu(linear(norm(x, "v.post_ln"), "mm.0")), "mm.2")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("bridge", "llama"), [("linear", True), ("mlp", False)])
+def test_gguf_computes_the_same(tmp_path, bridge, llama):
+    """Its encoder and bridge in llama.cpp's graph, and its language model as transformers reads GGUF;
+    `benchmarks/llamacpp.py` asks llama.cpp itself."""
     gguf = pytest.importorskip("gguf")
-    folder, out = gguf_model(tmp_path, bridge="linear", llama=True)
+    folder, out = gguf_model(tmp_path, bridge=bridge, llama=llama)
     from sparsight.pipeline import load
 
     model, processor = load(folder)
-    vision, language = (
-        {tensor.name: torch.tensor(tensor.data.copy()) for tensor in gguf.GGUFReader(out / file).tensors}
-        for file in ("mmproj.gguf", "language.gguf")
-    )
-    bridge, x = model.model.multi_modal_projector, torch.randn(5, 32)
-    normed = torch.nn.functional.layer_norm(x, (32,), vision["v.post_ln.weight"], vision["v.post_ln.bias"])
-    hidden = torch.nn.functional.gelu(normed @ vision["mm.0.weight"].T + vision["mm.0.bias"], approximate="tanh")
-    error = hidden @ vision["mm.2.weight"].T + vision["mm.2.bias"] - bridge.proj(bridge.norm(x))
-    assert error.abs().max() <= 1e-5  # measured 5e-7: gelu(x) - gelu(-x) = x
-    assert {int(name.split(".")[2]) for name in vision if ".blk." in name} == {0, 1, 2}  # up to the feature level
-    rows = model.model.language_model.layers[0].self_attn.q_proj.weight.unflatten(0, (4, 2, 8))
-    assert torch.equal(language["blk.0.attn_q.weight"].unflatten(0, (4, 8, 2)), rows.transpose(1, 2))
-    assert "output.weight" not in language and len(language["token_embd.weight"]) == len(processor.tokenizer) + 6
+    reader = gguf.GGUFReader(out / "mmproj.gguf")
+    tensors = {tensor.name: torch.tensor(tensor.data.copy()) for tensor in reader.tensors}
+    pixels = torch.load(tmp_path / "siglip" / "inputs.pt")["pixel_values"]
+    read = AutoModelForCausalLM.from_pretrained(out, gguf_file="language.gguf")
+    ids = torch.arange(40)[None] * 7 % len(processor.tokenizer)
+    with torch.no_grad():
+        visual = llava_graph(tensors, lambda key: reader.fields[f"clip.vision.{key}"].contents(), pixels)
+        error = (visual - model.get_image_features(pixels).pooler_output).abs().max()
+        assert error <= 1e-5, error  # measured 1e-6
+        assert (read(ids).logits - model(input_ids=ids).logits).abs().max() <= 1e-5  # measured 5e-7
     fields = gguf.GGUFReader(out / "language.gguf").fields
     assert fields["tokenizer.ggml.pre"].contents() == "smollm"
     tokens = fields["tokenizer.ggml.tokens"].contents()
-    assert tokens[: len(processor.tokenizer)] == processor.tokenizer.convert_ids_to_tokens(range(len(tokens) - 6))
+    count = len(processor.tokenizer)
+    assert tokens[:count] == processor.tokenizer.convert_ids_to_tokens(range(count))
+    assert len(tokens) == model.config.text_config.vocab_size
 
 
 def test_the_help_names_every_form():
