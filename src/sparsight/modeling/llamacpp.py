@@ -25,11 +25,6 @@ _DIGITS = {"type": "Digits", "individual_digits": True}
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_BLOCK = {
-    **{"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"},
-    **{"self_attn.out_proj": "attn_out", "layer_norm1": "ln1", "layer_norm2": "ln2"},
-    **{"mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"},
-}
 
 
 def write_gguf(model: Any, processor: Any, out: Path) -> None:
@@ -62,7 +57,7 @@ def write_gguf(model: Any, processor: Any, out: Path) -> None:
 def _write_mmproj(model: Any, tower: Any, level: int, image_processor: Any, file: Path) -> None:
     import gguf
 
-    vision, state, bridge = tower.config, tower.state_dict(), model.model.multi_modal_projector
+    vision, bridge = tower.config, model.model.multi_modal_projector
     writer = gguf.GGUFWriter(file, "clip")
     writer.add_type("mmproj")
     writer.add_clip_has_vision_encoder(True)
@@ -83,15 +78,10 @@ def _write_mmproj(model: Any, tower: Any, level: int, image_processor: Any, file
     writer.add_array("clip.vision.feature_layer", [level])
     if act := _ACTIVATIONS[vision.hidden_act]:
         writer.add_bool(f"clip.use_{act}", True)
-    named = {
-        "v.patch_embd.weight": state["embeddings.patch_embedding.weight"],
-        "v.patch_embd.bias": state["embeddings.patch_embedding.bias"],
-        "v.position_embd.weight": state["embeddings.position_embedding.weight"],
-    }
-    for ours, theirs in _BLOCK.items():
-        for layer in range(level):
-            for kind in ("weight", "bias"):
-                named[f"v.blk.{layer}.{theirs}.{kind}"] = state[f"encoder.layers.{layer}.{ours}.{kind}"]
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, level)  # names no block above the feature level
+    state = tower.state_dict(prefix="vision_tower.vision_model.")
+    named = {table.get_name(name, (".weight", ".bias")): tensor for name, tensor in state.items()}
+    named.pop(None, None)
     named |= {f"v.post_ln.{kind}": getattr(bridge.norm, kind) for kind in ("weight", "bias")}
     first, last = (bridge.proj, None) if model.config.bridge.kind == "linear" else (bridge.proj[0], bridge.proj[2])
     for number, layer in {0: first, 2: last}.items():

@@ -128,7 +128,11 @@ def _write_card(folder: Path, out: Path, used: str) -> None:
     data = ModelCardData(library_name="transformers", pipeline_tag="image-text-to-text", tags=["sparsight"])
     head = re.match(r"---\n.*?\n---\n", old, re.DOTALL)
     title = re.search(r"^# .*$", old, re.MULTILINE)
+    made = re.search(r"^A vision-language model made of .* trained with Sparsight", old, re.MULTILINE)
     _, found, rest = old.partition("\n## How it was trained\n")
-    parts = (head[0] if head else f"---\n{data}\n---\n", title[0] if title else f"# {folder.name}")
-    text = f"{parts[0]}\n{parts[1]}\n\nA vision-language model that was composed with Sparsight, {used}\n"
-    (out / "README.md").write_text(text + found + rest, encoding="utf-8")
+    parts = (
+        head[0] if head else f"---\n{data}\n---\n",
+        title[0] if title else f"# {folder.name}",
+        (made[0] if made else "A vision-language model that was composed with Sparsight") + f", {used}",
+    )
+    (out / "README.md").write_text("\n".join(parts[:2]) + f"\n\n{parts[2]}\n{found}{rest}", encoding="utf-8")
