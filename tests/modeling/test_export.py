@@ -246,7 +246,8 @@ def test_gguf_computes_the_same(tmp_path, bridge, llama):
     reader = gguf.GGUFReader(out / "mmproj.gguf")
     tensors = {tensor.name: torch.tensor(tensor.data.copy()) for tensor in reader.tensors}
     pixels = torch.load(tmp_path / "siglip" / "inputs.pt")["pixel_values"]
-    read = AutoModelForCausalLM.from_pretrained(out, gguf_file="language.gguf")
+    width = model.config.text_config.head_dim  # which transformers' reader of Qwen3 does not look for
+    read = AutoModelForCausalLM.from_pretrained(out, gguf_file="language.gguf", head_dim=width)
     ids = torch.arange(40)[None] * 7 % len(processor.tokenizer)
     with torch.no_grad():
         visual = llava_graph(tensors, lambda key: reader.fields[f"clip.vision.{key}"].contents(), pixels)
