@@ -148,6 +148,7 @@ def test_remote_code_gives_the_same_bits(exported, name):
     assert kind == "SparsightForConditionalGeneration" and torch.equal(found, wanted)
     source = (folder / "modeling_sparsight.py").read_text(encoding="utf-8")
     assert not re.search(r"^\s*(import|from) sparsight", source, re.MULTILINE) and "Apache-2.0" in source
+    assert '\n_check("this model needs", COMPOSING)\n' in source  # before anything of a newer transformers
     assert ("EfficientNet" in source) == (name == "efficientnet")  # nothing that the model does not reach
     assert (folder.parent / "again" / "modeling_sparsight.py").read_text(encoding="utf-8") == source
     check_card(folder, "remote-code")

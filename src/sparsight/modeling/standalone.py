@@ -88,12 +88,15 @@ def standalone_source(config: SparsightConfig) -> str:
             if isinstance(node, ast.Name):
                 keep(module, node.id)
 
+    for name in ("COMPOSING", "_check"):
+        keep("sparsight.compat", name)
     roots = list(SparsightConfig._auto_map.values())
     if encoder := config.vision_config.model_type == EfficientNetLiteConfig.model_type:
         roots += EfficientNetLiteConfig._auto_map.values()
     for name in dict.fromkeys([*roots, "SparsightProcessor"]):
         keep(f"sparsight.modeling.{_MODULES[name]}", name)
     texts = {id(s): _INSTEAD.get(name) or _segment(module, s) for name, (module, s) in kept.items()}
+    texts[id(kept["_check"][1])] += '\n\n\n_check("this model needs", COMPOSING)'
     # Auto classes find this encoder as a part of the model; the model itself they find by its folder.
     for module in ("configuration", "vlm") if encoder else ():
         for statement in _source(f"sparsight.modeling.{module}").statements:

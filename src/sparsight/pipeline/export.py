@@ -69,7 +69,10 @@ def _native(model: Any, processor: Any, out: Path, _: str) -> str:
     if values["model_type"] == "vipllava":  # so was it called before
         values["vision_feature_layers"] = values["vision_feature_layer"]
         file.write_text(json.dumps(values, indent=2), encoding="utf-8")
-    return "a model of `transformers`' own class, which needs no other code.\n\n" + _LOADS.format(trust="")
+    # Before, transformers loads other weights in place of CLIP's, with a warning alone.
+    return "a model of `transformers`' own class: it needs transformers>=5.9 and no other code.\n\n" + _LOADS.format(
+        trust=""
+    )
 
 
 def _remote_code(model: Any, processor: Any, out: Path, _: str) -> str:
