@@ -119,11 +119,9 @@ def exported(tmp_path_factory):
     def batch(pairs):
         root = tmp_path_factory.mktemp("exported")
         tasks, logits = exports(root, pairs)
-        return {
-            pair: (kind, own, logits[pair[1]], Path(tasks[pair][0]))
-            for pair, (kind, own, same) in load_without_sparsight(tasks, root).items()
-            if same
-        }
+        found = load_without_sparsight(tasks, root)
+        assert all(len(each) == 3 and each[2] for each in found.values()), found  # loaded, with the same inputs
+        return {pair: (kind, own, logits[pair[1]], Path(tasks[pair][0])) for pair, (kind, own, _) in found.items()}
 
     return lambda pair: batch(next(pairs for pairs in (SHORT, MORE) if pair in pairs))[pair]
 
