@@ -40,14 +40,23 @@ MORE = (
 )
 
 
-def saved(root, name, **options):
-    """A model's folder, and beside it the logits of a question with its inputs."""
+def made(name, **options):
     options = MODELS[name] | options
     if name == "efficientnet":
         from sparsight.modeling.configuration import EfficientNetLiteConfig
 
         options["vision"] = EfficientNetLiteConfig(image_size=64)
     model, processor = make_vlm(**options)
+    torch.manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # a fresh model's norms are all alike, and so are its biases
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model, processor
+
+
+def saved(root, name, **options):
+    """A model's folder, and beside it the logits of a question with its inputs."""
+    model, processor = made(name, **options)
     folder = root / name / "saved"
     for part in (model, processor):
         part.save_pretrained(folder)
@@ -63,7 +72,7 @@ def saved(root, name, **options):
 def adapted(root):
     """The folder of a model with adapters, a remote-code one of the model below them, and logits with them."""
     saved(root, "mlp")
-    model, processor = make_vlm("mlp")
+    model, processor = made("mlp")
     inside = [n for n, m in model.named_modules() if ".language_model." in n and isinstance(m, torch.nn.Linear)]
     LoraModel(model, LoraConfig(r=2, lora_alpha=6, target_modules=inside, init_lora_weights=False), "default")
     model._hf_peft_config_loaded = True
