@@ -45,10 +45,19 @@ def table(result: dict[str, Any]) -> str:
     """Markdown: a row for each form and model, a column for each version."""
     versions = result["versions"]
     lines = ["| `--to` | model | class | " + " | ".join(versions) + " |", "|---" * (3 + len(versions)) + "|"]
-    for row in result["rows"]:
-        cells = [row["form"], row["model"], row["class"], *(row["found"][version] for version in versions)]
+    for row in sorted(result["rows"], key=lambda row: row["form"], reverse=True):
+        found = ["refused" if "this model needs" in row["found"][v] else row["found"][v] for v in versions]
+        cells = [f"`{row['form']}`", row["model"], row["class"].removesuffix("ForConditionalGeneration"), *found]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def write_page(file: Path) -> None:
+    """Put a result's table into docs/export.md."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    made = table(json.loads(file.read_text(encoding="utf-8")))
+    text = f"{before}{START}{made}\n\n(`benchmarks/results/{file.name}`)\n{END}{rest.partition(END)[2]}"
+    PAGE.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
@@ -78,10 +87,7 @@ def main() -> None:
     if given.write:
         file = ROOT / "benchmarks" / "results" / f"exports-{here['date']}.json"
         file.write_text(json.dumps(here, indent=1) + "\n", encoding="utf-8")
-        before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-        after = rest.partition(END)[2]
-        said = f"(`benchmarks/results/{file.name}`)\n"
-        PAGE.write_text(f"{before}{START}{table(here)}\n\n{said}{END}{after}", encoding="utf-8")
+        write_page(file)
 
 
 if __name__ == "__main__":
