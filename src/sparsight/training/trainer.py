@@ -141,9 +141,6 @@ class SparsightTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         start, info = time.perf_counter(), inputs.pop("info")
-        plain = not (self.stage.compressor or self.stage.proportional_attention or "position_ids" in inputs)
-        if plain and info["filled"] == inputs["input_ids"].numel():
-            del inputs["attention_mask"]  # nothing is padding: kernels that take no mask are quicker
         self.counter.replaced += info["replaced"]
         try:
             with nullcontext() if self.handle is None else self.handle.on_host(inputs):
