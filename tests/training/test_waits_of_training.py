@@ -81,10 +81,13 @@ def ready(stage: Any, recipe: Any, folder: Path) -> tuple[Any, Any, TrainingSet]
     return model, processor, data
 
 
-@pytest.mark.parametrize("case", CASES)
+LONG = ("linear, compressor",)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.long if case in LONG else ()) for case in CASES])
 def test_no_wait_in_a_step_and_what_the_cpu_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """One small copy an optimizer step, which is looked at in the next one, and no wait in two micro-batches."""
-    recipe, stage = one_stage(micro_batch_size=2, samples=16, checkpoints=0, **CASES[case])
+    recipe, stage = one_stage(micro_batch_size=2, samples=12, checkpoints=0, **CASES[case])
     model, processor, data = ready(stage, recipe, tmp_path)
     wanted = train(model, processor, recipe, stage, tmp_path / "cpu", data).losses()
     plain = small_runs.training_arguments
@@ -102,11 +105,11 @@ def test_no_wait_in_a_step_and_what_the_cpu_gives(tmp_path: Path, monkeypatch: p
         train(model, processor, recipe, stage, tmp_path / "device", data, log=log)
     PartialState._shared_state["device"] = torch.device("cpu")
     assert all(parameter.device == DEVICE for parameter in model.parameters())
-    assert log.waits[1:] == [[], [], []]  # the first has the model's way to the device
+    assert log.waits[1:] == [[], []]  # the first has the model's way to the device
     assert re.search(
         r"^\| `sparsight train`, an optimizer step of two micro-batches \| 30 \| 0 \|$", PAGE, re.MULTILINE
     )
-    assert [len(sent) for sent in log.sent[1:-1]] == [1, 1]
+    assert len(log.sent[1]) == 1
     assert log.losses() == pytest.approx(wanted, rel=1e-5)
 
 
