@@ -125,8 +125,9 @@ def test_case_and_punctuation_of_a_caption_do_not_count(tmp_path: Path) -> None:
     captions = [("describe", "A big dog, on the grass."), ("describe", "Two small cats at the door.")]
     settings = HeldOut(data={"path": str(write(tmp_path, captions))}, metric="cider_d")
     questions = held_out_questions("captions", settings, 32)
-    said = ["a big dog on the grass", "two small cats at the door"]
+    said = ["a big dog on the grass", "Two small cats: at the DOOR"]
     assert questions.score(questions.items, said) == pytest.approx([1, 1])
+    assert 0.1 < questions.score(questions.items, ["a big dog runs", said[1]])[0] < 0.9  # a tenth of CIDEr-D
 
 
 def test_an_option_that_reads_as_an_article_is_an_answer(tmp_path: Path) -> None:
