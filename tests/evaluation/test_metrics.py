@@ -122,6 +122,10 @@ def test_boxes_match_by_the_cells_that_they_share(a: tuple[int, ...], b: tuple[i
     assert box_match(*texts, threshold) == float(share >= threshold)
 
 
+def test_a_box_that_overlaps_by_half_is_a_match() -> None:
+    assert [box_match(answer, "0 0 10 20") for answer in ("0 0 10 10", "[0, 0, 0.1, 0.1]", "0 0 10 9")] == [1, 1, 0]
+
+
 def test_users_mistakes_are_told() -> None:
     with pytest.raises(ValueError, match="1 human answers: expected ten"):
         vqa_accuracy("a", ["a"])
