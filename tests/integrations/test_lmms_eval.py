@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 
@@ -191,6 +192,11 @@ def instances(kind: str, second: list, task: str = "t", images: int | None = 1) 
     ]
 
 
+def apart(one: Sequence, other: Sequence) -> list:
+    """Two of one, then two of the other: what belongs to a document does not stand together."""
+    return [each for start in range(0, len(one), 2) for own in (one, other) for each in own[start : start + 2]]
+
+
 @needs_lmms_eval
 def test_batches_change_nothing_and_likelihoods_are_the_models_own(model: Path) -> None:
     from sparsight.pipeline.lmms import Sparsight
@@ -202,8 +208,8 @@ def test_batches_change_nothing_and_likelihoods_are_the_models_own(model: Path) 
         options = [{"max_new_tokens": 3 + 9 * (number % 2), "until": ["boat"]} for number in range(12)]
         answered.append(own.generate_until(instances("generate_until", options)))
         answered.append(own.generate_until(instances("generate_until", options, images=None)))
-        choices = [[f" {answer}" for answer in ANSWERS], ["a boat"] * 12]  # of a document apart from each other
-        asked = [each for texts in choices for each in instances("loglikelihood", texts)]
+        two = [instances("loglikelihood", texts) for texts in ([f" {answer}" for answer in ANSWERS], ["a boat"] * 12)]
+        asked = apart(*two)
         likely.append([result.text for result in own.loglikelihood(asked)])
         ragged = own.loglikelihood(instances("loglikelihood", ANSWERS, images=None))
         answered.append([f"{result.text[0]:.3f}" for result in ragged])
@@ -211,9 +217,9 @@ def test_batches_change_nothing_and_likelihoods_are_the_models_own(model: Path) 
     assert answered[0] != answered[1]
     assert [loss for loss, _ in likely[0]] == pytest.approx([loss for loss, _ in likely[1]], abs=1e-4)
     assert len({greedy for _, greedy in likely[0]}) == 2
-    for number, (loss, greedy) in enumerate(likely[0]):
-        text = [*ANSWERS, *["a boat"] * 12][number]
-        chat = [*question(number % 12), {"role": "assistant", "content": [{"type": "text", "text": text}]}]
+    wanted = zip(apart(range(12), range(12)), apart(ANSWERS, ["a boat"] * 12), likely[0], strict=True)
+    for number, text, (loss, greedy) in wanted:
+        chat = [*question(number), {"role": "assistant", "content": [{"type": "text", "text": text}]}]
         inputs = own.processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
         count = len(own.tokenizer(text)["input_ids"]) + 1  # with <|end|>
         labels = torch.full_like(inputs["input_ids"], -100)
