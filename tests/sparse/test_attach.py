@@ -288,13 +288,12 @@ def test_the_step_settles_what_is_kept_and_what_is_off():
 
 def test_the_state_of_a_handle_is_read_only():
     handle = attach(made("llava, clip + llama"), QUARTER, HALF_OFF)
-    for name in ("keep", "skipped", "global_step", "compressor", "train_only", "parts", "passes", "off"):
+    for name in ("keep", "skipped", "global_step", "compressor", "train_only", "parts", "passes"):
         with pytest.raises(AttributeError):
             setattr(handle, name, None)
     handle.set_skipped([True, False, False, True])
     assert handle.report()["skipped"] == handle.skipped
-    with pytest.warns(FutureWarning, match="off is now called skipped"):
-        assert handle.off == handle.skipped == (True, False, False, True)
+    assert handle.skipped == (True, False, False, True)
     with pytest.raises(ValueError, match="skipped has 2 values, but the model has 4 layers"):
         handle.set_skipped([True, False])
 
@@ -576,8 +575,6 @@ def test_the_dry_run_touches_nothing():
     assert (parts.decoder, parts.layers, parts.head) == ("model.language_model", 4, "lm_head")
     assert parts.visual_token_ids == (IMAGE,) and model.__dict__ == before
     assert "model.language_model, 4 layers" in str(parts) and "model.vision_tower" in str(parts)
-    with pytest.warns(FutureWarning, match="is now sparsight.find_parts"):
-        assert attach(model, plan=True) == parts
     assert "none: only a skipper" in str(find_parts(LlamaForCausalLM(LlamaConfig(**TEXT))))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
@@ -32,7 +31,6 @@ def attach(
     seed: int = 0,
     train_only: bool = True,
     supervised_logits_only: bool = False,
-    plan: bool = False,
 ) -> SparseHandle:
     """Compress visual and audio tokens and skip layers of any VLM in training; layers also of models with text alone.
 
@@ -47,15 +45,10 @@ def attach(
         supervised_logits_only: project on the vocabulary only the positions that predict a label (ours): loss and
             gradients are the same, and the memory of all other logits is saved. There are no logits to look at then.
             Neither method is needed beside it.
-        plan: the former way to `find_parts`, until the next release.
 
     Raises:
         UserError: the model cannot take them, or has them already, or none is given; or its loss needs all logits.
     """
-    if plan:
-        text = "attach(model, plan=True) is now sparsight.find_parts(model); plan goes with the next release"
-        warnings.warn(text, FutureWarning, stacklevel=2)
-        return find_parts(model)  # type: ignore[return-value]
     if isinstance(compressor, SkipperConfig) or isinstance(skipper, CompressorConfig):
         compressor, skipper = skipper, compressor
     if compressor is None and skipper is None and not supervised_logits_only:
@@ -112,13 +105,6 @@ class SparseHandle:
     def __init__(self, model: nn.Module, parts: Parts, state: State) -> None:
         self._state, self._forwards = state, Forwards(model, parts, state)
         model._sparsight_handle = Held(self.detach, None)  # type: ignore[assignment]
-
-    @property
-    def off(self) -> tuple[bool, ...]:
-        """The former name of `skipped`, until the next release."""
-        text = "SparseHandle.off is now called skipped; the old name goes with the next release"
-        warnings.warn(text, FutureWarning, stacklevel=2)
-        return self.skipped
 
     @property
     def passes(self) -> list[Pass]:
