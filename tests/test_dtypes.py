@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionModel
 
 from small_runs import quiet, recipe_values, save_encoder, stage_values
-from sparsight.pipeline import evaluate, evaluate_checkpoint, load, run
+from sparsight.pipeline import evaluate, evaluate_checkpoint, files, load, run
 from sparsight.settings.recipe import Recipe
 from tiny import make_language
 
@@ -89,7 +89,7 @@ def test_a_model_is_asked_on_the_device_and_in_what_it_is_fast_in(
         asked.append((next(model.parameters()).device.type, dtypes(model)["language"]))
         raise Seen
 
-    monkeypatch.setattr(evaluate, "default_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(files, "default_device", lambda: torch.device("meta"))
     monkeypatch.setattr(evaluate, "precision_on", lambda device, _: "bf16" if fast else "fp32")
     monkeypatch.setattr(evaluate, "autocast", lambda *_: torch.autocast("cpu", enabled=False))
     monkeypatch.setattr(evaluate, "ask", look)

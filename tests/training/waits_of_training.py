@@ -1,6 +1,6 @@
 """`sparsight train` on a pretended device: no tensor is left on the host, and nobody waits for the device.
 
-`tests/sparse/test_waits.py` has the same for attached methods.
+`tests/sparse/waits_of_attached.py` has the same for attached methods.
 """
 
 from __future__ import annotations
