@@ -10,7 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import groupby
 from statistics import fmean
 from typing import Any
@@ -105,9 +105,10 @@ class Scores:
         images = self.images
         return {task: bootstrap(points, images[task]) for task, points in self.points.items()} | self.figures
 
-    @property
+    @cached_property
     def blind(self) -> list[str]:
-        """Tasks whose score is not above that of the control: nothing shows that their answers come from the images."""
+        """Tasks whose score is not above that of the control: nothing shows that their answers come from the images.
+        Tested once, when all points are there."""
         found = paired_tests(self.points, self.shuffled_points, self.images)
         return [task for task, test in found.items() if test.told < 1]
 

@@ -1,4 +1,4 @@
-"""Benchmarks in the file formats that their authors publish: one table of readers, one of metrics. No torch.
+"""Benchmarks in the file formats that their authors publish: one table of readers, one of metrics.
 
 Users bring the files. A reader gives a `Question` for each row; `benchmark_questions` makes questions of them. What a
 file lacks is an error that names it and counts how much is missing, never a lower score.

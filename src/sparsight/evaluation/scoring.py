@@ -1,4 +1,4 @@
-"""Points of answers by metric, and the figures that a benchmark reports beside their mean. No torch."""
+"""Points of answers by metric, and the figures that a benchmark reports beside their mean."""
 
 from __future__ import annotations
 
