@@ -209,10 +209,10 @@ def shared(data: str) -> dict[str, Any]:
     return values
 
 
-def recipe_of(row: Row, seed: int, settings: dict[str, Any], data: str = "scenes") -> Recipe:
+def recipe_of(row: Row, seed: int, settings: dict[str, Any], data: str = "scenes", precision: str = "auto") -> Recipe:
     """A row's recipe: what all share, the row's own keys, and what is tuned: learning rates (``rate``, ``late_rate``)
     and the length of fine-tuning (``late``, of what the shared recipe says)."""
-    values = shared(data) | {"seed": seed, "precision": precision_on(default_device(), "auto")}
+    values = shared(data) | {"seed": seed, "precision": precision_on(default_device(), precision)}
     if data == "easy-vqa":  # its images lie in the package
         held_out = values["evaluation"]["held_out"]["easy-vqa"]
         values["data"]["images"] = held_out["data"]["images"] = str(easy_vqa_folder())
@@ -411,7 +411,7 @@ def work_through(options: argparse.Namespace, results: Results, console: Console
     if options.tune and options.seeds != [0]:
         raise ValueError(f"--tune --seeds {options.seeds}: settings are picked with seed 0")
     end, split = time.monotonic() + 60 * options.minutes, "validation" if options.tune else "test"
-    precision = precision_on(default_device(), "auto")
+    precision = precision_on(default_device(), options.precision)
     for seed, name in itertools.product(options.seeds, selected(options.only or options.rows)):
         for settings in (
             GRIDS.get(options.data, GRID) if options.tune else [results.best(options.data, name, precision)]
@@ -423,7 +423,7 @@ def work_through(options: argparse.Namespace, results: Results, console: Console
                 console.print("[yellow]the minutes are over; the same command goes on[/]")
                 return
             console.rule(f"[bold]{name}[/], seed {seed}, {settings}")
-            recipe = recipe_of(ROWS[name], seed, settings, options.data)
+            recipe = recipe_of(ROWS[name], seed, settings, options.data, precision)
             folder = train(recipe, options.work, console, ROWS[name].fresh)
             entry = key | {"tried": results.tried(options.data, name, precision), "stages": costs(folder)}
             entry[split] = score(folder, recipe, split)
@@ -482,6 +482,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="rows or groups that are run anew, also if there are results of them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--data", choices=["scenes", "details", "photos", "easy-vqa", "smollm2"], default="scenes")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="compare rows in one")
     parser.add_argument("--tune", action="store_true", help="try the grid on the validation split")
     parser.add_argument("--minutes", type=float, default=1e9, help="start nothing new after these")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"))
