@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
     asked, start = parser.parse_args(), time.monotonic()
-    seen, parted, counts, calls = set[Mix](), list[dict[str, str]](), Counter[str](), 0
+    seen, parted, counts, runs, calls = set[Mix](), list[dict[str, str]](), Counter[str](), 0, 0
     choose = random.Random(asked.seed).choice
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -44,7 +44,8 @@ def main() -> None:
         while len(seen) < asked.mixes and time.monotonic() - start < 60 * asked.minutes:
             mix = random_mix(choose)
             found = records(mix)
-            calls += sum(len(record.calls) for record in found)
+            run = {id(record): record for record in found}.values()  # ranks of a large world that are alike share one
+            runs, calls = runs + len(run), calls + sum(len(record.calls) for record in run)
             if where := divergence(found):
                 parted.append({"mix": repr(mix), "where": where})
                 sys.stderr.write(f"{parted[-1]}\n")
@@ -60,6 +61,7 @@ def main() -> None:
         "seed": asked.seed,
         "mixes": len(seen),
         "ranks": sum(len(mix.kinds) for mix in seen),
+        "ranks_run": runs,
         "collectives": calls,
         "divergences": parted,
         "counts": dict(sorted(counts.items())),

@@ -6,7 +6,7 @@ broadcasts), `every_rank` runs them again with what they would have heard.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,10 +113,12 @@ def rank_of(rank: int, ranks: int, others: Sequence[torch.Tensor] = ()) -> Itera
         dist.destroy_process_group()
 
 
-def every_rank(ranks: int, run: Callable[[int], None]) -> list[Record]:
-    """What each rank does in ``run(rank)``, one after the other in this process."""
+def every_rank(ranks: int, run: Callable[[int], None], alike: Callable[[int], Hashable] = int) -> list[Record]:
+    """What each rank does in ``run(rank)``, one after the other in this process. Ranks for which ``alike`` gives the
+    same do the same: the first of them runs for all, and they share its record."""
+    firsts = {alike(rank): rank for rank in reversed(range(ranks))}
     found: dict[int, Record] = {}
-    due, others = list(range(ranks)), list[torch.Tensor]()
+    due, others = sorted(firsts.values()), list[torch.Tensor]()
     for _ in range(ROUNDS):
         for rank in due:
             others = _said_by_all([found[rank].said for rank in found])
@@ -127,10 +129,10 @@ def every_rank(ranks: int, run: Callable[[int], None]) -> list[Record]:
                     record.error = f"{type(error).__name__}: {error}"
             found[rank] = record
         others = _said_by_all([found[rank].said for rank in found])
-        due = [rank for rank in range(ranks) if not _same(found[rank].heard, others)]
+        due = [rank for rank in found if not _same(found[rank].heard, others)]
         if not due:
             break
-    return [found[rank] for rank in range(ranks)]
+    return [found[firsts[alike(rank)]] for rank in range(ranks)]
 
 
 def _said_by_all(said: Sequence[Sequence[tuple[str, torch.Tensor]]]) -> list[torch.Tensor]:

@@ -86,6 +86,18 @@ def test_a_composed_model_without_blank_images_is_found(monkeypatch: pytest.Monk
     assert "rank 1" in parted(mix)
 
 
+def test_ranks_of_a_large_world_that_are_alike_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    mix = Mix(("text",) * 5 + ("image",) * 4, engine="fsdp2", skipper=True, steps=2)
+    once = mixes.records(mix)
+    with monkeypatch.context() as all_run:
+        all_run.setattr(mixes, "ALL", 9)
+        every = mixes.records(mix)
+    assert [record.calls for record in once] == [record.calls for record in every] and once[0].calls
+    assert len({id(record) for record in once}) < len({id(record) for record in every}) == 9
+    monkeypatch.setattr("sparsight.sparse.forward.blank_features", lambda _, like: like.new_zeros(()))
+    assert "on rank 4" in parted(mix)  # the first one that has an image in a step
+
+
 STEPS = (False, True, False, True)  # whether the layer is skipped
 # Collectives of each: gathers and reductions. The first time that it is skipped, a layer is gathered once.
 ASKED = {"ddp": [(0, 0)] * 4, "fsdp2": [(13, 6), (12, 5), (13, 6), (11, 5)], "all gathered": [(13, 6)] * 4}
