@@ -334,10 +334,10 @@ def full_disk(file: Path, work: Path, ranks: int, straight: dict[str, Any]) -> d
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         return {"fault": name, "not_run": "no file system can be mounted here"}
     try:
-        record = ended(Run(file, disk / "run", ranks), name)
+        record = ended(Run(file, disk, ranks), name)
         kept = sorted(path.parent.name for path in disk.rglob(f"checkpoint-*/{MANIFEST}"))
         subprocess.run(["mount", "-o", f"remount,size={200 * size}", str(disk)], check=True)
-        return record | {"kept": kept} | resumed(file, disk / "run", ranks, straight)
+        return record | {"kept": kept} | resumed(file, disk, ranks, straight)
     finally:
         subprocess.run(["umount", str(disk)], check=False)
 

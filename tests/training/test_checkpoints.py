@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing.util
 import os
 import random
 import signal
@@ -23,6 +24,7 @@ from rich.console import Console
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from ranks_here import forked
 from sparsight.errors import UserError
 from sparsight.safety import LOCK, MANIFEST, faults, locked
 from sparsight.training.checkpoints import Interrupted, SafeCheckpoints, explained
@@ -235,6 +237,20 @@ def test_D04_a_launchers_signal_to_what_loads_data_does_not_end_the_step(tmp_pat
         trainer.train()
     assert "checkpoint-5" in whole(tmp_path) and "saved in" not in said(console)  # by no exception
     resumed(tmp_path, straight)
+
+
+def test_D12_what_loads_data_ends_with_the_process_that_it_serves(tmp_path: Path) -> None:
+    """Also where an error still holds the loader: nothing but Python's own end ends it then."""
+
+    def work(rank: int) -> None:
+        event = At("on_step_begin", 4, raises(RuntimeError("oh")))
+        trainer, _ = make(tmp_path / "run", None, event, dataloader_num_workers=1)
+        try:
+            trainer.train()
+        except RuntimeError:
+            multiprocessing.util._exit_function()  # type: ignore[attr-defined]
+
+    assert forked(tmp_path, work, 1, timeout=20) == [0]
 
 
 def test_D12_memory_in_the_optimizers_step_is_explained(tmp_path: Path, straight: Trainer) -> None:

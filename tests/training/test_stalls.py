@@ -80,6 +80,15 @@ def test_D12_a_fault_of_one_rank_ends_both_and_leaves_a_whole_checkpoint(
     assert whole(folder) == [f"checkpoint-{step}" for step in left]
 
 
+def test_D04_a_signal_to_one_rank_ends_both_behind_the_same_step(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        event = At("on_step_begin", 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train(tmp_path / "run", None, *[event] * rank, save_steps=100)
+
+    assert forked(tmp_path, work, timeout=40) == [128 + signal.SIGTERM] * 2
+    assert whole(tmp_path / "run") == ["checkpoint-5"]
+
+
 @pytest.mark.parametrize("event, told", [(hangs, 1), (stops, 0)])
 def test_D06_a_rank_that_hangs_is_named_and_all_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: Any, told: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -152,6 +153,7 @@ class SafeCheckpoints(TrainerCallback):
         self.console, self.name = console or Console(quiet=os.environ.get("RANK", "0") != "0"), name
         self.signals = StopSignals(self._say)
         self.trainer: Any = None
+        self.trains = multiprocessing.RawValue("b", 0)  # seen by processes that load data
         self.began = self.updating = -1
         self.random: tuple[Any, ...] = (-1,)
 
@@ -177,7 +179,7 @@ class SafeCheckpoints(TrainerCallback):
         loader: Any = given.get("train_dataloader")
         loader = getattr(loader, "base_dataloader", loader)  # inside of accelerate's
         if getattr(loader, "num_workers", 0):
-            loader.worker_init_fn = partial(_outlive, loader.worker_init_fn)
+            loader.worker_init_fn = partial(_outlive, loader.worker_init_fn, self.trains)
         self.began = state.global_step
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
@@ -207,6 +209,7 @@ class SafeCheckpoints(TrainerCallback):
                 resume = agreed_checkpoint(Path(own.output_dir), self.console) or True
             elif resume and resume != self.checked and process_state().is_main_process:
                 check_manifest(resume)
+            self.trains.value = 1
             try:
                 result = train(resume, *args, **kwargs)
                 if not (number := self._stopped(own)):
@@ -219,6 +222,8 @@ class SafeCheckpoints(TrainerCallback):
                 if not number:  # else a launcher's signal ended what loads data, too
                     with self._naming_space():
                         raise error
+            finally:
+                self.trains.value = 0
         step, steps = trainer.state.global_step, trainer.state.max_steps
         text = f"{signal.Signals(number).name}: stopped in {self.name} at step {step} of {steps}"
         raise Interrupted(text, number)
@@ -258,9 +263,16 @@ class SafeCheckpoints(TrainerCallback):
                 signal.signal(signal.SIGCHLD, before)
 
 
-def _outlive(first: Callable[[int], None] | None, worker: int) -> None:
-    """Begin a process that loads data: a launcher signals all of them, but its work is needed until the step ends."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # the second one ends it
+def _outlive(first: Callable[[int], None] | None, trains: Any, worker: int) -> None:
+    """Begin a process that loads data: a launcher signals all of them, but its work is needed until the step ends.
+    The second signal ends it, and one behind the training, by which the process that it serves ends it."""
+
+    def noted(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if not trains.value:
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, noted)
     if first is not None:
         first(worker)
 
