@@ -11,11 +11,13 @@ from pathlib import Path
 
 import engines
 import pytest
+import torch
 from safetensors.torch import load_file
 from test_ranks import free_port
 from transformers import AutoModelForImageTextToText
 
 from small_runs import quiet
+from sparsight.devices.ranks import touched
 from sparsight.pipeline import run
 from sparsight.pipeline.launch import ENGINES, write_config
 from sparsight.reporting.runlog import read_run
@@ -105,6 +107,14 @@ def test_D08_two_stages_under_fsdp2_are_those_of_one_process(tmp_path: Path, fol
     assert launched("fsdp2", folder, tmp_path, "mixed", "resume", ranks=ranks) == ""
     losses, weights = differences(tmp_path / "whole", tmp_path / "mixed")
     assert max(losses, weights) < (TOLERANCE if ranks > 2 else 1e-30)
+
+
+def test_D07_what_zero3_partitions_is_given_no_gradient_of_zero() -> None:
+    """DeepSpeed marks it, and leaves an empty tensor; a gradient of that size would be refused."""
+    whole, partitioned = (torch.nn.Parameter(torch.ones(size)) for size in (2, 0))
+    partitioned.ds_id = 0
+    touched(torch.zeros(1), [whole, partitioned]).sum().backward()
+    assert whole.grad is not None and partitioned.grad is None
 
 
 @pytest.mark.slow
