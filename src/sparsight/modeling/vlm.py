@@ -323,8 +323,7 @@ class SparsightForConditionalGeneration(Generates, SparsightPreTrainedModel, Gen
         Args:
             pixel_values: images of the whole batch in reading order, (I, 3, h, w); samples may have 0 to k.
             image_grid_thw: (I, 3), when the pixels are the patches of a native-resolution encoder's own processor.
-            image_index: where an image is asked about more than once and given once, the row of each image in the text
-                among those given.
+            image_index: of each image in the text its row among those given, if one that is given stands there twice.
             mm_encoder_outputs: ``{"image": output}`` instead of pixels: visual tokens in ``pooler_output``, or
                 feature levels (I, H, W, C) in ``hidden_states``.
             labels: (B, T); -100 is not supervised.
