@@ -7,6 +7,7 @@ Torch knows the device as "gpu", by the key that it leaves to backends of others
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,29 @@ def _number(x: torch.Tensor) -> Any:
 
 _KERNELS = torch.library.Library("aten", "IMPL")
 _KERNELS.impl("_local_scalar_dense", _number, "PrivateUse1")
+# Operations whose inputs autocast changes on CUDA: to its own type, to fp32, and to the widest that they have.
+LOWER = "_convolution conv1d conv2d conv3d addmm bmm baddbmm einsum linear matmul mm mv scaled_dot_product_attention"
+FP32 = "cosine_similarity cumsum exp layer_norm log log_softmax.int nll_loss nll_loss_nd norm.ScalarOpt_dim"
+FP32 += " pow.Tensor_Scalar prod reciprocal rsqrt softmax.int sum sum.dim_IntList"
+WIDEST = "addcmul dot index_put scatter_add"
+_OTHERS = torch.library.Library("_", "IMPL")
+_OTHERS.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+
+
+def _autocast(kind: str, op: Any, *args: Any, **kwargs: Any) -> Any:
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet("AutocastPrivateUse1")):
+        floats = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        to = torch.get_autocast_dtype("gpu") if kind == "lower" else torch.float32
+        if kind == "widest" and all(x.dtype == torch.bfloat16 for x in floats):
+            to = torch.bfloat16
+        cast = partial(tree_map_only, torch.Tensor, lambda x: x.to(to) if x.is_floating_point() else x)
+        return op(*cast(args), **cast(kwargs))
+
+
+for kind, names in (("lower", LOWER), ("fp32", FP32), ("widest", WIDEST)):
+    for name in names.split():
+        op = getattr(getattr(aten, name.partition(".")[0]), name.partition(".")[2] or "default")
+        _KERNELS.impl(name, partial(_autocast, kind, op), "AutocastPrivateUse1")
 
 
 class OnDevice(torch.Tensor):

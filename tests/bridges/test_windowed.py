@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sparsight.bridges import WindowedResampler, build_bridge
-from sparsight.bridges.windowed import cut_windows
+from sparsight.bridges.windowed import checked_sizes, cut_windows
 from sparsight.layouts import Layout, Scale
 from sparsight.settings.bridges import ChainOfSightConfig, ResamplerConfig, bridge_settings
 
@@ -191,9 +191,9 @@ def test_windows_hold_each_patch_once(sizes, grid):
     x = torch.arange(1, len(sizes) * height * width + 1).reshape(-1, height, width, 1)
     if grid > min(min(size) for size in sizes):
         with pytest.raises(ValueError, match="windows per side needs at least"):
-            cut_windows(x, grid, torch.tensor(sizes))
+            checked_sizes(torch.tensor(sizes), grid, x.device)
         return
-    windows, mask = cut_windows(x, grid, torch.tensor(sizes))
+    windows, mask = cut_windows(x, grid, checked_sizes(torch.tensor(sizes), grid, x.device))
     for image, (rows, columns) in enumerate(sizes):
         own = x[image, :rows, :columns].flatten()
         assert sorted(windows[image, ..., 0][mask[image]].tolist()) == own.tolist()

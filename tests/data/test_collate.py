@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import CONFIGS
 from torch.utils.data._utils.pin_memory import pin_memory
 from transformers import (
     Gemma3TextConfig,
@@ -16,12 +17,15 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralModel,
+    Qwen2VLImageProcessorPil,
 )
 
 from sparsight.data.cache import build_cache, image_rows
 from sparsight.data.collate import Collator, TrainingSet
 from sparsight.data.sources import ConversationSource
 from sparsight.settings.data import ConversationData
+from sparsight.settings.methods import CompressorConfig
+from sparsight.sparse.attach import attach
 from tiny import make_image
 
 IMAGES = ([], ["0.png"], ["1.png", "2.png"], ["0.png", "1.png", "2.png"])
@@ -76,7 +80,7 @@ def test_none_to_three_images_in_one_batch(tiny_vlm, source: ConversationSource)
     data, collate = TrainingSet(source, processor, 4), Collator(processor.tokenizer.pad_token_id)
     items = [data[index] for index in range(4)]
     batch = collate(items)
-    assert batch["pixel_values"].shape[0] == 6
+    assert len(batch["pixel_values"]) == 3 and batch["image_index"].tolist() == [0, 1, 2, 0, 1, 2]
     image = processor.image_token_id
     assert [(row == image).sum().item() for row in batch["input_ids"]] == [0, 8, 16, 24]
     alone = [model(**collate([item]), loss_only=True).loss for item in items]
@@ -88,6 +92,41 @@ def test_none_to_three_images_in_one_batch(tiny_vlm, source: ConversationSource)
     turned = collate(items[::-1])
     with torch.no_grad():
         assert abs(model(**turned, loss_only=True).loss - together) < 1e-5
+
+
+@pytest.mark.parametrize("how", ["pixels", "native resolution", "cached features", "packing", "compressor"])
+def test_an_image_is_encoded_once_however_many_ask_about_it(
+    tiny_vlm, source: ConversationSource, tmp_path: Path, how: str
+) -> None:
+    """Loss and gradients are those of encoding it for each; encoder and bridge see it once, and so count it."""
+    options: dict[str, Any] = {"vision_levels": [1]}
+    if how == "native resolution":
+        own = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2)
+        options |= {"vision": CONFIGS["qwen2_5_vl"]().vision_config, "image_processor": own, "image_size": 64}
+        make_image(1, 80).crop((0, 0, 80, 40)).save(tmp_path / "1.png")
+    model, processor = tiny_vlm(**options)
+    cache = cached(tmp_path, model, processor, source) if how == "cached features" else None
+    collate, seen, found = Collator(processor.tokenizer.pad_token_id, how == "packing"), list[int](), []
+    items = [TrainingSet(source, processor, 4, cache)[index] for index in (3, 1, 2, 0)]  # 0 1 2, 0, 1 2, none
+    model.train().model.multi_modal_projector.register_forward_hook(lambda _, __, out: seen.append(len(out)))
+    for each in (items, [item | {"images": ()} for item in items]):
+        batch = collate(each)
+        info = batch.pop("info")
+        model.zero_grad(set_to_none=True)
+        handle = attach(model, CompressorConfig(keep=0.5)) if how == "compressor" else None
+        loss = model(**batch, loss_only=True, use_cache=False).loss
+        loss.backward()
+        if handle is not None:
+            handle.detach()
+        found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        given = batch["mm_encoder_outputs"]["image"].hidden_states[0] if cache else batch["pixel_values"]
+        assert info["images"] == seen[-1]
+        assert info["images"] == (len(batch["image_grid_thw"]) if how == "native resolution" else len(given))
+    assert seen == [3, 6]
+    (once, grads), (each_time, wanted) = found
+    assert abs(once - each_time) < 1e-6 and grads.keys() == wanted.keys()
+    error = {name: (grads[name] - grad).abs().max() / (1e-3 + grad.abs().max()) for name, grad in wanted.items()}
+    assert max(error.values()) <= 1e-5  # measured 1e-6
 
 
 @pytest.mark.parametrize("pack_length", [None, 200], ids=["rows of the longest", "one row"])

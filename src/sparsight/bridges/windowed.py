@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsight.bridges.patchwise import check_levels
+from sparsight.devices.copies import to_device
 from sparsight.layouts import Scale, absorbs, window_bounds
 
 
@@ -36,8 +37,21 @@ def window_index(x_BLMD: Tensor, grid: int, sizes_B2: Tensor | None) -> tuple[Te
     return index_BGGIJ.flatten(3).flatten(1, 2) * valid_BWP, valid_BWP
 
 
+def checked_sizes(sizes_B2: Tensor | None, grid: int, device: torch.device) -> Tensor | None:
+    """Sizes of maps on the device. Raises UserError if some window would see nothing: the host looks at them, so that
+    those of the host let nobody wait."""
+    if sizes_B2 is None or torch.compiler.is_compiling():
+        return sizes_B2 if sizes_B2 is None else sizes_B2.to(device)
+    sizes_B2 = sizes_B2.cpu()
+    window_bounds(int(sizes_B2.min()), grid)
+    return to_device(sizes_B2.numpy(), device)
+
+
 def cut_windows(x_BLMD: Tensor, grid: int, sizes_B2: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Cut a map into grid x grid windows: (B, L, M, D) -> (B, W, P, D), and a mask (B, W, P) of real patches, or None.
+
+    Args:
+        sizes_B2: as `checked_sizes` gives them.
 
     Raises:
         UserError: some window would see nothing.
@@ -48,8 +62,6 @@ def cut_windows(x_BLMD: Tensor, grid: int, sizes_B2: Tensor | None = None) -> tu
         if height % grid == 0 and width % grid == 0:
             x_BGIGJD = x_BLMD.unflatten(2, (grid, -1)).unflatten(1, (grid, -1))
             return x_BGIGJD.transpose(2, 3).flatten(3, 4).flatten(1, 2), None
-    elif not torch.compiler.is_compiling():
-        window_bounds(int(sizes_B2.min()), grid)
     index_BWP, valid_BWP = (t.expand(batch, -1, -1) for t in window_index(x_BLMD, grid, sizes_B2))
     first_B = torch.arange(batch, device=x_BLMD.device) * (height * width)
     flat = (index_BWP + first_B[:, None, None]).flatten()
@@ -212,6 +224,7 @@ class WindowedResampler(nn.Module):
 
     def forward(self, levels_BLMC: Sequence[Tensor], sizes_B2: Tensor | None = None) -> Tensor:
         levels_BLMC = self._normalised(levels_BLMC)
+        sizes_B2 = checked_sizes(sizes_B2, self.layout.scales[-1].grid, levels_BLMC[0].device)
         scales = list(self.scales.values())
         if getattr(self.settings, "order", "coarse_to_fine") == "fine_to_coarse":
             scales.reverse()
@@ -230,5 +243,6 @@ class WindowedResampler(nn.Module):
     def attention_maps(self, levels_BLMC: Sequence[Tensor], sizes_B2: Tensor | None = None) -> dict[Scale, Tensor]:
         """Where each query of each scale looks in the last level, (B, W*Q, L, M), summing to 1 over its window."""
         levels_BLMC = self._normalised(levels_BLMC)
+        sizes_B2 = checked_sizes(sizes_B2, self.layout.scales[-1].grid, levels_BLMC[0].device)
         modules = zip(self.layout.scales, self.scales.values(), strict=True)
         return {scale: module(levels_BLMC, sizes_B2, look=True) for scale, module in modules}

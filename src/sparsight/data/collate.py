@@ -154,10 +154,10 @@ class TrainingSet(Dataset):
 
     def _images(self, keys: Sequence[Any]) -> dict[str, Any]:
         if self.cache is not None:  # also of no image: a batch of text then runs the bridge like any other
-            return {"features": self.cache.read(keys)}
+            return {"features": self.cache.read(keys), "images": keys}
         if not keys:
             return {}
-        return {"pixels": dict(self.processor.pixels([self.source.image(key) for key in keys]))}
+        return {"pixels": dict(self.processor.pixels([self.source.image(key) for key in keys])), "images": keys}
 
     def sizes(self, file: Path, progress: Callable[[int], None] = lambda done: None) -> np.ndarray:
         """Positions of each item, visual tokens included, and its images, or at native resolution their patches,
@@ -192,6 +192,24 @@ class _Features(BaseModelOutputWithPooling):
 
     def pin_memory(self) -> _Features:
         return _Features(hidden_states=tuple(level.pin_memory() for level in self.hidden_states or ()))
+
+
+def _once(batch: dict[str, Any], keys: list[Any]) -> int:
+    """Leave of a batch's images those with a new key: each is encoded once. ``image_index`` has the row among them of
+    each image that is asked about, if any comes again. How many there are."""
+    cached, grids, pixels = batch.get("mm_encoder_outputs"), batch.get("image_grid_thw"), batch.get("pixel_values", ())
+    levels = cached["image"].hidden_states if cached else (pixels if grids is None else grids,)
+    rows = {key: row for row, key in enumerate(dict.fromkeys(keys))}
+    if len(rows) == len(keys):
+        return len(levels[0])
+    batch["image_index"], first = torch.tensor([rows[key] for key in keys]), [keys.index(key) for key in rows]
+    if cached:
+        batch["mm_encoder_outputs"] = {"image": _Features(hidden_states=tuple(level[first] for level in levels))}
+    else:
+        parts = pixels.split(1 if grids is None else grids.prod(1).tolist())
+        batch["pixel_values"] = torch.cat([parts[number] for number in first])
+        batch |= {} if grids is None else {"image_grid_thw": grids[first]}
+    return len(rows)
 
 
 @dataclass(frozen=True)
@@ -229,9 +247,10 @@ class Collator:
         features = [item["features"] for item in items if "features" in item]
         if pixels:  # and the grids of a native-resolution encoder
             batch |= {key: torch.cat([item[key] for item in pixels]) for key in pixels[0]}
-        levels = [torch.cat(level) for level in zip(*features, strict=True)]
         if features:
-            batch["mm_encoder_outputs"] = {"image": _Features(hidden_states=tuple(levels))}
+            levels = tuple(torch.cat(level) for level in zip(*features, strict=True))
+            batch["mm_encoder_outputs"] = {"image": _Features(hidden_states=levels)}
+        images = _once(batch, [key for item in items for key in item.get("images", ())])
         grids = batch["image_grid_thw"].tolist() if "image_grid_thw" in batch else []
         # What the device need not count: where visual tokens stand, and where the next position has a label.
         batch["supervised_index"] = (batch["labels"].flatten()[1:] != -100).nonzero()[:, 0]
@@ -242,7 +261,7 @@ class Collator:
             "filled": sum(lengths),
             "visual_tokens": len(batch.get("visual_index", ())),
             "supervised": len(batch["supervised_index"]),
-            "images": len(levels[0] if features else grids or batch.get("pixel_values", ())),
+            "images": images,
             "grids": [(rows, columns) for _, rows, columns in grids],
             "replaced": [entry for item in items for entry in item.get("replaced", [])],
         }

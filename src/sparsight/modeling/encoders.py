@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, vision_utils
 
 from sparsight.compat import returns_tuple
 from sparsight.cost.shapes import pick_levels, tell_if_cut
@@ -197,15 +198,13 @@ def _native_maps(
     config, merge = encoder.config, encoder.config.spatial_merge_size
     if grids_I3 is None:
         pixel_values, grids_I3 = _native_patches(pixel_values, config)
+    grids_I3, device = grids_I3.cpu(), pixel_values.device  # the collator's are there
     if (grids_I3[:, 0] != 1).any():
         raise UserError(f"expected images, found videos: grids (frames, rows, columns) {grids_I3.tolist()}")
-    output = encoder(pixel_values, grid_thw=grids_I3, output_hidden_states=True, **asked)
-    order = None
-    if hasattr(encoder, "permute_input_for_window_attn"):
-        from transformers.vision_utils import get_vision_window_index
-
-        window_index, _ = get_vision_window_index(grids_I3, merge, config.window_size, config.patch_size)
-        order = torch.argsort(window_index).to(pixel_values.device)
+    asked |= {"output_hidden_states": True}
+    known = _known(encoder, grids_I3, device)
+    order = known["window_index"].argsort() if "window_index" in known else None
+    output = encoder(pixel_values, grid_thw=to_device(grids_I3.numpy(), device), **known, **asked)
     sizes = [(rows, columns) for _, rows, columns in grids_I3.tolist()]
     maps = []
     for state_SC in output.hidden_states:
@@ -220,6 +219,26 @@ def _native_maps(
     return maps, output
 
 
+def _known(encoder: Any, grids_I3: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """What an encoder would ask the device for, counted on the host, by the names under which transformers takes it."""
+    used, config, known = vars(sys.modules[type(encoder).__module__]), encoder.config, dict[str, Tensor]()
+    if {"get_vision_cu_seqlens", "get_vision_attention_seqlens"} & used.keys():
+        known["cu_seqlens"] = vision_utils.get_vision_cu_seqlens(grids_I3)
+    if "get_vision_position_ids" in used and hasattr(encoder, "spatial_merge_size"):
+        known["position_ids"] = vision_utils.get_vision_position_ids(grids_I3, encoder.spatial_merge_size)
+    if hasattr(encoder, "interpolation_mode"):  # of learnt positions
+        how = encoder.num_grid_per_side, encoder.interpolation_mode, encoder.interpolation_align_corners
+        known["interp_indices"], known["interp_weights"] = vision_utils.get_vision_interpolation_indices_and_weights(
+            grids_I3, *how, config.spatial_merge_size
+        )
+    if hasattr(encoder, "permute_input_for_window_attn"):
+        known["window_index"], known["cu_window_seqlens"] = vision_utils.get_vision_window_index(
+            grids_I3, config.spatial_merge_size, config.window_size, config.patch_size
+        )
+    flash = "flash" in (config._attn_implementation or "")  # others let the host cut at the edges of images
+    return {k: v if k.startswith("cu_") and not flash else to_device(v.numpy(), device) for k, v in known.items()}
+
+
 def _native_patches(pixel_values: Tensor, config: Any) -> tuple[Tensor, Tensor]:
     """Images of one size (I, 3, h, w) as the patches and grids (I, 3) that a native encoder's own processor makes."""
     patch, merge, (images, _, height, width) = config.patch_size, config.spatial_merge_size, pixel_values.shape
@@ -230,7 +249,7 @@ def _native_patches(pixel_values: Tensor, config: Any) -> tuple[Tensor, Tensor]:
         )
     x = pixel_values.unflatten(3, (-1, merge, patch)).unflatten(2, (-1, merge, patch)).permute(0, 2, 5, 3, 6, 1, 4, 7)
     x = x.unsqueeze(6).expand(*[-1] * 6, config.temporal_patch_size, -1, -1)
-    grids_I3 = torch.tensor([[1, height // patch, width // patch]] * images, device=pixel_values.device)
+    grids_I3 = torch.tensor([[1, height // patch, width // patch]] * images)
     return x.flatten(5).flatten(0, 4), grids_I3
 
 

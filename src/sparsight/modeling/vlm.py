@@ -105,9 +105,15 @@ class SparsightModel(SparsightPreTrainedModel):
             levels_IHWC, output, _ = encode(tower, pixel_values, self.config.vision_levels, image_grid_thw, **asked)
         return tuple(levels_IHWC), output
 
-    def bridge_features(self, levels_IHWC: tuple[Tensor, ...], image_grid_thw: Tensor | None = None) -> Tensor:
-        """Visual tokens (I, N, E) from feature levels."""
-        return self.multi_modal_projector(*self._bridge_inputs(levels_IHWC, image_grid_thw))
+    def bridge_features(
+        self,
+        levels_IHWC: tuple[Tensor, ...],
+        image_grid_thw: Tensor | None = None,
+        image_index: Tensor | None = None,
+    ) -> Tensor:
+        """Visual tokens (I, N, E) from feature levels; ``image_index`` as in `forward`."""
+        visual_INE = self.multi_modal_projector(*self._bridge_inputs(levels_IHWC, image_grid_thw))
+        return visual_INE if image_index is None else visual_INE.index_select(0, image_index)
 
     def _bridge_inputs(
         self, levels_IHWC: tuple[Tensor, ...], image_grid_thw: Tensor | None
@@ -135,7 +141,11 @@ class SparsightModel(SparsightPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Any
+        self,
+        pixel_values: Tensor,
+        image_grid_thw: Tensor | None = None,
+        image_index: Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Visual tokens (I, N, E) in ``pooler_output``; with grids a list of I tensors (N, E), by which engines tell
         images of several sizes apart. The rest is the encoder's own: ``last_hidden_state``, and all ``hidden_states``
@@ -146,7 +156,7 @@ class SparsightModel(SparsightPreTrainedModel):
         asked = {"output_attentions": True} if kwargs.get("output_attentions") else {}
         lean = kwargs.get("levels_only") and not (every or asked)
         levels_IHWC, output = self._encode(pixel_values, image_grid_thw, whole=not lean, **asked)
-        visual_INE = self.bridge_features(levels_IHWC, image_grid_thw)
+        visual_INE = self.bridge_features(levels_IHWC, image_grid_thw, image_index)
         if lean:
             return BaseModelOutputWithPooling(pooler_output=visual_INE)
         states = getattr(output, "hidden_states", None) or output.feature_maps
@@ -219,6 +229,7 @@ class SparsightModel(SparsightPreTrainedModel):
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
         *,
+        image_index: Tensor | None = None,
         visual_index: Tensor | None = None,
         **kwargs: Any,
     ) -> SparsightModelOutput:
@@ -231,14 +242,14 @@ class SparsightModel(SparsightPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         encoded = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
-            encoded = self.get_image_features(pixel_values, image_grid_thw, **_LEAN)
+            encoded = self.get_image_features(pixel_values, image_grid_thw, image_index, **_LEAN)
         visual_INE = None
         if encoded is not None:
             visual_INE = encoded.pooler_output
             if visual_INE is None:  # cached features of a frozen encoder
                 # As an encoder gives them: without autocast, weights in fp32 take no bf16.
                 levels = tuple(level.float() for level in encoded.hidden_states)
-                visual_INE = self.bridge_features(levels, image_grid_thw)
+                visual_INE = self.bridge_features(levels, image_grid_thw, image_index)
             elif not isinstance(visual_INE, Tensor):
                 visual_INE = torch.stack(tuple(visual_INE))
             inputs_embeds = self._splice(visual_INE, input_ids, inputs_embeds, visual_index)
@@ -300,6 +311,7 @@ class SparsightForConditionalGeneration(Generates, SparsightPreTrainedModel, Gen
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_grid_thw: Tensor | None = None,
+        image_index: Tensor | None = None,
         loss_only: bool = False,
         visual_index: Tensor | None = None,
         supervised_index: Tensor | None = None,
@@ -311,6 +323,7 @@ class SparsightForConditionalGeneration(Generates, SparsightPreTrainedModel, Gen
         Args:
             pixel_values: images of the whole batch in reading order, (I, 3, h, w); samples may have 0 to k.
             image_grid_thw: (I, 3), when the pixels are the patches of a native-resolution encoder's own processor.
+            image_index: of each image in the text its row among those given, if one that is given stands there twice.
             mm_encoder_outputs: ``{"image": output}`` instead of pixels: visual tokens in ``pooler_output``, or
                 feature levels (I, H, W, C) in ``hidden_states``.
             labels: (B, T); -100 is not supervised.
@@ -332,6 +345,7 @@ class SparsightForConditionalGeneration(Generates, SparsightPreTrainedModel, Gen
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             image_grid_thw=image_grid_thw,
+            image_index=image_index,
             visual_index=visual_index,
             **kwargs,
         )

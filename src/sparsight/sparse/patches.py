@@ -33,7 +33,7 @@ class Held:
 @cache
 def keep_out_of_graphs() -> None:
     """Let torch.compile break its graphs at our wrappers: each choice of skipped layers would be a graph of its own."""
-    from torch._dynamo import trace_rules  # here, as it takes a second
+    from torch._dynamo import trace_rules  # transformers' models have loaded it by then
 
     trace_rules.add("sparsight.sparse")
 

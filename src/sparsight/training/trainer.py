@@ -126,6 +126,10 @@ class SparsightTrainer(Trainer):
             return data.to(device, non_blocking=may_overlap(device))  # from pinned memory: nobody waits
         return super()._prepare_input(data)
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Grids of patches stay on the host, which counts by them."""
+        return super()._prepare_inputs(inputs) | {key: inputs[key] for key in ("image_grid_thw",) if key in inputs}
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if "vision" not in self.stage.learning_rate.parts():
             self.model.model.vision_tower.eval()  # frozen is frozen: its batch norms keep their statistics too
