@@ -268,10 +268,10 @@ def trial(file: Path, work: Path, number: int, ranks: int, seed: int, straight: 
     record = {"kind": kind, "signal": name, "when": text, "seconds_to_end": round(seconds, 2), "codes": run.codes}
     record |= {"steps_logged": steps, "unfinished": state_of(out), **resumed(file, out, ranks, straight)}
     if 128 + signal.SIGTERM in run.codes.values():  # it saved: nothing may be lost
-        stage = STAGES[-1] if steps[STAGES[-1]] else STAGES[0]
         begun = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines() if '"resume"' in line]
         record["went_on_from"] = [(each["stage"], each["step"]) for each in begun if each.get("type") == "resume"]
-        lost = steps[stage] - max([step for name, step in record["went_on_from"] if name == stage], default=0)
+        first, last = (max([s for n, s in record["went_on_from"] if n == name], default=0) for name in STAGES)
+        lost = steps[STAGES[1]] - last if steps[STAGES[1]] or last else steps[STAGES[0]] - first
         record["steps_lost"] = max(0, lost)
         record["good"] &= lost <= 1
     record["good"] &= seconds < WITHIN and (name == "SIGKILL" or set(run.codes.values()) <= {143, -15, 0})
