@@ -109,8 +109,8 @@ def test_adapters_that_were_trained_on_it_load_again(kind: str, tmp_path: Any) -
     model.save_pretrained(tmp_path / "adapters")
     assert {file.name for file in (tmp_path / "adapters").glob("*.safetensors")} == {"adapter_model.safetensors"}
     again = PeftModel.from_pretrained(base(), tmp_path / "adapters")
-    with torch.no_grad():
-        expected = model.eval()(**batch).logits
-        assert torch.equal(again.eval()(**batch).logits, expected)
+    with torch.no_grad():  # in eval mode on a CPU with bf16, bitsandbytes wants widths that are multiples of 32
+        expected = model(**batch).logits
+        assert torch.equal(again.train()(**batch).logits, expected)
         with model.disable_adapter():
             assert not torch.allclose(model(**batch).logits, expected)
