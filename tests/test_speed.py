@@ -16,7 +16,7 @@ import sys
 folder, *arguments, short = sys.argv[1:]
 sys.path.insert(0, folder)
 import gpu
-for sys.argv in (["gpu.py", *arguments], ["gpu.py", *arguments[:-1], short, "--minutes", "0.001"]):
+for sys.argv in (["gpu.py", *arguments], ["gpu.py", *arguments[:-1], short, "--minutes", "0.0001"]):
     gpu.main()
 """
 TWICE = """
