@@ -243,6 +243,7 @@ def test_D12_what_loads_data_ends_with_the_process_that_it_serves(tmp_path: Path
     """Also where an error still holds the loader: nothing but Python's own end ends it then."""
 
     def work(rank: int) -> None:
+        multiprocessing.process._children.clear()  # type: ignore[attr-defined]  # of the process that forked this one
         event = At("on_step_begin", 4, raises(RuntimeError("oh")))
         trainer, _ = make(tmp_path / "run", None, event, dataloader_num_workers=1)
         try:

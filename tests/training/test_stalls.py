@@ -89,7 +89,7 @@ def test_D04_a_signal_to_one_rank_ends_both_behind_the_same_step(tmp_path: Path)
     assert whole(tmp_path / "run") == ["checkpoint-5"]
 
 
-@pytest.mark.parametrize("event, told", [(hangs, 1), (stops, 0)])
+@pytest.mark.parametrize("event, told", [(hangs, 1), pytest.param(stops, 0, marks=pytest.mark.long)])
 def test_D06_a_rank_that_hangs_is_named_and_all_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: Any, told: int
 ) -> None:
