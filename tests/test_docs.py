@@ -347,9 +347,8 @@ def test_F21_the_demo_learns_all_that_it_asks() -> None:
     if set(newest["runs"][0]["scores"]) != set(asked):
         pytest.skip("the newest result of the demo is one of an older recipe, with other tasks")
     for run in newest["runs"]:
-        for task, score in run["scores"].items():
-            chance, items = newest["chance"][task], newest["items"][task]
-            assert score - chance >= 3 * (chance * (1 - chance) / items) ** 0.5, (run["name"], task)
+        above = {task: round(100 * (score - newest["chance"][task])) for task, score in run["scores"].items()}
+        assert min(above.values()) >= 15, (run["name"], above)  # whole points, as reports show them
 
 
 def test_F27_the_figure_speaks_plainly() -> None:
