@@ -27,6 +27,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ranks_here import forked
 from sparsight.errors import UserError
 from sparsight.safety import LOCK, MANIFEST, faults, locked
+from sparsight.training import checkpoints
 from sparsight.training.checkpoints import Interrupted, SafeCheckpoints, explained
 
 STEPS = 8
@@ -137,6 +138,23 @@ def test_D04_a_signal_saves_the_step_and_sets_the_code(
         trainer.train()
     assert stopped.value.code == 128 + number and signal.getsignal(number) is before
     assert f"checkpoint-{ends}" in whole(tmp_path) and f"{name}: stopping after this step" in said(console)
+    resumed(tmp_path, straight)
+
+
+def test_D04_a_signal_while_the_ranks_agree_is_seen_at_the_next_step(
+    tmp_path: Path, straight: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = iter(range(100))
+
+    def agrees(number: int, _: torch.device) -> int:
+        if next(asked) == 3:  # at the end of step 4
+            os.kill(os.getpid(), signal.SIGTERM)
+        return number
+
+    monkeypatch.setattr(checkpoints, "largest", agrees)
+    trainer, _ = make(tmp_path, save_steps=100)
+    with pytest.raises(Interrupted, match="SIGTERM: stopped in training at step 5"):
+        trainer.train()
     resumed(tmp_path, straight)
 
 

@@ -198,9 +198,10 @@ class SafeCheckpoints(TrainerCallback):
             write_manifest(folder)
 
     def _stopped(self, args: TrainingArguments) -> int:
-        """The signal that any rank has had, on all ranks."""
-        self.signals.number = largest(self.signals.number, args.device)
-        return self.signals.number
+        """The signal that any rank has had, on all ranks. One that comes meanwhile is seen at the next step."""
+        agreed = largest(self.signals.number, args.device)
+        self.signals.number = self.signals.number or agreed
+        return agreed
 
     def _train(self, train: Callable[..., Any], resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         own, trainer, resume = self.trainer.args, self.trainer, resume_from_checkpoint
