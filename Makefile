@@ -78,7 +78,7 @@ photos: ## fetch photographs for scenes (cutouts: photos), 231 MB; on Debian
 	@"$(PYTHON)" scripts/fetch_photos.py $(PHOTOS)
 
 $(SMOLLM2_DONE): scripts/convert_smollm2.py | $(PACKAGES_DONE)
-	@echo "assets: converting SmolLM2-135M to safetensors (about 20 s, 520 MB)"
+	@echo "assets: converting SmolLM2-135M to safetensors (about 20 s, 270 MB)"
 	@$(PY) scripts/convert_smollm2.py $(ASSETS)/smollm2-135m
 
 demo: setup assets ## train small models in two ways, compare them and write a report

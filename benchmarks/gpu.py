@@ -91,7 +91,7 @@ def in_trainer(bench: Bench, model: Any, tokens: int, rounds: int, collate: Call
             per_device_train_batch_size=bench.batch,
             learning_rate=1e-6,
             optim="adamw_torch_fused",
-            bf16=cuda,
+            bf16=bench.stored == torch.bfloat16,
             use_cpu=not cuda,
             save_strategy="no",
             logging_strategy="no",

@@ -1,6 +1,7 @@
 """Time of a training step, way by way, beside what executed FLOPs allow.
 
-Forward, backward and AdamW in bf16 (fp32 on a CPU without it); images come as cached features, but where the encoder
+Forward, backward and AdamW in bf16 (fp32 on a CPU without it). What does not train has bf16 weights then, as pretrained
+models are stored and `sparsight train` loads them; what trains has fp32 ones. Images come as cached features, but where the encoder
 is what is measured. On a CPU: SmolLM2-135M and EfficientNet-lite0, batch 8. On CUDA: a CLIP-L/14 and a Llama of 7B with
 LoRA, random weights, and the largest batch (a power of two) with which a group's first variant fits in memory. The
 variants of a group take turns in one process: what else the machine does weighs on all. `reached` is the share of
@@ -99,18 +100,18 @@ class Bench:
     def __post_init__(self) -> None:
         self.width: dict[str, int] = {"width": 192, "heads": 3}
         self.vision: Any = "efficientnet-lite0"
+        self.stored = torch.bfloat16 if precision_on(self.device, "auto") == "bf16" else torch.float32
         if self.device.type == "cpu" and self.sizes is None:
             folder = language_folder("smollm2-135m")
             fewer = {} if self.layers is None else {"num_hidden_layers": self.layers}
-            self.language = AutoModelForCausalLM.from_pretrained(folder, **fewer)
+            self.language = AutoModelForCausalLM.from_pretrained(folder, dtype=self.stored, **fewer)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
             return
         llama, clip, self.width = self.sizes or ({}, CLIP, {})
-        fewer, dtype = {} if self.layers is None else {"num_hidden_layers": self.layers}, torch.bfloat16
-        dtype = torch.float32 if self.device.type == "cpu" else dtype
+        fewer = {} if self.layers is None else {"num_hidden_layers": self.layers}
         with self.device:
-            self.vision = AutoModel.from_config(CLIPVisionConfig(**clip, patch_size=14), dtype=dtype)
-            self.language = AutoModelForCausalLM.from_config(LlamaConfig(**(llama | fewer)), dtype=dtype)
+            self.vision = AutoModel.from_config(CLIPVisionConfig(**clip, patch_size=14), dtype=self.stored)
+            self.language = AutoModelForCausalLM.from_config(LlamaConfig(**(llama | fewer)), dtype=self.stored)
         self.tokenizer = scratch_tokenizer(ScratchLanguage(), ["Describe the image. dog dog"])
 
     @contextmanager
@@ -119,6 +120,8 @@ class Bench:
         rates = {"bridge": 1e-5} | ({} if trains == "frozen" else {"language": 1e-5})
         values = {"name": trains, "bridge": {"kind": "linear"}, "samples": 1, "learning_rate": rates}
         self.stage = Stage.model_validate(values | ({"lora": {"rank": 16}} if trains == "lora" else {}))
+        for parameter in self.language.parameters():  # a group before may have trained them
+            parameter.data = parameter.data.to(self.stored)
         model, _, _ = self.model("linear")
         lora = add_lora(model, self.stage.lora, seed=0)
         select_trainable(model, self.stage)
