@@ -1,12 +1,12 @@
 """Time of a training step, way by way, beside what executed FLOPs allow.
 
 Forward, backward and AdamW in bf16 (fp32 on a CPU without it). What does not train has bf16 weights then, as pretrained
-models are stored and `sparsight train` loads them; what trains has fp32 ones. Images come as cached features, but where the encoder
-is what is measured. On a CPU: SmolLM2-135M and EfficientNet-lite0, batch 8. On CUDA: a CLIP-L/14 and a Llama of 7B with
-LoRA, random weights, and the largest batch (a power of two) with which a group's first variant fits in memory. The
-variants of a group take turns in one process: what else the machine does weighs on all. `reached` is the share of
-executed FLOPs over the share of time, both of the variant's baseline: 1.0 where the clock follows the FLOPs, less where
-it lags behind.
+models are stored and `sparsight train` loads them; what trains has fp32 ones. Images come as cached features, but where
+the encoder is what is measured. On a CPU: SmolLM2-135M and EfficientNet-lite0, batch 8. On CUDA: a CLIP-L/14 and a
+Llama of 7B with LoRA, random weights, and the largest batch (a power of two) with which a group's first variant fits in
+memory. The variants of a group take turns in one process: what else the machine does weighs on all. `reached` is the
+share of executed FLOPs over the share of time, both of the variant's baseline: 1.0 where the clock follows the FLOPs,
+less where it lags behind.
 
 Peers run in the same step: transformers' LLaVA (with `use_cache=False`, to its advantage); layer dropout as in
 torchtune; random token dropping as in DeepSpeed's random-LTD.
@@ -54,7 +54,7 @@ from sparsight.settings.bridges import ResamplerConfig
 from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.settings.recipe import ScratchLanguage, Stage
 from sparsight.sparse.attach import SparseHandle, attach
-from sparsight.training.stages import add_lora, select_trainable
+from sparsight.training.stages import add_lora, narrow_adapters, select_trainable
 
 TEXT, SAMPLES = 24, 96  # text tokens of a sample, half of them learnt; samples of the packing group
 Loss = Callable[[], torch.Tensor]
@@ -128,7 +128,8 @@ class Bench:
         trained = [parameter for parameter in self.language.parameters() if parameter.requires_grad]
         self.language_optimizers = [adamw(trained)] if trained else []
         try:
-            yield
+            with narrow_adapters(model, self.stage, self.stored == torch.bfloat16):
+                yield
         finally:
             if lora is not None:
                 lora.unload()

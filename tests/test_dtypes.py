@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from transformers import CLIPVisionModel
 
 from small_runs import quiet, recipe_values, save_encoder, stage_values
 from sparsight.pipeline import evaluate, evaluate_checkpoint, files, load, run
+from sparsight.reporting import read_run
 from sparsight.settings.recipe import Recipe
+from sparsight.training import trainer
 from tiny import make_language
 
 PARTS = {"vision": "model.vision_tower.", "bridge": "model.multi_modal_projector.", "language": "model.language_model."}
@@ -96,3 +100,23 @@ def test_a_model_is_asked_on_the_device_and_in_what_it_is_fast_in(
     with pytest.raises(Seen):
         evaluate_checkpoint(tmp_path / "r" / "align" / "model", 2, "test", quiet())
     assert asked == [("meta", {torch.bfloat16 if fast else torch.float32})]
+
+
+def test_adapters_take_bf16_as_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As peft does it, all is widened and narrowed again: the same bits."""
+    tuned = stage_values(lora={"rank": 4}, samples=16)
+    recipe, plain, widened = recipe_of(tmp_path, stages=[tuned]), BaseTunerLayer._cast_input_dtype, set()
+
+    def watched(self: Any, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        taken = plain(self, x, dtype)
+        widened.add(taken is not x)
+        return taken
+
+    monkeypatch.setattr(BaseTunerLayer, "_cast_input_dtype", watched)
+    run(recipe, tmp_path / "ours", quiet())
+    assert widened == {False}
+    monkeypatch.setattr(trainer, "narrow_adapters", lambda *_: nullcontext())
+    run(recipe, tmp_path / "peft", quiet())
+    assert widened == {False, True}
+    ours, peft = (read_run(tmp_path / name).stages[0].steps for name in ("ours", "peft"))
+    assert [step["loss"] for step in ours] == [step["loss"] for step in peft]

@@ -88,6 +88,12 @@ def test_installed_versions_are_the_pinned_ones() -> None:
     assert different == {}
 
 
+@pytest.mark.xdist_group("alone")
+def test_groups_of_tests_hold(request: pytest.FixtureRequest) -> None:
+    """Two processes of pytest would else start the same ranks twice, and nothing would tell."""
+    assert request.node.nodeid.endswith("@alone") == getattr(request.config.option, "loadgroup", False)
+
+
 def test_attach_says_the_range_that_is_declared() -> None:
     assert f'"transformers{ATTACHING}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 

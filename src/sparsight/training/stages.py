@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -110,6 +111,16 @@ def add_lora(model: SparsightForConditionalGeneration, lora: Lora | None, seed: 
         adapted = LoraModel(model, config, "default")
     model._hf_peft_config_loaded = keep  # as after transformers' own `add_adapter`: it saves them apart
     return None if keep else adapted
+
+
+def narrow_adapters(model: nn.Module, stage: Stage, bf16: bool) -> AbstractContextManager[None]:
+    """Within, and under autocast, adapters take bf16 as it comes: peft would widen it to their own weights' fp32, for
+    autocast to narrow it again. The bits are the same, but for what dropout draws."""
+    if stage.lora is None or not bf16:
+        return nullcontext()
+    from peft.helpers import disable_input_dtype_casting
+
+    return disable_input_dtype_casting(model)
 
 
 def merge_lora(lora: Any) -> None:

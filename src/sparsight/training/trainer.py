@@ -37,7 +37,7 @@ from sparsight.training.checkpoints import SafeCheckpoints, agreed_checkpoint
 from sparsight.training.counter import StepCounter
 from sparsight.training.optimizer import LayerwiseAdamW, MuonAdamW, optimizer_flops
 from sparsight.training.quarantine import Quarantine
-from sparsight.training.stages import parameter_groups, part_of
+from sparsight.training.stages import narrow_adapters, parameter_groups, part_of
 
 # Asks the model behind a step, if it is due; told whether that is the stage's last one. Scores by task.
 Scorer = Callable[[int, bool], dict[str, float] | None]
@@ -419,7 +419,8 @@ def train_stage(
         if resume:  # without a checkpoint, too: steps that are in the log, but not in the weights, do not count
             log.write("resume", stage=stage.name, step=began)
         try:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            with narrow_adapters(model, stage, arguments.bf16):
+                trainer.train(resume_from_checkpoint=checkpoint)
         finally:
             trainer.look()
             if handle is not None and engine() == "ddp":  # else wrapped by the engine, and not to be run again
