@@ -128,8 +128,7 @@ class Bench:
         trained = [parameter for parameter in self.language.parameters() if parameter.requires_grad]
         self.language_optimizers = [adamw(trained)] if trained else []
         try:
-            with narrow_adapters(model, self.stage, self.stored == torch.bfloat16):
-                yield
+            yield
         finally:
             if lora is not None:
                 lora.unload()
@@ -164,7 +163,8 @@ class Bench:
         return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids), "use_cache": False}
 
     def seconds(self, step: Step) -> float:
-        with step.around() as handle:
+        bf16 = self.stored == torch.bfloat16
+        with step.around() as handle, narrow_adapters(self.language, self.stage, bf16):
             start = now(self.device)
             for loss in step.losses:
                 with autocast("auto", self.device):
