@@ -21,7 +21,7 @@ from sparsight.reporting import (
     write_report,
 )
 from sparsight.reporting.comparison import score_rows
-from sparsight.reporting.report import score_table
+from sparsight.reporting.report import cost_table, score_table
 from sparsight.reporting.tables import duration, human, speed_up
 
 
@@ -83,7 +83,7 @@ def test_the_form_is_the_contract(runs):
     }
     assert set(result["runs"][0]) == keys
     keys = {"name", "seconds", "executed_flops", "visual_tokens", "samples", "bridge", "layout", "finished"}
-    keys |= {"peak_memory_bytes", "cpu_seconds", "data_wait", "loss"}
+    keys |= {"peak_memory_bytes", "cpu_seconds", "encoding_seconds", "data_wait", "loss"}
     assert set(result["runs"][0]["stages"][0]) == keys
     assert set(result["ratios"]["sparsight"]) == {"pretrain", "finetune", "total", "score"}
     assert (result["chance"], result["warnings"], result["env"]) == (TASKS, [], ENVIRONMENT)
@@ -325,6 +325,8 @@ def test_encoding_counts_in_the_time_to_a_loss(runs):
     other = replace(runs[1], stages=[encoded], name="encoded")
     found = compare([runs[1], other])["to_loss"]["pretrain"]["seconds"]
     assert found[1] == pytest.approx(found[0] + 100)
+    said = [cost_table(compare([base, runs[0]])).hint for base in (other, runs[1])]
+    assert ["of pretrain are for encoding images" in hint for hint in said] == [True, False]
 
 
 def test_what_is_not_finished_has_no_ratio(runs):

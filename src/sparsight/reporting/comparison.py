@@ -90,7 +90,7 @@ def _entry(run: Run) -> dict[str, Any]:
 
 
 def _stage_entry(stage: StageRun) -> dict[str, Any]:
-    costs = ("seconds", "executed_flops", "data_wait", "cpu_seconds")
+    costs = ("seconds", "encoding_seconds", "executed_flops", "data_wait", "cpu_seconds")
     keys = ("name", *costs, "visual_tokens", "samples", "bridge", "layout", "finished")
     peak, loss = stage.highest("memory_bytes"), stage.curve.final
     return {key: getattr(stage, key) for key in keys} | {"peak_memory_bytes": peak, "loss": loss}

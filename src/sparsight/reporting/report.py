@@ -133,6 +133,9 @@ def cost_table(comparison: Comparison) -> Table:
     columns += [Column("samples", wide=True), Column("time"), Column("FLOPs")]
     columns += [Column(head, wide=True) for head in ("x time", "x FLOPs", "CPU", "memory", "data wait", "loss")]
     hint = f"speed-up: over {runs[0]['name']}, of what executed FLOPs allow"
+    for name, own in ((each["name"], each["encoding_seconds"]) for each in runs[0]["stages"]):
+        if own:
+            hint += f"; {duration(own)} of {name} are for encoding images: done once by a command, counted in each run"
     return Table([*columns, Column("speed-up")], rows, "Training cost", hint, sections)
 
 
