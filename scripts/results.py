@@ -548,8 +548,8 @@ def orderings_table(name: str, result: dict) -> str:
 FIGURE = {
     "resampler-336": ("A resampler of 336 queries,\n336 visual tokens throughout", "right", (-9, 0)),
     "mlp-256": ("LLaVA's MLP on each of 256 patches,\n256 visual tokens throughout", "left", (9, -14)),
-    "cos 24-24": ("Chain-of-Sight,\n24 visual tokens throughout", "left", (9, 24)),
-    "cos 24-24, longer": ("Chain-of-Sight, 24 visual tokens,\ntwice the pre-training", "left", (9, 4)),
+    "cos 24-24": ("Chain-of-Sight,\n24 visual tokens throughout", "left", (9, 32)),
+    "cos 24-24, longer": ("Chain-of-Sight, 24 visual tokens,\ntwice the pre-training", "left", (9, 8)),
     "cos 32-336 settled": ("Chain-of-Sight,\n32 visual tokens, then 336", "left", (9, -26)),
 }
 
