@@ -397,8 +397,7 @@ def train_stage(
             or attention that takes no weights of tokens.
     """
     _check_weights_can_be_taken(stage, model.model.language_model.config._attn_implementation)
-    folder = Path(str(arguments.output_dir))
-    checkpoint = agreed_checkpoint(folder, console) if resume else None
+    checkpoint = agreed_checkpoint(Path(str(arguments.output_dir)), console) if resume else None
     if checkpoint:
         check_resumed(Path(checkpoint))
     began = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
