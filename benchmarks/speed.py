@@ -101,14 +101,13 @@ class Bench:
         self.width: dict[str, int] = {"width": 192, "heads": 3}
         self.vision: Any = "efficientnet-lite0"
         self.stored = torch.bfloat16 if precision_on(self.device, "auto") == "bf16" else torch.float32
+        fewer = {} if self.layers is None else {"num_hidden_layers": self.layers}
         if self.device.type == "cpu" and self.sizes is None:
             folder = language_folder("smollm2-135m")
-            fewer = {} if self.layers is None else {"num_hidden_layers": self.layers}
             self.language = AutoModelForCausalLM.from_pretrained(folder, dtype=self.stored, **fewer)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
             return
         llama, clip, self.width = self.sizes or ({}, CLIP, {})
-        fewer = {} if self.layers is None else {"num_hidden_layers": self.layers}
         with self.device:
             self.vision = AutoModel.from_config(CLIPVisionConfig(**clip, patch_size=14), dtype=self.stored)
             self.language = AutoModelForCausalLM.from_config(LlamaConfig(**(llama | fewer)), dtype=self.stored)

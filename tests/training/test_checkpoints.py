@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import multiprocessing.util
 import os
@@ -141,21 +142,34 @@ def test_D04_a_signal_saves_the_step_and_sets_the_code(
     resumed(tmp_path, straight)
 
 
+def signalled(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    """A signal comes while the ranks agree on signals at the end of a step; ``STEPS + 1``: behind the last one."""
+    asked = itertools.count(1)
+
+    def agrees(found: int, _: torch.device) -> int:
+        if next(asked) == step:
+            os.kill(os.getpid(), number)
+        return found
+
+    monkeypatch.setattr(checkpoints, "largest", agrees)
+
+
 def test_D04_a_signal_while_the_ranks_agree_is_seen_at_the_next_step(
     tmp_path: Path, straight: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = iter(range(100))
-
-    def agrees(number: int, _: torch.device) -> int:
-        if next(asked) == 3:  # at the end of step 4
-            os.kill(os.getpid(), signal.SIGTERM)
-        return number
-
-    monkeypatch.setattr(checkpoints, "largest", agrees)
+    signalled(monkeypatch, 4, signal.SIGTERM)
     trainer, _ = make(tmp_path, save_steps=100)
     with pytest.raises(Interrupted, match="SIGTERM: stopped in training at step 5"):
         trainer.train()
     resumed(tmp_path, straight)
+
+
+def test_D04_a_signal_behind_the_last_step_takes_its_effect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signalled(monkeypatch, STEPS + 1, signal.SIGINT)
+    trainer, _ = make(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert f"checkpoint-{STEPS}" in whole(tmp_path) and not (tmp_path / LOCK).exists()
 
 
 def test_D04_a_second_signal_ends_at_once(tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def save(
     shutil.rmtree(partial, ignore_errors=True)  # ours, which a kill cut short
     with (
         naming_space(folder, model.get_memory_footprint, "The stage's checkpoints are whole"),
-        StopSignals() as signals,
+        StopSignals(),
     ):
         save_model(model, partial)
         processor.save_pretrained(partial)
@@ -228,8 +228,6 @@ def save(
         write_manifest(partial)
         partial.rename(folder)  # an error if something is there: `holds_run` has found nothing
         flush(folder.parent)
-    if signals.number:
-        os.kill(os.getpid(), signals.number)
 
 
 def finished(recipe: Recipe, out: Path, console: Console) -> list[str]:

@@ -47,7 +47,8 @@ class Interrupted(SystemExit):
 
 
 class StopSignals:
-    """Within, the first SIGINT, SIGTERM or SIGHUP is kept as ``number``; the second one ends the process at once."""
+    """Within, the first SIGINT, SIGTERM or SIGHUP is kept as ``number``; the second one ends the process at once. One
+    that is there at the end takes its effect then, unless an error ends it."""
 
     def __init__(self, told: Callable[[str], None] | None = None) -> None:
         self.told, self.number, self.since = told, 0, 0.0
@@ -61,18 +62,20 @@ class StopSignals:
                     self.before[number] = signal.signal(number, self._noted)
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, error: type[BaseException] | None = None, *_: Any) -> None:
         while self.before:
             number, before = self.before.popitem()
             signal.signal(number, signal.SIG_DFL if before is None else before)
+        if self.number and error is None:
+            os.kill(self.mine, self.number)
 
     def _noted(self, number: int, _: Any) -> None:
         if os.getpid() != self.mine:  # a process that loads data: the terminal signals it too, but its work is needed
             return
         if self.number:
             if "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - self.since > _LAUNCHER:
+                self.number = number
                 self.__exit__()
-                os.kill(self.mine, number)
             return
         self.number, self.since = number, time.monotonic()
         if self.told is not None:
@@ -225,9 +228,9 @@ class SafeCheckpoints(TrainerCallback):
                         raise error
             finally:
                 self.trains.value = 0
-        step, steps = trainer.state.global_step, trainer.state.max_steps
-        text = f"{signal.Signals(number).name}: stopped in {self.name} at step {step} of {steps}"
-        raise Interrupted(text, number)
+            step, steps = trainer.state.global_step, trainer.state.max_steps
+            text = f"{signal.Signals(number).name}: stopped in {self.name} at step {step} of {steps}"
+            raise Interrupted(text, number)
 
     def _folder(self) -> Path:
         return Path(self.trainer.args.output_dir, f"checkpoint-{self.trainer.state.global_step}")
