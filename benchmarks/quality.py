@@ -439,20 +439,20 @@ def _work(stage: Stage) -> str:
     return stage.model_dump_json(exclude={"name", "samples", "learning_rate", "schedule", "warmup", "checkpoints"})
 
 
-def clock(names: Sequence[str], results: Results, rounds: int, console: Console) -> None:
+def clock(names: Sequence[str], results: Results, data: str, rounds: int, console: Console) -> None:
     """Seconds of a step of every stage of these rows, taking turns in this process, there and back; the first round is
     left out. And each row's seconds in all, with what encoding its images takes. Stages whose steps are the same work
     are one."""
     precision = precision_on(default_device(), "auto")
-    recipes = {name: recipe_of(ROWS[name], 0, results.best("scenes", name, precision)) for name in names}
+    recipes = {name: recipe_of(ROWS[name], 0, results.best(data, name, precision), data) for name in names}
     parts = {_work(stage): (name, stage) for name, recipe in recipes.items() for stage in recipe.stages}
     found: dict[str, list[StageRun]] = {key: [] for key in parts}
     with tempfile.TemporaryDirectory() as folder:
         for turn in track(range(rounds + 1), "measuring", console=console):
             for key, (name, stage) in list(parts.items())[:: 1 if turn % 2 else -1]:
-                short = stage.model_copy(update={"samples": CLOCKED * 32, "checkpoints": 0})
-                data = recipes[name].data.model_copy(update={"scenes": IMAGES})
-                recipe = recipes[name].model_copy(update={"stages": (short,), "data": data})
+                short = stage.model_copy(update={"samples": CLOCKED * stage.batch_size, "checkpoints": 0})
+                scenes = recipes[name].data.model_copy(update={"scenes": IMAGES})
+                recipe = recipes[name].model_copy(update={"stages": (short,), "data": scenes})
                 out = Path(folder) / "run"
                 run(recipe, out, Console(quiet=True), cache_root=Path(folder) / "cache")
                 found[key] += read_run(out).stages
@@ -466,13 +466,13 @@ def clock(names: Sequence[str], results: Results, rounds: int, console: Console)
             flops = statistics.fmean(step["flops"] for step in runs[0].steps)
             step: dict[str, Any] = {"seconds": statistics.median(times), "rounds": times, "flops": flops}
             first = float(all(stage.image_size != earlier["image_size"] for earlier in row["stages"]))  # of this size
-            encoding = first * runs[0].encoding_seconds / IMAGES * shared("scenes")["data"]["scenes"]
+            encoding = first * runs[0].encoding_seconds / IMAGES * shared(data)["data"]["scenes"]
             sizes = {"image_size": stage.image_size, "steps": stage.steps, "encoding": encoding}
             row["stages"].append({"name": stage.name, **sizes, **step})
             row["seconds"] += stage.steps * step["seconds"] + encoding
         rows.append(row)
         console.print(f"{name}: {row['seconds']:.0f} s, {row['seconds'] / rows[0]['seconds']:.3f} of the first's")
-    result = {"precision": precision, "rounds": rounds, "threads": torch.get_num_threads(), "rows": rows}
+    result = {"data": data, "precision": precision, "rounds": rounds, "threads": torch.get_num_threads(), "rows": rows}
     write_result("quality-clock", result, None, console)
 
 
@@ -500,7 +500,7 @@ def main() -> None:
     if options.data == "easy-vqa":
         write_easy_vqa(Path(shared("easy-vqa")["data"]["path"]).parent)
     if options.clock:
-        clock(selected(options.rows), Results(options.out), options.rounds, console)
+        clock(selected(options.rows), Results(options.out), options.data, options.rounds, console)
     else:
         work_through(options, Results(options.out), console)
 

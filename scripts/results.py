@@ -305,9 +305,10 @@ def quality(folder: Path) -> dict:
     for file in sorted((folder / "quality").glob("*.json"), key=lambda file: file.stem.rsplit("-", 1)[-1]):
         entry = json.loads(file.read_text(encoding="utf-8"))
         rows[same(entry)] = rows.get(same(entry), {}) | entry | {"own": True}
-    clocks = sorted(folder.glob("quality-clock-*.json"))
-    clock = json.loads(clocks[-1].read_text(encoding="utf-8")) if clocks else first["clock"]
-    clock["rows"] = [row | {"row": row["row"].replace("standard", BASELINES[1])} for row in clock["rows"]]
+    clocks = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("quality-clock-*.json"))]
+    clock = {each.get("data", "scenes"): each for each in [first["clock"], *clocks]}
+    for each in clock.values():
+        each["rows"] = [row | {"row": row["row"].replace("standard", BASELINES[1])} for row in each["rows"]]
     return {"rows": list(rows.values()), "clock": clock}
 
 
@@ -352,8 +353,8 @@ def flops(entry: dict, early: bool = False) -> float:
 
 def seconds(result: dict, entry: dict) -> float | None:
     """What an entry's steps, and encoding its images, take by the clock of its row; None without one."""
-    clocked = {row["row"]: row["stages"] for row in result["clock"]["rows"]}
-    if entry["row"] not in clocked or entry["data"] != "scenes":
+    clocked = {row["row"]: row["stages"] for row in result["clock"].get(entry["data"], {"rows": ()})["rows"]}
+    if entry["row"] not in clocked:
         return None
     pairs = zip(entry["stages"], clocked[entry["row"]], strict=True)
     return sum(stage["planned_steps"] * step["seconds"] + step["encoding"] for stage, step in pairs)
@@ -370,12 +371,12 @@ def quality_table(
     if (base := baseline(rows)) is None:
         return f"**quality**, {which}: not run yet"
     (first, *_), tasks = rows[base], list(rows[base][0]["test"]["scores"])
+    timed = f", {result['clock'][data].get('precision', 'bf16')}" if data in result["clock"] else ": not measured"
     called, whole = (names or {}).get(base[0], base[0]), seconds(result, first)
     lines = [
         f"**quality**, {which}: test scores in percent, means over seeds; cost relative to *{called}*, of pre-training "
-        f"alone in brackets; time of steps in turn, {result['clock'].get('precision', 'bf16')} "
-        "(`benchmarks/results/quality/`; rows with * are of one file, `quality-2026-11-21.json`, "
-        "which names one machine and commit for all of them)",
+        f"alone in brackets; time of steps in turn{timed} (`benchmarks/results/quality/`; rows with * are of one file, "
+        "`quality-2026-11-21.json`, which names one machine and commit for all of them)",
         "",
         "| row | tokens by stage | FLOPs | time | " + " | ".join(tasks) + " | mean | seeds | settings tried |",
         "|---" * (len(tasks) + 7) + "|",
@@ -609,6 +610,7 @@ PAGES: dict[str, list[tuple[str, Show]]] = {
         ("quality", partial(quality_table, split=5)),
         ("quality", partial(quality_table, data="details")),
         ("quality", partial(quality_table, data="easy-vqa")),
+        ("quality", partial(quality_table, data="smollm2")),
         ("quality", margins_table),
         ("quality", orderings_table),
     ],

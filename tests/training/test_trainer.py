@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -31,7 +31,7 @@ from sparsight.training.checkpoints import Interrupted, last_checkpoint
 from sparsight.training.counter import StepCounter, cpu_seconds, resident_now
 from sparsight.training.stages import add_lora, merge_lora, select_trainable
 from sparsight.training.trainer import plan_stage
-from tiny import make_vlm
+from tiny import make_language, make_vlm
 
 BRIDGE_AND_LANGUAGE = {"bridge": 2e-3, "language": 1e-3}
 ALL = BRIDGE_AND_LANGUAGE | {"vision": 1e-3}
@@ -286,6 +286,23 @@ def test_an_interrupted_stage_goes_on_as_if_nothing_had_happened(
     assert again.losses() == {number: loss for number, loss in straight.items() if number > began}
     ends = weights(model, lora)
     assert all(torch.equal(ends[name], right[name]) for name in right)
+
+
+def test_a_tied_weight_is_not_missing_when_a_stage_goes_on(tmp_path: Path, caplog) -> None:
+    """It is saved once, under its other name."""
+    language, tokenizer = make_language()
+    config = language.config
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    build = lambda: make_vlm(language=AutoModelForCausalLM.from_config(config), tokenizer=tokenizer)  # noqa: E731
+    recipe, stage = one_stage(samples=8, checkpoints=2)
+    model, processor, _ = prepared(build, stage)
+    with pytest.raises(Crash):
+        train(model, processor, recipe, stage, tmp_path, training_set(processor, recipe, stage, before_step=2))
+    model, processor, _ = prepared(build, stage)
+    train(model, processor, recipe, stage, tmp_path, resume=True)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert "missing keys" not in caplog.text
 
 
 def test_a_stage_that_follows_the_gap_logs_it_and_goes_on(tmp_path: Path, tiny_vlm) -> None:

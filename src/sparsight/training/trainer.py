@@ -86,7 +86,9 @@ class SparsightTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         if not self.frozen_base:  # else most weights are not in a checkpoint
-            super()._issue_warnings_after_load(load_result)
+            tied = self.model.all_tied_weights_keys  # saved once, under the name of the weight that they are
+            missing = [key for key in load_result.missing_keys if key not in tied]
+            super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def track(self, record: Mapping[str, Any]) -> None:
         """To the trackers alone, as ``seconds/data``: `Trainer.log` would keep all records in every checkpoint."""
