@@ -482,15 +482,15 @@ def points(test: PairedTest) -> str:
     return f"{100 * test.difference:+.1f} ({100 * test.low:+.1f} to {100 * test.high:+.1f})"
 
 
-def margins_table(name: str, result: dict) -> str:
-    """Each task of the core rows against the better ordinary bridge."""
-    rows = entries(result)
-    base = baseline(rows)
-    assert base is not None
+def margins_table(name: str, result: dict, data: str = "scenes") -> str:
+    """Each task of the core rows against the better ordinary bridge; nothing where none has run."""
+    rows = entries(result, data)
+    if (base := baseline(rows)) is None:
+        return ""
     tasks = list(rows[base][0]["test"]["scores"])
     lines = [
-        f"Task by task against *{base[0]}* in {base[1]}: difference in points and its 95% interval over images and "
-        f"seeds that both have; bold where the score is below 99% of *{base[0]}*'s.",
+        f"Task by task against *{base[0]}* in {base[1]}, {data}: difference in points and its 95% interval over images "
+        f"and seeds that both have; bold where the score is below 99% of *{base[0]}*'s.",
         "",
         "| row | " + " | ".join(tasks) + " | mean | seeds |",
         "|---" * (len(tasks) + 3) + "|",
@@ -612,6 +612,7 @@ PAGES: dict[str, list[tuple[str, Show]]] = {
         ("quality", partial(quality_table, data="easy-vqa")),
         ("quality", partial(quality_table, data="smollm2")),
         ("quality", margins_table),
+        ("quality", partial(margins_table, data="smollm2")),
         ("quality", orderings_table),
     ],
     "docs/speed.md": [("speed-", speed_table)],
