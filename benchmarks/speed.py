@@ -315,7 +315,7 @@ METHODS: dict[str, Any] = {
 LLAVA = "peer: LLaVA of transformers, {} tokens"
 # What trains on a CPU; on CUDA, LoRA does in all but the first group, and the third is left out.
 GROUPS = {group: "frozen" for group in ("frozen", "packing", "cache", "loss", "compile", "peers")}
-GROUPS |= {"lora": "lora", "full": "full", "methods": "full", "idle": "full"}
+GROUPS |= {"lora": "lora", "lora, compiled": "lora", "full": "full", "methods": "full", "idle": "full"}
 
 
 def pairs(group: str, plain: str, other: str, **how: Any) -> list[Variant]:
@@ -346,6 +346,7 @@ VARIANTS = [
     *pairs("loss", "logits of all positions", "logits of labelled ones", loss=("all", "labelled")),
     *against("loss", ALL, {"336 tokens, liger's fused loss": partial(ours, loss="fused")}),
     *pairs("compile", "plain", "compiled layers", compiled=(False, True)),
+    *against("lora, compiled", "336 tokens", {n: partial(make, compiled=True) for n, make in list(SCALES.items())[:4]}),
     *against("peers", LLAVA.format(576), PEERS | {f"ours, {name}": make for name, make in SCALES.items()}),
 ]
 
