@@ -43,8 +43,11 @@ def build(root: Path) -> None:
 
 
 def fetch(folder: Path, path: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PATH": path})
+    """The folder is named from where one stands, as `make photos` names it."""
+    command, there = [sys.executable, str(SCRIPT), folder.name], folder.parent
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=there, env=os.environ | {"PATH": path}
+    )
 
 
 @needs_dpkg
