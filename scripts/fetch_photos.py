@@ -35,7 +35,7 @@ def unpack(package: str, beside: Path) -> Path:
     made = beside / package
     made.mkdir()
     for command in (["apt-get", "-qq", "download", package], ["dpkg-deb", "-x", f"{package}_*.deb", package]):
-        found = [next(beside.glob(part)).name if "*" in part else part for part in command]
+        found = [str(*beside.glob(part)) if "*" in part else part for part in command]
         done = subprocess.run(found, cwd=beside, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"photos: {' '.join(found)} failed:\n{done.stderr}Try `apt-get update` first.")
@@ -80,4 +80,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "assets/photos"))
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "assets/photos").absolute())  # as dpkg-deb runs elsewhere
