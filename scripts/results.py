@@ -261,6 +261,13 @@ SHOWN = {
     "cos 32-32": "32 tokens throughout",
     "cos 32-336 settled": "32 tokens, then 336",
     "cos 32-336 settled sts": "32 tokens, then 336, layer skipper in fine-tuning",
+    "mlp-256 + both": "LLaVA's MLP and the Sparse Training Scheme",
+}
+# How `headline` begins on each kind of data, but for the next letter.
+LED = {
+    "scenes": "T",
+    "photos": "On photographs t",
+    "smollm2": "With a pretrained language model (SmolLM2-135M, LoRA) t",
 }
 # The papers' orderings: what is said, the row that should be ahead, the other one.
 ORDERINGS = (
@@ -452,19 +459,29 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}" + "s" * (number != 1)
 
 
-def headline(name: str, result: dict) -> str:
-    """The baseline, what 24 tokens throughout cost beside it, and the task that pays most."""
-    rows = entries(result)
-    base = baseline(rows)
-    assert base is not None
-    theirs = rows[base]
-    tried = f"{counted(len(theirs), 'seed')}, {counted(theirs[0]['tried'], 'setting')} tried"
-    key = max((key for key in rows if key[0] == "cos 24-24"), key=lambda key: (margins(rows[key], theirs)[1], *key))
-    ours, clock = rows[key], [seconds(result, row[0]) for row in (rows[key], theirs)]
+def headline(name: str, result: dict, data: str = "scenes", shown: tuple[str, ...] = ("cos 24-24",)) -> str:
+    """The baseline on these data, what other rows cost beside it, and the task that pays most; nothing where none of
+    those has run."""
+    rows = entries(result, data)
+    base, there = baseline(rows), [row for row in shown if any(row == key[0] for key in rows)]
+    if base is None or base[0] not in BASELINES or not there:
+        return ""
+    tried = f"{counted(len(rows[base]), 'seed')}, {counted(rows[base][0]['tried'], 'setting')} tried"
+    which = ", the better of the two usual bridges" if all(any(b == key[0] for key in rows) for b in BASELINES) else ""
+    said = [f"{LED[data]}he baseline is {SHOWN[base[0]]} ({base[1]}; {tried}){which}."]
+    for row in there:
+        key = max((key for key in rows if key[0] == row), key=lambda key: (margins(rows[key], rows[base])[1], *key))
+        said.append(verdict(result, rows[key], rows[base]))
+    return " ".join([*said, "(Points with 95% intervals, one precision.)"])
+
+
+def verdict(result: dict, ours: list[dict], theirs: list[dict]) -> str:
+    """What a row costs of the baseline, whether it is ahead, and its worst task."""
+    clock = [seconds(result, row[0]) for row in (ours, theirs)]
     time = f"{clock[0] / clock[1]:.2f}" if clock[0] and clock[1] else "not measured beside it"
     said = (
-        f"The baseline is {SHOWN[base[0]]} ({base[1]}; {tried}), the better of the two usual bridges. With "
-        f"{SHOWN[key[0]]} a whole training executes {flops(ours[0]) / flops(theirs[0]):.2f} of its FLOPs; time: {time}."
+        f"With {SHOWN[ours[0]['row']]} a whole training executes {flops(ours[0]) / flops(theirs[0]):.2f} of its FLOPs; "
+        f"time: {time}."
     )
     tasks, seeds = margins(ours, theirs)
     if not seeds:
@@ -473,8 +490,8 @@ def headline(name: str, result: dict) -> str:
     word = "ahead" if all_tasks.low > 0 else "behind" if all_tasks.high < 0 else "not ahead of it, nor behind"
     task, (test, _) = min(tasks.items(), key=lambda pair: pair[1][0].difference)
     return (
-        f"{said} In the mean of all tasks it is {word}: {points(all_tasks)}. Its worst task is {task}: {points(test)}. "
-        f"(Points with 95% intervals, {counted(seeds, 'seed')} of both, one precision.)"
+        f"{said} In the mean of all tasks it is {word}: {points(all_tasks)}. Its worst task is {task}: {points(test)}, "
+        f"{counted(seeds, 'seed')} of both."
     )
 
 
@@ -600,18 +617,25 @@ def newest(folder: Path) -> dict[str, dict]:
 core = partial(quality_table, names=SHOWN)
 methods = partial(speed_table, only=("methods", "idle"))
 Show = Callable[[str, dict], str]
+HEADLINES: list[tuple[str, Show]] = [
+    ("quality", headline),
+    ("quality", partial(headline, data="smollm2", shown=("mlp-256 + both", "cos 32-32"))),
+    ("quality", partial(headline, data="photos")),
+]
 # Page -> results whose names begin so, and how they are shown.
 PAGES: dict[str, list[tuple[str, Show]]] = {
-    "README.md": [("quality", short_table), ("quality", headline)],
-    "docs/measured.md": [("quality", headline), ("quality", core), ("demo", table), ("scenes-60min", table)],
+    "README.md": [("quality", short_table), *HEADLINES],
+    "docs/measured.md": [*HEADLINES, ("quality", core), ("demo", table), ("scenes-60min", table)],
     "docs/chain-of-sight.md": [("bridge-", bridge_table), ("scaling", scaling_table)],
     "docs/quality.md": [
         ("quality", quality_table),
         ("quality", partial(quality_table, split=5)),
         ("quality", partial(quality_table, data="details")),
         ("quality", partial(quality_table, data="easy-vqa")),
+        ("quality", partial(quality_table, data="photos")),
         ("quality", partial(quality_table, data="smollm2")),
         ("quality", margins_table),
+        ("quality", partial(margins_table, data="photos")),
         ("quality", partial(margins_table, data="smollm2")),
         ("quality", orderings_table),
     ],
@@ -637,6 +661,7 @@ def render(page: str, folder: Path = ROOT / "benchmarks/results") -> str:
     """What stands between the marks of a page."""
     results = newest(folder)
     shown = [show(name, r) for start, show in PAGES[page] for name, r in results.items() if name.startswith(start)]
+    shown = [text for text in shown if text]
     return "\n\n".join(["## What was measured", *shown] if page == "README.md" else shown)
 
 
