@@ -6,8 +6,11 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
-from sparsight.evaluation.significance import PairedTest, bootstrap, paired_test
+import numpy as np
+
+from sparsight.evaluation.significance import Graded, PairedTest, bootstrap, by_grade, paired_test
 
 START, END = "<!-- results: start -->", "<!-- results: end -->"
 ROOT = Path(__file__).parents[1]
@@ -438,12 +441,16 @@ def grouped(seeds: list[dict]) -> tuple[list[list[float]], list[int], list[str]]
     return points, [*chain(*images.values())], [task for task, own in images.items() for _ in own]
 
 
+def paired(ours: list[dict], theirs: list[dict]) -> list[tuple[dict, dict]]:
+    """Entries of two rows that have seed and precision in common."""
+    alike = lambda entry: (entry["seed"], entry["precision"])  # noqa: E731
+    return [(a, b) for a in ours for b in theirs if alike(a) == alike(b)]
+
+
 def margins(ours: list[dict], theirs: list[dict]) -> tuple[dict[str, tuple[PairedTest, bool]], int]:
     """By task, and for their mean, the paired test of two rows over the seeds that both have in one precision, and
     whether ours is below 99% of theirs; and how many seeds those are."""
-    alike = lambda entry: (entry["seed"], entry["precision"])  # noqa: E731
-    pairs = [(a, b) for a in ours for b in theirs if alike(a) == alike(b)]
-    found = {}
+    pairs, found = paired(ours, theirs), {}
     for task, images in pairs[0][0]["test"]["images"].items() if pairs else ():
         mine, other = ([entry["test"]["points"][task] for entry in side] for side in zip(*pairs, strict=True))
         found[task] = paired_test(mine, other, images), fmean(chain(*mine)) < 0.99 * fmean(chain(*other))
@@ -572,9 +579,8 @@ FIGURE = {
 }
 
 
-def draw(result: dict, file: Path) -> None:
-    """Cost of the whole training against the mean score, with its 95% interval: the rows of `FIGURE`. The figure has a
-    ground of its own, so that it can be read on a light page and on a dark one."""
+def _pyplot() -> Any:
+    """Set up so that a figure is the same file wherever it is drawn."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -582,6 +588,13 @@ def draw(result: dict, file: Path) -> None:
 
     matplotlib.rcParams |= {"svg.hashsalt": "sparsight", "font.size": 11, "svg.fonttype": "none"}
     matplotlib.rcParams |= {"figure.constrained_layout.w_pad": 0.15, "figure.constrained_layout.h_pad": 0.15}
+    return pyplot
+
+
+def draw(result: dict, file: Path) -> None:
+    """Cost of the whole training against the mean score, with its 95% interval: the rows of `FIGURE`. The figure has a
+    ground of its own, so that it can be read on a light page and on a dark one."""
+    pyplot = _pyplot()
     rows, base = of_figure(result)
     figure, panel = pyplot.subplots(figsize=(8.6, 4.4), layout="constrained", facecolor="white")
     for (row, _), seeds in rows.items():
@@ -599,8 +612,58 @@ def draw(result: dict, file: Path) -> None:
     panel.set_ylabel("mean score of seven tasks, %")
     panel.set(xticks=[0, 0.5, 1, 1.5], yticks=[80, 85, 90, 95])
     panel.grid(alpha=0.3)
-    for side in ("top", "right"):
-        panel.spines[side].set_visible(False)
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+# Panels of the figure by grade: data, the row that is set against the baseline, and its title.
+GRADED = (
+    ("scenes", "cos 24-24", "24 tokens,\nsmall language model from scratch"),
+    ("photos", "cos 24-24", "24 tokens, photographs,\nsmall language model from scratch"),
+    ("smollm2", "cos 32-32", "32 tokens,\nSmolLM2-135M"),
+    ("smollm2", "mlp-256 + both", "Sparse Training Scheme,\nSmolLM2-135M"),
+)
+AXES = {"steps": "steps to the answer", "things": "things in the image", "clutter": "things not asked about"}
+AXES |= {"size": "size, % of the side", "digits": "digits to read"}
+
+
+def graded(result: dict, data: str, row: str) -> tuple[list[Graded], int]:
+    """A row's points less the baseline's, by the grades of the questions, and how many seeds both have."""
+    rows = entries(result, data)
+    base = baseline(rows)
+    mine = [entry for key, seeds in rows.items() if key[0] == row for entry in seeds if entry["own"]]
+    if base is None or base[0] == row or not (pairs := paired(mine, [entry for entry in rows[base] if entry["own"]])):
+        return [], 0
+    ours, theirs = ([entry["test"]["points"] for entry in side] for side in zip(*pairs, strict=True))
+    gaps = {task: np.subtract([a[task] for a in ours], [b[task] for b in theirs]) for task in ours[0]}
+    asked = pairs[0][0]["test"]
+    return by_grade(gaps, asked["images"], asked["grades"]), len(pairs)
+
+
+def draw_grades(result: dict, file: Path) -> None:
+    """Where few tokens and the methods hurt: points against the baseline by what a question is about."""
+    shown = [(title, *graded(result, data, row)) for data, row, title in GRADED]
+    shown = [panel for panel in shown if panel[1]]
+    pyplot = _pyplot()
+    size = (2.0 + 2.6 * len(shown), 5.4)
+    figure, panels = pyplot.subplots(1, len(shown), figsize=size, sharex=True, layout="constrained", facecolor="white")
+    for panel, (title, groups, seeds) in zip(np.atleast_1d(panels), shown, strict=True):
+        labels, place, grade = {}, 0.0, ""
+        for group in groups:
+            place -= 1.0 + 1.2 * (group.grade != grade)
+            if group.grade != grade:
+                panel.text(0.02, place + 0.75, AXES[group.grade], transform=panel.get_yaxis_transform(), weight="bold")
+            grade, labels[place] = group.grade, group.group
+            mean, low, high = (100 * getattr(group.score, key) for key in ("mean", "low", "high"))
+            colour = "#b3401c" if high < 0 else "#1f5fa8" if low > 0 else "#6b6b6b"
+            panel.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=3)
+        panel.axvline(0, color="#6b6b6b", linewidth=0.8)
+        panel.set_ylim(-20.5, -0.8)
+        panel.set_yticks(list(labels), list(labels.values()))
+        panel.set_title(f"{title}\n({counted(seeds, 'seed')})", fontsize=11)
+        panel.set_xlabel("points against LLaVA's MLP")
+        panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)
 
@@ -614,6 +677,7 @@ def newest(folder: Path) -> dict[str, dict]:
     return found | {"quality": quality(folder)}
 
 
+FIGURES = {"quality.svg": draw, "quality-by-content.svg": draw_grades}
 core = partial(quality_table, names=SHOWN)
 methods = partial(speed_table, only=("methods", "idle"))
 Show = Callable[[str, dict], str]
@@ -671,7 +735,8 @@ def main() -> None:
         before, rest = text.split(START)
         after = rest.split(END)[1]
         (ROOT / page).write_text(f"{before}{START}\n{render(page)}\n\n{END}{after}", encoding="utf-8")
-    draw(newest(ROOT / "benchmarks/results")["quality"], ROOT / "docs/quality.svg")
+    for name, drawn in FIGURES.items():
+        drawn(newest(ROOT / "benchmarks/results")["quality"], ROOT / "docs" / name)
 
 
 if __name__ == "__main__":
