@@ -383,8 +383,11 @@ class Results:
         return file
 
     def tried(self, data: str, name: str, precision: str) -> list[dict[str, Any]]:
-        """The settings of a row that were tried on the validation split, with their mean scores, the best first."""
+        """The settings of a row that were tried on the validation split, with their mean scores, the best first; where
+        none was on data that share their recipe with the scenes, those of the scenes."""
         found = [entry for entry in self.entries(data=data, row=name, precision=precision) if "validation" in entry]
+        if not found and data in ("photos", "details"):
+            return self.tried("scenes", name, precision)
         means = [(fmean(entry["validation"]["scores"].values()), entry["settings"]) for entry in found]
         return [{"mean": mean, **settings} for mean, settings in sorted(means, key=lambda pair: -pair[0])]
 

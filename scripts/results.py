@@ -340,7 +340,7 @@ def entries(result: dict, data: str = "scenes", split: int = 1) -> dict[tuple[st
         tested = sorted((entry for entry in each if "test" in entry), key=lambda entry: entry["seed"])
         best = max(tried or tested[:1], key=lambda e: fmean(e.get("validation", e.get("test"))["scores"].values()))
         seeds = [entry for entry in tested if entry["settings"] == best["settings"]]
-        found[key] = [entry | {"tried": len(tried) or 1} for entry in seeds or tested]
+        found[key] = [entry | {"tried": len(tried or tested[0].get("tried", ())) or 1} for entry in seeds or tested]
     return found
 
 

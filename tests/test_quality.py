@@ -93,7 +93,8 @@ def test_results_are_written_once_and_merged(tmp_path: Path, quality) -> None:
         results.add(key | {"settings": settings, "validation": {"scores": {"caption": score}}})
     assert results.best("scenes", "mlp-256", "fp32") == other
     assert [tried["mean"] for tried in results.tried("scenes", "mlp-256", "fp32")] == [0.7, 0.5]
-    assert results.best("scenes", "mlp-256", "bf16") == results.best("details", "mlp-256", "fp32") == first
+    assert results.best("scenes", "mlp-256", "bf16") == results.best("easy-vqa", "mlp-256", "fp32") == first
+    assert results.best("photos", "mlp-256", "fp32") == other  # what was best on scenes: their recipe is the same
     file = results.add(key | {"settings": other, "test": {"scores": {"caption": 0.6}}})
     (merged,) = results.entries(settings=other)
     assert merged["validation"] != merged["test"] and len(results.entries()) == 2
