@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -253,6 +254,30 @@ def pins_table(name: str, result: dict) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Figure:
+    """Cost against score. ``rows``: what they are to a stranger, and where their text stands beside the point (x, y in
+    points); ``axes``: as matplotlib takes them."""
+
+    data: str
+    tasks: str
+    rows: dict[str, tuple[str, str, tuple[int, int]]]
+    axes: dict[str, Any]
+
+
+FIGURE = Figure(
+    "scenes",
+    "seven",
+    {
+        "resampler-336": ("A resampler of 336 queries,\n336 visual tokens throughout", "right", (-9, 0)),
+        "mlp-256": ("LLaVA's MLP on each of 256 patches,\n256 visual tokens throughout", "left", (9, -14)),
+        "cos 24-24": ("Chain-of-Sight,\n24 visual tokens throughout", "left", (9, 32)),
+        "cos 24-24, longer": ("Chain-of-Sight, 24 visual tokens,\ntwice the pre-training", "left", (9, 8)),
+        "cos 32-336 settled": ("Chain-of-Sight,\n32 visual tokens, then 336", "left", (9, -26)),
+    },
+    {"xlim": (0, 1.72), "ylim": (76, 99.5), "xticks": [0, 0.5, 1, 1.5], "yticks": [80, 85, 90, 95]},
+)
+
 BASELINES = ("mlp-256", "resampler-336")  # the ordinary bridges; all ratios are to the better one
 # The core rows, in words that need no key.
 SHOWN = {
@@ -408,18 +433,18 @@ def quality_table(
     return "\n".join(lines)
 
 
-def of_figure(result: dict) -> tuple[dict[tuple[str, str], list[dict]], tuple[str, str]]:
-    """The rows of `FIGURE`, each in the baseline's precision if it was run in that, and the baseline's key."""
-    rows = entries(result)
+def of_figure(result: dict, figure: Figure) -> tuple[dict[tuple[str, str], list[dict]], tuple[str, str]]:
+    """The rows of a figure, each in the baseline's precision if it was run in that, and the baseline's key."""
+    rows = entries(result, figure.data)
     base = baseline(rows)
     assert base is not None
     best = {key[0]: key for key in sorted(rows, key=lambda key: (key[1] == base[1], len(rows[key])))}
-    return {best[row]: rows[best[row]] for row in FIGURE}, base
+    return {best[row]: rows[best[row]] for row in figure.rows}, base
 
 
 def short_table(name: str, result: dict) -> str:
     """The rows of the figure: what each costs of the baseline, and its mean score."""
-    rows, base = of_figure(result)
+    rows, base = of_figure(result, FIGURE)
     (first, *_), whole = rows[base], seconds(result, rows[base][0])
     lines = [
         "| trained with | FLOPs | time | mean score of seven tasks, % | seeds |",
@@ -569,16 +594,6 @@ def orderings_table(name: str, result: dict) -> str:
     return "\n".join(lines)
 
 
-# Rows of the figure: what they are to a stranger, and where their text stands beside the point (x, y in points).
-FIGURE = {
-    "resampler-336": ("A resampler of 336 queries,\n336 visual tokens throughout", "right", (-9, 0)),
-    "mlp-256": ("LLaVA's MLP on each of 256 patches,\n256 visual tokens throughout", "left", (9, -14)),
-    "cos 24-24": ("Chain-of-Sight,\n24 visual tokens throughout", "left", (9, 32)),
-    "cos 24-24, longer": ("Chain-of-Sight, 24 visual tokens,\ntwice the pre-training", "left", (9, 8)),
-    "cos 32-336 settled": ("Chain-of-Sight,\n32 visual tokens, then 336", "left", (9, -26)),
-}
-
-
 def _pyplot() -> Any:
     """Set up so that a figure is the same file wherever it is drawn."""
     import matplotlib
@@ -591,26 +606,23 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def draw(result: dict, file: Path) -> None:
-    """Cost of the whole training against the mean score, with its 95% interval: the rows of `FIGURE`. The figure has a
-    ground of its own, so that it can be read on a light page and on a dark one."""
+def draw(result: dict, file: Path, shown: Figure = FIGURE) -> None:
+    """Cost of the whole training against the mean score, with its 95% interval. The figure has a ground of its own, so
+    that it can be read on a light page and on a dark one."""
     pyplot = _pyplot()
-    rows, base = of_figure(result)
+    rows, base = of_figure(result, shown)
     figure, panel = pyplot.subplots(figsize=(8.6, 4.4), layout="constrained", facecolor="white")
     for (row, _), seeds in rows.items():
-        (text, side, offset), colour = FIGURE[row], "#1f5fa8" if row.startswith("cos") else "#6b6b6b"
+        (text, side, offset), colour = shown.rows[row], "#1f5fa8" if row.startswith("cos") else "#6b6b6b"
         total, cost = bootstrap(*grouped(seeds)), flops(seeds[0]) / flops(rows[base][0])
         low, high = 100 * (total.mean - total.low), 100 * (total.high - total.mean)
         style: dict = {"fmt": "o", "color": colour, "markersize": 8, "elinewidth": 1.2, "capsize": 3}
         panel.errorbar(cost, 100 * total.mean, [[low], [high]], **style)
-        text += (
-            f"\n{100 * total.mean:.0f}% at {cost:.2f} of the cost ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})"
-        )
+        text += f"\n{100 * total.mean:.0f}% at {cost:.2f} of the cost ({counted(len(seeds), 'seed')})"
         place: dict = {"xytext": offset, "textcoords": "offset points", "ha": side, "va": "center", "linespacing": 1.35}
         panel.annotate(text, (cost, 100 * total.mean), color=colour, **place)
-    panel.set(xlim=(0, 1.72), ylim=(76, 99.5), xlabel="cost: executed FLOPs of the whole training (LLaVA's MLP = 1)")
-    panel.set_ylabel("mean score of seven tasks, %")
-    panel.set(xticks=[0, 0.5, 1, 1.5], yticks=[80, 85, 90, 95])
+    panel.set(**shown.axes, xlabel="cost: executed FLOPs of the whole training (LLaVA's MLP = 1)")
+    panel.set_ylabel(f"mean score of {shown.tasks} tasks, %")
     panel.grid(alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, metadata={"Date": None})

@@ -360,9 +360,9 @@ def test_F27_the_figure_speaks_plainly() -> None:
     shown = " ".join(re.findall(r"<text[^>]*>([^<]*)</text>", (ROOT / "docs/quality.svg").read_text(encoding="utf-8")))
     quality = results.newest(ROOT / "benchmarks/results")["quality"]
     assert not [row for row in {entry["row"] for entry in quality["rows"]} if row in shown]
-    for text, *_ in results.FIGURE.values():
+    for text, *_ in results.FIGURE.rows.values():
         assert all(line in shown for line in text.splitlines()), text
-    assert shown.count(" of the cost (") == len(results.FIGURE)
+    assert shown.count(" of the cost (") == len(results.FIGURE.rows)
 
 
 def test_the_figure_has_a_ground_of_its_own() -> None:
