@@ -278,6 +278,17 @@ FIGURE = Figure(
     {"xlim": (0, 1.72), "ylim": (76, 99.5), "xticks": [0, 0.5, 1, 1.5], "yticks": [80, 85, 90, 95]},
 )
 
+PRETRAINED = Figure(
+    "smollm2",
+    "ten",
+    {
+        "mlp-256": ("LLaVA's MLP on each of 256 patches,\n256 visual tokens throughout", "right", (-9, 0)),
+        "mlp-256 + both": ("The same with the Sparse Training Scheme:\ncompressor, then layer skipper", "left", (9, 0)),
+        "cos 32-32": ("Chain-of-Sight,\n32 visual tokens throughout", "left", (9, 0)),
+    },
+    {"xlim": (0, 1.2), "ylim": (30, 72), "xticks": [0, 0.25, 0.5, 0.75, 1], "yticks": [30, 40, 50, 60, 70]},
+)
+
 BASELINES = ("mlp-256", "resampler-336")  # the ordinary bridges; all ratios are to the better one
 # The core rows, in words that need no key.
 SHOWN = {
@@ -689,7 +700,11 @@ def newest(folder: Path) -> dict[str, dict]:
     return found | {"quality": quality(folder)}
 
 
-FIGURES = {"quality.svg": draw, "quality-by-content.svg": draw_grades}
+FIGURES = {
+    "quality.svg": draw,
+    "quality-smollm2.svg": partial(draw, shown=PRETRAINED),
+    "quality-by-content.svg": draw_grades,
+}
 core = partial(quality_table, names=SHOWN)
 methods = partial(speed_table, only=("methods", "idle"))
 Show = Callable[[str, dict], str]
