@@ -700,7 +700,7 @@ def newest(folder: Path) -> dict[str, dict]:
     return found | {"quality": quality(folder)}
 
 
-FIGURES = {
+FIGURES: dict[str, Callable[[dict, Path], None]] = {
     "quality.svg": draw,
     "quality-smollm2.svg": partial(draw, shown=PRETRAINED),
     "quality-by-content.svg": draw_grades,
