@@ -81,6 +81,9 @@ ADDED: dict[str, dict[str, Any]] = {
 }
 MLP: dict[str, Any] = {"kind": "mlp"}
 QUARTER, FALLING = {"keep": 0.25, "method": "uniform"}, {"alpha": 0.6, "epsilon": 0.3}
+# Text goes through every layer. The plateau skips 48% of them on average, for visual tokens alone.
+VISUAL = FALLING | {"tokens": "visual"}
+VISUAL_PLATEAU = SPARED | {"alpha": 0.6, "decay_from": 0.7, "tokens": "visual"}
 # Learning rates before fine-tuning and in it, and its length, of what the shared recipe says: of all rows alike. The
 # first if not tuned. Where fine-tuning is most of the work, another length of it is a shorter one.
 GRID = [
@@ -165,6 +168,10 @@ ROWS = {
     "mlp-256 + compressor": Row(MLP, first={"compressor": QUARTER}, groups="sts"),
     "mlp-256 + skipper": Row(MLP, last={"skipper": FALLING}, groups="sts"),
     "mlp-256 + both": Row(MLP, first={"compressor": QUARTER}, last={"skipper": FALLING}, groups="sts"),
+    "mlp-256 + both, visual": Row(MLP, first={"compressor": QUARTER}, last={"skipper": VISUAL}, groups="visual"),
+    "mlp-256 + both, visual plateau": Row(
+        MLP, first={"compressor": QUARTER}, last={"skipper": VISUAL_PLATEAU}, groups="visual"
+    ),
     "cos 32-336 + compressor": Row(few, many, first={"compressor": {"keep": 0.5, "final": 1.0}}, groups="sts"),
     "cos 32-336, dual": Row(few, many, last={"compressor": {"keep": 0.1, "dense_every": 10}}, groups="rivals"),
     "mlp-256, dual": Row(MLP, first=DUAL, last=DUAL, groups="rivals"),

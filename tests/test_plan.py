@@ -97,6 +97,10 @@ def test_methods_over_their_schedules(paper):
     share = skipped.mean("layers") / 32
     assert skipped.flops["language_mlp"] == pytest.approx(share * plain[1].flops["language_mlp"])
     assert skipped.flops["vocabulary"] == plain[1].flops["vocabulary"]
+    split = forecast(changed(paper, 1, skipper=SkipperConfig(alpha=0.6, epsilon=0.3, tokens="visual")))[1]
+    text = split.stage.conversation.text / split.length()  # through all layers
+    share += (1 - share) * text
+    assert 0 < text < 0.5 and split.flops["language_mlp"] == pytest.approx(share * plain[1].flops["language_mlp"])
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from tiny import make_image
 LORA = {"rank": 4, "dropout": 0.0}
 VISION = {"vision": 1e-3, "bridge": 2e-3, "language": 1e-3}
 SKIPPER = {"alpha": 0.5, "epsilon": 0.5, "schedule": "constant"}
+SPLIT = SKIPPER | {"tokens": "visual"}
 PACKING = {"packing": True, "pack_length": 192}
 # What both stages are given.
 CASES: dict[str, dict[str, Any]] = {
@@ -63,7 +64,7 @@ SAID = {
 MIXED = (
     {"learning_rate": VISION, "gradient_checkpointing": True, "skipper": SKIPPER, "compressor": {"keep": 0.5}}
     | {"max_grad_norm": 0.05},
-    {"lora": LORA} | PACKING,
+    {"lora": LORA, "skipper": SPLIT} | PACKING,
 )
 # Without the encoder: beyond one process, weights of it that nothing reaches get gradients of zero, and decay.
 DECAYED: tuple[dict[str, Any], ...] = ({"skipper": SKIPPER, "weight_decay": 0.5}, {})
@@ -117,7 +118,10 @@ class Watching(trainer._Recorder):
 
     def on_step_begin(self, *args: Any, optimizer: Any, **kwargs: Any) -> None:
         super().on_step_begin(*args, optimizer=optimizer, **kwargs)
-        self.skipped, self.before = getattr(self.trainer.handle, "skipped", ()), self.held(optimizer)
+        handle = self.trainer.handle
+        rests = handle is not None and handle.skipper.tokens == "all"  # else text goes through skipped layers
+        self.skipped = [rests and skipped for skipped in getattr(handle, "skipped", ())]
+        self.before = self.held(optimizer)
 
     def on_step_end(self, args: Any, state: Any, *more: Any, optimizer: Any, **kwargs: Any) -> None:
         for layer, (was, now) in enumerate(zip(self.before, self.held(optimizer), strict=True)):

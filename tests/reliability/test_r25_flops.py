@@ -36,6 +36,7 @@ ALL = {"vision": 1e-3, "bridge": 1e-3, "language": 1e-3}
 FROZEN = {"bridge": 1e-3, "language": 1e-3}
 ALIGN = {"bridge": 1e-3}
 COMPRESSOR, SKIPPER = CompressorConfig(keep=0.25), SkipperConfig(alpha=0.5)
+SPLIT = SKIPPER.model_copy(update={"tokens": "visual"})
 
 
 def items(model, images, texts):
@@ -64,6 +65,23 @@ CASES = {
     "packing": {"packing": True, "images": (1, 1, 1, 0), "texts": (30, 10, 12, 8)},
     "compression": {"compressor": COMPRESSOR},
     "skipping": {"off": (True, False)},
+    "splitting": {"off": (True, False), "skipper": SPLIT},
+    "splitting, lora": {"off": (False, True), "skipper": SPLIT, "lora": Lora(rank=4)},
+    "splitting, lora alone": {
+        "off": (False, True),
+        "skipper": SPLIT,
+        "lora": Lora(rank=4),
+        "rates": {"language": 1e-3},
+    },
+    "splitting, packing": {
+        "off": (True, False),
+        "skipper": SPLIT,
+        "packing": True,
+        "images": (1, 1, 1),
+        "texts": (30, 10, 12),
+    },
+    "compression, splitting": {"compressor": COMPRESSOR, "off": (True, False), "skipper": SPLIT},
+    "checkpointing, splitting": {"checkpointing": True, "off": (True, False), "skipper": SPLIT},
     "compression, skipping, lora": {"compressor": COMPRESSOR, "off": (False, True), "lora": Lora(rank=4)},
     "compression, packing": {"compressor": COMPRESSOR, "packing": True, "images": (1, 1, 1), "texts": (30, 10, 12)},
     "checkpointing": {"checkpointing": True},
@@ -94,7 +112,7 @@ def test_a_step_of_our_own_model(name, bridge):
         model.model.vision_tower.eval()
     if stage.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    handle = attach(model, case.get("compressor"), SKIPPER)
+    handle = attach(model, case.get("compressor"), case.get("skipper", SKIPPER))
     handle.set_skipped(case.get("off", (False, False)))
     encoder = count_flops(model.model.vision_tower, 64, model.config.vision_levels)
     counter = StepCounter(model, Trains.of(stage), encoder)

@@ -14,31 +14,41 @@ from sparsight.settings.bridges import BridgeSettings, LinearConfig, WindowedSet
 
 
 def language_flops(
-    shape: LanguageShape, batch: float, positions: float, labels: float, trains: Trains
+    shape: LanguageShape,
+    batch: float,
+    positions: float,
+    labels: float,
+    trains: Trains,
+    layers: float | None = None,
+    beside: float = 0.0,
 ) -> dict[str, float]:
     """Executed FLOPs of the language model, forward and backward, by part.
 
     Args:
         batch: rows; positions: tokens in a row, padding included; labels: positions projected to the vocabulary.
+        layers: those that run over all positions, all of them if not given; beside: positions in the others.
     """
     tokens, rank = batch * positions, trains.lora_rank * trains.language
+    layers = shape.layers if layers is None else layers
+    passed = batch * (layers * positions + (shape.layers - layers) * beside)  # tokens through layers
+    met = batch * (layers * positions**2 + (shape.layers - layers) * beside**2)  # pairs in attention
     full, again = trains.language and not rank, trains.recompute and trains.flows_back
     # Backward costs one forward for the input's gradient and one more for the weights'.
     frozen, attention = 1 + trains.flows_back + again, 1 + 2 * trains.flows_back + again
 
     def products(maps: Maps) -> float:
         linear = sum(2 * a * b for a, b in maps) * (frozen + full)
-        return tokens * shape.layers * (linear + sum(2 * rank * (a + b) for a, b in maps) * (3 + again))
+        return passed * (linear + sum(2 * rank * (a + b) for a, b in maps) * (3 + again))
 
     projections, mlp = products(shape.attention_maps()), products(shape.mlp_maps())
     if rank and not (trains.bridge or trains.vision):
         # Nothing trains below the first layer: its queries, keys and values pass no gradient on.
         projections -= sum(2 * (a * b + rank * a) for a, b in shape.attention_maps()[:3]) * tokens
     if again:  # recomputation stops where nothing more is needed: before the layer's last product
-        mlp -= 2 * shape.hidden * (rank or shape.intermediate) * tokens * shape.layers
+        mlp -= 2 * shape.hidden * (rank or shape.intermediate) * passed
     return {
         "language_projections": projections,
-        "language_attention": 4 * tokens * positions * shape.heads * shape.head_dim * shape.layers * attention,
+        "language_attention": 4 * met * shape.heads * shape.head_dim * attention,
         "language_mlp": mlp,
         "vocabulary": 2 * labels * shape.hidden * shape.vocabulary * (1 + trains.flows_back + full),
     }

@@ -118,8 +118,9 @@ class StageCost:
         for share, keep, layers in self._schedule():
             rows, positions = self._rows(samples, keep)
             labels = samples * stage.conversation.supervised
-            active = replace(language, layers=layers)  # type: ignore[arg-type]  # a mean
-            parts = language_flops(active, rows, positions, labels, trains)
+            splits = stage.skipper is not None and stage.skipper.tokens == "visual"
+            beside = splits * positions * stage.conversation.text / self.length(keep)
+            parts = language_flops(language, rows, positions, labels, trains, layers, beside)
             total.update({part: share * flops for part, flops in parts.items()})
         return total
 

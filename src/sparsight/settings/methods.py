@@ -82,6 +82,9 @@ class SkipperConfig(Settings):
         dense_last: share of the stage, at its end, in which no layer is skipped.
         layers: "alternating": in each step the even or the odd ones, drawn; each layer is skipped as often as with
             "any", never beside a neighbour.
+        tokens: "visual": in a skipped layer visual and audio tokens pass by, and text goes through it, attending to
+            text alone. Every layer is trained in every step, so that nothing is left out of the optimizer (ours; ShortV
+            freezes visual tokens in layers at inference).
         inverse_density: a layer that runs adds to its input 1 / (1 - p) of what it adds at inference, p its
             probability in that step: in the mean of the draws, as much.
     """
@@ -96,6 +99,7 @@ class SkipperConfig(Settings):
     decay_from: float | None = Field(None, ge=0, lt=1)
     dense_last: float = Field(0.0, ge=0, lt=1)
     layers: Literal["any", "alternating"] = "any"
+    tokens: Literal["all", "visual"] = "all"
     inverse_density: bool = False
     gap: GapConfig | None = None
 
@@ -111,6 +115,8 @@ class SkipperConfig(Settings):
         if self.layers == "alternating" and most > 0.5:
             why = "with layers 'alternating', a layer's turn comes in half of the steps"
             raise UserError(f"{given}: {why}: expected alpha * (1 + |epsilon|) <= 0.5")
+        if self.inverse_density and self.tokens == "visual":
+            raise UserError("inverse_density weighs whole layers: expected tokens 'all', found 'visual'")
         if self.inverse_density and most == 1:
             raise UserError(f"{given}: with inverse_density, expected alpha * (1 + |epsilon|) < 1")
         return self
@@ -118,7 +124,7 @@ class SkipperConfig(Settings):
     def probabilities(self, layers: int, progress: float, sparsity: float = 1.0) -> list[float]:
         """`schedules.skip_probabilities` of so many layers; ``sparsity`` is that of ``gap``. Raises UserError if they
         do not fit the settings."""
-        given = self.model_dump(exclude={"layers", "inverse_density", "gap"}, exclude_none=True)
+        given = self.model_dump(exclude={"layers", "tokens", "inverse_density", "gap"}, exclude_none=True)
         if self.schedule == "gap":
             given |= {"schedule": "constant", "alpha": sparsity * self.alpha}
         return skip_probabilities(layers, progress, **given)

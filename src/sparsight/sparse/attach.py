@@ -61,7 +61,8 @@ def attach(
             raise UserError(
                 f"{name}: expected a {kind.__name__}, found {given!r}; write attach(model, {name}={kind.__name__}(...))"
             )
-    parts = find_parts(model, needs_vision=compressor is not None)
+    splits = isinstance(skipper, SkipperConfig) and skipper.tokens == "visual"
+    parts = find_parts(model, needs_vision=compressor is not None or splits)
     if isinstance(skipper, SkipperConfig):
         skipper.probabilities(parts.layers, 0.0)  # more protected layers than there are, ...
         check_skippable(model, model.get_submodule(parts.decoder).layers)
@@ -152,6 +153,8 @@ class SparseHandle:
         """Before the optimizer's step: a skipped layer loses its gradients, so that nothing of it is updated, neither
         by weight decay nor by moments."""
         self._forwards.uncleared = False
+        if self._state.text_runs:  # text has gone through every layer
+            return
         for layer, skipped in zip(self.layers, self.skipped, strict=True):
             for parameter in layer.parameters() if skipped and self.attached else ():
                 parameter.grad = None

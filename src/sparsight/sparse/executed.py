@@ -34,8 +34,8 @@ def pass_flops(
     ``labels``: positions that go through the vocabulary's projection; all of them if not given.
     """
     labels = done.rows * done.length if labels is None else labels
-    cut = [replace(shape, layers=done.layers_run) for shape in shapes]
-    each = [language_flops(shape, done.rows, done.length, labels, trains) for shape in cut]
+    run = done.length, labels, trains, done.layers_run, done.beside
+    each = [language_flops(shape, done.rows, *run) for shape in shapes]
     return {part: sum(flops[part] for flops in each) / len(each) for part in each[0]}
 
 

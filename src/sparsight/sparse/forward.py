@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparsight.compat import CACHE, returns_tuple
 from sparsight.devices.copies import Host, to_device
@@ -31,9 +32,9 @@ from sparsight.devices.ranks import largest, several_ranks, touched
 from sparsight.errors import UserError
 from sparsight.schedules import kept_tokens, skipped_layers
 from sparsight.settings.methods import CompressorConfig, SkipperConfig, gap_of
-from sparsight.sparse.blank import blank_features
+from sparsight.sparse.blank import blank_features, tensors
 from sparsight.sparse.compress import ON_GRID, compress_batch
-from sparsight.sparse.gather import Kept, check_cache, gather_inputs, mark_cache, packed_samples
+from sparsight.sparse.gather import Beside, Kept, check_cache, gather_inputs, mark_cache, packed_samples
 from sparsight.sparse.parts import Parts, find_loss_owner, find_splicer
 from sparsight.sparse.patches import Held, hook, keep_out_of_graphs
 from sparsight.sparse.visual import audio_runs, named, runs, sizes_of, without_visual_labels
@@ -80,6 +81,7 @@ class Pass:
     pixels: Mapping[str, int] = field(default_factory=dict)
     audio_in: int = 0
     audio_out: int = 0
+    beside: int = 0  # the length in the layers that are not among ``layers_run``; 0 if nothing runs there
     labels: int | None = None  # positions projected on the vocabulary, where not all of those that the decoder got are
 
 
@@ -117,6 +119,7 @@ class State:
         self.skipped, self.scales = (False,) * layers, (1.0,) * layers  # see `Forwards._layer`
         self.drawn: tuple[int, int | None] = 0, None  # see `generators`
         self.gap = gap_of(compressor, skipper)  # UserError if they differ
+        self.text_runs = skipper is not None and skipper.tokens == "visual"  # through skipped layers, too
         self.sparsity = 1.0  # of methods that follow the gap, from the next step on: 1 as settings say, 0 dense
         self.probe: dict[str, float] = {}  # of this step
         self.unprobed = 0  # steps since the last one
@@ -161,6 +164,7 @@ class Batch:
     sizes: dict[str, list[int]] = field(default_factory=dict)  # visual tokens of each image, and of each video
     pixels: Counter[str] = field(default_factory=Counter)  # see `Pass`
     kept: Kept | None = None  # the positions that the decoder got; None if all
+    beside: Beside | None = None  # those that go through skipped layers; None if none does, or all do
     projected_M: torch.Tensor | None = None  # numbers of the positions that have logits; None if all have
 
     def _ids(self, ids: Sequence[int]) -> np.ndarray | None:
@@ -187,9 +191,10 @@ class Batch:
 
 class Left(NamedTuple):
     """What the host knows of the positions that stay: how many in each row, how many visual and audio tokens, and
-    whether all else stays and rows are of one length."""
+    whether all else stays and rows are of one length; and how much of a row is text."""
 
     lengths: np.ndarray
+    text: np.ndarray
     visual: int
     audio: int
     even: bool
@@ -222,6 +227,7 @@ class Forwards:
         # FLOPs for each value of an encoder's input, and its first arguments with their values, to be measured on.
         self.pixel_flops: dict[str, float] = {}
         self.encoder_calls: dict[str, tuple[Any, dict[str, Any], int]] = {}
+        self._beside = WeakTensorKeyDictionary()  # by the masks or positions of passes whose graph still lives
         self._generating, self._encoding = 0, False  # calls that we are inside of
         self._told: set[str] = set()
         self._idle: Counter[str] = Counter()
@@ -386,7 +392,8 @@ class Forwards:
         """A layer's shards are gathered by FSDP's hooks, before our patch of its forward is asked: those of a skipped
         layer are not called. Here, as models are sharded before or after they are attached to."""
         for number, layer in enumerate(self.layers):
-            state = _fsdp(layer) if self.state.skipped[number] and number not in self._gathering else None
+            rests = self.state.skipped[number] and not self.state.text_runs
+            state = _fsdp(layer) if rests and number not in self._gathering else None
             if state is None:
                 continue
             layer.unshard()  # once: else FSDP, accumulating gradients in another type, would miss the weights
@@ -398,7 +405,8 @@ class Forwards:
                 hooks |= {k: Held(partial(self._unless_skipped, number, plain), plain) for k, plain in theirs.items()}
 
     def _unless_skipped(self, number: int, plain: Any, *args: Any) -> Any:
-        return None if self.state.skipped[number] and self.active() else plain(*args)
+        rests = self.state.skipped[number] and not self.state.text_runs
+        return None if rests and self.active() else plain(*args)
 
     def _layer(self, number: int, as_tuple: bool, plain: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         skipped, scale = self.state.skipped[number], self.state.scales[number]
@@ -409,6 +417,9 @@ class Forwards:
             out, *rest = found if isinstance(found, tuple) else (found,)
             out = torch.lerp(hidden, out, scale)  # hidden + scale * (out - hidden), exact where nothing was added
             return (out, *rest) if isinstance(found, tuple) else out
+        if self.state.text_runs:
+            beside = self._beside_of(kwargs)
+            return plain(hidden, *args, **kwargs) if beside is None else beside.through(plain, hidden, *args, **kwargs)
         layer = self.layers[number]
         if (fsdp := _fsdp(layer)) is not None:  # whose hooks cast, too
             policy = fsdp._mp_policy
@@ -419,6 +430,14 @@ class Forwards:
             before, hidden = hidden, touched(hidden, layer.parameters())
             self.uncleared = self.uncleared or hidden is not before  # shards that nobody gathers need none
         return (hidden, None) if as_tuple else hidden  # no attention weights
+
+    def _beside_of(self, inputs: Mapping[str, Any]) -> Beside | None:
+        """Of the pass at hand; in recomputation, of the one whose masks or positions a layer is given again."""
+        given = (inputs.get(name) for name in ("position_embeddings", "position_ids", "attention_mask"))
+        key = next(iter(tensors(list(given))), None)
+        if (beside := self.batch.beside) is not None and key is not None:
+            self._beside[key] = beside
+        return self._beside.get(key) if beside is None and key is not None else beside
 
     def _project(self, plain: Any, hidden: torch.Tensor) -> torch.Tensor:
         """The vocabulary's projection, paid for kept positions alone, or for those that predict a label."""
@@ -466,9 +485,14 @@ class Forwards:
             self._count_encoded()
         if not batch.cached:  # else a token of an answer
             self._watch_methods(visual + audio)
-        (rows, length), layers = seen.shape[:2], self.parts.layers - sum(state.skipped)
+        text_BT, (rows, length), layers = ~(visual_BT | audio_BT), seen.shape[:2], self.parts.layers
+        splits = state.text_runs and any(state.skipped) and 0 < visual + audio < text_BT.size
+        layers -= sum(state.skipped) * (splits or not state.text_runs)
         done = Pass(rows, length, length, layers, visual, visual, dict(batch.pixels), audio, audio)
         if state.keep == 1.0 or visual + audio == 0 or embeds is None:
+            if splits:
+                text_BT &= self._valid(kwargs, text_BT.shape)
+                done = self._split(done, kwargs, to_device(text_BT, seen.device), text_BT.sum(1))
             self.passes.append(done)
             return plain(*args, **kwargs)
         if self.known and self.known.get("attention_mask") is None:
@@ -476,7 +500,11 @@ class Forwards:
         embeds, keep_BT, left = self._compress(embeds, visual_BT, audio_BT, kwargs)
         kept = batch.kept = Kept.of(keep_BT, left.lengths, self._multiple(kwargs, embeds.device))
         length = kept.index_BK.shape[1]
-        self.passes.append(replace(done, length=length, visual_out=left.visual, audio_out=left.audio))
+        done = replace(done, length=length, visual_out=left.visual, audio_out=left.audio)
+        if splits:
+            text_BK = kept.gather(to_device(text_BT, embeds.device), 1) & kept.valid_BK
+            done = self._split(done, kwargs, text_BK, left.text)
+        self.passes.append(done)
         there = np.flatnonzero(visual_BT), left.visual
         kwargs = gather_inputs(kwargs, kept, keep_BT, renumbered, self.decoder.config, batch.host, there)
         output = plain(*args, **(kwargs | {"inputs_embeds": kept.gather(embeds, 1)}))
@@ -495,6 +523,14 @@ class Forwards:
                 output[key] = tuple(kept.scatter(each) for each in value)
         return output
 
+    def _split(self, done: Pass, inputs: Mapping[str, Any], text_BT: torch.Tensor, lengths: np.ndarray) -> Pass:
+        """Settle which positions go through skipped layers, in this pass, by how many of them each row has."""
+        backend = getattr(self.decoder.config, "_attn_implementation", None) or ""
+        if "flash" in backend and packed_samples(inputs, text_BT, self.batch.host) is not None:
+            raise UserError(f"packed samples under {backend}, and a skipper with tokens 'visual': use sdpa or eager")
+        self.batch.beside = Beside(Kept.of(text_BT, lengths), text_BT)
+        return replace(done, beside=int(lengths.max()))
+
     def _multiple(self, inputs: Mapping[str, Any], device: torch.device) -> int:
         """What lengths after compression are padded to a multiple of."""
         may_be_packed = inputs.get("attention_mask") is None and inputs.get("position_ids") is not None
@@ -504,6 +540,15 @@ class Forwards:
         usual = 1 if device.type == "cpu" else 64 if compiled else 8
         return self.state.compressor.pad_to_multiple_of or usual
 
+    def _valid(self, inputs: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray:
+        """The positions that are no padding, (B, T)."""
+        valid_BT = np.ones(shape, dtype=bool)
+        # Masks for each kind of layer do not tell padding, the model's own does.
+        for mask in (each.get("attention_mask") for each in (inputs, self.batch.inputs, self.known)):
+            if isinstance(mask, torch.Tensor) and mask.shape == shape:
+                valid_BT = valid_BT & self.batch.host(mask).astype(bool)
+        return valid_BT
+
     def _compress(
         self, embeds: torch.Tensor, visual_BT: np.ndarray, audio_BT: np.ndarray, inputs: Mapping[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor, Left]:
@@ -511,11 +556,7 @@ class Forwards:
         the host knows of these."""
         batch, state, config, host = self.batch, self.state, self.model.config, self.batch.host
         assert state.compressor is not None and batch.video_BT is not None
-        valid_BT, method = np.ones_like(visual_BT), state.compressor.method
-        # Masks for each kind of layer do not tell padding, the model's own does.
-        for mask in (each.get("attention_mask") for each in (inputs, batch.inputs, self.known)):
-            if isinstance(mask, torch.Tensor) and mask.shape == valid_BT.shape:
-                valid_BT = valid_BT & host(mask).astype(bool)
+        valid_BT, method = self._valid(inputs, visual_BT.shape), state.compressor.method
         on_grid = getattr(self.splicer, "tokens_on_grid", not hasattr(config, "image_grid_pinpoints"))
         seen_M2, heard_M2, video_M = np.argwhere(visual_BT), np.argwhere(audio_BT), batch.video_BT[visual_BT]
         grids = {key: host(x) for key in _GRIDS if isinstance(x := batch.inputs.get(key), torch.Tensor)}
@@ -534,10 +575,11 @@ class Forwards:
         few = [kept_tokens(run.length, state.keep) for run in every]
         text_BT = ~(visual_BT | audio_BT)
         rows = np.bincount(at_M2[[run.start for run in every], 0], few, len(valid_BT))
-        lengths = (valid_BT & text_BT).sum(1) + rows.astype(int)
+        text = (valid_BT & text_BT).sum(1)
+        lengths = text + rows.astype(int)
         seen = sum(few[: len(found)])
         even = bool(valid_BT[text_BT].all() and (lengths == lengths[0]).all())
-        return embeds, keep_BT, Left(lengths, seen, sum(few) - seen, even)
+        return embeds, keep_BT, Left(lengths, text, seen, sum(few) - seen, even)
 
     def tell(self, topic: str, text: str, category: type[Warning] = NoEffectWarning) -> None:
         """Warn, once for each topic."""
@@ -558,7 +600,8 @@ class Forwards:
 
     def _watch_methods(self, tokens: int) -> None:
         state = self.state
-        self._watch("compressor", state.compressor is not None and tokens == 0, _NO_TOKENS.format(self.parts.kinds))
+        for method, acts in (("compressor", state.compressor is not None), ("skipper's tokens", state.text_runs)):
+            self._watch(method, acts and tokens == 0, _NO_TOKENS.format(self.parts.kinds))
         if state.waits:
             self._watch("compressor's schedule" if state.skipper is None else "skipper", True, _WAITS, _DENSE)
         else:

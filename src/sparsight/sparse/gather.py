@@ -5,7 +5,7 @@ Shapes: B samples, T positions, K kept ones, H heads, D width, M visual tokens o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -55,6 +55,48 @@ class Kept:
         x_BKD = x_BKD * self.valid_BK[..., None].to(x_BKD)
         empty = x_BKD.new_zeros(x_BKD.shape[0], self.length, x_BKD.shape[2])
         return empty.scatter_add(1, self.index_BK.to(x_BKD.device)[..., None].expand_as(x_BKD), x_BKD)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The text of a pass, which goes through a layer that the other positions pass by. ``text_BT``: where it stands."""
+
+    kept: Kept
+    text_BT: torch.Tensor
+
+    def through(self, layer: Callable[..., Any], hidden_BTD: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the layer gives for the text alone, and the other positions as they were.
+
+        Raises:
+            UserError: the attention mask, in a form that cannot be cut.
+        """
+        cut = {key: self._cut_mask(x) if key == "attention_mask" else self._cut(x) for key, x in kwargs.items()}
+        found = layer(self.kept.gather(hidden_BTD, 1), *map(self._cut, args), **cut)
+        few_BKD, *rest = found if isinstance(found, tuple) else (found,)
+        y_BTD = torch.where(self.text_BT.to(few_BKD.device)[..., None], self.kept.scatter(few_BKD), hidden_BTD)
+        return (y_BTD, *rest) if isinstance(found, tuple) else y_BTD
+
+    def _cut(self, value: Any) -> Any:
+        """An argument of a layer, and all that it holds: cut where samples (or one for all) and positions follow each
+        other among its axes, as in (B, T, D), and in (3, B, T) of several axes of positions."""
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(self._cut, value))
+        if not isinstance(value, torch.Tensor):
+            return value
+        rows, length = len(self.text_BT), self.kept.length
+        pairs = list(zip(value.shape, value.shape[1:], strict=False))
+        at = next((axis for axis, pair in enumerate(pairs) if pair in ((rows, length), (1, length))), None)
+        if at is None:
+            return value
+        whole = value.expand(*value.shape[:at], rows, *value.shape[at + 1 :])
+        return self.kept.gather(whole, at + 1, at)
+
+    def _cut_mask(self, mask: Any) -> Any:
+        if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+            mask = mask.expand(len(self.text_BT), -1, -1, -1)
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+            return self.kept.gather(mask, 1) * self.kept.valid_BK.to(mask)
+        return None if mask is None else _gather_mask(mask, self.kept)
 
 
 def mark_cache(cache: Any, countable: bool) -> None:
