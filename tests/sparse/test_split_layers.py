@@ -1,5 +1,6 @@
 """Skippers with ``tokens: visual``: in a skipped layer visual tokens pass by, and text goes through it alone."""
 
+import re
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sparsight.errors import UserError
 from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.attach import NoEffectWarning, attach
+from sparsight.sparse.gather import Beside, Kept
 
 HALF = SkipperConfig(alpha=0.5, epsilon=0.0, schedule="constant", tokens="visual")
 OFF = (False, True, True, False)
@@ -174,6 +176,24 @@ def test_no_effect_is_told():
         model(**batch)
     with pytest.raises(UserError, match="no vision tower"):
         attach(LlamaForCausalLM(LlamaConfig(**TEXT)), skipper=HALF)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 1, 5), (5, 8), (5, 5)])
+def test_arguments_that_cannot_be_cut_are_refused(shape):
+    """A bias of attention by heads, say; what has no axis of positions goes through as it is."""
+    text_BT = torch.tensor([[True, False, True, True, False], [True, True, True, False, False]])
+    beside = Beside(Kept.of(text_BT), text_BT)
+    given = {"scale": torch.ones(3, 4), "cos": torch.arange(5.0)[None], "at": torch.arange(30).view(3, 2, 5)}
+
+    def layer(x_BKD, bias=None, **seen):
+        assert x_BKD.tolist() == [[[0], [2], [3]], [[5], [6], [7]]] and seen["scale"] is given["scale"]
+        assert seen["cos"].tolist() == [[0, 2, 3], [0, 1, 2]] and seen["at"][1].tolist() == [[10, 12, 13], [15, 16, 17]]
+        return -x_BKD
+
+    x_BTD = torch.arange(10).view(2, 5, 1)
+    assert beside.through(layer, x_BTD, **given)[..., 0].tolist() == [[0, 1, -2, -3, 4], [-5, -6, -7, 8, 9]]
+    with pytest.raises(UserError, match=re.escape(f"a layer is given {shape}, which cannot be cut to its text")):
+        beside.through(layer, x_BTD, bias=torch.zeros(shape), **given)
 
 
 def test_whole_layers_alone_are_weighed():

@@ -68,7 +68,7 @@ class Beside:
         """What the layer gives for the text alone, and the other positions as they were.
 
         Raises:
-            UserError: the attention mask, in a form that cannot be cut.
+            UserError: the attention mask, or another argument, in a form that cannot be cut.
         """
         cut = {key: self._cut_mask(x) if key == "attention_mask" else self._cut(x) for key, x in kwargs.items()}
         found = layer(self.kept.gather(hidden_BTD, 1), *map(self._cut, args), **cut)
@@ -77,15 +77,18 @@ class Beside:
         return (y_BTD, *rest) if isinstance(found, tuple) else y_BTD
 
     def _cut(self, value: Any) -> Any:
-        """An argument of a layer, and all that it holds: cut where samples (or one for all) and positions follow each
-        other among its axes, as in (B, T, D), and in (3, B, T) of several axes of positions."""
+        """An argument of a layer, and all that it holds: (B, T, ...), one for all samples (1, T, ...), or, of several
+        axes of positions, (3, B, T, ...)."""
         if isinstance(value, (tuple, list)):
             return type(value)(map(self._cut, value))
         if not isinstance(value, torch.Tensor):
             return value
         rows, length = len(self.text_BT), self.kept.length
         pairs = list(zip(value.shape, value.shape[1:], strict=False))
-        at = next((axis for axis, pair in enumerate(pairs) if pair in ((rows, length), (1, length))), None)
+        at = next((axis for axis, pair in enumerate(pairs[:2]) if pair in ((rows, length), (1, length))), None)
+        if at is None and value.ndim > 1 and length in value.shape:
+            shape = tuple(value.shape)
+            raise UserError(f"a layer is given {shape}, which cannot be cut to its text: take a skipper's tokens 'all'")
         if at is None:
             return value
         whole = value.expand(*value.shape[:at], rows, *value.shape[at + 1 :])
