@@ -762,8 +762,9 @@ def main() -> None:
         before, rest = text.split(START)
         after = rest.split(END)[1]
         (ROOT / page).write_text(f"{before}{START}\n{render(page)}\n\n{END}{after}", encoding="utf-8")
+    found = quality(ROOT / "benchmarks/results")
     for name, drawn in FIGURES.items():
-        drawn(newest(ROOT / "benchmarks/results")["quality"], ROOT / "docs" / name)
+        drawn(found, ROOT / "docs" / name)
 
 
 if __name__ == "__main__":

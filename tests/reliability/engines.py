@@ -118,10 +118,7 @@ class Watching(trainer._Recorder):
 
     def on_step_begin(self, *args: Any, optimizer: Any, **kwargs: Any) -> None:
         super().on_step_begin(*args, optimizer=optimizer, **kwargs)
-        handle = self.trainer.handle
-        rests = handle is not None and handle.skipper.tokens == "all"  # else text goes through skipped layers
-        self.skipped = [rests and skipped for skipped in getattr(handle, "skipped", ())]
-        self.before = self.held(optimizer)
+        self.skipped, self.before = getattr(self.trainer.handle, "resting", ()), self.held(optimizer)
 
     def on_step_end(self, args: Any, state: Any, *more: Any, optimizer: Any, **kwargs: Any) -> None:
         for layer, (was, now) in enumerate(zip(self.before, self.held(optimizer), strict=True)):

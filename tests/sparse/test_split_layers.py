@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from sparsight.errors import UserError
 from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.attach import NoEffectWarning, attach
 from sparsight.sparse.gather import Beside, Kept
+from sparsight.training.trainer import LARGEST, _Recorder
 
 HALF = SkipperConfig(alpha=0.5, epsilon=0.0, schedule="constant", tokens="visual")
 OFF = (False, True, True, False)
@@ -148,6 +150,12 @@ def test_every_layer_is_trained_in_every_step():
     handle.set_skipped(OFF)
     _, found = gradients(model, batch_of(LLAVA, model))
     handle.clear_gradients()
+    groups = [{"layer": number} for number in range(4)]  # as an optimizer has them that leaves layers alone
+    trainer, state = SimpleNamespace(handle=handle), SimpleNamespace(global_step=max(LARGEST) + 1)
+    _Recorder.on_step_begin(
+        SimpleNamespace(trainer=trainer), None, state, optimizer=SimpleNamespace(param_groups=groups)
+    )
+    assert not any(group["skipped"] for group in groups)
     for number in range(4):
         inside = [p for key, p in model.named_parameters() if f"{handle.parts.decoder}.layers.{number}." in key]
         assert inside and all(p.grad is not None and p.grad.any() for p in inside)

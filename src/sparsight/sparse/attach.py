@@ -97,6 +97,7 @@ class SparseHandle:
     sparsity: float = _read("_state.sparsity")  # of these, from the next step on: 1 as settings say, 0 dense
     probe: dict[str, float] = _read("_state.probe")  # what `follow_gap` found in this step
     skipped: tuple[bool, ...] = _read("_state.skipped")  # whether each layer is, in this step
+    resting: tuple[bool, ...] = _read("_state.resting")  # whether nothing goes through each layer in this step
     attached: bool = _read("_forwards.attached")
     active: Callable[[], bool] = _read("_forwards.active")  # whether the methods act in a forward pass now
     pixel_flops: dict[str, float] = _read("_forwards.pixel_flops")
@@ -153,10 +154,8 @@ class SparseHandle:
         """Before the optimizer's step: a skipped layer loses its gradients, so that nothing of it is updated, neither
         by weight decay nor by moments."""
         self._forwards.uncleared = False
-        if self._state.text_runs:  # text has gone through every layer
-            return
-        for layer, skipped in zip(self.layers, self.skipped, strict=True):
-            for parameter in layer.parameters() if skipped and self.attached else ():
+        for layer, rests in zip(self.layers, self.resting, strict=True):
+            for parameter in layer.parameters() if rests and self.attached else ():
                 parameter.grad = None
 
     @contextmanager

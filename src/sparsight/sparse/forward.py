@@ -135,6 +135,11 @@ class State:
             self.skipped = skipped_layers(chances, self.seed, step, self.skipper.layers == "alternating")
             self.scales = tuple(1 / (1 - p) if self.skipper.inverse_density else 1.0 for p in chances)
 
+    @property
+    def resting(self) -> tuple[bool, ...]:
+        """Whether each layer is skipped by all positions, so that nothing of it is trained in this step."""
+        return (False,) * self.layers if self.text_runs else self.skipped
+
     def generators(self, images: int) -> list[torch.Generator]:
         """One for each image of a pass, by its number in the step, however that is cut into micro-batches.
 
@@ -392,8 +397,7 @@ class Forwards:
         """A layer's shards are gathered by FSDP's hooks, before our patch of its forward is asked: those of a skipped
         layer are not called. Here, as models are sharded before or after they are attached to."""
         for number, layer in enumerate(self.layers):
-            rests = self.state.skipped[number] and not self.state.text_runs
-            state = _fsdp(layer) if rests and number not in self._gathering else None
+            state = _fsdp(layer) if self.state.resting[number] and number not in self._gathering else None
             if state is None:
                 continue
             layer.unshard()  # once: else FSDP, accumulating gradients in another type, would miss the weights
@@ -405,8 +409,7 @@ class Forwards:
                 hooks |= {k: Held(partial(self._unless_skipped, number, plain), plain) for k, plain in theirs.items()}
 
     def _unless_skipped(self, number: int, plain: Any, *args: Any) -> Any:
-        rests = self.state.skipped[number] and not self.state.text_runs
-        return None if rests and self.active() else plain(*args)
+        return None if self.state.resting[number] and self.active() else plain(*args)
 
     def _layer(self, number: int, as_tuple: bool, plain: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         skipped, scale = self.state.skipped[number], self.state.scales[number]

@@ -230,7 +230,7 @@ class _Recorder(TrainerCallback):
             handle.at_its_largest()  # else methods would be at their smallest where memory is to run out at once
         for group in optimizer.param_groups:
             if group.get("layer") is not None:
-                group["skipped"] = handle.skipped[group["layer"]]
+                group["skipped"] = handle.resting[group["layer"]]
 
     def on_pre_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
         # Here, and not at the step's end: by then the schedule has moved to the next step's.
