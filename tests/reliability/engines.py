@@ -66,13 +66,14 @@ MIXED = (
     | {"max_grad_norm": 0.05},
     {"lora": LORA, "skipper": SPLIT} | PACKING,
 )
+SPLIT_LORA = {"lora": LORA, "skipper": SPLIT, "max_grad_norm": 0.05}
 # Without the encoder: beyond one process, weights of it that nothing reaches get gradients of zero, and decay.
 DECAYED: tuple[dict[str, Any], ...] = ({"skipper": SKIPPER, "weight_decay": 0.5}, {})
 
 
 def recipe(folder: Path, case: str) -> Recipe:
     """Few visual tokens, then more of them: tokens are scaled in between; four steps each, a checkpoint every two."""
-    first, second = {"mixed": MIXED, "decayed": DECAYED}.get(case) or (CASES[case],) * 2
+    first, second = {"mixed": MIXED, "decayed": DECAYED, "split": (SPLIT_LORA,) * 2}.get(case) or (CASES[case],) * 2
     more: dict[str, Any] = {}
     if case == "text":  # half of the conversations have no image, so that a rank has none
         more["data"] = {"kind": "json", "path": str(folder / "text.json")}

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import engines
+import own_trainer
 import pytest
 import torch
+from families import made
 from safetensors.torch import load_file
 from test_ranks import free_port
 from transformers import AutoModelForImageTextToText
@@ -38,7 +40,12 @@ def launched(engine: str, folder: Path, out: Path, cases: str, *more: str, ranks
     if engine != "ddp":
         command = ["accelerate.commands.launch", "--config_file", str(write_config(engine, ranks, out))]
         command += ["--main_process_port", str(free_port())]
-    command = [sys.executable, "-m", *command, engines.__file__, str(folder), str(out), cases, *more]
+    return said([*command, engines.__file__, str(folder), str(out), cases, *more], timeout)
+
+
+def said(module: list[str], timeout: int) -> str:
+    """What a module of Python said, if it failed."""
+    command = [sys.executable, "-m", *module]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
     return "" if done.returncode == 0 else done.stderr
@@ -122,7 +129,7 @@ def test_D07_what_zero3_partitions_is_given_no_gradient_of_zero() -> None:
 def test_D07_two_stages_under_deepspeed_are_those_of_one_process(tmp_path: Path, folder: Path, engine: str) -> None:
     """The skipper too: each layer has a group of the optimizer. On another number of ranks a checkpoint is refused."""
     pytest.importorskip("deepspeed")
-    case = "mixed" if engine == "zero2" else "lora"
+    case = "mixed" if engine == "zero2" else "split"
     run(engines.recipe(folder, case), tmp_path / "one", quiet())
     assert launched(engine, folder, tmp_path, f"{case},muon,skipper,decayed", "watch") == ""
     if engine == "zero2":
@@ -134,6 +141,22 @@ def test_D07_two_stages_under_deepspeed_are_those_of_one_process(tmp_path: Path,
     cut(tmp_path / case)
     assert launched(engine, folder, tmp_path, case, "resume", ranks=1) == ""
     assert "shards of 2 ranks" in (tmp_path / f"{case}.refused").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp1", "zero2", "zero3"])
+def test_text_that_goes_through_skipped_layers_asks_nothing_of_an_engine(tmp_path: Path, engine: str) -> None:
+    """Of no flat shard a part rests: in transformers' own Trainer, too, two ranks are one process."""
+    if engine != "fsdp1":
+        pytest.importorskip("deepspeed")
+    one, logged = own_trainer.trained(tmp_path / "one")
+    command = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    assert said([*command, own_trainer.__file__, str(tmp_path), engine], 280) == ""
+    two, also_logged = torch.load(tmp_path / f"{engine}.pt")
+    layers = [[step["layers_run"] for step in log[:-1]] for log in (logged, also_logged)]
+    assert layers[0] == layers[1] and min(layers[0]) < 1
+    assert {name for name, _ in made(own_trainer.NAME).named_parameters()} <= two.keys() <= one.keys()
+    assert max(float((one[name] - two[name]).abs().max()) for name in two) < TOLERANCE
 
 
 def test_the_table_in_the_docs_is_that_of_the_newest_results() -> None:

@@ -165,7 +165,7 @@ def test_copies_of_the_model_are_refused():
 def test_an_engine_that_cannot_skip_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     handle = attach(made(NAME), skipper=SKIPPER)
-    with pytest.raises(ValueError, match="SkipperConfig cannot work under DeepSpeed, .*Use DDP or FSDP version 2"):
+    with pytest.raises(ValueError, match="cannot work under DeepSpeed, .*Use tokens='visual', DDP or FSDP version 2"):
         SparsightCallback(handle).on_train_begin(None, TrainerState(), None)
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

@@ -166,8 +166,9 @@ def check_engine(recipe: Recipe) -> None:
         why = "Muon needs whole matrices, and it updates flat shards: use fsdp2, or adamw"
     elif found in ("fsdp2", "zero3") and recipe.evaluation.every is not None:
         why = "evaluation.every asks on one rank, which has but shards of the weights: leave it out, or use zero2"
-    elif found == "zero3" and any(stage.skipper is not None for stage in recipe.stages):
-        why = "the norm that clips gradients counts what skipped layers had in earlier steps: use fsdp2 or zero2"
+    elif found == "zero3" and any(stage.skipper and stage.skipper.tokens == "all" for stage in recipe.stages):
+        why = "the norm that clips gradients counts what skipped layers had in earlier steps: use fsdp2, zero2, or "
+        why += "skipper.tokens: visual"
     if why:
         raise UserError(f"{found} was asked for by the launcher, but {why}")
 

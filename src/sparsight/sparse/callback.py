@@ -155,7 +155,8 @@ class SparsightCallback(TrainerCallback):
         """
         self.since, self.idle, self.step = time.perf_counter(), 0, state.global_step
         model: Any = given.get("model")
-        if (self.methods or self.handles[0]).skipper is not None:
+        skipper = (self.methods or self.handles[0]).skipper
+        if skipper is not None and skipper.tokens == "all":
             _refuse_engine(self.handles[0].model if model is None else model, given.get("optimizer"))
         if args.n_gpu > 1:
             raise UserError(
@@ -357,7 +358,7 @@ def _refuse_engine(model: nn.Module, optimizer: Any) -> None:
     if engine is not None:
         raise UserError(
             f"SkipperConfig cannot work under {engine}, which updates flat shards of all layers, skipped ones too. Use "
-            "DDP or FSDP version 2 (fsdp_version: 2), or the compressor alone"
+            "tokens='visual', DDP or FSDP version 2 (fsdp_version: 2), or the compressor alone"
         )
 
 
