@@ -283,7 +283,11 @@ PRETRAINED = Figure(
     "ten",
     {
         "mlp-256": ("LLaVA's MLP on each of 256 patches,\n256 visual tokens throughout", "right", (-9, 0)),
-        "mlp-256 + both": ("The same with the Sparse Training Scheme:\ncompressor, then layer skipper", "right", (-9, 0)),
+        "mlp-256 + both": (
+            "The same with the Sparse Training Scheme:\ncompressor, then layer skipper",
+            "right",
+            (-9, 0),
+        ),
         "mlp-256 + both, visual": ("That scheme, and text goes\nthrough skipped layers (ours)", "left", (9, 0)),
         "cos 32-32": ("Chain-of-Sight,\n32 visual tokens throughout", "left", (-30, -36)),
     },
