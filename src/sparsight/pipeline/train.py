@@ -167,8 +167,7 @@ def check_engine(recipe: Recipe) -> None:
     elif found in ("fsdp2", "zero3") and recipe.evaluation.every is not None:
         why = "evaluation.every asks on one rank, which has but shards of the weights: leave it out, or use zero2"
     elif found == "zero3" and any(stage.skipper and stage.skipper.tokens == "all" for stage in recipe.stages):
-        why = "the norm that clips gradients counts what skipped layers had in earlier steps: use fsdp2, zero2, or "
-        why += "skipper.tokens: visual"
+        why = "the norm that clips counts skipped layers' old gradients: use fsdp2, zero2, or skipper.tokens: visual"
     if why:
         raise UserError(f"{found} was asked for by the launcher, but {why}")
 
