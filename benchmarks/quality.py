@@ -404,8 +404,9 @@ class Results:
         return [{"mean": mean, **settings} for mean, settings in sorted(means, key=lambda pair: -pair[0])]
 
     def best(self, data: str, name: str, precision: str) -> dict[str, Any]:
-        """The settings of a row that were best on the validation split, of those that were tried; else the first."""
-        tried = self.tried(data, name, precision)
+        """The settings of a row that were best on the validation split, of those that were tried; else those of the row
+        that it is a variant of (``mlp-256`` of ``mlp-256, plateau``); else the first."""
+        tried = self.tried(data, name, precision) or self.tried(data, re.split(r",| \+", name)[0], precision)
         return {key: tried[0][key] for key in GRID[0]} if tried else GRID[0]
 
 
