@@ -282,16 +282,17 @@ PRETRAINED = Figure(
     "smollm2",
     "ten",
     {
-        "mlp-256": ("LLaVA's MLP on each of 256 patches,\n256 visual tokens throughout", "right", (-9, 0)),
+        "mlp-256": ("LLaVA's MLP on each of 256 patches,\n256 visual tokens throughout", "left", (9, 0)),
+        "mlp-256 + compressor": ("The same, a quarter of its tokens\nin alignment", "right", (-9, 4)),
         "mlp-256 + both": (
             "The same with the Sparse Training Scheme:\ncompressor, then layer skipper",
-            "right",
-            (-9, 0),
+            "left",
+            (9, 0),
         ),
         "mlp-256 + both, visual": ("That scheme, and text goes\nthrough skipped layers (ours)", "left", (9, 0)),
-        "cos 32-32": ("Chain-of-Sight,\n32 visual tokens throughout", "left", (-30, -36)),
+        "cos 32-32": ("Chain-of-Sight,\n32 visual tokens throughout", "left", (-70, -36)),
     },
-    {"xlim": (0, 1.2), "ylim": (30, 72), "xticks": [0, 0.25, 0.5, 0.75, 1], "yticks": [30, 40, 50, 60, 70]},
+    {"xlim": (0, 1.6), "ylim": (30, 72), "xticks": [0, 0.25, 0.5, 0.75, 1], "yticks": [30, 40, 50, 60, 70]},
 )
 
 BASELINES = ("mlp-256", "resampler-336")  # the ordinary bridges; all ratios are to the better one
@@ -305,6 +306,7 @@ SHOWN = {
     "cos 32-32": "32 tokens throughout",
     "cos 32-336 settled": "32 tokens, then 336",
     "cos 32-336 settled sts": "32 tokens, then 336, layer skipper in fine-tuning",
+    "mlp-256 + compressor": "LLaVA's MLP, a quarter of its tokens in alignment",
     "mlp-256 + both": "LLaVA's MLP and the Sparse Training Scheme",
     "mlp-256 + both, visual": "LLaVA's MLP and the scheme with text through skipped layers (ours)",
 }
@@ -573,6 +575,42 @@ def margins_table(name: str, result: dict, data: str = "scenes") -> str:
     return "\n".join(lines)
 
 
+def variants(result: dict, data: str) -> list[tuple[str, float, list[dict], list[dict]]]:
+    """Of each row that differs from the baseline in fine-tuning's methods alone: its name without the baseline's, FLOPs
+    of fine-tuning as a share of the baseline's, and entries of both that have a seed in common; the cheapest first."""
+    rows = entries(result, data)
+    base = baseline(rows)
+    assert base is not None
+    found = []
+    for (row, _), seeds in rows.items():
+        if row.startswith(f"{base[0]}, ") and (pairs := paired(seeds, rows[base])):
+            mine, theirs = (list(side) for side in zip(*pairs, strict=True))
+            cost = fmean(map(tuning_flops, mine)) / fmean(map(tuning_flops, theirs))
+            found.append((row.removeprefix(f"{base[0]}, "), cost, mine, theirs))
+    return sorted(found, key=lambda each: each[1])
+
+
+def tuning_flops(entry: dict) -> float:
+    """Executed FLOPs of a run's fine-tuning."""
+    return next(stage["executed_flops"] for stage in entry["stages"] if stage["name"] == "finetune")
+
+
+def variants_table(name: str, result: dict, data: str = "photos") -> str:
+    """The methods in fine-tuning, setting by setting: what they save of it, and what that costs."""
+    lines = [
+        f"**quality**, {data}: fine-tuning of *mlp-256* with methods, from the same pre-trained models; FLOPs of "
+        "fine-tuning alone; points against *mlp-256* of the same seeds, 95% intervals over images and seeds",
+        "",
+        "| in fine-tuning | its FLOPs | mean of all tasks | worst task | seeds |",
+        "|---|---|---|---|---|",
+    ]
+    for row, cost, mine, theirs in variants(result, data):
+        all_tasks, task, worst = extremes(mine, theirs)
+        cells = (row, f"{cost:.2f}", points(all_tasks), f"{task} {points(worst)}", str(len(mine)))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def orderings_table(name: str, result: dict) -> str:
     """The papers' orderings, by paired tests over the seeds that both rows have with the same settings."""
     rows: dict[str, dict[str, dict[int, dict]]] = {}  # row -> settings -> seed -> entry
@@ -641,6 +679,29 @@ def draw(result: dict, file: Path, shown: Figure = FIGURE) -> None:
         panel.annotate(text, (cost, 100 * total.mean), color=colour, **place)
     panel.set(**shown.axes, xlabel="cost: executed FLOPs of the whole training (LLaVA's MLP = 1)")
     panel.set_ylabel(f"mean score of {shown.tasks} tasks, %")
+    panel.grid(alpha=0.3)
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+# Rows of the figure of variants by how their names begin or end, and the colour of each kind.
+KINDS = {"falling": "#1f5fa8", "constant": "#b3401c", "plateau": "#3a7d44", "gap": "#8a5aa8"}
+
+
+def draw_variants(result: dict, file: Path, data: str = "photos") -> None:
+    """What methods save of fine-tuning against what they cost in points, setting by setting."""
+    pyplot = _pyplot()
+    figure, panel = pyplot.subplots(figsize=(8.6, 4.8), layout="constrained", facecolor="white")
+    for row, cost, mine, theirs in variants(result, data):
+        colour = next(colour for kind, colour in KINDS.items() if kind in row)
+        test, _, _ = extremes(mine, theirs)
+        middle, low, high = (100 * value for value in (test.difference, test.low, test.high))
+        error = [[middle - low], [high - middle]]
+        panel.errorbar(cost, middle, error, fmt="o", color=colour, markersize=6, elinewidth=1, capsize=2)
+        panel.annotate(row, (cost, middle), xytext=(6, 4), textcoords="offset points", color=colour, fontsize=9)
+    panel.axhline(0, color="#6b6b6b", linewidth=0.8)
+    panel.set(xlabel="executed FLOPs of fine-tuning (without methods = 1)", ylabel="points, mean of seven tasks")
     panel.grid(alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, metadata={"Date": None})
