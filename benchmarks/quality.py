@@ -199,6 +199,11 @@ ROWS = {
     **{f"mlp-256, {name}": Row(MLP, last={"skipper": SPARED | more}, groups="spared") for name, more in ADDED.items()},
     "mlp-256, gap": Row(MLP, last={"skipper": GAP}, groups="gap"),
     "mlp-256, gap both": Row(MLP, last={"skipper": GAP, "compressor": {"keep": 0.25} | FOLLOWED}, groups="gap"),
+    # The control of all methods in fine-tuning: less of it, without any.
+    **{
+        f"mlp-256, shorter {share}": Row(MLP, last={"samples": round(2880 * share)}, groups="shorter")
+        for share in (0.8, 0.5)
+    },
     "skipper falling": Row(few, many, first=POSITIONS, last={"skipper": FALLING}, groups="skip"),
     "skipper constant": Row(
         few, many, first=POSITIONS, last={"skipper": FALLING | {"alpha": 0.2, "schedule": "constant"}}, groups="skip"
