@@ -1,6 +1,7 @@
 """Write the tables of README and docs from the newest results in benchmarks/results/. A test checks them."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -583,7 +584,8 @@ def variants(result: dict, data: str) -> list[tuple[str, float, list[dict], list
     assert base is not None
     found = []
     for (row, _), seeds in rows.items():
-        if row.startswith(f"{base[0]}, ") and (pairs := paired(seeds, rows[base])):
+        pairs = paired([entry for entry in seeds if entry["own"]], rows[base]) if row != base[0] else []
+        if pairs and all(a["recipe"]["stages"][:-1] == b["recipe"]["stages"][:-1] for a, b in pairs):
             mine, theirs = (list(side) for side in zip(*pairs, strict=True))
             cost = fmean(map(tuning_flops, mine)) / fmean(map(tuning_flops, theirs))
             found.append((row.removeprefix(f"{base[0]}, "), cost, mine, theirs))
@@ -685,23 +687,38 @@ def draw(result: dict, file: Path, shown: Figure = FIGURE) -> None:
     pyplot.close(figure)
 
 
-# Rows of the figure of variants by how their names begin or end, and the colour of each kind.
-KINDS = {"falling": "#1f5fa8", "constant": "#b3401c", "plateau": "#3a7d44", "gap": "#8a5aa8"}
+# Kinds of rows in the figure of variants: a word of their names, what the legend says, and the colour.
+KINDS = (
+    ("falling", "skipper, share of layers falling (the paper's)", "#1f5fa8"),
+    ("constant", "skipper, constant share", "#b3401c"),
+    ("plateau", "skipper, plateau and other ingredients (ours)", "#3a7d44"),
+    ("gap", "skipper, or both methods, by the gap (ours)", "#8a5aa8"),
+    ("shorter", "no method: fewer samples", "#444444"),
+)
 
 
 def draw_variants(result: dict, file: Path, data: str = "photos") -> None:
     """What methods save of fine-tuning against what they cost in points, setting by setting."""
     pyplot = _pyplot()
     figure, panel = pyplot.subplots(figsize=(8.6, 4.8), layout="constrained", facecolor="white")
-    for row, cost, mine, theirs in variants(result, data):
-        colour = next(colour for kind, colour in KINDS.items() if kind in row)
-        test, _, _ = extremes(mine, theirs)
-        middle, low, high = (100 * value for value in (test.difference, test.low, test.high))
-        error = [[middle - low], [high - middle]]
-        panel.errorbar(cost, middle, error, fmt="o", color=colour, markersize=6, elinewidth=1, capsize=2)
-        panel.annotate(row, (cost, middle), xytext=(6, 4), textcoords="offset points", color=colour, fontsize=9)
+    found = variants(result, data)
+    for word, kind, colour in KINDS:
+        mine = [(row, cost, extremes(*sides)[0]) for row, cost, *sides in found if word in row]
+        middle, low, high = (
+            100 * np.array([[getattr(test, end) for _, _, test in mine] for end in ("difference", "low", "high")])
+        )
+        costs = [cost for _, cost, _ in mine]
+        panel.errorbar(
+            costs, middle, [middle - low, high - middle], fmt="o", color=colour, label=kind, elinewidth=0.7, alpha=0.9
+        )
+        for (row, cost, _), height in zip(mine, middle, strict=True):
+            label = " ".join(re.findall(r"alpha 0\.\d|both", row))
+            side = {"xytext": (-5, 5), "ha": "right"} if word == "constant" else {"xytext": (5, 5)}
+            panel.annotate(label, (cost, height), textcoords="offset points", color=colour, fontsize=9, **side)
     panel.axhline(0, color="#6b6b6b", linewidth=0.8)
     panel.set(xlabel="executed FLOPs of fine-tuning (without methods = 1)", ylabel="points, mean of seven tasks")
+    panel.set_xlim(right=1)
+    panel.legend(loc="lower right", frameon=False, fontsize=9)
     panel.grid(alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, metadata={"Date": None})
@@ -772,6 +789,7 @@ FIGURES: dict[str, Callable[[dict, Path], None]] = {
     "quality.svg": draw,
     "quality-smollm2.svg": partial(draw, shown=PRETRAINED),
     "quality-by-content.svg": draw_grades,
+    "quality-skipper.svg": draw_variants,
 }
 core = partial(quality_table, names=SHOWN)
 methods = partial(speed_table, only=("methods", "idle"))
@@ -787,11 +805,12 @@ PAGES: dict[str, list[tuple[str, Show]]] = {
         ("quality", partial(quality_table, split=5)),
         ("quality", partial(quality_table, data="details")),
         ("quality", partial(quality_table, data="easy-vqa")),
-        ("quality", partial(quality_table, data="photos")),
+        ("quality", partial(quality_table, data="photos", names={row: row for row in SHOWN})),
         ("quality", partial(quality_table, data="smollm2")),
         ("quality", margins_table),
         ("quality", partial(margins_table, data="photos")),
         ("quality", partial(margins_table, data="smollm2")),
+        ("quality", variants_table),
         ("quality", orderings_table),
     ],
     "docs/speed.md": [("speed-", speed_table)],
