@@ -81,9 +81,6 @@ ADDED: dict[str, dict[str, Any]] = {
 }
 MLP: dict[str, Any] = {"kind": "mlp"}
 QUARTER, FALLING = {"keep": 0.25, "method": "uniform"}, {"alpha": 0.6, "epsilon": 0.3}
-# Ours: as sparse as the measured gap allows. Fine-tuning of the small language model has 90 steps, so 18 probes.
-FOLLOWED: dict[str, Any] = {"schedule": "gap", "gap": {"every": 5}}
-GAP = {"alpha": 0.6, "epsilon": 0.0} | FOLLOWED
 # Text goes through every layer. The plateau skips 48% of them on average, for visual tokens alone.
 VISUAL = FALLING | {"tokens": "visual"}
 VISUAL_PLATEAU = SPARED | {"alpha": 0.6, "decay_from": 0.7, "tokens": "visual"}
@@ -197,8 +194,6 @@ ROWS = {
         for protected in (0, 1)
     },
     **{f"mlp-256, {name}": Row(MLP, last={"skipper": SPARED | more}, groups="spared") for name, more in ADDED.items()},
-    "mlp-256, gap": Row(MLP, last={"skipper": GAP}, groups="gap"),
-    "mlp-256, gap both": Row(MLP, last={"skipper": GAP, "compressor": {"keep": 0.25} | FOLLOWED}, groups="gap"),
     # The control of all methods in fine-tuning: less of it, without any.
     **{
         f"mlp-256, shorter {share}": Row(MLP, last={"samples": round(2880 * share)}, groups="shorter")

@@ -704,8 +704,8 @@ def draw_variants(result: dict, file: Path, data: str = "photos") -> None:
     found = variants(result, data)
     for word, kind, colour in KINDS:
         mine = [(row, cost, extremes(*sides)[0]) for row, cost, *sides in found if word in row]
-        middle, low, high = (
-            100 * np.array([[getattr(test, end) for _, _, test in mine] for end in ("difference", "low", "high")])
+        middle, low, high = 100 * np.array(
+            [[getattr(test, end) for _, _, test in mine] for end in ("difference", "low", "high")]
         )
         costs = [cost for _, cost, _ in mine]
         panel.errorbar(

@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import pytest
 from rich.console import Console
 
 from small_runs import quiet, recipe_values, stage_values
-from sparsight.cost import Trains, language_flops
 from sparsight.cost.forecast import (
     StageCost,
     at_peak,
@@ -27,7 +25,6 @@ from sparsight.cost.forecast import (
 from sparsight.devices.peaks import known_device, peak_flops
 from sparsight.reporting.plan_page import check_fits, memory_of, print_plan, speed_of, write_plan
 from sparsight.reporting.runlog import RunLog
-from sparsight.reporting.tables import human
 from sparsight.schedules import skip_probabilities
 from sparsight.settings.bridges import ChainOfSightConfig
 from sparsight.settings.load import load_recipe, load_recipes
@@ -126,35 +123,6 @@ def test_layers_run_as_planned(paper, settings):
     assert planned.flops["language_mlp"] == pytest.approx(
         planned.mean("layers") / 32 * forecast(paper)[1].flops["language_mlp"]
     )
-
-
-def test_a_stage_that_follows_the_gap_is_planned_as_it_starts(paper):
-    """With its probes, which are two forward passes over a micro-batch; what is not known is said."""
-    gap = {"every": 5}
-    compressor = {"compressor": CompressorConfig(keep=0.25, schedule="gap", gap=gap)}
-    follows = changed(paper, **compressor, skipper=SkipperConfig(alpha=0.5, epsilon=0.0, schedule="gap", gap=gap))
-    cost = forecast(follows)[0]
-    constant = CompressorConfig(keep=0.25), SkipperConfig(alpha=0.5, epsilon=0.0, schedule="constant")
-    start = forecast(changed(paper, compressor=constant[0], skipper=constant[1]))[0]
-    shape, plain = cost.shapes[1], forecast(paper)[0]
-    seen, none = cost.steps // 5 * cost.micro_batch, Trains(False, False, False)
-    probes = Counter()
-    for positions, layers in ((23 + 32, 32), (23 + 8, 16)):
-        cut = replace(shape, layers=layers)
-        probes.update(language_flops(cut, seen, positions, seen * cost.stage.conversation.supervised, none))
-    for part in ("language_projections", "language_attention", "language_mlp", "vocabulary"):
-        assert cost.flops[part] == pytest.approx(start.flops[part] + probes[part])
-    image = cost.shapes[0].flops(224, (16, 23), none)
-    assert cost.flops["encoder"] == pytest.approx(start.flops["encoder"] + 2 * seen * image)
-    assert [cost.mean("tokens"), cost.mean("layers")] == pytest.approx([8, 16]) and cost.memory() == plain.memory()
-    console = Console(file=io.StringIO(), width=200)
-    print_plan(follows, None, None, console)
-    text = " ".join(console.file.getvalue().split())
-    assert "32, 8 kept at the start" in text and "16.0 of 32 at the start" in text
-    assert "Stage pretrain follows the gap, so its FLOPs are not known beforehand" in text
-    assert f"it would take {human(sum(plain.flops.values()), 'FLOP')}." in text
-    with pytest.raises(ValueError, match="follow one gap: expected the same gap in both"):
-        Stage.model_validate(cost.stage.model_dump() | {"skipper": {"schedule": "gap"}})
 
 
 def test_a_layout_that_does_not_fit(paper):

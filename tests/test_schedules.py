@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsight.schedules import anneal, next_sparsity, skip_probabilities, skipped_layers
-from sparsight.settings.methods import CompressorConfig, SkipperConfig
+from sparsight.schedules import anneal, skip_probabilities, skipped_layers
+from sparsight.settings.methods import SkipperConfig
 
 SHARES = st.floats(0, 1)
 KINDS = ["constant", "linear", "cosine", "steps"]
@@ -111,7 +111,6 @@ def test_alternating_layers_are_skipped_as_often():
             r"alpha 0.6, epsilon 0.3: with layers 'alternating', .* in half of the steps: .*0.5",
         ),
         ({"inverse_density": True, "alpha": 1.0, "epsilon": 0.0}, r"with inverse_density, expected .* < 1"),
-        ({"gap": {"every": 5}}, "gap tolerance=0.05 every=5: expected schedule 'gap', found 'falling'"),
         ({"protected": (-1, 0)}, r"protected \(-1, 0\): expected numbers of first and last layers"),
         ({"importance": (1.0,), "protected": (1, 1)}, r"protected layers 1 \+ 1: the model has 1"),
     ],
@@ -119,41 +118,6 @@ def test_alternating_layers_are_skipped_as_often():
 def test_settings_that_do_not_go_together(settings, message):
     with pytest.raises(ValueError, match=message):
         SkipperConfig(**settings)
-    with pytest.raises(ValueError, match="expected neither final nor dense_every"):
-        CompressorConfig(schedule="gap", final=1.0)
-    with pytest.raises(ValueError, match="gap tolerance=0.05 every=5: expected schedule 'gap', found 'linear'"):
-        CompressorConfig(gap={"every": 5})
-
-
-@pytest.mark.parametrize("slope, end", [(0.01, 1.0), (0.1, 0.5), (0.5, 0.1), (50.0, 0.0)])
-def test_sparsity_settles_where_the_gap_is_the_tolerance(slope, end):
-    """A gap of ``slope`` times the sparsity: as sparse as a tolerance of 0.05 allows, dense where it allows nothing."""
-    for sparsity in (0.0, 1.0):
-        for _ in range(200):
-            sparsity = next_sparsity(sparsity, slope * sparsity, 0.05)
-        assert sparsity == pytest.approx(end, abs=0.101 if slope == 50.0 else 1e-6)
-
-
-@given(SHARES, st.floats(-10, 10), st.floats(-10, 10), st.floats(1e-3, 1))
-def test_sparsity_is_a_share_and_falls_with_the_gap(sparsity, one, other, tolerance):
-    small, large = sorted((one, other))
-    more, less = next_sparsity(sparsity, small, tolerance), next_sparsity(sparsity, large, tolerance)
-    assert 0 <= less <= more <= 1 and more - sparsity <= 0.1 + 1e-9 and sparsity - less <= 0.1 + 1e-9
-    assert next_sparsity(sparsity, tolerance, tolerance) == sparsity == next_sparsity(sparsity, math.nan, tolerance)
-
-
-@given(SHARES)
-def test_what_sparsity_means(sparsity):
-    """1: as the settings say, 0: dense."""
-    skipper, compressor = SkipperConfig(alpha=0.5, schedule="gap"), CompressorConfig(keep=0.25, schedule="gap")
-    constant = SkipperConfig(alpha=0.5, schedule="constant")
-    assert skipper.probabilities(6, 0.3) == constant.probabilities(6, 0.3)
-    wanted = [sparsity * p for p in constant.probabilities(6, 0.3)]
-    assert skipper.probabilities(6, 0.9, sparsity) == pytest.approx(wanted)
-    assert compressor.keep_at(0.3, sparsity) == pytest.approx(1 - 0.75 * sparsity)
-    assert (compressor.keep_at(0.3), compressor.keep_at(0.3, 0.0), compressor.most) == (0.25, 1.0, 1.0)
-    left_alone = CompressorConfig(keep=0.5, final=0.75)
-    assert (left_alone.keep_at(0.5, sparsity), left_alone.most) == (0.625, 0.75)
 
 
 def test_protected_and_important_layers():

@@ -12,7 +12,6 @@ from sparsight.errors import UserError
 
 Anneal = Literal["constant", "linear", "cosine", "steps"]
 SkipSchedule = Literal["falling", "constant", "rising", "plateau"]
-_MOST_AT_ONCE = 0.1  # of `next_sparsity`
 _STEPS = 4  # equal parts of a stage, for "steps"
 
 
@@ -30,14 +29,6 @@ def anneal(kind: Anneal, start: float, end: float, progress: float) -> float:
         "steps": min(math.floor(progress * _STEPS), _STEPS - 1) / (_STEPS - 1),
     }[kind]
     return start + (end - start) * share
-
-
-def next_sparsity(sparsity: float, gap: float, tolerance: float) -> float:
-    """How sparse training goes on after a probe, 0 (dense) to 1: more by up to a tenth where the gap lies below the
-    tolerance, less by up to a tenth where it lies above; as before where the gap is no finite number (ours)."""
-    if not math.isfinite(gap):
-        return sparsity
-    return min(1.0, max(0.0, sparsity + _MOST_AT_ONCE * max(-1.0, min(1.0, 1 - gap / tolerance))))
 
 
 def kept_tokens(tokens: int, keep: float) -> int:

@@ -50,8 +50,7 @@ def test_it_attaches_goes_on_at_the_step_of_the_recipe_and_logs():
     [
         (None, {}, "no key 'sparsight'"),
         ({"compresor": {}}, {}, "did you mean 'compressor'"),
-        ({"compressor": {}, "dense_probe": 4}, {}, "dense_probe, schedule: gap: this recipe has no probe"),
-        ({"compressor": {"schedule": "gap"}}, {}, "schedule: gap: this recipe has no probe"),
+        ({"compressor": {}, "dense_probe": 4}, {}, "dense_probe: this recipe has no probe"),
         ({"compressor": {}}, {"pp_size": 2}, "pp_size 2"),
         ({"compressor": {}}, {"cp_size": 2}, "cp_size 2"),
         ({"compressor": {}}, {"tp_size": 2}, "tp_size 2"),

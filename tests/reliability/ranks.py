@@ -13,13 +13,13 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from sparsight.settings.methods import CompressorConfig, GapConfig, SkipperConfig
+from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.attach import attach
 
 NAMES = ("sparsight", "llava, clip + llama", "qwen2_5_vl", "qwen3_vl", "smolvlm")
 VIDEOS = ("qwen2_5_vl", "qwen3_vl")  # images and videos go through the vision tower one after the other
 STEPS, LONG = 3, 50
-GAP_NAME = "llava, clip + llama"
+PROBE_NAME = "llava, clip + llama"
 
 
 def prepared(name: str, recompute: bool) -> tuple[Any, Any]:
@@ -30,14 +30,6 @@ def prepared(name: str, recompute: bool) -> tuple[Any, Any]:
     compressor = CompressorConfig(keep=0.5, method="similarity")
     skipper = SkipperConfig(alpha=0.4, epsilon=0.0, schedule="constant", layers="alternating", inverse_density=True)
     return model, attach(model, compressor, skipper, seed=1)
-
-
-def following(model: Any) -> Any:
-    """A handle that keeps half as few tokens as it might."""
-    handle = attach(model, CompressorConfig(keep=0.25, schedule="gap", gap=GapConfig(tolerance=1.0)))
-    handle.set_sparsity(0.5)
-    handle.step(0, 0.0)
-    return handle
 
 
 def batches(name: str, model: Any, step: int) -> list[dict[str, Any]]:
@@ -114,13 +106,12 @@ def main(folder: Path, kind: str) -> None:
         loss_of(parallel, both[rank], labels_in(both), 2).backward()
         handle.clear_gradients()
         found["video", name] = len(calls), gradients(model)
-    model = made(GAP_NAME)
-    handle = following(model)
-    parallel, both = wrapped(model, handle, kind), batches(GAP_NAME, model, 0)
+    model = made(PROBE_NAME)
+    handle = attach(model, CompressorConfig(keep=0.25))
+    parallel, both = wrapped(model, handle, kind), batches(PROBE_NAME, model, 0)
     loss_of(parallel, both[rank], labels_in(both), 2).backward()
     model.zero_grad()
-    found["gap"] = {key: value for key, value in handle.follow_gap().items() if key != "probe_seconds"}
-    found["sparsity"] = handle.sparsity
+    found["probe"] = list(handle.dense_probe().values())
     # R03: images and text at random, in another order on each rank.
     model, handle = prepared("llava, clip + llama", False)
     parallel, order = wrapped(model, handle, kind), random.Random(rank)

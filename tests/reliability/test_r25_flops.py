@@ -18,7 +18,6 @@ from small_runs import one_stage, train
 from sparsight.cost import Trains
 from sparsight.data.collate import Collator
 from sparsight.devices import peaks as devices
-from sparsight.devices.flops import flop_counter
 from sparsight.devices.precision import default_device, device_name
 from sparsight.modeling.encoders import count_flops
 from sparsight.settings.bridges import ChainOfSightConfig, LinearConfig
@@ -123,35 +122,6 @@ def test_a_step_of_our_own_model(name, bridge):
     counter.add(inputs, info, handle.take_passes()[0])
     assert_close(counter.last_flops, measured)
     assert counter.record()()[0]["flops"] == counter.last_flops
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_probe_of_our_own_model(checkpointing):
-    """The two forward passes of a step that measures the gap, beside the step itself."""
-    model, processor = make_vlm()
-    keys = {"learning_rate": FROZEN, "samples": 1, "gradient_checkpointing": checkpointing}
-    stage = Stage(name="s", bridge=LinearConfig(), **keys)
-    select_trainable(model, stage)
-    model.set_attn_implementation("eager")
-    model.train()
-    model.model.vision_tower.eval()
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    handle = attach(model, CompressorConfig(keep=0.25, schedule="gap"), SkipperConfig(alpha=0.5, schedule="gap"))
-    handle.step(0, 0.0)
-    handle.set_skipped((True, False))
-    encoder = count_flops(model.model.vision_tower, 64, model.config.vision_levels)
-    counter = StepCounter(model, Trains.of(stage), encoder)
-    collate = Collator(processor.tokenizer.pad_token_id, image_token_id=processor.image_token_id)
-    inputs = collate(items(model, (1, 2), (20, 16)))
-    info = inputs.pop("info")
-    model(**inputs, loss_only=True, use_cache=False).loss.backward()
-    counter.add(inputs, info, handle.take_passes()[0])
-    with flop_counter(model.model.vision_tower) as found:
-        handle.follow_gap()
-    counter.add_probe(handle.probe["probe_seconds"])
-    assert_close(counter.record()()[0]["flops"] - counter.last_flops, found.get_total_flops())
-    assert counter.record()()[0]["seconds"] == {"probe": handle.probe["probe_seconds"]}
 
 
 SIZES = {

@@ -10,7 +10,6 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 from sparsight.compat import returns_tuple
-from sparsight.schedules import next_sparsity
 from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.attach import NoEffectWarning, attach
 from sparsight.sparse.compress import compress
@@ -465,68 +464,15 @@ def test_a_dense_end_is_no_idleness(recwarn):
     assert [w for w in recwarn if w.category is NoEffectWarning] == []
 
 
-GAP = {"tolerance": 0.01, "every": 2}
-FOLLOW = CompressorConfig(keep=0.25, schedule="gap", gap=GAP), SkipperConfig(alpha=0.5, schedule="gap", gap=GAP)
-
-
-def test_methods_that_follow_the_gap_are_the_constant_ones_or_the_plain_model():
-    model = made("llava, clip + llama")
-    batch = batch_of("llava, clip + llama", model)
-    plain = gradients(model, batch)
-    handle = attach(model, QUARTER, SkipperConfig(alpha=0.5, schedule="constant"))
-    handle.step(STEP, 0.3)
-    constant = gradients(model, batch)
-    handle.detach()
-    handle = attach(model, *FOLLOW)
-    assert same(gradients(model, batch), plain)  # until the first step
-    handle.step(STEP, 0.3)
-    assert same(gradients(model, batch), constant) and not torch.equal(constant[0], plain[0])
-    handle.set_sparsity(0.0)
-    assert same(gradients(model, batch), constant)  # from the next step on
-    handle.step(STEP, 0.3)
-    assert same(gradients(model, batch), plain)
-
-
-def test_a_probe_settles_the_next_steps():
-    model = made("llava, clip + llama")
-    batch = batch_of("llava, clip + llama", model)
-    handle = attach(model, *FOLLOW)
-    handle.step(STEP, 0.3)
-    with pytest.raises(ValueError, match="follow_gap: expected a method with schedule 'gap', and a batch"):
-        handle.follow_gap()
-    gradients(model, batch)
-    before, probe = handle.passes, handle.dense_probe()
-    found = handle.follow_gap()
-    gap = (probe["loss_sparse"] - probe["loss_dense"]) / probe["loss_dense"]
-    assert {key: found[key] for key in probe} == probe and found["gap"] == gap and found["probe_seconds"] > 0
-    assert handle.sparsity == next_sparsity(1.0, gap, 0.01) and handle.probe == found and handle.passes == before
-    handle.set_sparsity(0.4)
-    handle.step(STEP + 1, 0.3)
-    assert handle.probe == {} and handle.keep == pytest.approx(0.7)
-    for other in (attach(made("llava, clip + llama"), QUARTER), attach(made("smolvlm"), FOLLOW[0])):
-        with pytest.raises(ValueError, match="follow_gap: expected a method"):
-            other.follow_gap()
-    with pytest.raises(ValueError, match="follow one gap: expected the same gap in both"):
-        attach(made("smolvlm"), FOLLOW[0], SkipperConfig(schedule="gap"))
-
-
-def test_a_gap_that_nobody_measures_is_told():
-    handle = attach(made("llava, clip + llama"), FOLLOW[0])
-    for step in range(6):
-        handle.step(step, 0.0)
-    with pytest.warns(NoEffectWarning, match="schedule 'gap' has no effect: nobody calls handle.follow_gap"):
-        handle.step(6, 0.0)
-
-
 def test_a_probe_without_a_loss_is_refused():
     model = made("llava, clip + llama")
     batch = batch_of("llava, clip + llama", model)
     del batch["labels"]
-    handle = attach(model, FOLLOW[0])
+    handle = attach(model, QUARTER)
     handle.step(0, 0.0)
     model(**batch)
     with pytest.raises(ValueError, match="the trainer gives LlavaForConditionalGeneration no labels"):
-        handle.follow_gap()
+        handle.dense_probe()
 
 
 def test_a_layer_that_is_off_is_not_updated():

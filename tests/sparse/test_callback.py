@@ -15,10 +15,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from sparsight.cost import LanguageShape, Trains, language_flops
-from sparsight.schedules import next_sparsity
 from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.attach import attach
-from sparsight.sparse.callback import STATE_FILE, SparsightCallback, _rollouts, figures
+from sparsight.sparse.callback import STATE_FILE, SparsightCallback, figures
 from tiny import conversation, make_image, make_vlm
 
 NAME = "llava, clip + llama"
@@ -92,39 +91,6 @@ def test_resumed_is_the_run_that_was_never_interrupted(tmp_path, skipper):
     assert any(entry["layers_run"] < 1 for entry in logged)
     assert all(entry["language_flops_ratio"] < 1 for entry in logged)
     assert "loss_dense" not in logged[0] and logged[2]["loss_dense"] != logged[2]["loss_sparse"]
-
-
-GAP = {"tolerance": 0.01, "every": 2}
-
-
-def test_a_run_that_follows_the_gap_is_resumed_as_sparse_as_it_was(tmp_path):
-    options = {
-        "steps": 12,
-        "compressor": CompressorConfig(keep=0.25, method="random", schedule="gap", gap=GAP),
-        "skipper": SkipperConfig(alpha=0.4, schedule="gap", inverse_density=True, gap=GAP),
-    }
-    whole, callback = trained(tmp_path / "a", **options)
-    resumed, _ = trained(tmp_path / "a", resume=str(tmp_path / "a" / "checkpoint-6"), **options)
-    keys = ("loss", "keep", "sparsity", "layers_run", "loss_dense", "loss_sparse", "gap")
-    logged = [[entry.get(key) for key in keys] for entry in steps(whole)]
-    found = [[entry.get(key) for key in keys] for entry in steps(resumed)][-6:]
-    assert logged[6][:4] == found[0][:4] and logged[7:] == found[1:]  # the last probe before is not logged on
-    ours, theirs = (t.model.state_dict() for t in (whole, resumed))
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-    sparsity, expected = [entry["sparsity"] for entry in steps(whole)], 1.0
-    for number, entry in enumerate(steps(whole)):
-        assert entry["keep"] == pytest.approx(1 - 0.75 * expected)  # as sparse as the step before has settled
-        expected = next_sparsity(expected, entry["gap"], 0.01) if number % 2 else expected
-        assert sparsity[number] == expected
-    saved = json.loads((tmp_path / "a" / "checkpoint-6" / STATE_FILE).read_text())
-    assert saved == callback.settings() | {"sparsity": sparsity[5]} and 0 < sparsity[5] < 1
-
-
-def test_rollouts_do_not_follow_the_gap():
-    handle = attach(made(NAME), CompressorConfig(schedule="gap"))
-    args = SimpleNamespace(n_gpu=1, steps_per_generation=1, gradient_accumulation_steps=1)
-    with pytest.raises(ValueError, match="schedule 'gap' is not for SimpleNamespace, which scores its rollouts"):
-        _rollouts(handle, args, TrainerState())
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path):

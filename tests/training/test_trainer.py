@@ -26,7 +26,6 @@ from sparsight.data.collate import Collator
 from sparsight.devices.flops import recomputes
 from sparsight.modeling.scaling import scale_tokens
 from sparsight.safety import write_manifest
-from sparsight.schedules import kept_tokens, next_sparsity
 from sparsight.training.checkpoints import Interrupted, last_checkpoint
 from sparsight.training.counter import StepCounter, cpu_seconds, resident_now
 from sparsight.training.stages import add_lora, merge_lora, select_trainable
@@ -303,36 +302,6 @@ def test_a_tied_weight_is_not_missing_when_a_stage_goes_on(tmp_path: Path, caplo
     train(model, processor, recipe, stage, tmp_path, resume=True)
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert "missing keys" not in caplog.text
-
-
-def test_a_stage_that_follows_the_gap_logs_it_and_goes_on(tmp_path: Path, tiny_vlm) -> None:
-    """In each step's record: how sparse the next one is; after a probe its losses, seconds and FLOPs."""
-    gap = {"tolerance": 0.001, "every": 2}
-    methods = {"compressor": {"keep": 0.25, "schedule": "gap", "gap": gap}}
-    recipe, stage = one_stage(samples=32, checkpoints=2, **methods)
-    model, processor, _ = prepared(tiny_vlm, stage)
-    straight = train(model, processor, recipe, stage, tmp_path / "straight").steps()
-    right = weights(model)
-    expected = 1.0
-    for step, record in straight.items():
-        assert ("gap" in record) == ("probe" in record["seconds"]) == (step % 2 == 0)
-        share = record["visual_tokens_kept"] / record["visual_tokens"]
-        assert share == kept_tokens(8, 1 - 0.75 * expected) / 8
-        if step % 2 == 0:
-            assert record["gap"] == pytest.approx(record["loss_sparse"] / record["loss_dense"] - 1)
-            expected = next_sparsity(expected, record["gap"], 0.001)
-        assert record["sparsity"] == expected
-    assert expected not in (0.0, 1.0)
-    log = Records()
-    model, processor, _ = prepared(tiny_vlm, stage)
-    data = training_set(processor, recipe, stage, before_step=6)
-    with pytest.raises(Crash):
-        train(model, processor, recipe, stage, tmp_path / "broken", data, log=log)
-    model, processor, _ = prepared(tiny_vlm, stage)
-    again = train(model, processor, recipe, stage, tmp_path / "broken", resume=True).steps()
-    for step in range(5, 9):
-        assert all(again[step].get(key) == straight[step].get(key) for key in ("loss", "sparsity", "gap", "flops"))
-    assert all(torch.equal(tensor, right[name]) for name, tensor in weights(model).items())
 
 
 @pytest.mark.parametrize("cut", ["no state", "half a state", "no mapping", "only the model"])

@@ -16,7 +16,6 @@ from sparsight.layouts import window_bounds
 from sparsight.schedules import kept_tokens
 from sparsight.settings.bridges import ResamplerConfig, WindowedSettings
 from sparsight.settings.data import SceneData
-from sparsight.settings.methods import GapConfig, gap_of
 from sparsight.settings.recipe import Recipe, Stage
 
 POINTS = 100  # of a stage, at which its schedules are evaluated
@@ -99,21 +98,12 @@ class StageCost:
     @cached_property
     def flops(self) -> dict[str, float]:
         """Executed FLOPs of the stage by part; schedules are averaged over it."""
-        stage, cached = self.stage, self.stage.cache_features
-        new = max(0, self.images - self.cached_before) if cached else stage.samples * stage.conversation.images
-        total = self._passes(stage.samples, new, self.trains)
-        if self.gap is not None:  # probes: forward, with the methods and without them
-            seen = self.steps // self.gap.every * self.micro_batch
-            for cost in (self, self.dense()):
-                new = 0 if cached else seen * stage.conversation.images
-                total.update(cost._passes(seen, new, Trains(False, False, False)))
-        return dict(total)
-
-    def _passes(self, samples: int, encoded: float, trains: Trains) -> Counter[str]:
-        stage, (encoder, language) = self.stage, self.shapes
+        stage, (encoder, language), trains = self.stage, self.shapes, self.trains
+        samples = stage.samples
         images, passes = samples * stage.conversation.images, samples / self.micro_batch
+        encoded = max(0, self.images - self.cached_before) if stage.cache_features else images
         image = encoder.flops(self.image_size, self.recipe.vision_levels, trains)
-        sizes = self.level_widths, language.hidden, self.map_size, images / max(passes, 1e-9)
+        sizes = self.level_widths, language.hidden, self.map_size, images / passes
         total = Counter({"encoder": image * encoded, "bridge": passes * bridge_flops(stage.bridge, *sizes, trains)})
         for share, keep, layers in self._schedule():
             rows, positions = self._rows(samples, keep)
@@ -122,16 +112,7 @@ class StageCost:
             beside = splits * positions * stage.conversation.text / self.length(keep)
             parts = language_flops(language, rows, positions, labels, trains, layers, beside)
             total.update({part: share * flops for part, flops in parts.items()})
-        return total
-
-    @property
-    def gap(self) -> GapConfig | None:
-        """Where methods follow it, how sparse the stage will be is not known: all is reckoned as at the start."""
-        return gap_of(self.stage.compressor, self.stage.skipper)
-
-    def dense(self) -> StageCost:
-        """The same stage without compressor and skipper."""
-        return replace(self, stage=self.stage.model_copy(update={"compressor": None, "skipper": None}))
+        return dict(total)
 
     def _rows(self, conversations: int, keep: float = 1.0) -> tuple[float, float]:
         """Rows, packed where the stage says how long, and positions in each."""

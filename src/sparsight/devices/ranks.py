@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import TypeVar
 
@@ -53,15 +53,6 @@ def from_first(value: T) -> T:
 def is_shard(parameter: torch.Tensor) -> bool:
     """Whether FSDP version 2 or ZeRO-3 gathers it from all ranks where it is used."""
     return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
-
-
-def mean(numbers: Sequence[float], device: torch.device) -> list[float]:
-    """The mean over ranks of each number; the same answer on all."""
-    if not several_ranks():
-        return list(numbers)
-    found = torch.tensor(numbers, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(found)
-    return (found / torch.distributed.get_world_size()).tolist()
 
 
 def touched(x: torch.Tensor, parameters: Iterable[nn.Parameter]) -> torch.Tensor:

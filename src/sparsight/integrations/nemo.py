@@ -13,7 +13,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from sparsight.errors import UserError
 from sparsight.integrations import callback_from
 from sparsight.integrations.loop import follow
-from sparsight.settings.methods import gap_of
 from sparsight.sparse.attach import attach
 from sparsight.sparse.executed import figures
 
@@ -32,8 +31,8 @@ class Sparse:
         """Raises UserError for wrong settings, and for parallelism under which nothing can be attached."""
         methods = callback_from(_plain(self.cfg.get("sparsight", None)), "sparsight").methods
         assert methods is not None
-        if methods.dense_probe is not None or gap_of(methods.compressor, methods.skipper) is not None:
-            raise UserError("sparsight.dense_probe, schedule: gap: this recipe has no probe; leave it out")
+        if methods.dense_probe is not None:
+            raise UserError("sparsight.dense_probe: this recipe has no probe; leave it out")
         super().setup()  # type: ignore[misc]
         _refuse(getattr(self, "mesh_context", None), self.model_parts, methods.skipper is not None)
         model = getattr(self.model_parts[0], "module", self.model_parts[0])  # of DistributedDataParallel

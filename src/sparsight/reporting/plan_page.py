@@ -96,9 +96,8 @@ def stage_rows(stages: Sequence[StageCost], speed: Speed | None, limit: float | 
     rows = []
     for cost in stages:
         kept, layers, most = cost.mean("tokens"), cost.mean("layers"), cost.shapes[1].layers
-        mark = " at the start" if cost.gap is not None else ""
-        tokens = f"{cost.tokens}" if kept == cost.tokens else f"{cost.tokens}, {kept:.0f} kept{mark}"
-        count = f"{layers:.1f} of {most}{mark}" if layers < most - 1e-9 else f"{most}"
+        tokens = f"{cost.tokens}" if kept == cost.tokens else f"{cost.tokens}, {kept:.0f} kept"
+        count = f"{layers:.1f} of {most}" if layers < most - 1e-9 else f"{most}"
         row = [cost.stage.name, tokens, count, f"{cost.length():.0f}", f"{cost.micro_batch}", f"{cost.steps:,}"]
         row += [human(sum(cost.flops.values())), gigabytes(sum(cost.memory().values()))]
         if limit is not None:
@@ -127,12 +126,6 @@ def notes(recipe: Recipe, stages: Sequence[StageCost], speed: Speed | None) -> l
     (stage, part), share = shares.most_common(1)[0]
     lines = [f"{line}.", STANDARD.format(tokens=plain[0].tokens)]
     lines.append(f"{share:.0%} of the FLOPs are {part.replace('_', ' ')} in stage {stage}.")
-    for cost in (cost for cost in stages if cost.gap is not None):
-        dense = human(sum(cost.dense().flops.values()), "FLOP")
-        lines.append(
-            f"Stage {cost.stage.name} follows the gap, so its FLOPs are not known beforehand: reckoned as it starts, "
-            f"with its probes; without methods and probes it would take {dense}."
-        )
     conversations = {cost.stage.conversation: cost.stage.name for cost in stages}
     lines += [ASSUMED.format(name=name, **c.model_dump()) for c, name in conversations.items()]
     return lines

@@ -11,14 +11,6 @@ from sparsight.schedules import Anneal, SkipSchedule, anneal, skip_probabilities
 from sparsight.settings.base import Settings
 
 
-class GapConfig(Settings):
-    """``schedule: gap`` (ours): every so many steps, a probe of a batch in eval mode, with and without the methods;
-    below ``tolerance`` (loss with - loss without) / loss without, training gets sparser, above it denser."""
-
-    tolerance: float = Field(0.05, gt=0)
-    every: int = Field(10, ge=1)
-
-
 class CompressorConfig(Settings):
     """Fewer visual tokens behind the bridge, in training alone (Sparse Training Scheme, stage I).
 
@@ -26,8 +18,6 @@ class CompressorConfig(Settings):
         keep: share of the visual tokens that stay, at the stage's start.
         method: see ``sparse.compress``.
         final: share at the stage's end, reached by ``schedule``; ``keep`` throughout if not given.
-        schedule: "gap": as few tokens as the measured gap allows, ``keep`` at the start and at least, 1 at most.
-        gap: of ``schedule: gap``.
         dense_every: every so many steps all tokens stay; never if not given.
         positions: tokens that stay keep their "original" positions, or are "renumbered" without gaps.
         pad_to_multiple_of: lengths after compression, in training (ours); if not given, 8 on a GPU, 64 there where
@@ -37,33 +27,23 @@ class CompressorConfig(Settings):
     keep: float = Field(0.25, gt=0, le=1)
     method: Literal["uniform", "random", "text", "pool", "similarity", "merge"] = "uniform"
     final: float | None = Field(None, gt=0, le=1)
-    schedule: Anneal | Literal["gap"] = "linear"
+    schedule: Anneal = "linear"
     dense_every: int | None = Field(None, ge=1)
     positions: Literal["original", "renumbered"] = "original"
     pad_to_multiple_of: int | None = Field(None, ge=1)
-    gap: GapConfig | None = None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> CompressorConfig:
-        _check_gap(self)
-        if self.schedule == "gap" and (self.final is not None or self.dense_every is not None):
-            raise UserError("schedule 'gap' settles how many tokens stay: expected neither final nor dense_every")
-        return self
 
     @property
     def scheduled(self) -> bool:
         """Whether the share that stays differs from step to step."""
-        return self.final is not None or self.dense_every is not None or self.schedule == "gap"
+        return self.final is not None or self.dense_every is not None
 
     @property
     def most(self) -> float:
         """The largest share that stays in any step."""
-        return 1.0 if self.dense_every is not None or self.schedule == "gap" else max(self.keep, self.final or 0.0)
+        return 1.0 if self.dense_every is not None else max(self.keep, self.final or 0.0)
 
-    def keep_at(self, progress: float, sparsity: float = 1.0) -> float:
-        """The share that stays in a step that is not one of ``dense_every``; ``sparsity`` is that of ``gap``."""
-        if self.schedule == "gap":
-            return 1 - sparsity * (1 - self.keep)
+    def keep_at(self, progress: float) -> float:
+        """The share that stays in a step that is not one of ``dense_every``."""
         return self.keep if self.final is None else anneal(self.schedule, self.keep, self.final, progress)
 
 
@@ -76,7 +56,6 @@ class SkipperConfig(Settings):
 
     Args:
         protected: how many first and last layers always run.
-        schedule: "gap": as many layers as the measured gap allows, at the start and at most ``alpha``; see ``gap``.
         importance: of each layer, as ``sparsight analyze`` measures it; then the tilt follows it in place of depth.
         decay_from: of ``schedule: plateau``: share of the stage after which it falls; 0.8 if not given.
         dense_last: share of the stage, at its end, in which no layer is skipped.
@@ -93,7 +72,7 @@ class SkipperConfig(Settings):
 
     alpha: float = Field(0.6, ge=0, le=1)
     epsilon: float = Field(0.3, ge=-1, le=1)
-    schedule: SkipSchedule | Literal["gap"] = "falling"
+    schedule: SkipSchedule = "falling"
     protected: tuple[int, int] = (0, 0)
     importance: tuple[float, ...] | None = None
     decay_from: float | None = Field(None, ge=0, lt=1)
@@ -101,13 +80,11 @@ class SkipperConfig(Settings):
     layers: Literal["any", "alternating"] = "any"
     tokens: Literal["all", "visual"] = "all"
     inverse_density: bool = False
-    gap: GapConfig | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> SkipperConfig:
         if min(self.protected) < 0:
             raise UserError(f"protected {self.protected}: expected numbers of first and last layers")
-        _check_gap(self)
         if self.decay_from is not None and self.schedule != "plateau":
             raise UserError(f"decay_from {self.decay_from}: expected schedule 'plateau', found '{self.schedule}'")
         self.probabilities(len(self.importance or ()) or 1 + sum(self.protected), 0.0)  # raises
@@ -121,26 +98,10 @@ class SkipperConfig(Settings):
             raise UserError(f"{given}: with inverse_density, expected alpha * (1 + |epsilon|) < 1")
         return self
 
-    def probabilities(self, layers: int, progress: float, sparsity: float = 1.0) -> list[float]:
-        """`schedules.skip_probabilities` of so many layers; ``sparsity`` is that of ``gap``. Raises UserError if they
-        do not fit the settings."""
-        given = self.model_dump(exclude={"layers", "tokens", "inverse_density", "gap"}, exclude_none=True)
-        if self.schedule == "gap":
-            given |= {"schedule": "constant", "alpha": sparsity * self.alpha}
+    def probabilities(self, layers: int, progress: float) -> list[float]:
+        """`schedules.skip_probabilities` of so many layers. Raises UserError if they do not fit the settings."""
+        given = self.model_dump(exclude={"layers", "tokens", "inverse_density"}, exclude_none=True)
         return skip_probabilities(layers, progress, **given)
-
-
-def _check_gap(method: CompressorConfig | SkipperConfig) -> None:
-    if method.gap is not None and method.schedule != "gap":
-        raise UserError(f"gap {method.gap}: expected schedule 'gap', found '{method.schedule}'")
-
-
-def gap_of(compressor: CompressorConfig | None, skipper: SkipperConfig | None) -> GapConfig | None:
-    """What the methods with ``schedule: gap`` follow; None if none has it. Raises UserError if they differ."""
-    found = [each.gap or GapConfig() for each in (compressor, skipper) if each is not None and each.schedule == "gap"]
-    if found and found[0] != found[-1]:
-        raise UserError(f"compressor and skipper follow one gap: expected the same gap in both, found {found}")
-    return found[0] if found else None
 
 
 class CallbackConfig(Settings):

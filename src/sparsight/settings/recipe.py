@@ -12,7 +12,7 @@ from sparsight.errors import UserError
 from sparsight.settings.base import Settings
 from sparsight.settings.bridges import Bridge, LayoutField, WindowedSettings, check_scaling
 from sparsight.settings.data import Conversation, ConversationData, Data, MixtureData, SceneData
-from sparsight.settings.methods import CompressorConfig, SkipperConfig, gap_of
+from sparsight.settings.methods import CompressorConfig, SkipperConfig
 
 
 class ScratchLanguage(Settings):
@@ -165,7 +165,6 @@ class Stage(Settings):
         for fault, found in faults.items():
             if found:
                 raise UserError(f"stage '{self.name}': {fault}")
-        gap_of(self.compressor, self.skipper)  # raises
         if target is not None and isinstance(self.bridge, WindowedSettings):
             self.bridge.scales.positions(target)  # raises
         return self

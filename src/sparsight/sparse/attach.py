@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
@@ -12,10 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsight.devices.ranks import mean
 from sparsight.errors import UserError
-from sparsight.schedules import next_sparsity
-from sparsight.settings.methods import CompressorConfig, GapConfig, SkipperConfig
+from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.forward import Forwards, NoEffectWarning, Pass, State
 from sparsight.sparse.parts import Parts, check_skippable, find_parts
 from sparsight.sparse.patches import Held
@@ -93,9 +89,6 @@ class SparseHandle:
     global_step: int = _read("_state.global_step")
     progress: float = _read("_state.progress")
     keep: float = _read("_state.keep")  # share of the visual tokens in this step
-    gap: GapConfig | None = _read("_state.gap")  # what methods with schedule "gap" follow
-    sparsity: float = _read("_state.sparsity")  # of these, from the next step on: 1 as settings say, 0 dense
-    probe: dict[str, float] = _read("_state.probe")  # what `follow_gap` found in this step
     skipped: tuple[bool, ...] = _read("_state.skipped")  # whether each layer is, in this step
     resting: tuple[bool, ...] = _read("_state.resting")  # whether nothing goes through each layer in this step
     attached: bool = _read("_forwards.attached")
@@ -131,9 +124,6 @@ class SparseHandle:
             )
         self._forwards.uncleared, self._forwards.in_step = False, 0
         self._state.step(step, progress)
-        if self.gap is not None and self._state.unprobed > 3 * self.gap.every:
-            why = "nobody calls handle.follow_gap(), as SparsightCallback does: how sparse training is stays as it is"
-            self._forwards.tell("gap", f"schedule 'gap' has no effect: {why}")
 
     def expect_step(self, within: int) -> None:
         """Warn, once, when more passes than this have gone through with gradients since the last `step`."""
@@ -194,24 +184,6 @@ class SparseHandle:
                 f"the trainer gives {type(model).__name__} no labels, so there is no loss: leave out probes"
             )
         return {"loss_dense": float(dense), "loss_sparse": float(sparse)}
-
-    def follow_gap(self) -> dict[str, float]:
-        """Probe, for ``schedule: gap``: from the next `step` on, training is as sparse as the gap between the two
-        losses allows. Ranks probe in the same step, and take the mean of their losses. Raises UserError if no method
-        has that schedule, or there was no batch yet."""
-        start = time.perf_counter()
-        if self.gap is None or not (losses := self.dense_probe()):
-            raise UserError("follow_gap: expected a method with schedule 'gap', and a batch that was trained on")
-        dense, sparse = mean(list(losses.values()), next(self.model.parameters()).device)
-        gap = (sparse - dense) / dense if dense else math.nan
-        self.set_sparsity(next_sparsity(self.sparsity, gap, self.gap.tolerance))
-        took = time.perf_counter() - start
-        self._state.probe = {"loss_dense": dense, "loss_sparse": sparse, "gap": gap, "probe_seconds": took}
-        return self._state.probe
-
-    def set_sparsity(self, sparsity: float) -> None:
-        """Go on with this from the next `step` on, as a run that is resumed does."""
-        self._state.sparsity, self._state.unprobed = sparsity, 0
 
     @contextmanager
     def on_host(self, inputs: Mapping[str, Any]) -> Iterator[None]:

@@ -49,8 +49,7 @@ class SparsightCallback(TrainerCallback):
     (``audio_tokens_in`` and ``audio_tokens_out`` of a model that hears), ``layers_run`` (share of all),
     ``language_flops`` (executed by the language model), ``language_flops_ratio`` (to the plain model's), ``flops`` (all
     parts) and ``mfu`` (share of the device's peak, where that is known). With
-    ``dense_probe`` also ``loss_dense`` and ``loss_sparse`` of one batch in eval mode. With ``schedule: gap`` these too,
-    ``gap``, ``probe_seconds``, and ``sparsity``: 1 as the settings say, 0 dense. FLOPs of probes are not counted here.
+    ``dense_probe`` also ``loss_dense`` and ``loss_sparse`` of one batch in eval mode.
 
     Args:
         handle: from `attach`, in place of compressor, skipper and seed; or several: that of the model that is trained,
@@ -173,7 +172,6 @@ class SparsightCallback(TrainerCallback):
         self.handles[0].expect_step(within=_PASSES * args.gradient_accumulation_steps)
         self.on_step_begin(args, state)
         if not state.global_step:
-            self._set_sparsity(1.0)
             return
         folder = _resumed_from(args, state)
         if (file := folder / STATE_FILE).is_file():  # else nothing was attached before
@@ -182,7 +180,6 @@ class SparsightCallback(TrainerCallback):
             changed = {key: (before.get(key), now) for key, now in self.settings().items() if before.get(key) != now}
             if changed:
                 raise UserError(f"{file} was written with other settings; these differ (then, now): {changed}")
-            self._set_sparsity(saved.get("sparsity", 1.0))
         # These engines keep weights in files of their own, by the model's own names, and have loaded them.
         if args.distributed_state.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             _reload_if_renamed(self.handles[0].model, folder)
@@ -204,21 +201,13 @@ class SparsightCallback(TrainerCallback):
         for handle in self.handles:
             handle.step(step, min(1.0, step / max(1, state.max_steps)))
 
-    def _set_sparsity(self, sparsity: float) -> None:
-        for handle in self.handles:
-            handle.set_sparsity(sparsity)
-
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         for handle in self.handles:
             handle.clear_gradients()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        first = self.handles[0]
-        if first.gap is not None and state.global_step % first.gap.every == 0:
-            self.probe = dict(first.follow_gap())
-            self._set_sparsity(first.sparsity)
-        elif self.dense_probe and state.global_step % self.dense_probe == 0:
-            self.probe = first.dense_probe()
+        if self.dense_probe and state.global_step % self.dense_probe == 0:
+            self.probe = self.handles[0].dense_probe()
 
     def on_log(self, args: Any, state: TrainerState, control: Any, *, logs: dict[str, Any], **_: Any) -> None:
         if "loss" not in logs:  # an evaluation, or the end
@@ -246,9 +235,7 @@ class SparsightCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if args.should_save and folder.is_dir():
-            first = self.handles[0]
-            saved = self.settings() | ({} if first.gap is None else {"sparsity": first.sparsity})
-            (folder / STATE_FILE).write_text(json.dumps(saved, indent=2), encoding="utf-8")
+            (folder / STATE_FILE).write_text(json.dumps(self.settings(), indent=2), encoding="utf-8")
 
 
 def _settings(source: Any) -> dict[str, Any]:
@@ -277,8 +264,6 @@ def _rollouts(handle: SparseHandle, args: TrainingArguments, state: TrainerState
     every, accumulate = slices * getattr(args, "num_iterations", 1), args.gradient_accumulation_steps
     compressor, beforehand = handle.compressor, accumulate % every != 0
     scheduled = compressor is not None and compressor.scheduled
-    if handle.gap is not None:
-        raise UserError(f"schedule 'gap' is not for {type(args).__name__}, which scores its rollouts: take another one")
     scored = beforehand or getattr(args, "beta", 0.0) or getattr(args, "use_vllm", False)
     if compressor is not None and compressor.method == "random" and scored:
         raise UserError(

@@ -58,8 +58,6 @@ def figures(handle: SparseHandle, passes: Sequence[Pass]) -> dict[str, float]:
         "language_flops": executed,
         "language_flops_ratio": executed / plain if plain else 1.0,
     }
-    if handle.gap is not None:
-        found["sparsity"] = handle.sparsity
     if handle.parts.audio:
         found["audio_tokens_in"] = sum(done.audio_in for done in passes)
         found["audio_tokens_out"] = sum(done.audio_out for done in passes)

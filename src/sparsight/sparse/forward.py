@@ -31,7 +31,7 @@ from sparsight.devices.copies import Host, to_device
 from sparsight.devices.ranks import largest, several_ranks, touched
 from sparsight.errors import UserError
 from sparsight.schedules import kept_tokens, skipped_layers
-from sparsight.settings.methods import CompressorConfig, SkipperConfig, gap_of
+from sparsight.settings.methods import CompressorConfig, SkipperConfig
 from sparsight.sparse.blank import blank_features, tensors
 from sparsight.sparse.compress import ON_GRID, compress_batch
 from sparsight.sparse.gather import Beside, Kept, check_cache, gather_inputs, mark_cache, packed_samples
@@ -118,20 +118,15 @@ class State:
         self.keep = 1.0 if compressor is None or scheduled else compressor.keep
         self.skipped, self.scales = (False,) * layers, (1.0,) * layers  # see `Forwards._layer`
         self.drawn: tuple[int, int | None] = 0, None  # see `generators`
-        self.gap = gap_of(compressor, skipper)  # UserError if they differ
         self.text_runs = skipper is not None and skipper.tokens == "visual"  # through skipped layers, too
-        self.sparsity = 1.0  # of methods that follow the gap, from the next step on: 1 as settings say, 0 dense
-        self.probe: dict[str, float] = {}  # of this step
-        self.unprobed = 0  # steps since the last one
 
     def step(self, step: int, progress: float) -> None:
         self.waits, self.global_step, self.progress, self.drawn = False, step, progress, (0, None)
         self.keep, self.skipped = 1.0, (False,) * self.layers
-        self.probe, self.unprobed = {}, self.unprobed + 1
         if (c := self.compressor) is not None and (c.dense_every is None or step % c.dense_every):
-            self.keep = c.keep_at(progress, self.sparsity)
+            self.keep = c.keep_at(progress)
         if self.skipper is not None:
-            chances = self.skipper.probabilities(self.layers, progress, self.sparsity)
+            chances = self.skipper.probabilities(self.layers, progress)
             self.skipped = skipped_layers(chances, self.seed, step, self.skipper.layers == "alternating")
             self.scales = tuple(1 / (1 - p) if self.skipper.inverse_density else 1.0 for p in chances)
 
@@ -608,7 +603,7 @@ class Forwards:
         if state.waits:
             self._watch("compressor's schedule" if state.skipper is None else "skipper", True, _WAITS, _DENSE)
         else:
-            due = state.skipper is not None and state.progress < 1 - state.skipper.dense_last and state.gap is None
+            due = state.skipper is not None and state.progress < 1 - state.skipper.dense_last
             self._watch("skipper", due and not any(state.skipped), "no layer was skipped")
 
     def _watch(self, method: str, idle: bool, why: str, after: int = _IDLE) -> None:

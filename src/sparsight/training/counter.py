@@ -8,7 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -69,8 +69,7 @@ class StepCounter:
         what the methods left of it, where they are on."""
         (rows, length), visual = inputs["input_ids"].shape, info["visual_tokens"]
         done = done or Pass(rows, length, length, self.layers, visual, visual)
-        self.last = info, inputs.get("mm_encoder_outputs") is not None, done
-        parts = self._parts(*self.last, self.trains)
+        parts = self._parts(info, inputs.get("mm_encoder_outputs") is not None, done)
         for part, flops in parts.items():
             self.flops[part] += flops
         self.last_flops, self.layers_run = sum(parts.values()), done.layers_run
@@ -81,24 +80,15 @@ class StepCounter:
         self.counts["text_tokens"] += info["filled"] - visual
         self.counts["padding_tokens"] += rows * length - info["filled"]
 
-    def add_probe(self, seconds: float) -> None:
-        """Count a probe of the last batch: forward passes without the methods and with them. An encoder that trains
-        counts with its backward pass, which a probe has not."""
-        info, cached, done = self.last
-        for each in (replace(done, length=done.length_in, layers_run=self.layers), done):
-            for part, flops in self._parts(info, cached, each, Trains(False, False, False)).items():
-                self.flops[part] += flops
-        self.seconds["probe"] += seconds
-
-    def _parts(self, info: Mapping[str, Any], cached: bool, done: Pass, trains: Trains) -> dict[str, float]:
+    def _parts(self, info: Mapping[str, Any], cached: bool, done: Pass) -> dict[str, float]:
         """FLOPs of a pass by part; for encoder and bridge, smaller maps of a batch are padded."""
         config, images, grids = self.model.config, info["images"], info["grids"]
         encoder, (high, wide) = images * self.encoder_flops, config.map_size
         if grids:
             encoder, (high, wide) = sum(map(self._of_grid, grids)), map(max, zip(*grids, strict=True))
         widths, out = config.level_widths, config.text_config.hidden_size
-        bridge = bridge_flops(self.bridge, widths, out, (high, wide), images, trains)
-        language = pass_flops(done, self.shapes, trains, info["supervised"])
+        bridge = bridge_flops(self.bridge, widths, out, (high, wide), images, self.trains)
+        language = pass_flops(done, self.shapes, self.trains, info["supervised"])
         return {"encoder": 0.0 if cached else encoder, "bridge": bridge, **language}
 
     def _of_grid(self, grid: tuple[int, int]) -> float:

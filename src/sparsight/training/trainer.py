@@ -246,12 +246,7 @@ class _Recorder(TrainerCallback):
         counter, step, stage = self.trainer.counter, state.global_step, self.trainer.stage.name
         if self.quarantine is not None:  # entries of other ranks, too: all count alike, and stop together
             counter.replaced = gather_object(counter.replaced)
-        handle, probe = self.trainer.handle, {}
-        if handle is not None and handle.gap is not None:
-            probe = {"sparsity": handle.sparsity, **handle.probe}
-            if handle.probe:
-                counter.add_probe(handle.probe["probe_seconds"])
-        self.last = partial(self._write, step, self.rates, counter.record(), probe, counter.passes)
+        self.last = partial(self._write, step, self.rates, counter.record(), counter.passes)
         looked_at = step == min(idle.AFTER, state.max_steps)
         if control.should_training_stop or looked_at or step == state.max_steps:
             self.look()
@@ -273,12 +268,12 @@ class _Recorder(TrainerCallback):
         if last is not None:
             last()
 
-    def _write(self, step: int, rates: dict[str, float], read: Any, probe: dict[str, Any], passes: Any) -> None:
+    def _write(self, step: int, rates: dict[str, float], read: Any, passes: Any) -> None:
         counter, stage, start = self.trainer.counter, self.trainer.stage.name, time.perf_counter()
         numbers, losses, norm = read()
         counter.seconds["compute"] += time.perf_counter() - start  # on a GPU, it was waited for
         self.trainer.check_finite(losses, norm, step, passes)
-        record = {"learning_rate": rates, **numbers, **probe}
+        record = {"learning_rate": rates, **numbers}
         self.log.write("step", stage=stage, step=step, **record)
         if self.trainer.args.report_to:
             self.trainer.track(record)
