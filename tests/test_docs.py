@@ -213,7 +213,7 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_readme_snippets_run(outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict = {}
     run_page("README.md", names, monkeypatch)
-    assert names["callback"].settings()["skipper"]["alpha"] == 0.6
+    assert names["callback"].settings()["compressor"]["keep"] == 0.25
     run_page("docs/start.md", names, monkeypatch, {"sparsight train": FEW})
     assert names["answer"].shape[1] > names["inputs"]["input_ids"].shape[1]
     assert (outside / "my-vlm" / "processor_config.json").is_file()
