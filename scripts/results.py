@@ -717,7 +717,7 @@ def draw_variants(result: dict, file: Path, data: str = "photos") -> None:
             panel.annotate(label, (cost, height), textcoords="offset points", color=colour, fontsize=9, **side)
     panel.axhline(0, color="#6b6b6b", linewidth=0.8)
     panel.set(xlabel="executed FLOPs of fine-tuning (without methods = 1)", ylabel="points, mean of seven tasks")
-    panel.set_xlim(right=1)
+    panel.set_xlim(0.2, 1)
     panel.legend(loc="lower right", frameon=False, fontsize=9)
     panel.grid(alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
