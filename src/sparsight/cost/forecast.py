@@ -98,10 +98,13 @@ class StageCost:
     @cached_property
     def flops(self) -> dict[str, float]:
         """Executed FLOPs of the stage by part; schedules are averaged over it."""
-        stage, (encoder, language), trains = self.stage, self.shapes, self.trains
-        samples = stage.samples
+        images = self.stage.samples * self.stage.conversation.images
+        new = max(0, self.images - self.cached_before) if self.stage.cache_features else images
+        return dict(self._passes(self.stage.samples, new, self.trains))
+
+    def _passes(self, samples: int, encoded: float, trains: Trains) -> Counter[str]:
+        stage, (encoder, language) = self.stage, self.shapes
         images, passes = samples * stage.conversation.images, samples / self.micro_batch
-        encoded = max(0, self.images - self.cached_before) if stage.cache_features else images
         image = encoder.flops(self.image_size, self.recipe.vision_levels, trains)
         sizes = self.level_widths, language.hidden, self.map_size, images / passes
         total = Counter({"encoder": image * encoded, "bridge": passes * bridge_flops(stage.bridge, *sizes, trains)})
@@ -112,7 +115,7 @@ class StageCost:
             beside = splits * positions * stage.conversation.text / self.length(keep)
             parts = language_flops(language, rows, positions, labels, trains, layers, beside)
             total.update({part: share * flops for part, flops in parts.items()})
-        return dict(total)
+        return total
 
     def _rows(self, conversations: int, keep: float = 1.0) -> tuple[float, float]:
         """Rows, packed where the stage says how long, and positions in each."""
