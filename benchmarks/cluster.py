@@ -230,7 +230,7 @@ def dual_speed(align: dict[str, Any]) -> list[dict[str, Any]]:
             talk = more.get("conversation", {"text": 300, "supervised": 150})
             more = more | {"conversation": talk | {"images": images}}
             dense, fast = (cost_of(**more, **c) for c in ({}, {"compressor": {"keep": 0.1}}))
-            teacher = sum(fast._passes(fast.stage.samples, 0, type(fast.trains)(False, False, False)).values())
+            teacher = sum(fast.passes(0, type(fast.trains)(False, False, False)).values())
             hours["dense"] += sum(dense.flops.values())
             hours["fast"] += 0.9 * sum(fast.flops.values()) + 0.1 * (sum(dense.flops.values()) + teacher)
         how = f"FLOPs of both stages, 30 and 300 text tokens, {576 * images} visual ones"

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsight.schedules import anneal, skip_probabilities, skipped_layers
-from sparsight.settings.methods import SkipperConfig
+from sparsight.settings.methods import CompressorConfig, SkipperConfig
 
 SHARES = st.floats(0, 1)
 KINDS = ["constant", "linear", "cosine", "steps"]
@@ -118,6 +118,15 @@ def test_alternating_layers_are_skipped_as_often():
 def test_settings_that_do_not_go_together(settings, message):
     with pytest.raises(ValueError, match=message):
         SkipperConfig(**settings)
+
+
+def test_shares_of_tokens_that_a_schedule_keeps():
+    risen, level = CompressorConfig(keep=0.5, final=0.75), CompressorConfig(keep=0.5)
+    assert [risen.keep_at(progress) for progress in (0.0, 0.5, 1.0)] == [0.5, 0.625, 0.75]
+    assert (risen.most, risen.scheduled) == (0.75, True)
+    assert (level.keep_at(0.9), level.most, level.scheduled) == (0.5, 0.5, False)
+    now_and_then = CompressorConfig(keep=0.25, dense_every=10)
+    assert (now_and_then.most, now_and_then.scheduled) == (1.0, True)
 
 
 def test_protected_and_important_layers():

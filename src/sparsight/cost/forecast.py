@@ -100,10 +100,12 @@ class StageCost:
         """Executed FLOPs of the stage by part; schedules are averaged over it."""
         images = self.stage.samples * self.stage.conversation.images
         new = max(0, self.images - self.cached_before) if self.stage.cache_features else images
-        return dict(self._passes(self.stage.samples, new, self.trains))
+        return self.passes(new, self.trains)
 
-    def _passes(self, samples: int, encoded: float, trains: Trains) -> Counter[str]:
-        stage, (encoder, language) = self.stage, self.shapes
+    def passes(self, encoded: float, trains: Trains) -> dict[str, float]:
+        """FLOPs of passes over all samples, of which so many images are encoded anew; forward alone if nothing
+        trains."""
+        stage, samples, (encoder, language) = self.stage, self.stage.samples, self.shapes
         images, passes = samples * stage.conversation.images, samples / self.micro_batch
         image = encoder.flops(self.image_size, self.recipe.vision_levels, trains)
         sizes = self.level_widths, language.hidden, self.map_size, images / passes
@@ -115,7 +117,7 @@ class StageCost:
             beside = splits * positions * stage.conversation.text / self.length(keep)
             parts = language_flops(language, rows, positions, labels, trains, layers, beside)
             total.update({part: share * flops for part, flops in parts.items()})
-        return total
+        return dict(total)
 
     def _rows(self, conversations: int, keep: float = 1.0) -> tuple[float, float]:
         """Rows, packed where the stage says how long, and positions in each."""
