@@ -433,8 +433,8 @@ def quality_table(
     called, whole = (names or {}).get(base[0], base[0]), seconds(result, first)
     lines = [
         f"**quality**, {which}: test scores in percent, means over seeds; cost relative to *{called}*, of pre-training "
-        f"alone in brackets; time of steps in turn{timed} (`benchmarks/results/quality/`; rows with * are of one file, "
-        "`quality-2026-11-21.json`, which names one machine and commit for all of them)",
+        f"alone in brackets; time of steps in turn{timed} (`benchmarks/results/quality/`; rows with * have seeds "
+        "of one file, `quality-2026-11-21.json`, which names one machine and commit for all of them)",
         "",
         "| row | tokens by stage | FLOPs | time | " + " | ".join(tasks) + " | mean | seeds | settings tried |",
         "|---" * (len(tasks) + 7) + "|",
@@ -702,6 +702,7 @@ def draw_variants(result: dict, file: Path, data: str = "photos") -> None:
     pyplot = _pyplot()
     figure, panel = pyplot.subplots(figsize=(8.6, 4.8), layout="constrained", facecolor="white")
     found = variants(result, data)
+    assert all(sum(word in row for word, _, _ in KINDS) == 1 for row, *_ in found), "a row of no kind, or of two"
     for word, kind, colour in KINDS:
         mine = [(row, cost, extremes(*sides)[0]) for row, cost, *sides in found if word in row]
         middle, low, high = 100 * np.array(
@@ -717,7 +718,7 @@ def draw_variants(result: dict, file: Path, data: str = "photos") -> None:
             panel.annotate(label, (cost, height), textcoords="offset points", color=colour, fontsize=9, **side)
     panel.axhline(0, color="#6b6b6b", linewidth=0.8)
     panel.set(xlabel="executed FLOPs of fine-tuning (without methods = 1)", ylabel="points, mean of seven tasks")
-    panel.set_xlim(0.2, 1)
+    panel.margins(x=0.15)  # room for labels
     panel.legend(loc="lower right", frameon=False, fontsize=9)
     panel.grid(alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
@@ -805,6 +806,7 @@ PAGES: dict[str, list[tuple[str, Show]]] = {
         ("quality", partial(quality_table, split=5)),
         ("quality", partial(quality_table, data="details")),
         ("quality", partial(quality_table, data="easy-vqa")),
+        # What differs in fine-tuning alone has a table of its own, `variants_table`.
         ("quality", partial(quality_table, data="photos", names={row: row for row in SHOWN})),
         ("quality", partial(quality_table, data="smollm2")),
         ("quality", margins_table),
